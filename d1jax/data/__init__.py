@@ -1,0 +1,1 @@
+"""From text to batches: tokenizers and deterministic, resumable pipelines."""

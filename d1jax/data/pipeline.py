@@ -1,0 +1,152 @@
+"""Deterministic, resumable batches of prompts and demonstrations, with Grain.
+
+Every process walks the same global order and builds the same global batch (text is small); each device then takes its rows of it. So
+the order does not depend on the number of processes, and the data position is one number, the index of the next batch.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+
+Ids = Sequence[int]
+
+
+class PromptBatch(NamedTuple):
+  """Prompts ready for a rollout, each repeated for its group. `record` says which record a row came from."""
+
+  sample_id: Int[np.ndarray, "B"]
+  group_id: Int[np.ndarray, "B"]
+  prompt: Int[np.ndarray, "B P"]
+  prompt_valid: Bool[np.ndarray, "B P"]
+  record: Int[np.ndarray, "B"]
+
+
+class SftBatch(NamedTuple):
+  """Demonstrations; the completion is padded with the end-of-sequence token, which is part of what is learned."""
+
+  sample_id: Int[np.ndarray, "B"]
+  prompt: Int[np.ndarray, "B P"]
+  prompt_valid: Bool[np.ndarray, "B P"]
+  completion: Int[np.ndarray, "B C"]
+
+
+def bucket_for(length: int, buckets: Sequence[int]) -> int | None:
+  """The smallest bucket that holds `length` tokens, None when none does."""
+  return min((b for b in buckets if b >= length), default=None)
+
+
+def fitting(prompts: Sequence[Ids], buckets: Sequence[int]) -> list[int]:
+  """Indices of the prompts that fit the largest bucket; the others are left out, never cut."""
+  return [i for i, ids in enumerate(prompts) if len(ids) <= max(buckets)]
+
+
+def pad_left(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens[B width], valid[B width]) with padding on the left."""
+  tokens = np.full((len(rows), width), pad_id, np.int32)
+  valid = np.zeros((len(rows), width), bool)
+  for row, ids in enumerate(rows):
+    tokens[row, width - len(ids) :] = ids
+    valid[row, width - len(ids) :] = True
+  return tokens, valid
+
+
+def prompt_batch(
+  prompts: Sequence[Ids], chosen: Sequence[int], first: int, num_generations: int, buckets: Sequence[int], pad_id: int
+) -> PromptBatch:
+  """Lays out the chosen prompts, each `num_generations` times in a row, in the smallest bucket that holds them all.
+
+  Args:
+    prompts: token ids of every record.
+    chosen: the records of this batch.
+    first: the sample id of the first row; the others count on.
+    num_generations: completions a prompt.
+    buckets: allowed prompt lengths.
+    pad_id: fills the left.
+  """
+  width = bucket_for(max(len(prompts[i]) for i in chosen), buckets)
+  if width is None:
+    raise ValueError(f"a prompt is longer than the largest bucket {max(buckets)}: raise prompt_buckets, or leave it out")
+  record = np.repeat(np.asarray(chosen, np.int32), num_generations)
+  sample_id = first + np.arange(record.size, dtype=np.int32)
+  tokens, valid = pad_left([prompts[i] for i in record], width, pad_id)
+  return PromptBatch(sample_id, sample_id // num_generations, tokens, valid, record)
+
+
+def _order(choices: Sequence[int], *, seed: int, batch_size: int) -> Any:
+  """An endless Grain dataset of batches of record indices, reshuffled every epoch; batch k is a function of (seed, k)."""
+  dataset = grain.MapDataset.source(list(choices)).seed(seed).shuffle().repeat()
+  return dataset.batch(batch_size, drop_remainder=True)
+
+
+def _start(dataset: Any, position: int) -> Iterator[Any]:
+  iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+  iterator.set_state({"next_index": position})
+  return iterator
+
+
+def prompt_batches(
+  prompts: Sequence[Ids],
+  *,
+  seed: int,
+  prompts_per_batch: int,
+  num_generations: int,
+  buckets: Sequence[int],
+  pad_id: int,
+  position: int = 0,
+) -> Iterator[PromptBatch]:
+  """An endless stream of prompt batches, from batch `position` on. Prompts that fit no bucket never come.
+
+  Args:
+    prompts: token ids of every record.
+    seed: of the order.
+    prompts_per_batch: groups a batch.
+    num_generations: completions a group.
+    buckets: allowed prompt lengths.
+    pad_id: fills the left.
+    position: the batch to start at.
+  """
+
+  def assemble(index: int, chosen: np.ndarray) -> PromptBatch:
+    first = index * prompts_per_batch * num_generations
+    return prompt_batch(prompts, [int(i) for i in chosen], first, num_generations, buckets, pad_id)
+
+  order = _order(fitting(prompts, buckets), seed=seed, batch_size=prompts_per_batch)
+  return _start(order.map_with_index(assemble), position)
+
+
+def sft_batches(
+  prompts: Sequence[Ids],
+  completions: Sequence[Ids],
+  *,
+  seed: int,
+  batch_size: int,
+  buckets: Sequence[int],
+  completion_length: int,
+  pad_id: int,
+  position: int = 0,
+) -> Iterator[SftBatch]:
+  """An endless stream of demonstrations, from batch `position` on; what does not fit is left out, never cut.
+
+  Args:
+    prompts: token ids of every record.
+    completions: token ids of the answers, stop id included; padded with `pad_id` to `completion_length`.
+    seed: of the order.
+    batch_size: rows a batch.
+    buckets: allowed prompt lengths.
+    completion_length: C.
+    pad_id: the end-of-sequence token.
+    position: the batch to start at.
+  """
+
+  def assemble(index: int, chosen: np.ndarray) -> SftBatch:
+    rows = prompt_batch(prompts, [int(i) for i in chosen], index * batch_size, 1, buckets, pad_id)
+    answers = np.full((batch_size, completion_length), pad_id, np.int32)
+    for row, record in enumerate(chosen):
+      answers[row, : len(completions[record])] = completions[record]
+    return SftBatch(rows.sample_id, rows.prompt, rows.prompt_valid, answers)
+
+  usable = [i for i in fitting(prompts, buckets) if len(completions[i]) <= completion_length]
+  return _start(_order(usable, seed=seed, batch_size=batch_size).map_with_index(assemble), position)

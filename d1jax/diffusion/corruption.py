@@ -1,0 +1,47 @@
+"""The forward process q(x_t | x_0): each token becomes a mask with probability t, independently."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from d1jax import keys
+
+_TIME_STREAM, _MASK_STREAM = 0, 1
+EPSILON = 1e-3
+"""The least masking probability (LLaDA and d1): it bounds the weight 1/t by 1000."""
+
+
+class Corrupted(NamedTuple):
+  """Noisy completions: the tokens, where they were masked, and each row's masking probability t."""
+
+  tokens: Int[Array, "B C"]
+  masked: Bool[Array, "B C"]
+  time: Float[Array, "B"]
+
+
+def corrupt(
+  key: Key[Array, ""], sample_id: Int[Array, "B"], completion: Int[Array, "B C"], mask_id: int
+) -> Corrupted:
+  """Draws t ~ U(EPSILON, 1) a row and masks each token with probability t (LLaDA, section 2.2; d1's SFT)."""
+  per_sample = keys.sample_keys(key, sample_id)
+  time = EPSILON + (1 - EPSILON) * keys.uniforms(keys.fold(per_sample, _TIME_STREAM), 1)[:, 0]
+  uniform = keys.uniforms(keys.fold(per_sample, _MASK_STREAM), completion.shape[1])
+  masked = uniform < time[:, None]
+  return Corrupted(jnp.where(masked, mask_id, completion), masked, time)
+
+
+def mask_prompt(
+  key: Key[Array, ""],
+  sample_id: Int[Array, "B"],
+  prompt: Int[Array, "B P"],
+  prompt_valid: Bool[Array, "B P"],
+  p_mask_prompt: float,
+  mask_id: int,
+) -> Int[Array, "B P"]:
+  """Masks each prompt token with probability `p_mask_prompt`, never padding (d1, section 3.2: q -> q').
+
+  A token's uniform is keyed by its distance from the prompt's end, so that the width of the padding changes nothing.
+  """
+  uniform = keys.uniforms(keys.sample_keys(key, sample_id), prompt.shape[1])[:, ::-1]
+  return jnp.where(prompt_valid & (uniform < p_mask_prompt), mask_id, prompt)

@@ -1,0 +1,83 @@
+"""How a run ends when it does not end well: one line that names the thing and the remedy, and an exit code."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+PREEMPTED = 75
+"""The run saved itself after SIGTERM: run the same command again (EX_TEMPFAIL)."""
+
+
+class RunError(Exception):
+  """A run that cannot go on; the message is one line. `exit_code` 2: wrong input, fix it first."""
+
+  exit_code = 2
+
+
+class NotFiniteError(RunError):
+  """A loss or gradient is not finite. Never retry: the same command would end the same way."""
+
+  exit_code = 70
+
+
+class OutOfMemoryError(RunError):
+  """Device memory ran out."""
+
+  exit_code = 71
+
+
+class StorageError(RunError):
+  """A file could not be written; what was saved before is intact."""
+
+  exit_code = 74
+
+
+class PreemptedError(RunError):
+  """SIGTERM came; the run is saved."""
+
+  exit_code = PREEMPTED
+
+
+class InterruptedRunError(RunError):
+  """Ctrl-C came; the run is saved."""
+
+  exit_code = 130
+
+
+_STORAGE_WORDS = ("No space left", "File too large", "Disk quota", "RESOURCE_EXHAUSTED: Error writing")
+
+
+def is_storage_failure(error: BaseException) -> bool:
+  """Whether an exception, or one behind it, says that a file system took no more bytes."""
+  seen: BaseException | None = error
+  while seen is not None:
+    if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+      return True
+    if any(word in str(seen) for word in _STORAGE_WORDS):
+      return True
+    seen = seen.__cause__ or seen.__context__
+  return False
+
+
+@contextlib.contextmanager
+def explained(stage: str, micro_batch: str) -> Iterator[None]:
+  """Turns failures of the machine into a `RunError`; other exceptions pass.
+
+  Args:
+    stage: what was running.
+    micro_batch: the option to try when device memory runs out, e.g. `--config.grpo.accumulation=4`.
+  """
+  try:
+    yield
+  except RunError:
+    raise
+  except Exception as error:
+    if is_storage_failure(error):
+      reason = str(error).strip().splitlines()[0][:200]
+      raise StorageError(
+        f"{stage}: the work directory took no more data ({reason}); free space and run the same command again,"
+        " it goes on from the last checkpoint"
+      ) from error
+    if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+      raise OutOfMemoryError(f"{stage}: device memory ran out; try smaller micro-batches: {micro_batch}") from error
+    raise

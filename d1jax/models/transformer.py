@@ -1,0 +1,160 @@
+"""LLaDA's mask predictor p(x_0 | x_t): a bidirectional transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
+
+The layers are one stacked block under `jax.lax.scan`, so that compile time does not grow with depth. Flax NNX modules define the
+network; everything else sees pure functions of a nested dict of arrays.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from d1jax.models.layers import Attention, Block, Constrain, RMSNorm, no_constraint, plain_attention, weight
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerSize:
+  """The sizes of a network; `PRESETS` names two."""
+
+  vocab: int
+  embed: int
+  heads: int
+  mlp: int
+  layers: int
+  rope_theta: float = 5e5
+  norm_eps: float = 1e-5
+
+  def __post_init__(self) -> None:
+    if self.embed % (2 * self.heads):
+      raise ValueError(
+        f"embed={self.embed} is not a multiple of 2 * heads={2 * self.heads}: rotary halves need an even head size"
+      )
+
+
+PRESETS = {
+  "tiny": TransformerSize(vocab=128, embed=64, heads=4, mlp=192, layers=2, rope_theta=100.0),
+  "llada_8b": TransformerSize(vocab=126464, embed=4096, heads=32, mlp=12288, layers=32),
+}
+LLADA_MASK_ID = 126336
+
+
+class Transformer(nnx.Module):
+  """Mask predictor; `encode` and `unembed` are apart, so that logits are computed only where they are wanted."""
+
+  def __init__(
+    self,
+    size: TransformerSize,
+    *,
+    dtype: DTypeLike,
+    remat: bool,
+    unroll: int,
+    constrain: Constrain,
+    attention: Attention,
+    rngs: nnx.Rngs,
+  ):
+    self.dtype, self.remat, self.unroll = dtype, remat, unroll
+    self.constrain, self.attention = constrain, attention
+    table = nnx.initializers.normal(0.02)
+    self.embedding = weight(rngs.params(), table, (size.vocab, size.embed), ("vocab", "embed"))
+
+    @nnx.split_rngs(splits=size.layers)
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def stacked(rngs: nnx.Rngs) -> Block:
+      return Block(
+        size.embed, size.heads, size.mlp, theta=size.rope_theta, eps=size.norm_eps, dtype=dtype, rngs=rngs
+      )
+
+    self.blocks = stacked(rngs)
+    self.final_norm = RMSNorm(size.embed, eps=size.norm_eps, rngs=rngs)
+    self.head = weight(rngs.params(), table, (size.embed, size.vocab), ("embed", "vocab"))
+
+  def encode(self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    """The last hidden states, normalised; position i predicts token i."""
+    residual = ("batch", "length", None)
+    # The table is gathered over its embed axis first; otherwise XLA replicates the result of the look-up.
+    table = self.constrain(self.embedding[...].astype(self.dtype), ("vocab", None))
+    x = self.constrain(table[tokens], residual)
+    block, weights = nnx.split(self.blocks)
+
+    def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+      return self.constrain(nnx.merge(block, weights)(x, valid, self.attention), residual), None
+
+    if self.remat:  # prevent_cse=False is right only inside a scan
+      body = jax.checkpoint(body, prevent_cse=False)
+    x, _ = jax.lax.scan(body, x, weights, unroll=self.unroll)
+    return self.final_norm(x)
+
+  def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Logits in float32; the head is not tied to the embedding."""
+    return jnp.matmul(hidden, self.head[...].astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+class Network(NamedTuple):
+  """A transformer as pure functions of its parameters, a nested dict of float32 arrays.
+
+  Attributes:
+    init: `key -> params`.
+    encode: `(params, tokens[B L], valid[B L]) -> hidden[B L D]`.
+    unembed: `(params, hidden[... D]) -> logits[... V]` in float32.
+    axes: the tree of logical axes, a tuple of names a parameter.
+    size: the sizes.
+  """
+
+  init: Any
+  encode: Any
+  unembed: Any
+  axes: Params
+  size: TransformerSize
+
+
+def build(
+  size: TransformerSize,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  remat: bool = False,
+  unroll: int = 1,
+  constrain: Constrain = no_constraint,
+  attention: Attention = plain_attention,
+) -> Network:
+  """Builds the pure functions of a transformer without touching memory.
+
+  Args:
+    size: the sizes, e.g. `PRESETS["tiny"]`.
+    dtype: of the matrix products; weights, norms, softmax and logits are float32 anyway.
+    remat: recompute each block in the backward pass instead of keeping its activations.
+    unroll: how many layers the scan unrolls; unrolling helps small models on a CPU.
+    constrain: where activations live (see `d1jax.parallel.mesh`).
+    attention: the attention kernel.
+  """
+
+  def module(key: Key[Array, ""]) -> Transformer:
+    return Transformer(
+      size, dtype=dtype, remat=remat, unroll=unroll, constrain=constrain, attention=attention, rngs=nnx.Rngs(key)
+    )
+
+  graph, abstract = nnx.split(nnx.eval_shape(lambda: module(jax.random.key(0))))
+  axes = jax.tree.map(
+    lambda v: tuple(v.get_metadata()["out_sharding"]), abstract, is_leaf=lambda v: isinstance(v, nnx.Variable)
+  )
+
+  def init(key: Key[Array, ""]) -> Params:
+    return nnx.to_pure_dict(nnx.state(module(key)))
+
+  def encode(params: Params, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
+    return nnx.merge(graph, params).encode(tokens, valid)
+
+  def unembed(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    return nnx.merge(graph, params).unembed(hidden)
+
+  return Network(init, encode, unembed, nnx.to_pure_dict(axes), size)
+
+
+def parameter_count(network: Network) -> int:
+  """The number of parameters, traced without memory."""
+  return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))

@@ -1,0 +1,1 @@
+"""Meshes, placements and processes: the only room that knows devices."""

@@ -1,0 +1,107 @@
+"""The mesh over (data, fsdp, tensor), and where logical axes live on it: the only file that builds a Mesh or a PartitionSpec."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from d1jax.state import TrainState
+
+MESH_AXES = ("data", "fsdp", "tensor")
+Rules = Mapping[str, Any]
+"""Logical axis name -> mesh axis name, tuple of names, or None for replicated."""
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh over all devices; one size may be -1, "the devices that are left".
+
+  Args:
+    sizes: devices along data, fsdp and tensor.
+    devices: default: all devices of all processes.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if set(sizes) != set(MESH_AXES):
+    raise ValueError(f"mesh axes are {', '.join(sizes)}; expected {', '.join(MESH_AXES)}")
+  shape = [int(sizes[axis]) for axis in MESH_AXES]
+  if shape.count(-1) == 1:
+    known = math.prod(n for n in shape if n != -1)
+    shape[shape.index(-1)] = len(devices) // known if known > 0 else 0
+  if min(shape) < 1 or math.prod(shape) != len(devices):
+    wanted = " ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
+    raise ValueError(
+      f"mesh {wanted} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}"
+      " (one of them may be -1)"
+    )
+  if devices[0].platform == "cpu":
+    grid = np.asarray(devices).reshape(shape)
+  else:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
+  for axis in axes:
+    if axis is not None and axis not in rules:
+      raise ValueError(f"logical axis {axis!r} has no rule; rules name: {', '.join(sorted(rules))}")
+  return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, rules: Rules, *axes: str | None) -> NamedSharding:
+  """The placement of an array with these logical axes; no axes: replicated."""
+  return NamedSharding(mesh, _spec(axes, rules))
+
+
+def shardings(mesh: Mesh, rules: Rules, axes: Any) -> Any:
+  """A tree of placements for a tree of logical axes (tuples of names)."""
+  return jax.tree.map(lambda a: sharding(mesh, rules, *a), axes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+def constrainer(mesh: Mesh, rules: Rules) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+  """`constrain(x, axes)` for a model: the one way that it states where an activation lives."""
+  return lambda x, axes: jax.lax.with_sharding_constraint(x, sharding(mesh, rules, *axes))
+
+
+def state_shardings(
+  mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """Where a TrainState lives: moments beside their parameter, scalars replicated.
+
+  Args:
+    mesh: the devices.
+    rules: placement of logical axes.
+    axes: logical axes of the trainable weights.
+    abstract: their shapes.
+    optimizer: whose state is placed.
+  """
+  replicated = sharding(mesh, rules)
+  by_parameter = shardings(mesh, rules, axes)
+  moments = optax.tree.map_params(
+    optimizer,
+    lambda _, placement: placement,
+    jax.eval_shape(optimizer.init, abstract),
+    by_parameter,
+    transform_non_params=lambda _: replicated,
+  )
+  return TrainState(replicated, by_parameter, moments, replicated)
+
+
+def batch_ways(mesh: Mesh, rules: Rules) -> int:
+  """Over how many devices the batch axis is split; a batch must be a multiple of it."""
+  names = rules["batch"]
+  names = (names,) if isinstance(names, str) else tuple(names or ())
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def place(tree: Any, placement: NamedSharding) -> Any:
+  """Host arrays, the same on every process, as global arrays of which each device holds its part."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(np.shape(x), placement, lambda index: np.asarray(x)[index]), tree
+  )

@@ -1,0 +1,1 @@
+"""Reinforcement learning from graded completions. It takes a `Denoiser`, never a network."""

@@ -1,0 +1,113 @@
+"""The diffu-GRPO update: one compiled program from a graded rollout to the next state.
+
+It draws the mu prompt masks, scores old and reference log-probabilities under them, and scans the mu inner optimiser steps, each of
+which accumulates gradients over micro-batches. Nothing in it depends on Python state.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from d1jax import keys
+from d1jax.diffusion.denoiser import Denoiser
+from d1jax.diffusion.likelihood import Estimator
+from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.microbatch import split_rows, sum_over_parts
+from d1jax.rl.losses import PolicyLoss, clipped_surrogate, token_weights
+from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSpec:
+  """What an update does; static under jit. Names are d1's where d1 has the option.
+
+  Attributes:
+    num_iterations: mu, optimiser steps an update.
+    accumulation: micro-batches a step.
+    epsilon: half width of the clip.
+    beta: weight of the KL term; at 0 no reference is scored.
+    aggregation: `token` or `sequence`, see `token_weights`.
+  """
+
+  num_iterations: int
+  accumulation: int
+  epsilon: float
+  beta: float
+  aggregation: str
+
+
+class UpdateMetrics(NamedTuple):
+  """One value an inner step; `finite` is false where the step was refused."""
+
+  loss: Float[Array, "mu"]
+  kl: Float[Array, "mu"]
+  clip_fraction: Float[Array, "mu"]
+  ratio_deviation: Float[Array, "mu"]
+  grad_norm: Float[Array, "mu"]
+  finite: Bool[Array, "mu"]
+
+
+def inner_keys(key: Key[Array, ""], step: Int[Array, ""], num_iterations: int) -> Key[Array, "mu"]:
+  """The keys of the mu prompt masks of the update that starts at optimiser step `step`."""
+  update_key = keys.purpose_key(key, keys.Purpose.PROMPT_MASK, step)
+  return jax.vmap(lambda n: jax.random.fold_in(update_key, n))(jnp.arange(num_iterations))
+
+
+def update(
+  state: TrainState,
+  frozen: Frozen,
+  rollout: Rollout,
+  advantages: Float[Array, "B"],
+  *,
+  denoiser: Denoiser,
+  estimator: Estimator,
+  sampler: SamplerSpec,
+  optimizer: optax.GradientTransformation,
+  spec: UpdateSpec,
+) -> tuple[TrainState, UpdateMetrics]:
+  """mu optimiser steps on one rollout (arXiv 2504.12216, algorithm 1).
+
+  Inner step n masks the prompts anew; old, reference and current log-probabilities share that mask. At the first inner step the
+  policy is the one that made the rollout, so old is current with its gradient stopped and the ratio is exactly 1.
+
+  Returns:
+    The new state, and the metrics of each inner step.
+  """
+  step_keys = inner_keys(state.key, state.step, spec.num_iterations)
+  batch = split_rows((rollout, advantages, token_weights(rollout.completion_mask, spec.aggregation)), spec.accumulation)
+
+  def scores(params: Params, rollout: Rollout, key: Key[Array, ""]) -> Float[Array, "B C"]:
+    return estimator(denoiser, params, rollout, sampler, key).logp
+
+  def scores_under(params: Params, step_keys: Key[Array, "n"]) -> Float[Array, "n parts b C"]:
+    one = lambda key: jax.lax.map(lambda part: scores(params, part, key), batch[0])
+    return jax.lax.map(one, step_keys)
+
+  old = scores_under(merge(state.trainable, frozen), step_keys[1:])
+  old = jnp.concatenate([jnp.zeros((1, *batch[0].completion.shape)), old])
+  ref = scores_under(frozen.reference, step_keys) if spec.beta else None
+
+  def micro_loss(trainable: Params, part: Any, key: Key[Array, ""], first: Bool[Array, ""]) -> tuple[Any, PolicyLoss]:
+    (rollout, advantages, weights), old_logp, ref_logp = part
+    logp = scores(merge(trainable, frozen), rollout, key)
+    old_logp = jnp.where(first, jax.lax.stop_gradient(logp), old_logp)
+    terms = clipped_surrogate(logp, old_logp, ref_logp, advantages, weights, epsilon=spec.epsilon, beta=spec.beta)
+    return terms.loss, terms
+
+  def inner(state: TrainState, xs: Any) -> tuple[TrainState, UpdateMetrics]:
+    index, key, old_logp, ref_logp = xs
+    gradient = jax.grad(micro_loss, has_aux=True)
+
+    grads, terms = sum_over_parts(
+      lambda part: gradient(state.trainable, part, key, index == 0), (batch, old_logp, ref_logp)
+    )
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(terms.loss) & jnp.isfinite(norm)
+    return apply_gradients(state, grads, optimizer, finite), UpdateMetrics(*terms, norm, finite)
+
+  return jax.lax.scan(inner, state, (jnp.arange(spec.num_iterations), step_keys, old, ref))
+

@@ -1,0 +1,126 @@
+"""Arithmetic expressions over + - * / and parentheses: an exact evaluator and a small solver.
+
+Nothing is passed to Python's `eval`: model output can neither run code nor take long.
+"""
+
+import itertools
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+MOST_CHARACTERS = 200
+"""Longer expressions are not evaluated; this bounds their depth and the size of numbers too."""
+
+MOST_NUMBERS = 6
+"""The solver's limit; its search grows about thirtyfold with each number."""
+
+_WORD = re.compile(r"0|[1-9][0-9]*|[-+*/()]")
+_OPERATORS = {
+  "+": operator.add,
+  "-": operator.sub,
+  "*": operator.mul,
+  "/": operator.truediv,
+}
+_RANK = {"(": -1, ")": 0, "+": 1, "-": 1, "*": 2, "/": 2}
+
+
+def words(text: str) -> list[str]:
+  """List the numbers, operators and parentheses of a text in their order, skipping the rest."""
+  return _WORD.findall(text)
+
+
+def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
+  """Compute the exact value of an expression and list the numbers that it uses, in order.
+
+  None for anything but ASCII integers without leading zeros, binary + - * / and parentheses; for
+  more than 200 characters; for a division by zero. Unary signs, `**`, `//`, decimals and numbers
+  joined across blanks are thus refused. Operator precedence by two stacks, without recursion.
+  """
+  text = text.strip()
+  if len(text) > MOST_CHARACTERS or not text.isascii():
+    return None
+  found = words(text)
+  if "".join(found) != "".join(text.split()):
+    return None
+  values: list[Fraction] = []
+  numbers: list[int] = []
+  pending = ["("]
+  expects_operand = True
+  for word in [*found, ")"]:
+    if not pending:  # A parenthesis too many has closed the whole.
+      return None
+    if expects_operand != (word == "(" or word not in _RANK):
+      return None
+    if word == "(":
+      pending.append(word)
+    elif expects_operand:
+      values.append(Fraction(int(word)))
+      numbers.append(int(word))
+      expects_operand = False
+    else:
+      while _RANK[pending[-1]] >= _RANK[word]:
+        right = values.pop()
+        if pending[-1] == "/" and not right:
+          return None
+        values.append(_OPERATORS[pending.pop()](values.pop(), right))
+      if word == ")":
+        pending.pop()
+      else:
+        pending.append(word)
+        expects_operand = True
+  return None if pending else (values[0], numbers)
+
+
+# A node of the solver: its value and how it is made, ("", value) or (operator, left, right).
+_Node = tuple
+
+
+def solve(nums: Sequence[int], target: int) -> str | None:
+  """Find an expression that makes `target` of all the numbers; None when there is none.
+
+  Two numbers at a time become a sum, a product, the larger minus the smaller, or an exact
+  quotient, in every order, until one number is left: the rule of the public Countdown set.
+  """
+  found = _search([(num, "", None, None) for num in nums], target)
+  return None if found is None else _render(found)[0]
+
+
+def _search(nodes: list[_Node], target: int) -> _Node | None:
+  if len(nodes) == 2:
+    # The innermost loop: look at the numbers before building nodes.
+    a, b = nodes[0][0], nodes[1][0]
+    if target not in (a + b, a * b, a - b, b - a) and a != b * target and b != a * target:
+      return None
+  for i, j in itertools.combinations(range(len(nodes)), 2):
+    rest = nodes[:i] + nodes[i + 1 : j] + nodes[j + 1 :]
+    for node in _combine(nodes[i], nodes[j]):
+      if not rest and node[0] == target:
+        return node
+      found = _search([*rest, node], target) if rest else None
+      if found is not None:
+        return found
+  return None
+
+
+def _combine(a: _Node, b: _Node) -> Iterator[_Node]:
+  large, small = (a, b) if a[0] >= b[0] else (b, a)
+  yield a[0] + b[0], "+", a, b
+  yield a[0] * b[0], "*", a, b
+  yield large[0] - small[0], "-", large, small
+  if small[0] and large[0] % small[0] == 0:
+    yield large[0] // small[0], "/", large, small
+
+
+def _render(node: _Node) -> tuple[str, int]:
+  """Write a node with few parentheses; also returns the rank of the operator applied last."""
+  value, sign, left, right = node
+  if not sign:
+    return str(value), 3
+  rank = _RANK[sign]
+  (before, rank_before), (after, rank_after) = _render(left), _render(right)
+  if rank_before < rank:
+    before = f"({before})"
+  if rank_after < rank or (rank_after == rank and sign in "-/"):
+    after = f"({after})"
+  return f"{before}{sign}{after}", rank

@@ -1,0 +1,68 @@
+"""What a task is: records, prompts, demonstrations, grades. A new task is one new file here."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+Record = Mapping[str, Any]
+Message = dict[str, str]
+"""One chat turn: `{"role": "user", "content": ...}`."""
+
+
+class DataError(ValueError):
+  """Input data that cannot be used; the message names the file, the line and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+  """What one completion earned.
+
+  Attributes:
+    components: named rewards; the reward of a completion is their sum.
+    metrics: named (numerator, denominator) pairs, pooled over a split by adding both.
+  """
+
+  components: Mapping[str, float]
+  metrics: Mapping[str, tuple[float, float]]
+
+  @property
+  def reward(self) -> float:
+    """The sum of the components."""
+    return sum(self.components.values())
+
+
+class Task(Protocol):
+  """A family of problems with a verifiable answer; pure Python, deterministic, total."""
+
+  name: str
+  splits: Sequence[str]
+
+  def records(self, split: str) -> Sequence[Record]:
+    """Return the records of one split, always the same.
+
+    Splits: `demonstrations` (for supervised fine-tuning), `train`, `validation`, `test`.
+    """
+    ...
+
+  def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
+    """Return the chat messages and the text that the completion starts with (often empty).
+
+    Styles: `d1` is d1's training prompt to the letter, `terse` a few tokens for small models.
+    """
+    ...
+
+  def demonstration(self, record: Record, style: str) -> str:
+    """Write a correct completion, the target of supervised fine-tuning."""
+    ...
+
+  def baseline(self, record: Record, style: str) -> str:
+    """Write the completion of a model that knows nothing but the format."""
+    ...
+
+  def cluster(self, record: Record) -> str:
+    """Name the cluster: records that share one are not independent; intervals resample clusters."""
+    ...
+
+  def grade(self, text: str, record: Record) -> Grade:
+    """Grade a completion; any string gets a finite score, nothing raises or is executed."""
+    ...

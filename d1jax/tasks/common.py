@@ -1,0 +1,113 @@
+"""What the tasks share: split and style names, checks of fields, answer tags, strict line files."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from d1jax.tasks.base import DataError
+
+SPLITS: Sequence[str] = ("demonstrations", "train", "validation", "test")
+"""The splits of every task; a split's place here is the number that seeds its draws."""
+
+STYLES: Sequence[str] = ("d1", "terse")
+"""The prompt styles of every task."""
+
+SYSTEM_PROMPT = (
+  "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
+)
+"""d1's RL instruction, which it puts at the start of the user turn."""
+
+_Row = TypeVar("_Row")
+_OPEN, _CLOSE = "<answer>", "</answer>"
+
+
+def check_choice(kind: str, value: object, known: Sequence[str]) -> None:
+  """Raise a ValueError that lists the known names unless `value` is one of them."""
+  if value not in known:
+    raise ValueError(f"unknown {kind} {value!r}; choose one of: {', '.join(known)}")
+
+
+def check_integer(name: str, value: object, low: int) -> None:
+  """Raise a ValueError unless `value` is an int (not a bool) of at least `low`."""
+  if not isinstance(value, int) or isinstance(value, bool) or value < low:
+    raise ValueError(f"{name} is {value!r}; give an integer of at least {low}")
+
+
+def check_range(name: str, value: Sequence[int], low: int, high: int | None) -> tuple[int, int]:
+  """Return the closed range `value` as a pair, or raise a ValueError that says its limits."""
+  pair = tuple(value) if isinstance(value, list | tuple) else ()
+  limit = "" if high is None else f" <= {high}"
+  is_valid = (
+    len(pair) == 2
+    and all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
+    and low <= pair[0] <= pair[1]
+    and (high is None or pair[1] <= high)
+  )
+  if not is_valid:
+    raise ValueError(
+      f"{name} is {value!r}; give two integers (first, last) with {low} <= first <= last{limit}"
+    )
+  return pair[0], pair[1]
+
+
+def check_sizes(task: str, sizes: Mapping[str, int], defaults: Mapping[str, int]) -> dict[str, int]:
+  """Complete `sizes` by the defaults; unknown splits and negative sizes are ValueErrors."""
+  for split, count in sizes.items():
+    check_choice(f"split in {task} sizes", split, SPLITS)
+    check_integer(f"{task} sizes[{split!r}]", count, 0)
+  return {**defaults, **sizes}
+
+
+def check_root(task: str, root: object) -> None:
+  """Raise a ValueError unless `root` is None or a path."""
+  if root is not None and not isinstance(root, str | os.PathLike):
+    raise ValueError(f"{task} root is {root!r}; give the data folder's path, or None to generate")
+
+
+def tagged(reasoning: str, answer: str) -> str:
+  """Write a completion in the format that d1's prompts ask for."""
+  return f"<reasoning>\n{reasoning}\n</reasoning>\n{_OPEN}\n{answer}\n{_CLOSE}"
+
+
+def final_answer(text: str) -> str:
+  """Return the inside of the last `<answer>...</answer>` block, or the whole text without one.
+
+  Of nested opening tags the innermost counts, a block that is never closed is none. Linear time.
+  """
+  last_close = text.rfind(_CLOSE)
+  start = text.rfind(_OPEN, 0, max(last_close, 0))
+  if start < 0:
+    return text
+  start += len(_OPEN)
+  return text[start : text.index(_CLOSE, start)]
+
+
+def read_lines(root: str, name: str) -> list[str]:
+  """Read the lines of `root/name`; a missing, unreadable or empty file is a DataError."""
+  path = Path(root) / name
+  try:
+    text = path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    raise DataError(
+      f"{name}: not found in {str(root)!r}; point root at the folder that holds it, "
+      "or set root to None to generate the problems"
+    ) from None
+  except OSError as error:
+    raise DataError(f"{name}: cannot be read ({error}); check the path and its rights") from None
+  except UnicodeDecodeError as error:
+    raise DataError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+  lines = text.removesuffix("\n").split("\n")
+  if lines == [""]:
+    raise DataError(f"{name}: the file is empty; fetch it again")
+  return lines
+
+
+def take_rows(name: str, split: str, rows: Sequence[_Row], count: int) -> Sequence[_Row]:
+  """Take the first `count` rows of a file's split; a DataError when there are none at all."""
+  if count and not rows:
+    raise DataError(
+      f"{name}: no usable row belongs to the split {split!r}; "
+      f"add rows, or set sizes[{split!r}] to 0"
+    )
+  return rows[:count]

@@ -1,0 +1,244 @@
+"""Countdown: reach a target from given numbers with + - * /, each number used exactly once."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from d1jax.tasks import arithmetic, common
+from d1jax.tasks.base import DataError, Grade, Message, Record
+
+FILE = "countdown/train.jsonl"
+DEFAULT_SIZES = {"demonstrations": 2000, "train": 8000, "validation": 400, "test": 1000}
+
+_INSTRUCTION = (
+  "\nUsing only the numbers {nums}, create an arithmetic expression that evaluates to exactly "
+  "{target}. You must use all numbers from the list, and each number must be used exactly once. "
+  "You may use the operations +, -, *, and / as needed. After reasoning, provide only your final "
+  "expression inside <answer></answer> tags without including an equals sign or the target "
+  "number. For example, if the numbers are [2, 3, 4] and the target is 5, a valid answer is: "
+  "<answer>\n2*4-3\n</answer>"
+)
+
+# How many tenths of all multisets of numbers a split owns.
+_TENTHS = ("test", "validation", "demonstrations", "demonstrations", *["train"] * 6)
+
+# A target is redrawn after 20 blocks of 250 draws of numbers, or 500 searches, in vain; after 20
+# targets in vain the problems are taken to be exhausted.
+_BLOCKS, _BLOCK, _SEARCHES, _TARGETS = 20, 250, 500, 20
+
+_Problem = tuple[tuple[int, ...], int, str]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Countdown:
+  """The Countdown task; records are `{"nums": [3, 25, 7], "target": 68, "expression": "..."}`.
+
+  A hash of the sorted numbers decides the split, so that no multiset of numbers occurs in two
+  splits, whatever the seeds and sizes. Problems of a split are distinct, and a larger size keeps
+  the records of a smaller one.
+
+  Attributes:
+    seed: seeds the draws of generated problems.
+    root: a data folder with `countdown/train.jsonl`, or None to generate. Records read from it
+      have no `expression`: the demonstration searches for one.
+    sizes: records per split, defaults for those not named. A file may have fewer (all are taken)
+      but not none.
+    numbers: the range (first, last) of how many numbers a problem has, drawn uniformly. Rows of a
+      file with fewer or more are left out.
+    largest: generated numbers are uniform in 1..largest, repeats allowed, redrawn until the
+      target can be reached.
+    targets: generated targets are uniform in this range (first, last).
+  """
+
+  seed: int = 0
+  root: str | None = None
+  sizes: Mapping[str, int] = dataclasses.field(default_factory=DEFAULT_SIZES.copy, hash=False)
+  numbers: tuple[int, int] = (3, 4)
+  largest: int = 99
+  targets: tuple[int, int] = (10, 100)
+
+  name = "countdown"
+  splits = common.SPLITS
+
+  def __post_init__(self) -> None:
+    common.check_integer("countdown seed", self.seed, 0)
+    common.check_root("countdown", self.root)
+    object.__setattr__(self, "sizes", common.check_sizes("countdown", self.sizes, DEFAULT_SIZES))
+    numbers = common.check_range("countdown numbers", self.numbers, 2, arithmetic.MOST_NUMBERS)
+    object.__setattr__(self, "numbers", numbers)
+    common.check_integer("countdown largest", self.largest, 1)
+    object.__setattr__(
+      self, "targets", common.check_range("countdown targets", self.targets, 1, None)
+    )
+
+  def records(self, split: str) -> Sequence[Record]:
+    """Return the records of one split; an unknown one raises ValueError, too few DataError."""
+    common.check_choice("split", split, self.splits)
+    count = self.sizes[split]
+    if self.root is not None:
+      rows = _read(self.root, split, self.numbers)
+      return common.take_rows(FILE, split, rows, count)
+    drawn = _draw(split, self.seed, count, self.numbers, self.largest, self.targets)
+    return tuple(
+      {"nums": list(nums), "target": target, "expression": expression}
+      for nums, target, expression in drawn
+    )
+
+  def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
+    """Return one user turn and no prefill.
+
+    `d1` is its text to the letter, `terse` the numbers and the target as words: `3 25 7 = 68`. In
+    terse answers too every number, operator and parenthesis is a word, so a vocabulary of the
+    numbers and eight signs is enough; digits are never split, `2 5` is not 25.
+    """
+    common.check_choice("style", style, common.STYLES)
+    nums, target = list(record["nums"]), record["target"]
+    if style == "d1":
+      content = common.SYSTEM_PROMPT + _INSTRUCTION.format(nums=nums, target=target)
+    else:
+      content = f"{' '.join(map(str, nums))} = {target}"
+    return [{"role": "user", "content": content}], ""
+
+  def demonstration(self, record: Record, style: str) -> str:
+    """Write an expression that reaches the target; a DataError when there is none."""
+    nums, target = record["nums"], record["target"]
+    expression = record.get("expression") or arithmetic.solve(nums, target)
+    if expression is None:
+      raise DataError(
+        f"countdown: no expression over {list(nums)} reaches {target}; take the problem out of "
+        "the demonstrations"
+      )
+    return _format(f"{expression} = {target}, and each number is used once.", expression, style)
+
+  def baseline(self, record: Record, style: str) -> str:
+    """Write the sum of all numbers."""
+    expression = "+".join(map(str, record["nums"]))
+    return _format("I add all the numbers.", expression, style)
+
+  def cluster(self, record: Record) -> str:
+    """Name the numbers in ascending order."""
+    return _key(record["nums"])
+
+  def grade(self, text: str, record: Record) -> Grade:
+    """Grade the last answer block, or the whole text, with a parser of its own.
+
+    Components: `correct`, 1.0 when the expression uses exactly the given numbers and equals the
+    target; `well_formed`, 0.1 when it uses exactly the numbers but misses. Metrics: `solved` and
+    `well_formed` (exactly the numbers, hit or miss). A division by zero is not well formed.
+    """
+    parsed = arithmetic.evaluate(common.final_answer(text))
+    well_formed = parsed is not None and sorted(parsed[1]) == sorted(record["nums"])
+    solved = parsed is not None and well_formed and parsed[0] == record["target"]
+    return Grade(
+      {"correct": float(solved), "well_formed": 0.1 if well_formed and not solved else 0.0},
+      {"solved": (int(solved), 1), "well_formed": (int(well_formed), 1)},
+    )
+
+
+def _format(reasoning: str, expression: str, style: str) -> str:
+  common.check_choice("style", style, common.STYLES)
+  if style == "d1":
+    return common.tagged(reasoning, expression)
+  return " ".join(arithmetic.words(expression))
+
+
+def _key(nums: Sequence[int]) -> str:
+  return " ".join(map(str, sorted(nums)))
+
+
+def _owner(nums: Sequence[int]) -> str:
+  """Name the split that a multiset of numbers belongs to."""
+  digest = hashlib.sha256(_key(nums).encode()).digest()
+  return _TENTHS[int.from_bytes(digest[:8], "big") % len(_TENTHS)]
+
+
+@functools.lru_cache(maxsize=16)
+def _draw(
+  split: str,
+  seed: int,
+  count: int,
+  numbers: tuple[int, int],
+  largest: int,
+  targets: tuple[int, int],
+) -> tuple[_Problem, ...]:
+  """Draw `count` distinct problems of a split as (nums, target, expression).
+
+  The rule behind the public set: how many numbers and the target are drawn first, then the
+  numbers, again until the target can be reached (and the split owns them and they are new).
+  """
+  rng = np.random.default_rng((seed, common.SPLITS.index(split)))
+  drawn: list[_Problem] = []
+  seen = set()
+
+  def fresh(length: int, target: int) -> Iterator[tuple[int, ...]]:
+    for _ in range(_BLOCKS):
+      for nums in rng.integers(1, largest + 1, size=(_BLOCK, length)).tolist():
+        if _owner(nums) == split and (_key(nums), target) not in seen:
+          yield tuple(nums)
+
+  def attempt() -> _Problem | None:
+    length = int(rng.integers(numbers[0], numbers[1] + 1))
+    target = int(rng.integers(targets[0], targets[1] + 1))
+    for nums in itertools.islice(fresh(length, target), _SEARCHES):
+      expression = arithmetic.solve(nums, target)
+      if expression is not None:
+        return nums, target, expression
+    return None
+
+  while len(drawn) < count:
+    problem = next(filter(None, (attempt() for _ in range(_TARGETS))), None)
+    if problem is None:
+      raise DataError(
+        f"countdown: sizes[{split!r}] is {count}, but only {len(drawn)} problems were found with "
+        f"{numbers[0]} to {numbers[1]} numbers up to {largest} and targets {targets[0]} to "
+        f"{targets[1]}; lower the size or widen numbers, largest or targets"
+      )
+    seen.add((_key(problem[0]), problem[1]))
+    drawn.append(problem)
+  return tuple(drawn)
+
+
+def _read(root: str, split: str, numbers: tuple[int, int]) -> Sequence[Record]:
+  """Read the split's rows in the order of the file, each problem once."""
+  lines = common.read_lines(root, FILE)
+  rows = [_parse(f"{FILE} line {number}", line) for number, line in enumerate(lines, start=1)]
+  fitting = [row for row in rows if numbers[0] <= len(row["nums"]) <= numbers[1]]
+  distinct = {(_key(row["nums"]), row["target"]): row for row in reversed(fitting)}
+  if len(distinct) < len(rows):
+    _log.warning(
+      "%s: left out %d problems without %d to %d numbers and %d repeated ones",
+      FILE,
+      len(rows) - len(fitting),
+      *numbers,
+      len(fitting) - len(distinct),
+    )
+  return tuple(row for row in reversed(distinct.values()) if _owner(row["nums"]) == split)
+
+
+def _parse(place: str, line: str) -> dict[str, Any]:
+  """Check every rule of one row and return it; other keys are dropped."""
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    raise DataError(f"{place}: {line[:40]!r} is not JSON, expected one object a line") from None
+  if not isinstance(row, dict) or not {"nums", "target"} <= row.keys():
+    raise DataError(f'{place}: expected {{"nums": [...], "target": ...}}, got {line[:60]!r}')
+  nums, target = row["nums"], row["target"]
+  if not isinstance(nums, list) or not all(type(n) is int and n > 0 for n in nums):
+    raise DataError(f"{place}: nums is {str(nums)[:60]}, expected a list of positive integers")
+  if not 2 <= len(nums) <= arithmetic.MOST_NUMBERS:
+    raise DataError(
+      f"{place}: nums has {len(nums)} numbers, expected 2 to {arithmetic.MOST_NUMBERS}"
+    )
+  if type(target) is not int:
+    raise DataError(f"{place}: target is {str(target)[:60]!r}, expected an integer")
+  return {"nums": nums, "target": target}

@@ -1,0 +1,99 @@
+"""Where Sudoku puzzles come from: drawn at random or read from a file, as codes of one split."""
+
+import functools
+import itertools
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from d1jax.tasks import common, sudoku_grids
+from d1jax.tasks.base import DataError
+
+FILE = "sudoku/train.csv"
+HEADER = "Puzzle,Solution"
+
+_log = logging.getLogger(__name__)
+
+
+@functools.lru_cache(maxsize=16)
+def draw(split: str, seed: int, count: int, clues: tuple[int, int]) -> tuple[int, ...]:
+  """Draw `count` distinct puzzles of a split; a smaller count gives the start of a larger one.
+
+  A lane is a set of grids; lanes take turns, so that each gives as many puzzles as the others.
+  `train` is one lane with all its grids, the other splits have a lane a grid. A lane keeps a
+  shuffled pile for each number of clues; a puzzle is the next one of a pile drawn at random.
+  Raises a DataError when the split has fewer puzzles.
+  """
+  rng = np.random.default_rng((seed, common.SPLITS.index(split)))
+  grids = rng.permutation(sudoku_grids.SPLIT_GRIDS[split])
+  lanes: list[list[list[int]]] = []
+  for some in np.split(grids, 1 if split == "train" else len(grids)):
+    codes = np.concatenate([sudoku_grids.grid_puzzles(split, int(grid)) for grid in some])
+    found = sudoku_grids.clue_counts()[codes % sudoku_grids.MASKS]
+    piles = [rng.permutation(codes[found == k]) for k in range(clues[0], clues[1] + 1)]
+    lanes.append([pile[:count][::-1].tolist() for pile in piles])
+  available = sum(len(pile) for lane in lanes for pile in lane)
+  if count > available:
+    raise DataError(
+      f"sudoku: sizes[{split!r}] is {count}, but only {available} puzzles with {clues[0]} to "
+      f"{clues[1]} clues exist in this split; lower the size or widen clues"
+    )
+  drawn: list[int] = []
+  for lane in itertools.cycle(lanes):
+    if len(drawn) == count:
+      break
+    stocked = [pile for pile in lane if pile]
+    if stocked:
+      drawn.append(stocked[rng.integers(len(stocked))].pop())
+  return tuple(drawn)
+
+
+def read(root: str, split: str) -> Sequence[int]:
+  """Read the split's puzzles of `root/sudoku/train.csv` in the order of the file, each once.
+
+  A row that breaks the format or the rules is a DataError that names its line. Puzzles with
+  several solutions (one might be a held-out grid) and repeated ones are left out and logged.
+  """
+  lines = common.read_lines(root, FILE)
+  if lines[0] != HEADER:
+    raise DataError(f"{FILE} line 1: the header is {lines[0][:80]!r}, expected {HEADER!r}")
+  rows = [_parse(f"{FILE} line {number}", line) for number, line in enumerate(lines[1:], start=2)]
+  every = np.array(rows, dtype=np.int64)
+  masks = every % sudoku_grids.MASKS
+  codes = every[sudoku_grids.unique_masks()[every >> sudoku_grids.CELLS, masks]]
+  distinct = list(dict.fromkeys(codes.tolist()))
+  ambiguous, repeated = len(every) - len(codes), len(codes) - len(distinct)
+  if ambiguous or repeated:
+    _log.warning(
+      "%s: left out %d puzzles with several solutions and %d repeated ones",
+      FILE,
+      ambiguous,
+      repeated,
+    )
+  codes = np.array(distinct, dtype=np.int64)
+  return tuple(codes[sudoku_grids.in_split(split, codes)].tolist())
+
+
+def _parse(place: str, line: str) -> int:
+  """Check every rule of one row and return its code."""
+  columns = line.split(",")
+  if len(columns) != 2:
+    raise DataError(f"{place}: {len(columns)} columns, expected 2 ({HEADER})")
+  for name, value, allowed in zip(("puzzle", "solution"), columns, ("01234", "1234"), strict=True):
+    if value.strip("0123456789"):
+      raise DataError(f"{place}: {name} {value[:40]!r} is not all digits, expected 16 digits")
+    if len(value) != 16:
+      raise DataError(f"{place}: {name} {value[:40]!r} has {len(value)} digits, expected 16")
+    if value.strip(allowed):
+      raise DataError(f"{place}: {name} {value!r} has digits other than {', '.join(allowed)}")
+  puzzle, solution = columns
+  if solution not in sudoku_grids.GRID_NUMBER:
+    raise DataError(
+      f"{place}: solution {solution!r} is not a valid grid; "
+      "every row, column and 2x2 box must hold 1, 2, 3 and 4"
+    )
+  for cell, (clue, digit) in enumerate(zip(puzzle, solution, strict=True), start=1):
+    if clue not in ("0", digit):
+      raise DataError(f"{place}: clue {clue} in cell {cell} contradicts the solution's {digit}")
+  return sudoku_grids.encode(puzzle, solution)

@@ -1,0 +1,1 @@
+"""The loops: supervised fine-tuning, then diffu-GRPO."""

@@ -1,0 +1,48 @@
+"""Signs that a run goes wrong, from the recent history of its metrics."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """When to raise an alarm; each figure is a mean over the last `window` iterations.
+
+  Attributes:
+    window: iterations.
+    kl: the policy is this far (nats a token) from the reference.
+    entropy: the policy's draws carry less than this many nats a token: it has stopped exploring.
+    no_signal: this share of the groups has equal rewards throughout and teaches nothing.
+    reward_drop: the reward has fallen by this share of its best mean.
+  """
+
+  window: int = 50
+  kl: float = 1.0
+  entropy: float = 0.005
+  no_signal: float = 0.9
+  reward_drop: float = 0.25
+
+
+def alarms(history: Sequence[Mapping[str, float]], limits: Limits) -> list[str]:
+  """One sentence an alarm; none while the history is shorter than a window or lacks a figure."""
+  if len(history) < limits.window:
+    return []
+
+  def mean(name: str, end: int) -> float | None:
+    values = [h[name] for h in history[max(end - limits.window, 0) : end] if name in h]
+    return sum(values) / len(values) if values else None
+
+  found = []
+  last = len(history)
+  if (kl := mean("kl", last)) is not None and kl > limits.kl:
+    found.append(f"KL to the reference {kl:.2f} is above {limits.kl}: lower the learning rate or raise beta")
+  if (entropy := mean("entropy", last)) is not None and entropy < limits.entropy:
+    found.append(f"entropy {entropy:.4f} is below {limits.entropy}: the policy no longer explores")
+  if (share := mean("no_signal", last)) is not None and share > limits.no_signal:
+    found.append(f"{share:.0%} of the groups have equal rewards: choose harder or easier prompts, or more completions")
+  reward = mean("reward", last)
+  if reward is not None:
+    best = max(filter(None, (mean("reward", end) for end in range(limits.window, last + 1, limits.window))), default=reward)
+    if best > 0 and reward < best * (1 - limits.reward_drop):
+      found.append(f"reward {reward:.3f} has fallen from {best:.3f}: the run may have gone past its best checkpoint")
+  return found

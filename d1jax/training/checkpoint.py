@@ -1,0 +1,136 @@
+"""Checkpoints of a stage with Orbax: asynchronous, sharded, verified on the way back in.
+
+A checkpoint holds the TrainState and, as metadata, all that is needed to go on or to evaluate: data position, config, tokenizer, seconds
+spent, and a fingerprint of every array. A checkpoint that cannot be read or whose fingerprint differs is passed over, loudly, for
+the one before.
+"""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from d1jax.errors import RunError
+from d1jax.fingerprint import fingerprint
+from d1jax.state import TrainState
+
+log = logging.getLogger(__name__)
+METRIC = "validation"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """A checkpoint that was read and verified."""
+
+  step: int
+  state: TrainState
+  metadata: dict[str, Any]
+
+
+def _score(metrics: Any) -> float:
+  return float(metrics[METRIC])
+
+
+class Checkpoints:
+  """The checkpoints of one stage in one folder: the last two and the best by validation are kept."""
+
+  def __init__(self, folder: Path):
+    policies = ocp.training.preservation_policies
+    self.folder = folder
+    self._orbax = ocp.training.Checkpointer(
+      folder.absolute(),
+      preservation_policy=policies.AnyPreservationPolicy(
+        [
+          policies.LatestN(2),
+          policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False),
+        ]
+      ),
+      cleanup_tmp_directories=True,
+    )
+
+  def steps(self) -> list[int]:
+    """The steps that are on disk, ascending."""
+    return sorted(c.step for c in self._orbax.checkpoints)
+
+  def best_step(self) -> int | None:
+    """The step with the best validation, the later of equals; the last one where nothing was validated."""
+    scored = [(_score(c.metrics), c.step) for c in self._orbax.checkpoints if c.metrics]
+    return max(scored)[1] if scored else max(self.steps(), default=None)
+
+  def scores(self) -> dict[int, float]:
+    """Validation by step, of the checkpoints on disk."""
+    return {c.step: _score(c.metrics) for c in self._orbax.checkpoints if c.metrics}
+
+  def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
+    """Starts to write a checkpoint; the arrays are copied before this returns, so `state` may be donated."""
+    self._orbax.save_checkpointables_async(
+      step,
+      {"state": state},
+      overwrite=True,
+      metrics=None if score is None else {METRIC: score},
+      custom_metadata={**metadata, "fingerprint": fingerprint(state)},
+    )
+
+  def wait(self) -> None:
+    """Blocks until all is on disk; an error while writing surfaces here."""
+    self._orbax.wait()
+
+  def close(self) -> None:
+    """Waits and lets go of the folder."""
+    self._orbax.close()
+
+  def restore(self, step: int, abstract: TrainState) -> Restored:
+    """Reads one checkpoint onto the placements of `abstract`, any mesh.
+
+    Raises:
+      RunError: it cannot be read, or is not what was written.
+    """
+    try:
+      state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
+      metadata = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+    except Exception as error:
+      raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({str(error).splitlines()[0][:160]})") from error
+    if fingerprint(state) != metadata["fingerprint"]:
+      raise RunError(f"checkpoint {self.folder}/{step} is corrupt: its arrays are not those that were written")
+    return Restored(step, state, metadata)
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a bad checkpoint out of the way, in case someone wants to look at it."""
+    target = self.folder.parent / "corrupt" / f"{self.folder.name}-{step}"
+    target.parent.mkdir(exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    (self.folder / str(step)).rename(target)
+    self._orbax.reload()
+
+  def restore_latest(self, abstract: TrainState) -> Restored | None:
+    """The last good checkpoint; bad ones are reported, set aside and passed over. None where there is none.
+
+    Raises:
+      RunError: there are checkpoints and none of them is good.
+    """
+    steps = self.steps()
+    failure: RunError | None = None
+    for step in reversed(steps):
+      try:
+        restored = self.restore(step, abstract)
+      except RunError as error:
+        log.warning("%s; falling back to the one before", error)
+        failure = error
+        self._set_aside(step)
+        continue
+      if failure is not None:
+        log.warning("going on from checkpoint %s/%d", self.folder, step)
+      return restored
+    if failure is not None:
+      raise RunError(f"no checkpoint in {self.folder} can be read; delete the folder to start this stage again") from failure
+    return None
+
+
+def with_placements(abstract: Any, placements: Any) -> Any:
+  """Shapes and dtypes with the placement that a restore is to use."""
+  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placements)

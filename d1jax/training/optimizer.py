@@ -1,0 +1,53 @@
+"""AdamW with a warm-up, a decay and a clip, as the d1 runs use it."""
+
+import jax
+import optax
+
+from d1jax.state import Params
+
+
+def decayed(params: Params) -> Params:
+  """True for the weights that decay: all but the norms' scales."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+
+
+def schedule(learning_rate: float, steps: int, warmup_steps: int, decay: str) -> optax.Schedule:
+  """Linear warm-up from 0, then `constant`, or `linear` to 0 at `steps`."""
+  if decay == "constant":
+    tail = optax.constant_schedule(learning_rate)
+  elif decay == "linear":
+    tail = optax.linear_schedule(learning_rate, 0.0, max(steps - warmup_steps, 1))
+  else:
+    raise ValueError(f"decay={decay!r} is unknown; known: constant, linear")
+  return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)), tail], [warmup_steps])
+
+
+def build(
+  *,
+  learning_rate: float,
+  steps: int,
+  warmup_steps: int,
+  decay: str,
+  b1: float,
+  b2: float,
+  weight_decay: float,
+  max_grad_norm: float,
+) -> optax.GradientTransformation:
+  """AdamW (moments in float32) behind a clip by global norm.
+
+  Args:
+    learning_rate: at the end of the warm-up.
+    steps: of the whole run, in optimiser steps.
+    warmup_steps: of the linear warm-up.
+    decay: see `schedule`.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    weight_decay: decoupled, on everything but norms.
+    max_grad_norm: gradients are scaled down to this global norm.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(max_grad_norm),
+    optax.adamw(
+      schedule(learning_rate, steps, warmup_steps, decay), b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed
+    ),
+  )

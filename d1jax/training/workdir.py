@@ -1,0 +1,84 @@
+"""What a run leaves on disk, and whether a folder belongs to this run.
+
+```
+WORKDIR/
+  config.json          the resolved configuration, the run's identity
+  tokenizer.model      the SentencePiece model
+  checkpoints/STAGE/   Orbax checkpoints of `sft` and `grpo`
+  metrics.jsonl        one record an iteration; tensorboard/ holds the same
+  rollouts/            dumped rollouts, when asked for
+  completions/         every graded completion of the last evaluations
+  results.json         the table, when the run is finished; learning_curves.png beside it
+```
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from d1jax.errors import RunError
+
+CHANGEABLE = ("workdir", "mesh", "rules", "sft.steps", "grpo.steps", "grpo.dump_every")
+"""Fields that may differ when a run goes on: placement, totals, logging. Anything else makes another run."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested dictionaries as one with dotted names."""
+  flat: dict[str, Any] = {}
+  for name, value in tree.items():
+    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return flat
+
+
+def may_change(name: str) -> bool:
+  """Whether a field (dotted) may differ on a resume."""
+  return any(name == allowed or name.startswith(allowed + ".") for allowed in CHANGEABLE)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+  """Writes a file so that a reader, or a kill, never sees half of it."""
+  draft = path.with_name(path.name + ".tmp")
+  with draft.open("wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  draft.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON atomically."""
+  write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def claim(workdir: Path, config: dict[str, Any]) -> None:
+  """Makes the folder this run's own, or checks that it is.
+
+  Raises:
+    RunError: it holds a run of another configuration; the message names the fields that differ.
+  """
+  config = json.loads(json.dumps(config))
+  path = workdir / "config.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+      old, new = flatten(json.loads(path.read_text(encoding="utf-8"))), flatten(config)
+      differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not may_change(k))
+      if differing:
+        shown = ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:3])
+        raise RunError(
+          f"{workdir} holds a run of another config ({shown}{', ...' if len(differing) > 3 else ''});"
+          f" use --config.workdir=... for a new run. May change on a resume: {', '.join(CHANGEABLE)}"
+        )
+    write_json(path, config)
+  except (NotADirectoryError, FileExistsError, PermissionError) as error:
+    raise RunError(f"workdir {workdir} cannot be written ({error.strerror}); choose another with --config.workdir=...") from None
+
+
+def versions() -> dict[str, str]:
+  """Versions of Python and of the packages that decide numbers."""
+  return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}

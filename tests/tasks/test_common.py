@@ -1,0 +1,133 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d1jax.tasks import Countdown, Sudoku, Task, build, common
+from d1jax.tasks.base import DataError, Grade
+
+
+@pytest.mark.parametrize(
+  ("text", "answer"),
+  [
+    ("<answer>1</answer>", "1"),
+    ("a <answer>1</answer> b <answer>2</answer> c", "2"),
+    ("<answer>1<answer>2</answer>", "2"),
+    ("<answer>1</answer> 2</answer>", "1"),
+    ("<answer>1</answer><answer>2", "1"),
+    ("<answer></answer>", ""),
+    ("</answer>1<answer>", "</answer>1<answer>"),
+    ("1</answer>", "1</answer>"),
+    ("<answer>1", "<answer>1"),
+    ("", ""),
+    (common.tagged("why", "4 2"), "\n4 2\n"),
+  ],
+)
+def test_final_answer(text, answer):
+  assert common.final_answer(text) == answer
+
+
+@given(st.lists(st.sampled_from(["<answer>", "</answer>", "1", "\n", "<answer", "\ud800"])))
+def test_final_answer_holds_no_whole_block(pieces):
+  answer = common.final_answer("".join(pieces))
+  assert answer in "".join(pieces)
+  if answer != "".join(pieces):
+    assert "</answer>" not in answer
+
+
+def test_final_answer_takes_linear_time():
+  # A regular expression with a lazy wildcard needs minutes here.
+  text = "<answer>" * 200_000
+  assert common.final_answer(text) == text
+  assert common.final_answer(text + "</answer>") == ""
+
+
+def test_build_makes_every_task():
+  sudoku: Task = build("sudoku", seed=3, sizes={"train": 5}, clues=[7, 8])
+  assert sudoku == Sudoku(seed=3, sizes={"train": 5}, clues=(7, 8))
+  assert len(sudoku.records("train")) == 5
+  assert build("countdown", largest=9) == Countdown(largest=9)
+  assert build("countdown", sizes=None).sizes == Countdown().sizes
+  assert hash(build("sudoku")) == hash(Sudoku())
+
+
+def test_unknown_names_list_the_known_ones():
+  with pytest.raises(ValueError, match="unknown task 'chess'; choose one of: sudoku, countdown"):
+    build("chess")
+  with pytest.raises(ValueError, match=r"unknown option of sudoku 'clue'; .*clues"):
+    build("sudoku", clue=(4, 5))
+  for task in (Sudoku(), Countdown()):
+    record = {"puzzle": "0" * 16, "solution": "1" * 16, "nums": [1, 2], "target": 3}
+    with pytest.raises(ValueError, match=r"unknown split 'eval'; .*train, validation, test"):
+      task.records("eval")
+    for method in (task.prompt, task.demonstration, task.baseline):
+      with pytest.raises(ValueError, match="unknown style 'd2'; choose one of: d1, terse"):
+        method(record, "d2")
+
+
+@pytest.mark.parametrize("task", [Sudoku, Countdown])
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("seed", -1, "seed is -1; give an integer of at least 0"),
+    ("seed", True, "seed is True"),
+    ("root", 7, "root is 7; give the data folder's path"),
+    ("sizes", {"train": -2}, r"sizes\['train'\] is -2; give an integer of at least 0"),
+    ("sizes", {"train": 1.5}, r"sizes\['train'\] is 1.5"),
+    ("sizes", {"dev": 1}, "unknown split in .* sizes 'dev'; choose one of: demonstrations"),
+  ],
+)
+def test_bad_shared_fields(task, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    task(**{field: value})
+
+
+@pytest.mark.parametrize(
+  ("task", "field", "value", "message"),
+  [
+    (Sudoku, "clues", (3, 9), r"sudoku clues is \(3, 9\); .* 4 <= first <= last <= 15"),
+    (Sudoku, "clues", (4, 16), "sudoku clues"),
+    (Sudoku, "clues", (9, 8), "sudoku clues"),
+    (Sudoku, "clues", 8, "sudoku clues is 8"),
+    (Countdown, "numbers", (1, 3), r"countdown numbers .* 2 <= first <= last <= 6"),
+    (Countdown, "numbers", (3, 7), "countdown numbers"),
+    (Countdown, "largest", 0, "countdown largest is 0"),
+    (Countdown, "targets", (0, 5), "1 <= first <= last$"),
+    (Countdown, "targets", (5, True), "countdown targets"),
+  ],
+)
+def test_bad_own_fields(task, field, value, message):
+  with pytest.raises(ValueError, match=message):
+    task(**{field: value})
+
+
+def test_a_size_of_zero_is_an_empty_split(data_root):
+  for task in (Sudoku, Countdown):
+    for root in (None, data_root):
+      assert list(task(root=root, sizes={"test": 0}).records("test")) == []
+
+
+def test_a_file_may_lack_a_split_of_size_zero(tmp_path):
+  (tmp_path / "sudoku").mkdir()
+  (tmp_path / "sudoku/train.csv").write_text("Puzzle,Solution\n")
+  task = Sudoku(root=str(tmp_path), sizes={"train": 0})
+  assert list(task.records("train")) == []
+  with pytest.raises(DataError, match="no usable row"):
+    task.records("validation")
+
+
+@pytest.mark.parametrize(("task", "name"), [(Sudoku, "train.csv"), (Countdown, "train.jsonl")])
+def test_missing_empty_and_binary_files(tmp_path, task, name):
+  path = tmp_path / task.name / name
+  with pytest.raises(DataError, match=f"{name}: not found in .*root to None"):
+    task(root=str(tmp_path)).records("train")
+  path.parent.mkdir()
+  path.write_text("")
+  with pytest.raises(DataError, match=f"{name}: the file is empty"):
+    task(root=str(tmp_path)).records("train")
+  path.write_bytes(b"ab\xff")
+  with pytest.raises(DataError, match=f"{name}: byte 2 is not UTF-8"):
+    task(root=str(tmp_path)).records("train")
+
+
+def test_reward_is_the_sum_of_components():
+  assert Grade({"a": 0.25, "b": 1.0}, {}).reward == 1.25
