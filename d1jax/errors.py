@@ -60,6 +60,15 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
+def input_checked() -> Iterator[None]:
+  """Turns the ValueErrors of wrong settings and data files into a `RunError`; for the time before anything is computed."""
+  try:
+    yield
+  except ValueError as error:
+    raise RunError(" ".join(str(error).split())) from error
+
+
+@contextlib.contextmanager
 def explained(stage: str, micro_batch: str) -> Iterator[None]:
   """Turns failures of the machine into a `RunError`; other exceptions pass.
 

@@ -25,8 +25,8 @@ class Tokenizer(Protocol):
     """The ids of an answer, its stop id included."""
     ...
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids, without special tokens."""
+  def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of rows of ids, without special tokens."""
     ...
 
 
@@ -87,6 +87,6 @@ class SentencePieceTokenizer:
     """The text and the end-of-sequence token."""
     return [*self._processor.encode(text), self.pad_id]
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids; control tokens vanish, the mask shows as `<mask>`."""
-    return self._processor.decode([int(i) for i in ids])
+  def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of rows of ids; control tokens vanish, the mask shows as `<mask>`, ids beyond the model as nothing."""
+    return self._processor.decode([[i for i in row if i < self.vocab] for row in rows])

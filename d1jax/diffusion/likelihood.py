@@ -100,7 +100,7 @@ def denoising_loss(
 
   `sum_{b,i} weight[b,i] * masked[b,i] * CE[b,i] / t[b]`, with t ~ U(0.001, 1) a row. The completion's end-of-sequence padding
   is part of the response: attended to, masked and learned, so that the model knows where answers end. `weight` holds the
-  normalisation, `1 / tokens in the batch` a token (d1) or `1 / (B * tokens in the row)` (LLaDA); see `d1jax.rl.losses.token_weights`.
+  normalisation.
 
   Returns:
     The loss, and `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) as a metric.

@@ -95,12 +95,14 @@ class Sudoku:
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
     """Return one user turn and no prefill.
 
-    `d1` is its text to the letter; `terse` is one word a cell, the cell's letter (a to p in
-    reading order) and its clue or 0: `a1 b0 c0 d3 e0 ...`.
+    `d1` is its text to the letter. `terse` is the 16 clues and then the names of the 16 cells,
+    `1003...abcdefghijklmnop`: the 16 digits of the answer follow, so that each cell's clue, name
+    and answer stand at fixed distances, and a model with relative positions can tell which cell
+    it is looking at.
     """
     common.check_choice("style", style, common.STYLES)
     puzzle = record["puzzle"]
-    content = " ".join(map("".join, zip(_CELL_NAMES, puzzle, strict=True)))
+    content = puzzle + _CELL_NAMES
     if style == "d1":
       content = f"{SUDOKU_SYSTEM_PROMPT}\n\nSolve the following Sudoku puzzle: {puzzle}\n"
     return [{"role": "user", "content": content}], ""
@@ -161,4 +163,4 @@ def _grade(satisfied: int, right: int, empty: int, well_formed: int) -> Grade:
 
 def _format(reasoning: str, answer: str, style: str) -> str:
   common.check_choice("style", style, common.STYLES)
-  return common.tagged(reasoning, answer) if style == "d1" else " ".join(answer)
+  return common.tagged(reasoning, answer) if style == "d1" else answer

@@ -29,10 +29,11 @@ TOKENIZER_SAMPLE = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-  """Records of one split with their tokenised prompts."""
+  """Records of one split with their tokenised prompts and the given starts of their answers, which end the prompts."""
 
   records: list[Record]
   prompts: list[list[int]]
+  prefills: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +87,14 @@ class Experiment:
     """The records of a split whose prompts fit a bucket; the others are left out and counted."""
     records = list(self.task.records(split))
     style = self.config.task.style
-    prompts = [self.tokenizer.prompt(*self.task.prompt(r, style)) for r in records]
+    asked = [self.task.prompt(r, style) for r in records]
+    prompts = [self.tokenizer.prompt(messages, prefill) for messages, prefill in asked]
     keep = [i for i, ids in enumerate(prompts) if len(ids) <= max(self.buckets)]
     if len(keep) < len(records):
       print(f"{split}: left out {len(records) - len(keep)} of {len(records)} prompts longer than {max(self.buckets)} tokens")
     if not keep:
       raise ValueError(f"every {split} prompt is longer than prompt_buckets={self.buckets}: raise config.data.prompt_buckets")
-    return Texts([records[i] for i in keep], [prompts[i] for i in keep])
+    return Texts(*([rows[i] for i in keep] for rows in (records, prompts, [prefill for _, prefill in asked])))
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""

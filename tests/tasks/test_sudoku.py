@@ -245,8 +245,8 @@ def test_terse_style():
   messages, prefill = Sudoku().prompt(RECORD, "terse")
   words = "a0 b3 c2 d1 e0 f0 g3 h0 i0 j4 k0 l0 m2 n1 o0 p0"
   assert (messages, prefill) == ([{"role": "user", "content": words}], "")
-  assert Sudoku().demonstration(RECORD, "terse") == "4 3 2 1 1 2 3 4 3 4 1 2 2 1 4 3"
-  assert Sudoku().baseline(RECORD, "terse") == "1 3 2 1 1 1 3 1 1 4 1 1 2 1 1 1"
+  assert Sudoku().demonstration(RECORD, "terse") == "4321123434122143"
+  assert Sudoku().baseline(RECORD, "terse") == "1321113114112111"
 
 
 def test_d1_completions():

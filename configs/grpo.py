@@ -1,0 +1,149 @@
+"""d1's recipe: masked SFT, then diffu-GRPO, then evaluation.
+
+`--config=configs/grpo.py:WORDS`, words separated by commas: a size (`tiny`, the default; `smoke`; `llada_8b`) and a task (`sudoku`, the
+default; `countdown`). Any field can be set on the command line: `--config.grpo.learning_rate=1e-4`.
+"""
+
+from ml_collections import config_dict
+
+ADAM = dict(b1=0.9, b2=0.99, weight_decay=0.1)
+
+
+def get_config(words: str = "") -> config_dict.ConfigDict:
+  """The configuration of the preset words."""
+  c = config_dict.ConfigDict()
+  c.mode = "grpo"
+  c.seed = 0
+  c.workdir = "runs/grpo"
+
+  # Devices along each axis; -1 takes those that are left.
+  c.mesh = dict(data=1, fsdp=-1, tensor=1)
+  # Where logical axes live: a mesh axis, a tuple of them, or None (replicated).
+  c.rules = dict(
+    batch=("data", "fsdp"), length=None, vocab="tensor", embed="fsdp", heads="tensor", mlp="tensor", norm=None, layers=None
+  )
+
+  c.model = dict(
+    size="llada_8b",
+    # Sizes that differ from the preset's; None is the preset's.
+    overrides=dict(embed=None, heads=None, mlp=None, layers=None, rope_theta=None),
+    dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPUs
+    remat=True,
+    unroll=1,  # layers the scan unrolls
+  )
+  c.tokenizer = dict(model_type="char", vocab_size=512)
+
+  # root: a folder with data files (docs/data.md); None generates problems by rule.
+  c.data = dict(root=config_dict.placeholder(str), prompt_buckets=(256,))
+  c.task = dict(
+    name="sudoku",
+    style="d1",
+    sizes=dict(demonstrations=64, train=20000, validation=400, test=880),
+    options=config_dict.ConfigDict(),
+  )
+
+  # d1's rollouts.
+  c.rollout = dict(
+    completion_length=256,
+    diffusion_steps=128,
+    block_length=32,
+    temperature=0.9,
+    cfg_scale=0.0,
+    remasking="low_confidence",
+  )
+
+  # d1's supervised fine-tuning.
+  c.sft = dict(
+    steps=2460,
+    batch_size=8,
+    accumulation=1,
+    learning_rate=1e-5,
+    warmup_steps=0,
+    decay="linear",
+    b1=0.9,
+    b2=0.999,
+    weight_decay=0.1,
+    max_grad_norm=1.0,
+    logits_chunk=64,  # completion positions whose logits exist at a time; None: all
+    validate_every=100,
+  )
+
+  # d1's diffu-GRPO; one step is one rollout and num_iterations optimiser steps.
+  c.grpo = dict(
+    steps=642,
+    prompts_per_iteration=16,
+    num_generations=6,
+    num_iterations=12,  # mu
+    accumulation=2,
+    epsilon=0.5,
+    beta=0.04,
+    p_mask_prompt=0.15,
+    scale_rewards=False,  # divide advantages by the group's standard deviation
+    aggregation="token",
+    learning_rate=3e-6,
+    warmup_steps=1,
+    decay="constant",
+    max_grad_norm=0.2,
+    logits_chunk=64,
+    validate_every=10,
+    dump_every=0,  # iterations between dumped rollouts; 0: none
+    **ADAM,
+  )
+  c.evaluation = dict(batch_size=96)
+
+  presets = {"llada_8b": (), "tiny": (_tiny,), "smoke": (_tiny, _smoke), "sudoku": (), "countdown": (_countdown,)}
+  sizes, tasks = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown")
+  chosen = [word for word in words.split(",") if word]
+  for kind in (sizes, tasks):
+    named = [word for word in chosen if word in kind] or [kind[0]]
+    if len(named) > 1:
+      raise ValueError(f"preset words {', '.join(named)} exclude each other: name one of {', '.join(kind)}")
+    for apply in presets[named[0]]:
+      apply(c)
+  unknown = [word for word in chosen if word not in presets]
+  if unknown:
+    raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join((*sizes, *tasks))}")
+  return c
+
+
+def _tiny(c: config_dict.ConfigDict) -> None:
+  """A model of 0.1M parameters that learns 4x4 Sudoku in minutes on two cores."""
+  c.mesh.update(data=-1, fsdp=1)
+  c.model.update(size="tiny", remat=False, unroll=2)
+  c.data.prompt_buckets = (33,)
+  c.task.style = "terse"
+  c.rollout.update(completion_length=18, diffusion_steps=4, block_length=18, temperature=1.0)
+  c.sft.update(steps=300, batch_size=32, learning_rate=3e-3, warmup_steps=50, logits_chunk=None, validate_every=100)
+  c.grpo.update(
+    steps=600,
+    num_generations=8,
+    num_iterations=1,
+    accumulation=1,
+    beta=0.0,
+    p_mask_prompt=0.0,
+    learning_rate=1e-3,
+    warmup_steps=20,
+    decay="linear",
+    max_grad_norm=1.0,
+    weight_decay=0.0,
+    logits_chunk=None,
+    validate_every=50,
+  )
+  c.evaluation.batch_size = 440
+
+
+def _smoke(c: config_dict.ConfigDict) -> None:
+  """Every stage in about half a minute."""
+  c.workdir = "runs/smoke"
+  c.task.sizes.update(train=500, validation=40, test=88)
+  c.sft.update(steps=20, validate_every=10, warmup_steps=5)
+  c.grpo.update(steps=8, prompts_per_iteration=4, num_generations=4, validate_every=4, warmup_steps=2)
+  c.evaluation.batch_size = 88
+
+
+def _countdown(c: config_dict.ConfigDict) -> None:
+  c.task.name = "countdown"
+  c.task.sizes.update(validation=200, test=400)
+  if c.task.style == "terse":
+    c.data.prompt_buckets = (24,)
+    c.rollout.update(completion_length=24, block_length=24)

@@ -1,0 +1,48 @@
+"""`python -m d1jax.main --config=configs/grpo.py`: reads the configuration and hands over to the mode that it names."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app
+from ml_collections import ConfigDict, config_flags
+
+from d1jax import errors
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with preset words behind a colon.")
+
+
+def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
+  """The function that runs a mode; imported late, so that a mistyped flag is answered at once."""
+  if config.mode in ("grpo", "sft"):
+    from d1jax.training import recipe
+
+    return recipe.run
+  if config.mode == "eval":
+    from d1jax.training import evaluate
+
+    return evaluate.run
+  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval")
+
+
+def _run(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise errors.RunError(f"unexpected argument {argv[1]!r}; fields are set with --config.FIELD=VALUE")
+  if _CONFIG.value is None:
+    raise errors.RunError("no configuration; try --config=configs/grpo.py")
+  logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
+  _mode(_CONFIG.value)(_CONFIG.value)
+
+
+def main() -> None:
+  """Runs the command line; a failure is one line on standard error and an exit code (see `d1jax.errors`)."""
+  try:
+    app.run(_run)
+  except errors.RunError as error:
+    print(f"d1jax: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+  main()

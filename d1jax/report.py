@@ -1,0 +1,107 @@
+"""What a run says at its end: a table, sample completions, a picture of the learning curves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from d1jax.evaluation import Evaluation
+from d1jax.training.metrics import read_records
+
+SMOOTHING = 20
+"""Iterations over which training curves are averaged."""
+
+
+def samples(evaluation: Evaluation, count: int = 5) -> list[dict[str, Any]]:
+  """A few completions, spread evenly over the split."""
+  chosen = np.linspace(0, len(evaluation.records) - 1, min(count, len(evaluation.records))).astype(int)
+  return [
+    {
+      "record": dict(evaluation.records[i]),
+      "completion": evaluation.graded.texts[i],
+      "reward": float(evaluation.graded.rewards[i]),
+      "solved": bool(evaluation.graded.grades[i].metrics["solved"][0]),
+    }
+    for i in chosen
+  ]
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+  """Shares in percent with their 95% intervals, one row an arm."""
+  metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in next(iter(rows.values()))]
+  head = f"{'':<18}" + "".join(f"{name.replace('_', ' '):>14}{'95% interval':>17}" for name in metrics) + f"{'n':>7}"
+  lines = [head, "-" * len(head)]
+  for name, row in rows.items():
+    cells = ""
+    for metric in metrics:
+      low, high = row[f"{metric}_interval"]
+      cells += f"{100 * row[metric]:>13.1f}%" + f"[{100 * low:.1f}, {100 * high:.1f}]".rjust(17)
+    lines.append(f"{name:<18}{cells}{row['n']:>7}")
+  return "\n".join(lines)
+
+
+def summary(results: Mapping[str, Any], workdir: Path) -> str:
+  """The closing words of a run."""
+  rows = {"constant answer": results["baseline"]}
+  if "before" in results:
+    rows["SFT"] = results["before"]
+  rows["SFT + diffu-GRPO" if "before" in results else "SFT"] = results["after"]
+  seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
+  lines = [
+    f"Held-out split of {results['config']['task']['name']}, greedy:",
+    "",
+    table(rows),
+    "",
+    "Sample completions:",
+  ]
+  for sample in results["samples"]:
+    shown = {k: v for k, v in sample["record"].items() if k != "solution"}
+    lines.append(f"  {shown} -> {sample['completion']!r}  {'solved' if sample['solved'] else 'wrong'}")
+  return "\n".join(
+    [
+      *lines,
+      "",
+      f"Time:             {seconds.replace('this_invocation', 'this command')}",
+      f"Learning curves:  {workdir / 'learning_curves.png'}",
+      f"Completions:      {workdir / 'completions'}",
+      f"Results:          {workdir / 'results.json'}",
+      f"Checkpoint:       {results['checkpoint']}",
+    ]
+  )
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+  """The running mean over up to `window` values, shorter at the start."""
+  total = np.cumsum(np.insert(values, 0, 0.0))
+  end = np.arange(1, len(values) + 1)
+  start = np.maximum(end - window, 0)
+  return (total[end] - total[start]) / (end - start)
+
+
+def plot_learning_curves(workdir: Path) -> Path:
+  """Draws `learning_curves.png` from `metrics.jsonl`: one panel a stage."""
+  records = read_records(workdir / "metrics.jsonl")
+  stages = list(dict.fromkeys(r["stage"] for r in records))
+  figure, axes = plt.subplots(1, len(stages), figsize=(5.5 * len(stages), 3.8), squeeze=False, layout="constrained")
+  curves = {"sft": [("loss", "loss"), ("validation", "validation: solved")]}
+  curves["grpo"] = [("reward", "reward"), ("solved", "training: solved"), ("validation", "validation: solved")]
+  titles = {"sft": "Masked SFT", "grpo": "diffu-GRPO"}
+  for axis, stage in zip(axes[0], stages, strict=True):
+    own = [r for r in records if r["stage"] == stage]
+    for name, label in curves[stage]:
+      points = np.asarray([(r["iteration"], r[name]) for r in own if name in r], float).reshape(-1, 2)
+      is_validation = name == "validation"
+      values = points[:, 1] if is_validation else smoothed(points[:, 1], SMOOTHING)
+      axis.plot(points[:, 0], values, marker="o" if is_validation else None, markersize=4, label=label)
+    axis.set(title=titles[stage], xlabel="iteration", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+  path = workdir / "learning_curves.png"
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+  return path

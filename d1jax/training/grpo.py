@@ -1,0 +1,194 @@
+"""diffu-GRPO: roll out, grade, update. Two compiled programs an iteration, one visit to the host between them."""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from d1jax import keys
+from d1jax.data import pipeline
+from d1jax.diffusion.likelihood import one_step
+from d1jax.diffusion.rollout import Rollout
+from d1jax.diffusion.sampler import sample
+from d1jax.parallel.mesh import place
+from d1jax.rl.advantage import group_relative
+from d1jax.rl.grading import Graded, grade
+from d1jax.rl.update import UpdateMetrics, UpdateSpec, update
+from d1jax.state import Frozen, TrainState, merge
+from d1jax.training import dump
+from d1jax.training.experiment import Experiment, Texts
+
+SHOWN = ("reward", "loss", "tokens_per_second")
+NO_SIGNAL = 1e-6
+"""A group whose rewards differ by less teaches nothing."""
+
+
+class Programs:
+  """The two compiled programs of an iteration, compiled for every prompt bucket before the first one."""
+
+  def __init__(self, experiment: Experiment, optimizer: optax.GradientTransformation):
+    config = experiment.config.grpo
+    self._experiment = experiment
+    self._optimizer = optimizer
+    self._num_generations = config.num_generations
+    self._divide_by_std = config.scale_rewards
+    self._spec = UpdateSpec(
+      config.num_iterations, config.accumulation, config.epsilon, config.beta, config.aggregation
+    )
+    self._estimator = functools.partial(one_step, p_mask_prompt=config.p_mask_prompt, chunk=config.logits_chunk)
+    placement = experiment.state_placement(optimizer)
+    frozen = Frozen({}, experiment.params_placement)
+    rows, scalar = experiment.by_row, experiment.replicated
+    self._rollout = jax.jit(
+      self._rollout_program,
+      in_shardings=(experiment.params_placement, frozen, rows, scalar, scalar),
+      out_shardings=rows,
+    )
+    self._update = jax.jit(
+      self._update_program,
+      in_shardings=(placement, frozen, rows, rows),
+      out_shardings=(placement, scalar, rows),
+      donate_argnums=0,
+    )
+    self._compiled: dict[int, tuple[Any, Any]] = {}
+
+  def _rollout_program(
+    self, trainable: Any, frozen: Frozen, prompts: tuple[jax.Array, ...], key: jax.Array, iteration: jax.Array
+  ) -> Rollout:
+    key = keys.purpose_key(key, keys.Purpose.ROLLOUT, iteration)
+    experiment = self._experiment
+    return sample(experiment.denoiser, merge(trainable, frozen), *prompts, key, spec=experiment.sampler)
+
+  def _update_program(
+    self, state: TrainState, frozen: Frozen, rollout: Rollout, rewards: jax.Array
+  ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
+    advantages = group_relative(rewards, self._num_generations, divide_by_std=self._divide_by_std)
+    state, metrics = update(
+      state,
+      frozen,
+      rollout,
+      advantages,
+      denoiser=self._experiment.denoiser,
+      estimator=self._estimator,
+      sampler=self._experiment.sampler,
+      optimizer=self._optimizer,
+      spec=self._spec,
+    )
+    return state, metrics, advantages
+
+  def compile(self, rows: int) -> None:
+    """Compiles both programs for every prompt bucket; a later call with other shapes is an error, not a compilation."""
+    experiment = self._experiment
+    state = experiment.abstract_state(self._optimizer)
+    frozen = Frozen({}, state.trainable)
+    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=experiment.by_row)
+    for width in experiment.buckets:
+      prompts = (row(width), row(width, dtype=jnp.bool_), row(), row())
+      iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=experiment.replicated)
+      lowered = self._rollout.lower(state.trainable, frozen, prompts, state.key, iteration)
+      rollout = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=experiment.by_row), lowered.out_info
+      )
+      rewards = row(dtype=jnp.float32)
+      self._compiled[width] = (lowered.compile(), self._update.lower(state, frozen, rollout, rewards).compile())
+
+  def rollout(self, state: TrainState, frozen: Frozen, prompts: pipeline.PromptBatch, iteration: int) -> Rollout:
+    """Completes one batch of prompts under the current weights; returns at once, the arrays follow."""
+    arrays = (prompts.prompt, prompts.prompt_valid, prompts.sample_id, prompts.group_id)
+    program, _ = self._compiled[prompts.prompt.shape[1]]
+    index = place(np.int32(iteration), self._experiment.replicated)
+    return program(state.trainable, frozen, place(arrays, self._experiment.by_row), state.key, index)
+
+  def update(
+    self, state: TrainState, frozen: Frozen, rollout: Rollout, rewards: np.ndarray
+  ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
+    """mu optimiser steps on a graded rollout; `state` is donated. Returns the state, metrics and advantages."""
+    _, program = self._compiled[rollout.prompt.shape[1]]
+    return program(state, frozen, rollout, place(rewards, self._experiment.by_row))
+
+
+def summarise(graded: Graded, rollout: Rollout, metrics: UpdateMetrics, num_generations: int) -> dict[str, float]:
+  """Host numbers of one iteration; task metrics are pooled over the batch."""
+  groups = graded.rewards.reshape(-1, num_generations)
+  mask = rollout.completion_mask
+  values = {
+    "reward": float(graded.rewards.mean()),
+    "reward_std": float(groups.std(axis=1).mean()),
+    "no_signal": float((np.ptp(groups, axis=1) < NO_SIGNAL).mean()),
+    "entropy": float(-(rollout.reveal_logp * mask).sum() / mask.sum()),
+    "completion_length": float(mask.sum(axis=1).mean()),
+  }
+  for name in graded.grades[0].components:
+    values[f"reward/{name}"] = float(np.mean([g.components[name] for g in graded.grades]))
+  for name in graded.grades[0].metrics:
+    top, bottom = np.sum([g.metrics[name] for g in graded.grades], axis=0)
+    values[name] = float(top / max(bottom, 1))
+  for name, value in metrics._asdict().items():
+    values[name] = float(np.min(value) if name == "finite" else np.mean(value))
+  return values
+
+
+def advancer(
+  experiment: Experiment,
+  texts: Texts,
+  frozen: Frozen,
+  programs: Programs,
+  position: int,
+  workdir: Path,
+) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
+  """One iteration of the GRPO stage.
+
+  Args:
+    experiment: network, task and mesh.
+    texts: the training prompts.
+    frozen: the reference policy.
+    programs: compiled.
+    position: the iteration to start at.
+    workdir: where rollouts are dumped, every `grpo.dump_every` iterations.
+  """
+  config = experiment.config.grpo
+  batches = pipeline.prompt_batches(
+    texts.prompts,
+    seed=experiment.config.seed,
+    prompts_per_batch=config.prompts_per_iteration,
+    num_generations=config.num_generations,
+    buckets=experiment.buckets,
+    pad_id=experiment.tokenizer.pad_id,
+    position=position,
+  )
+
+  def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
+    began = time.perf_counter()
+    batch = next(batches)
+    rollout = programs.rollout(state, frozen, batch, iteration)
+    dispatched = time.perf_counter()
+    host_rollout = jax.device_get(rollout)
+    rolled_out = time.perf_counter()
+    records = [texts.records[i] for i in batch.record]
+    prefills = [texts.prefills[i] for i in batch.record]
+    graded = grade(
+      experiment.task, experiment.tokenizer, records, prefills, host_rollout.completion, host_rollout.completion_mask
+    )
+    state, metrics, advantages = programs.update(state, frozen, rollout, graded.rewards)
+    updating = time.perf_counter()
+    host_metrics = jax.device_get(metrics)
+    ended = time.perf_counter()
+    values = summarise(graded, host_rollout, host_metrics, config.num_generations)
+    if config.dump_every and iteration % config.dump_every == 0:
+      dump.write(workdir / "rollouts", iteration, host_rollout, graded, jax.device_get(advantages))
+    compiled = (rolled_out - dispatched) + (ended - updating)
+    total = time.perf_counter() - began
+    values |= {
+      "seconds": total,
+      "compiled_share": compiled / total,
+      "tokens_per_second": host_rollout.completion.size / total,
+    }
+    return state, values
+
+  return advance

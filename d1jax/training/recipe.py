@@ -1,0 +1,191 @@
+"""d1's whole recipe: masked SFT, then diffu-GRPO, then one look at the held-out split. Also SFT alone."""
+
+import base64
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from d1jax import evaluation, report
+from d1jax.errors import explained, input_checked
+from d1jax.evaluation import Evaluation, Evaluator
+from d1jax.fingerprint import fingerprint
+from d1jax.state import Frozen, Params, TrainState
+from d1jax.training import experiment as experiments
+from d1jax.training import grpo, loop, sft
+from d1jax.training.checkpoint import Checkpoints, Restored
+from d1jax.training.experiment import Experiment
+from d1jax.training.interrupts import Interrupts
+from d1jax.training.workdir import claim, flatten, versions, write_json
+
+VALIDATION_METRIC = "solved"
+"""What checkpoints are chosen by, on the validation split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What a stage leaves behind.
+
+  Attributes:
+    best: the weights with the best validation.
+    best_step: their iteration.
+    last: the weights at the end.
+    seconds: that the stage took, earlier attempts included.
+    checkpoint: the folder of the best weights.
+  """
+
+  best: Params
+  best_step: int
+  last: Params
+  seconds: float
+  checkpoint: Path
+
+
+class Recipe:
+  """The stages of one work directory."""
+
+  def __init__(self, config: ConfigDict, workdir: Path, interrupts: Interrupts):
+    self.experiment = experiments.build(config, None, workdir)
+    self.config, self.workdir, self._interrupts = config, workdir, interrupts
+    self._validator = self.evaluator("validation")
+    self._metadata = {
+      "config": config.to_dict(),
+      "tokenizer": base64.b64encode(self.experiment.tokenizer.model).decode(),
+    }
+
+  def evaluator(self, split: str) -> Evaluator:
+    """A greedy evaluation on a split."""
+    sampler = dataclasses.replace(self.experiment.sampler, temperature=0.0)
+    return Evaluator(self.experiment, self.experiment.texts(split), sampler, self.config.evaluation.batch_size)
+
+  def _validate(self, params: Params) -> float:
+    return self._validator(params).share(VALIDATION_METRIC).value
+
+  def _run_stage(
+    self,
+    name: str,
+    section: ConfigDict,
+    optimizer: optax.GradientTransformation,
+    fresh: Callable[[], TrainState],
+    advancer: Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]],
+    shown: tuple[str, ...],
+  ) -> Outcome:
+    """Runs or resumes a stage; nothing is computed twice."""
+    folder = self.workdir / "checkpoints" / name
+    checkpoints = Checkpoints(folder)
+    abstract = self.experiment.abstract_state(optimizer)
+    with explained(name, f"--config.{name}.accumulation={2 * section.accumulation}"):
+      start = checkpoints.restore_latest(abstract)
+      seconds = float(start.metadata["seconds"]) if start else 0.0
+      if start is None or start.step < section.steps:
+        start = start or Restored(0, fresh(), {})
+        stage = loop.Stage(
+          name, section.steps, advancer(start.step), self._validate, section.validate_every, shown, self._metadata
+        )
+        seconds = loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
+      last = checkpoints.restore_latest(abstract)
+      best_step = checkpoints.best_step()
+      assert last is not None
+      assert best_step is not None
+      best = last if best_step == last.step else checkpoints.restore(best_step, abstract)
+      checkpoints.close()
+    return Outcome(best.state.trainable, best_step, last.state.trainable, seconds, folder / str(best_step))
+
+  def sft(self) -> Outcome:
+    """Masked supervised fine-tuning from random weights."""
+    section = self.config.sft
+    optimizer = self.experiment.optimizer(section, section.steps)
+
+    def advancer(position: int) -> Any:
+      return sft.advancer(self.experiment, self.experiment.texts("demonstrations"), optimizer, position)
+
+    fresh = functools.partial(self.experiment.fresh_state, optimizer)
+    return self._run_stage("sft", section, optimizer, fresh, advancer, ("loss", "masked_ce"))
+
+  def grpo(self, start: Params) -> Outcome:
+    """diffu-GRPO from given weights, which stay the reference."""
+    section = self.config.grpo
+    optimizer = self.experiment.optimizer(section, section.steps * section.num_iterations)
+
+    def advancer(position: int) -> Any:
+      programs = grpo.Programs(self.experiment, optimizer)
+      programs.compile(section.prompts_per_iteration * section.num_generations)
+      texts = self.experiment.texts("train")
+      return grpo.advancer(self.experiment, texts, Frozen({}, start), programs, position, self.workdir)
+
+    fresh = functools.partial(self.experiment.state_from, start, optimizer)
+    return self._run_stage("grpo", section, optimizer, fresh, advancer, grpo.SHOWN)
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+  """Runs the job that the configuration describes, or goes on with it, or reprints its table when it is finished.
+
+  Returns:
+    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `baseline`, `params_fingerprint`, `seconds` by
+    stage, `config`, `versions`, `checkpoint`.
+  """
+  workdir = Path(config.workdir)
+  resolved = config.to_dict()
+  finished = workdir / "results.json"
+  claim(workdir, resolved)
+  if finished.exists():
+    results = json.loads(finished.read_text(encoding="utf-8"))
+    if _totals(results["config"]) == _totals(resolved):
+      print(f"{workdir} is finished; this is its result again.\n")
+      print(report.summary(results, workdir))
+      return results
+  began = time.monotonic()
+  with Interrupts() as interrupts:
+    with input_checked():
+      recipe = Recipe(config, workdir, interrupts)
+    outcomes = {"sft": recipe.sft()}
+    if config.mode == "grpo":
+      outcomes["grpo"] = recipe.grpo(outcomes["sft"].best)
+    # The held-out split is looked at once, here.
+    evaluator = recipe.evaluator("test")
+    evaluations = {name: evaluator(outcome.best) for name, outcome in outcomes.items()}
+  results = _results(recipe, outcomes, evaluations, began)
+  write_json(finished, results)
+  print(report.summary(results, workdir))
+  return results
+
+
+def _totals(config: dict[str, Any]) -> list[Any]:
+  flat = flatten(json.loads(json.dumps(config)))
+  return [flat.get("sft.steps"), flat.get("grpo.steps")]
+
+
+def _results(
+  recipe: Recipe, outcomes: dict[str, Outcome], evaluations: dict[str, Evaluation], began: float
+) -> dict[str, Any]:
+  """Collects the results and writes the completions and the learning curves."""
+  config, workdir = recipe.config, recipe.workdir
+  final = outcomes[config.mode]
+  names = {"sft": "before", "grpo": "after"} if config.mode == "grpo" else {"sft": "after"}
+  evaluated = {names[stage]: found for stage, found in evaluations.items()}
+  for name, found in evaluated.items():
+    found.write(workdir / "completions" / f"{name}.jsonl")
+  report.plot_learning_curves(workdir)
+  task, records = recipe.experiment.task, evaluated["after"].records
+  baseline = evaluation.baseline(task, records, config.task.style)
+  total = time.monotonic() - began
+  seconds = {stage: round(outcome.seconds, 2) for stage, outcome in outcomes.items()}
+  return {
+    **{name: found.summary() for name, found in evaluated.items()},
+    "baseline": baseline.summary(),
+    "samples": report.samples(evaluated["after"]),
+    "params_fingerprint": fingerprint(final.last),
+    "best_iteration": {stage: outcome.best_step for stage, outcome in outcomes.items()},
+    "checkpoint": str(final.checkpoint),
+    "seconds": seconds | {"this_invocation": round(total, 2)},
+    "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+    "config": config.to_dict(),
+    "versions": versions(),
+  }

@@ -1,0 +1,116 @@
+"""Masked supervised fine-tuning on a task's demonstrations, as LLaDA and d1 do it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from d1jax import keys
+from d1jax.data import pipeline
+from d1jax.diffusion.denoiser import Denoiser
+from d1jax.diffusion.likelihood import denoising_loss
+from d1jax.microbatch import split_rows, sum_over_parts
+from d1jax.parallel.mesh import place
+from d1jax.state import Params, TrainState, apply_gradients
+from d1jax.training.experiment import Experiment, Texts
+
+
+def sft_step(
+  state: TrainState,
+  batch: pipeline.SftBatch,
+  *,
+  denoiser: Denoiser,
+  optimizer: optax.GradientTransformation,
+  accumulation: int,
+  logits_chunk: int | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One optimiser step on `denoising_loss`; pure.
+
+  Every completion token of the batch weighs 1 / (B C), its end-of-sequence padding included. As all completions are padded to the
+  same length, that is both d1's mean over tokens and LLaDA's mean over sequences of means over tokens.
+  """
+  key = keys.purpose_key(state.key, keys.Purpose.CORRUPTION, state.step)
+  weights = jnp.full(batch.completion.shape, 1 / batch.completion.size)
+
+  def loss(params: Params, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    rows, weights = part
+    return denoising_loss(
+      denoiser,
+      params,
+      rows.prompt,
+      rows.prompt_valid,
+      rows.completion,
+      weights,
+      rows.sample_id,
+      key,
+      chunk=logits_chunk,
+    )
+
+  gradient = jax.value_and_grad(loss, has_aux=True)
+  parts = split_rows((batch, weights), accumulation)
+  (total, metrics), grads = sum_over_parts(lambda part: gradient(state.trainable, part), parts)
+  norm = optax.tree.norm(grads)
+  finite = jnp.isfinite(total) & jnp.isfinite(norm)
+  metrics = {"loss": total, "grad_norm": norm, "finite": finite, "masked_ce": metrics["masked_ce"] / accumulation}
+  return apply_gradients(state, grads, optimizer, finite), metrics
+
+
+def advancer(
+  experiment: Experiment, texts: Texts, optimizer: optax.GradientTransformation, position: int
+) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
+  """One iteration of the SFT stage: next batch, one compiled step.
+
+  Args:
+    experiment: network, task and mesh.
+    texts: the demonstrations.
+    optimizer: of this stage.
+    position: the batch to start at.
+  """
+  config = experiment.config.sft
+  completions = [
+    experiment.tokenizer.completion(experiment.task.demonstration(r, experiment.config.task.style))
+    for r in texts.records
+  ]
+  length = experiment.sampler.completion_length
+  fitting = sum(len(ids) <= length for ids in completions)
+  if not fitting:
+    raise ValueError(f"no demonstration fits rollout.completion_length={length} tokens: raise it")
+  if fitting < len(completions):
+    print(f"demonstrations: left out {len(completions) - fitting} of {len(completions)} longer than {length} tokens")
+  batches = pipeline.sft_batches(
+    texts.prompts,
+    completions,
+    seed=experiment.config.seed,
+    batch_size=config.batch_size,
+    buckets=experiment.buckets,
+    completion_length=length,
+    pad_id=experiment.tokenizer.pad_id,
+    position=position,
+  )
+  placement = experiment.state_placement(optimizer)
+
+  def program(state: TrainState, batch: pipeline.SftBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+    return sft_step(
+      state,
+      batch,
+      denoiser=experiment.denoiser,
+      optimizer=optimizer,
+      accumulation=config.accumulation,
+      logits_chunk=config.logits_chunk,
+    )
+
+  step = jax.jit(
+    program,
+    in_shardings=(placement, experiment.by_row),
+    out_shardings=(placement, experiment.replicated),
+    donate_argnums=0,
+  )
+
+  def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
+    del iteration  # the pipeline counts along
+    state, metrics = step(state, place(next(batches), experiment.by_row))
+    return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+  return advance
