@@ -18,6 +18,8 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 
   # Devices along each axis; -1 takes those that are left.
   c.mesh = dict(data=1, fsdp=-1, tensor=1)
+  # Without an accelerator: into how many devices the CPU is split.
+  c.cpu_devices = 2
   # Where logical axes live: a mesh axis, a tuple of them, or None (replicated).
   c.rules = dict(
     batch=("data", "fsdp"), length=None, vocab="tensor", embed="fsdp", heads="tensor", mlp="tensor", norm=None, layers=None

@@ -1,25 +1,29 @@
 """Accuracy of completions on a split, with intervals, and a line for every completion."""
 
+import base64
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from d1jax import keys
 from d1jax.data.pipeline import pad_left
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.diffusion.sampler import sample
+from d1jax.errors import RunError, input_checked
 from d1jax.intervals import Share, clustered
 from d1jax.parallel.mesh import place
 from d1jax.rl.grading import Graded, grade
 from d1jax.tasks import Record, Task
-from d1jax.training.experiment import Experiment, Texts
-from d1jax.training.workdir import write_atomically
+from d1jax.training.checkpoint import Checkpoints
+from d1jax.training.experiment import Experiment, Texts, build
+from d1jax.training.workdir import versions, write_atomically, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ def baseline(task: Task, records: Sequence[Record], style: str) -> Evaluation:
 class Evaluator:
   """Completes and grades a fixed list of prompts under any weights, with one compiled program."""
 
-  def __init__(self, experiment: Experiment, texts: Texts, sampler: SamplerSpec, batch_size: int):
+  def __init__(self, experiment: Experiment, texts: Texts, sampler: SamplerSpec, batch_size: int, *, seed: int = 0):
     """Prepares the batches.
 
     Args:
@@ -79,6 +83,7 @@ class Evaluator:
       texts: the split.
       sampler: how to complete; temperature 0 is greedy.
       batch_size: rows a batch; the last one is filled up with repeats that are not graded.
+      seed: of the draws at temperatures above 0.
     """
     self._experiment, self._texts, self._batch_size = experiment, texts, min(batch_size, len(texts.records))
     rows = len(texts.prompts)
@@ -93,7 +98,7 @@ class Evaluator:
       place(batch, experiment.by_row) for batch in zip(*map(by_batch, (tokens, valid, order)), strict=True)
     ]
     self._sample = jax.jit(
-      functools.partial(_sample, experiment, sampler),
+      functools.partial(_sample, experiment, sampler, seed),
       in_shardings=(experiment.params_placement, experiment.by_row, experiment.by_row, experiment.by_row),
       out_shardings=experiment.by_row,
     )
@@ -108,9 +113,74 @@ class Evaluator:
     return Evaluation(records, graded, [experiment.task.cluster(r) for r in records])
 
 
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+  """Shares in percent with their 95% intervals, one row an arm."""
+  metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in next(iter(rows.values()))]
+  head = f"{'':<18}" + "".join(f"{name.replace('_', ' '):>14}{'95% interval':>17}" for name in metrics) + f"{'n':>7}"
+  lines = [head, "-" * len(head)]
+  for name, row in rows.items():
+    cells = ""
+    for metric in metrics:
+      low, high = row[f"{metric}_interval"]
+      cells += f"{100 * row[metric]:>13.1f}%" + f"[{100 * low:.1f}, {100 * high:.1f}]".rjust(17)
+    lines.append(f"{name:<18}{cells}{row['n']:>7}")
+  return "\n".join(lines)
+
+
+def find_checkpoint(path: Path) -> Path:
+  """The folder of one checkpoint: `path` itself, or the best of the last stage of the work directory `path`.
+
+  Raises:
+    RunError: there is none.
+  """
+  if path.name.isdigit() and path.is_dir():
+    return path
+  for stage in ("grpo", "sft"):
+    folder = path / "checkpoints" / stage
+    if folder.is_dir() and (best := Checkpoints(folder).best_step()) is not None:
+      return folder / str(best)
+  raise RunError(f"no checkpoint in {path}: give a work directory of a run, or a folder like WORKDIR/checkpoints/grpo/400")
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+  """Evaluates a checkpoint at each temperature; prints a table, writes every completion and `results.json`."""
+  if config.checkpoint is None:
+    raise RunError("config.checkpoint is not set; give a work directory or a checkpoint's folder")
+  folder = find_checkpoint(Path(config.checkpoint))
+  checkpoints = Checkpoints(folder.parent)
+  metadata = checkpoints.metadata(int(folder.name))
+  trained = ConfigDict(metadata["config"])
+  trained.update(mesh=config.mesh, cpu_devices=config.cpu_devices, seed=trained.seed)
+  with input_checked():
+    experiment = build(trained, base64.b64decode(metadata["tokenizer"]), None)
+    texts = experiment.texts(config.split)
+    samplers = {t: dataclasses.replace(experiment.sampler, temperature=t) for t in config.temperatures}
+  stage = folder.parent.name
+  section = trained[stage]
+  optimizer = experiment.optimizer(section, section.steps)
+  params = checkpoints.restore(int(folder.name), experiment.abstract_state(optimizer)).state.trainable
+  output = Path(config.output) if config.output else folder.parent.parent.parent / "eval"
+  rows = {"constant answer": baseline(experiment.task, texts.records, trained.task.style).summary()}
+  for temperature, sampler in samplers.items():
+    found = Evaluator(experiment, texts, sampler, config.batch_size, seed=config.seed)(params)
+    name = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+    found.write(output / f"{config.split}_{name.replace(' ', '_')}.jsonl")
+    rows[name] = found.summary()
+  results = {"checkpoint": str(folder), "split": config.split, "results": rows, "versions": versions()}
+  write_json(output / "results.json", results)
+  print(f"{folder} on {trained.task.name} {config.split}:\n\n{table(rows)}\n\nCompletions: {output}")
+  return results
+
+
 def _sample(
-  experiment: Experiment, sampler: SamplerSpec, params: Any, prompt: jax.Array, valid: jax.Array, sample_id: jax.Array
+  experiment: Experiment,
+  sampler: SamplerSpec,
+  seed: int,
+  params: Any,
+  prompt: jax.Array,
+  valid: jax.Array,
+  sample_id: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  key = keys.purpose_key(experiment.key, keys.Purpose.EVALUATION)
+  key = keys.purpose_key(jax.random.key(seed), keys.Purpose.EVALUATION)
   rollout = sample(experiment.denoiser, params, prompt, valid, sample_id, sample_id, key, spec=sampler)
   return rollout.completion, rollout.completion_mask

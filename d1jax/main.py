@@ -9,6 +9,7 @@ from absl import app
 from ml_collections import ConfigDict, config_flags
 
 from d1jax import errors
+from d1jax.parallel import multihost
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with preset words behind a colon.")
 
@@ -20,9 +21,9 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
 
     return recipe.run
   if config.mode == "eval":
-    from d1jax.training import evaluate
+    from d1jax import evaluation
 
-    return evaluate.run
+    return evaluation.run
   raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval")
 
 
@@ -32,7 +33,9 @@ def _run(argv: Sequence[str]) -> None:
   if _CONFIG.value is None:
     raise errors.RunError("no configuration; try --config=configs/grpo.py")
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-  _mode(_CONFIG.value)(_CONFIG.value)
+  config = _CONFIG.value
+  multihost.split_cpu(config.cpu_devices)
+  _mode(config)(config)
 
 
 def main() -> None:

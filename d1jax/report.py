@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from d1jax.evaluation import Evaluation
+from d1jax.evaluation import Evaluation, table
 from d1jax.training.metrics import read_records
 
 SMOOTHING = 20
@@ -29,20 +29,6 @@ def samples(evaluation: Evaluation, count: int = 5) -> list[dict[str, Any]]:
     }
     for i in chosen
   ]
-
-
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-  """Shares in percent with their 95% intervals, one row an arm."""
-  metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in next(iter(rows.values()))]
-  head = f"{'':<18}" + "".join(f"{name.replace('_', ' '):>14}{'95% interval':>17}" for name in metrics) + f"{'n':>7}"
-  lines = [head, "-" * len(head)]
-  for name, row in rows.items():
-    cells = ""
-    for metric in metrics:
-      low, high = row[f"{metric}_interval"]
-      cells += f"{100 * row[metric]:>13.1f}%" + f"[{100 * low:.1f}, {100 * high:.1f}]".rjust(17)
-    lines.append(f"{name:<18}{cells}{row['n']:>7}")
-  return "\n".join(lines)
 
 
 def summary(results: Mapping[str, Any], workdir: Path) -> str:

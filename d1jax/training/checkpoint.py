@@ -62,9 +62,9 @@ class Checkpoints:
     scored = [(_score(c.metrics), c.step) for c in self._orbax.checkpoints if c.metrics]
     return max(scored)[1] if scored else max(self.steps(), default=None)
 
-  def scores(self) -> dict[int, float]:
-    """Validation by step, of the checkpoints on disk."""
-    return {c.step: _score(c.metrics) for c in self._orbax.checkpoints if c.metrics}
+  def metadata(self, step: int) -> dict[str, Any]:
+    """What was said beside the state of one checkpoint."""
+    return dict(self._orbax.checkpointables_metadata(step).custom_metadata)
 
   def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
     """Starts to write a checkpoint; the arrays are copied before this returns, so `state` may be donated."""
@@ -92,7 +92,7 @@ class Checkpoints:
     """
     try:
       state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
-      metadata = dict(self._orbax.checkpointables_metadata(step).custom_metadata)
+      metadata = self.metadata(step)
     except Exception as error:
       raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({str(error).splitlines()[0][:160]})") from error
     if fingerprint(state) != metadata["fingerprint"]:

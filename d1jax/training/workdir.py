@@ -21,7 +21,7 @@ from typing import Any
 
 from d1jax.errors import RunError
 
-CHANGEABLE = ("workdir", "mesh", "rules", "sft.steps", "grpo.steps", "grpo.dump_every")
+CHANGEABLE = ("workdir", "mesh", "cpu_devices", "rules", "sft.steps", "grpo.steps", "grpo.dump_every")
 """Fields that may differ when a run goes on: placement, totals, logging. Anything else makes another run."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
