@@ -1,4 +1,6 @@
-"""Evaluation of a checkpoint: `--config=configs/eval.py --config.checkpoint=DIR`, a work directory or one checkpoint's folder."""
+"""Evaluation of a checkpoint: `--config=configs/eval.py --config.checkpoint=DIR`, a work directory or one checkpoint's
+folder.
+"""
 
 from ml_collections import config_dict
 

@@ -1,7 +1,7 @@
 """d1's recipe: masked SFT, then diffu-GRPO, then evaluation.
 
-`--config=configs/grpo.py:WORDS`, words separated by commas: a size (`tiny`, the default; `smoke`; `llada_8b`) and a task (`sudoku`, the
-default; `countdown`). Any field can be set on the command line: `--config.grpo.learning_rate=1e-4`.
+`--config=configs/grpo.py:WORDS`, words separated by commas: a size (`tiny`, the default; `smoke`; `llada_8b`) and a
+task (`sudoku`, the default; `countdown`). Any field can be set on the command line: `--config.grpo.learning_rate=1e-4`.
 """
 
 from ml_collections import config_dict
@@ -22,7 +22,14 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.cpu_devices = 2
   # Where logical axes live: a mesh axis, a tuple of them, or None (replicated).
   c.rules = dict(
-    batch=("data", "fsdp"), length=None, vocab="tensor", embed="fsdp", heads="tensor", mlp="tensor", norm=None, layers=None
+    batch=("data", "fsdp"),
+    length=None,
+    vocab="tensor",
+    embed="fsdp",
+    heads="tensor",
+    mlp="tensor",
+    norm=None,
+    layers=None,
   )
 
   c.model = dict(
@@ -76,7 +83,8 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     prompts_per_iteration=16,
     num_generations=6,
     num_iterations=12,  # mu
-    accumulation=2,
+    accumulation=2,  # micro-batches an optimiser step
+    rollout_chunks=1,  # parts of a rollout; one is graded while the next is computed
     epsilon=0.5,
     beta=0.04,
     p_mask_prompt=0.15,
@@ -93,7 +101,13 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   )
   c.evaluation = dict(batch_size=96)
 
-  presets = {"llada_8b": (), "tiny": (_tiny,), "smoke": (_tiny, _smoke), "sudoku": (), "countdown": (_countdown,)}
+  presets = {
+    "llada_8b": (),
+    "tiny": (_tiny,),
+    "smoke": (_tiny, _smoke),
+    "sudoku": (),
+    "countdown": (_countdown,),
+  }
   sizes, tasks = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown")
   chosen = [word for word in words.split(",") if word]
   for kind in (sizes, tasks):
@@ -115,12 +129,20 @@ def _tiny(c: config_dict.ConfigDict) -> None:
   c.data.prompt_buckets = (33,)
   c.task.style = "terse"
   c.rollout.update(completion_length=18, diffusion_steps=4, block_length=18, temperature=1.0)
-  c.sft.update(steps=300, batch_size=32, learning_rate=3e-3, warmup_steps=50, logits_chunk=None, validate_every=100)
+  c.sft.update(
+    steps=300,
+    batch_size=32,
+    learning_rate=3e-3,
+    warmup_steps=50,
+    logits_chunk=None,
+    validate_every=100,
+  )
   c.grpo.update(
     steps=600,
     num_generations=8,
     num_iterations=1,
-    accumulation=1,
+    accumulation=2,
+    rollout_chunks=2,
     beta=0.0,
     p_mask_prompt=0.0,
     learning_rate=1e-3,

@@ -44,7 +44,12 @@ class InterruptedRunError(RunError):
   exit_code = 130
 
 
-_STORAGE_WORDS = ("No space left", "File too large", "Disk quota", "RESOURCE_EXHAUSTED: Error writing")
+_STORAGE_WORDS = (
+  "No space left",
+  "File too large",
+  "Disk quota",
+  "RESOURCE_EXHAUSTED: Error writing",
+)
 
 
 def is_storage_failure(error: BaseException) -> bool:
@@ -61,7 +66,9 @@ def is_storage_failure(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def input_checked() -> Iterator[None]:
-  """Turns the ValueErrors of wrong settings and data files into a `RunError`; for the time before anything is computed."""
+  """Turns the ValueErrors of wrong settings and data files into a `RunError`; for the time before anything is
+  computed.
+  """
   try:
     yield
   except ValueError as error:

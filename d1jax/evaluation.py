@@ -75,7 +75,15 @@ def baseline(task: Task, records: Sequence[Record], style: str) -> Evaluation:
 class Evaluator:
   """Completes and grades a fixed list of prompts under any weights, with one compiled program."""
 
-  def __init__(self, experiment: Experiment, texts: Texts, sampler: SamplerSpec, batch_size: int, *, seed: int = 0):
+  def __init__(
+    self,
+    experiment: Experiment,
+    texts: Texts,
+    sampler: SamplerSpec,
+    batch_size: int,
+    *,
+    seed: int = 0,
+  ):
     """Prepares the batches.
 
     Args:
@@ -85,8 +93,9 @@ class Evaluator:
       batch_size: rows a batch; the last one is filled up with repeats that are not graded.
       seed: of the draws at temperatures above 0.
     """
-    self._experiment, self._texts, self._batch_size = experiment, texts, min(batch_size, len(texts.records))
-    rows = len(texts.prompts)
+    self._experiment, self._texts = experiment, texts
+    rows, ways = len(texts.prompts), experiment.ways
+    self._batch_size = min(-(-batch_size // ways), -(-rows // ways)) * ways
     count = -(-rows // self._batch_size)
     order = np.arange(count * self._batch_size, dtype=np.int32)
     # Every batch has the width of the largest bucket in use, so that one program serves all.
@@ -99,7 +108,12 @@ class Evaluator:
     ]
     self._sample = jax.jit(
       functools.partial(_sample, experiment, sampler, seed),
-      in_shardings=(experiment.params_placement, experiment.by_row, experiment.by_row, experiment.by_row),
+      in_shardings=(
+        experiment.params_placement,
+        experiment.by_row,
+        experiment.by_row,
+        experiment.by_row,
+      ),
       out_shardings=experiment.by_row,
     )
 
@@ -139,7 +153,9 @@ def find_checkpoint(path: Path) -> Path:
     folder = path / "checkpoints" / stage
     if folder.is_dir() and (best := Checkpoints(folder).best_step()) is not None:
       return folder / str(best)
-  raise RunError(f"no checkpoint in {path}: give a work directory of a run, or a folder like WORKDIR/checkpoints/grpo/400")
+  raise RunError(
+    f"no checkpoint in {path}: give a work directory of a run, or a folder like WORKDIR/checkpoints/grpo/400"
+  )
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -152,7 +168,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   trained = ConfigDict(metadata["config"])
   trained.update(mesh=config.mesh, cpu_devices=config.cpu_devices, seed=trained.seed)
   with input_checked():
-    experiment = build(trained, base64.b64decode(metadata["tokenizer"]), None)
+    experiment = build(trained, base64.b64decode(metadata["tokenizer"]))
     texts = experiment.texts(config.split)
     samplers = {t: dataclasses.replace(experiment.sampler, temperature=t) for t in config.temperatures}
   stage = folder.parent.name
@@ -166,7 +182,12 @@ def run(config: ConfigDict) -> dict[str, Any]:
     name = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     found.write(output / f"{config.split}_{name.replace(' ', '_')}.jsonl")
     rows[name] = found.summary()
-  results = {"checkpoint": str(folder), "split": config.split, "results": rows, "versions": versions()}
+  results = {
+    "checkpoint": str(folder),
+    "split": config.split,
+    "results": rows,
+    "versions": versions(),
+  }
   write_json(output / "results.json", results)
   print(f"{folder} on {trained.task.name} {config.split}:\n\n{table(rows)}\n\nCompletions: {output}")
   return results

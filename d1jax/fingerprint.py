@@ -28,7 +28,7 @@ def _words(x: jax.Array) -> UInt32[Array, "*S"]:
 
 
 @functools.partial(jax.jit, static_argnames="lanes")
-def _checksums(leaves: list[jax.Array], lanes: int = 4) -> UInt32[Array, "leaf lane"]:
+def _checksums(leaves: list[jax.Array], lanes: int = 2) -> UInt32[Array, "leaf lane"]:
   """Position-dependent sums modulo 2^32; integer addition has no order, so any sharding gives the same."""
 
   def one(x: jax.Array) -> UInt32[Array, "lane"]:
@@ -43,7 +43,9 @@ def _checksums(leaves: list[jax.Array], lanes: int = 4) -> UInt32[Array, "leaf l
 
 
 def fingerprint(tree: Any) -> str:
-  """SHA-256 over the names, shapes, types and bits of a tree of arrays; the same on any mesh and number of processes."""
+  """SHA-256 over the names, shapes, types and bits of a tree of arrays; the same on any mesh and number of
+  processes.
+  """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   sums = np.asarray(jax.device_get(_checksums([jnp.asarray(leaf) for _, leaf in leaves])))
   digest = hashlib.sha256()

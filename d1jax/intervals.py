@@ -36,9 +36,9 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 def clustered(numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[Hashable]) -> Share:
   """A ratio of sums in [0, 1] with an interval that treats clusters, not observations, as independent.
 
-  The variance is the linearised one of a ratio over clusters (Cochran, Sampling Techniques, 3rd ed., section 6.3, with G / (G - 1));
-  Wilson's interval is taken at the number of independent observations with that variance, at least one a cluster where the share
-  is 0 or 1 and no variance can be seen.
+  The variance is the linearised one of a ratio over clusters (Cochran, Sampling Techniques, 3rd ed., section 6.3, with
+  G / (G - 1)); Wilson's interval is taken at the number of independent observations with that variance, at least one a
+  cluster where the share is 0 or 1 and no variance can be seen.
 
   Args:
     numerators: one an observation.

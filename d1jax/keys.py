@@ -1,8 +1,8 @@
 """Counter-based randomness: every key is a fold of what the draw is for, never of where it is computed.
 
-A key is `fold_in` of (run seed, purpose, step, sample id, ...). Nothing depends on a batch position, a canvas position, a device or a
-process, so that prompts, masks and uniforms are bit-identical on any mesh. The functions rely on JAX's partitionable threefry (the
-default), under which element i of a draw depends on the key and on i alone.
+A key is `fold_in` of (run seed, purpose, step, sample id, ...). Nothing depends on a batch position, a canvas position,
+a device or a process, so that prompts, masks and uniforms are bit-identical on any mesh. The functions rely on JAX's
+partitionable threefry (the default), under which element i of a draw depends on the key and on i alone.
 """
 
 import enum

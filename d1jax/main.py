@@ -3,9 +3,10 @@
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from absl import app
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from d1jax import errors
@@ -38,10 +39,26 @@ def _run(argv: Sequence[str]) -> None:
   _mode(config)(config)
 
 
+def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags; whatever is wrong with them is one line."""
+  for path in (arg.partition("=")[2].partition(":")[0] for arg in argv if arg.startswith("--config=")):
+    if not Path(path).is_file():
+      raise errors.RunError(f"--config={path}: no such file; the configurations are in configs/")
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError) as error:
+    reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("\"'").split())
+    raise errors.RunError(f"unknown field '{reason}") from error
+  except (flags.Error, TypeError, ValueError) as error:
+    # A configuration's own exception arrives with its traceback; the last line says what is wrong.
+    reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+    raise errors.RunError(f"wrong flag: {reason.removeprefix('ValueError: ')}") from error
+
+
 def main() -> None:
   """Runs the command line; a failure is one line on standard error and an exit code (see `d1jax.errors`)."""
   try:
-    app.run(_run)
+    app.run(_run, flags_parser=_parse)
   except errors.RunError as error:
     print(f"d1jax: {error}", file=sys.stderr)
     sys.exit(error.exit_code)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-  """[B, ...] -> [parts, B / parts, ...]; part m holds rows m, m + parts, ..., so that each device keeps a share of every part."""
+  """[B, ...] -> [parts, B / parts, ...]; part m holds rows m, m + parts, ..., so that each device keeps a share of
+  every part.
+  """
 
   def split(x: jax.Array) -> jax.Array:
     if x.shape[0] % parts:

@@ -75,7 +75,11 @@ def plot_learning_curves(workdir: Path) -> Path:
   stages = list(dict.fromkeys(r["stage"] for r in records))
   figure, axes = plt.subplots(1, len(stages), figsize=(5.5 * len(stages), 3.8), squeeze=False, layout="constrained")
   curves = {"sft": [("loss", "loss"), ("validation", "validation: solved")]}
-  curves["grpo"] = [("reward", "reward"), ("solved", "training: solved"), ("validation", "validation: solved")]
+  curves["grpo"] = [
+    ("reward", "reward"),
+    ("solved", "training: solved"),
+    ("validation", "validation: solved"),
+  ]
   titles = {"sft": "Masked SFT", "grpo": "diffu-GRPO"}
   for axis, stage in zip(axes[0], stages, strict=True):
     own = [r for r in records if r["stage"] == stage]

@@ -44,19 +44,26 @@ def merge(trainable: Params, frozen: Frozen) -> Params:
   return trainable
 
 
-def create(init: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""], init_key: Key[Array, ""]) -> TrainState:
+def create(
+  init: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""], init_key: Key[Array, ""]
+) -> TrainState:
   """A fresh state at step 0, its weights drawn by `init(init_key)`."""
   trainable = init(init_key)
   return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
 
 def apply_gradients(
-  state: TrainState, gradients: Params, optimizer: optax.GradientTransformation, finite: Bool[Array, ""]
+  state: TrainState,
+  gradients: Params,
+  optimizer: optax.GradientTransformation,
+  finite: Bool[Array, ""],
 ) -> TrainState:
   """One optimiser step; the state stays as it was, step count included, where `finite` is false."""
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
   new = state._replace(
-    step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), opt_state=opt_state
+    step=state.step + 1,
+    trainable=optax.apply_updates(state.trainable, updates),
+    opt_state=opt_state,
   )
   keep = lambda a, b: jnp.where(finite, a, b)
   return new._replace(

@@ -1,7 +1,8 @@
 """Deterministic, resumable batches of prompts and demonstrations, with Grain.
 
-Every process walks the same global order and builds the same global batch (text is small); each device then takes its rows of it. So
-the order does not depend on the number of processes, and the data position is one number, the index of the next batch.
+Every process walks the same global order and builds the same global batch (text is small); each device then takes its
+rows of it. So the order does not depend on the number of processes, and the data position is one number, the index of
+the next batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,12 @@ def pad_left(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[np.ndarray, 
 
 
 def prompt_batch(
-  prompts: Sequence[Ids], chosen: Sequence[int], first: int, num_generations: int, buckets: Sequence[int], pad_id: int
+  prompts: Sequence[Ids],
+  chosen: Sequence[int],
+  first: int,
+  num_generations: int,
+  buckets: Sequence[int],
+  pad_id: int,
 ) -> PromptBatch:
   """Lays out the chosen prompts, each `num_generations` times in a row, in the smallest bucket that holds them all.
 
@@ -68,15 +74,19 @@ def prompt_batch(
   """
   width = bucket_for(max(len(prompts[i]) for i in chosen), buckets)
   if width is None:
-    raise ValueError(f"a prompt is longer than the largest bucket {max(buckets)}: raise prompt_buckets, or leave it out")
+    raise ValueError(
+      f"a prompt is longer than the largest bucket {max(buckets)}: raise prompt_buckets, or leave it out"
+    )
   record = np.repeat(np.asarray(chosen, np.int32), num_generations)
   sample_id = first + np.arange(record.size, dtype=np.int32)
-  tokens, valid = pad_left([prompts[i] for i in record], width, pad_id)
+  tokens, valid = pad_left([prompts[int(i)] for i in record], width, pad_id)
   return PromptBatch(sample_id, sample_id // num_generations, tokens, valid, record)
 
 
 def _order(choices: Sequence[int], *, seed: int, batch_size: int) -> Any:
-  """An endless Grain dataset of batches of record indices, reshuffled every epoch; batch k is a function of (seed, k)."""
+  """An endless Grain dataset of batches of record indices, reshuffled every epoch; batch k is a function of (seed,
+  k).
+  """
   dataset = grain.MapDataset.source(list(choices)).seed(seed).shuffle().repeat()
   return dataset.batch(batch_size, drop_remainder=True)
 

@@ -77,7 +77,7 @@ class SentencePieceTokenizer:
     if self.mask_id == self._processor.unk_id():
       raise ValueError(f"the SentencePiece model has no piece {MASK_PIECE!r}: train it with d1jax.data.tokenizer")
     self.bos_id, self.pad_id = self._processor.bos_id(), self._processor.eos_id()
-    self.stop_ids = (self.pad_id,)
+    self.stop_ids: tuple[int, ...] = (self.pad_id,)
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
     """A start token, the contents of the messages one after the other, and the prefill."""

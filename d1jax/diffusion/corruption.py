@@ -20,9 +20,7 @@ class Corrupted(NamedTuple):
   time: Float[Array, "B"]
 
 
-def corrupt(
-  key: Key[Array, ""], sample_id: Int[Array, "B"], completion: Int[Array, "B C"], mask_id: int
-) -> Corrupted:
+def corrupt(key: Key[Array, ""], sample_id: Int[Array, "B"], completion: Int[Array, "B C"], mask_id: int) -> Corrupted:
   """Draws t ~ U(EPSILON, 1) a row and masks each token with probability t (LLaDA, section 2.2; d1's SFT)."""
   per_sample = keys.sample_keys(key, sample_id)
   time = EPSILON + (1 - EPSILON) * keys.uniforms(keys.fold(per_sample, _TIME_STREAM), 1)[:, 0]

@@ -29,8 +29,8 @@ class Denoiser:
     stop_ids: a completion ends with the first of these.
     forbidden_ids: tokens that are never drawn nor given probability: the mask, and ids beyond the tokenizer.
     vocab: the number of logits.
-    hidden_predicting: `(hidden, positions[W]) -> hidden[B W D]`, the states that predict those positions; the only place that knows
-      whether a position predicts itself.
+    hidden_predicting: `(hidden, positions[W]) -> hidden[B W D]`, the states that predict those positions; the only
+      place that knows whether a position predicts itself.
   """
 
   encode: Callable[..., jax.Array]
@@ -44,13 +44,15 @@ class Denoiser:
   def __post_init__(self) -> None:
     for name in ("mask_id", "stop_ids", "forbidden_ids"):
       ids = np.atleast_1d(getattr(self, name))
-      if ids.size and not (0 <= ids.min() and ids.max() < self.vocab):
+      if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab):
         raise ValueError(f"{name}={getattr(self, name)} lies outside the vocabulary of {self.vocab}")
     if self.mask_id not in self.forbidden_ids:
       raise ValueError(f"forbidden_ids={self.forbidden_ids} lacks the mask {self.mask_id}, which is never a prediction")
 
   def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Logits in float32 with the forbidden ids at minus infinity: the one density that is sampled, scored and trained."""
+    """Logits in float32 with the forbidden ids at minus infinity: the one density that is sampled, scored and
+    trained.
+    """
     forbidden = np.zeros(self.vocab, bool)
     forbidden[list(self.forbidden_ids)] = True
     return jnp.where(forbidden, -jnp.inf, self.unembed(params, hidden).astype(jnp.float32))

@@ -6,14 +6,15 @@ from jaxtyping import Array, Float, Int
 
 
 def log_prob(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
-  """log softmax(logits) at the given tokens, in float32."""
+  """Log softmax(logits) at the given tokens, in float32."""
   logits = logits.astype(jnp.float32)
   chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
   return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def inverse_cdf(logits: Float[Array, "*B V"], uniform: Float[Array, "*B"]) -> Int[Array, "*B"]:
-  """Draws from softmax(logits) by inverting its distribution function: the first token whose cumulative mass exceeds `uniform`.
+  """Draws from softmax(logits) by inverting its distribution function: the first token whose cumulative mass exceeds
+  `uniform`.
 
   A token of probability zero is never drawn, whatever the rounding of the cumulative sum.
 

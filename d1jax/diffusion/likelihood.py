@@ -31,9 +31,13 @@ Estimator = Callable[[Denoiser, Params, Rollout, SamplerSpec, Key[Array, ""]], S
 
 
 def token_logps(
-  denoiser: Denoiser, params: Params, hidden: Float[Array, "B C D"], tokens: Int[Array, "B C"], chunk: int | None = None
+  denoiser: Denoiser,
+  params: Params,
+  hidden: Float[Array, "B C D"],
+  tokens: Int[Array, "B C"],
+  chunk: int | None = None,
 ) -> Float[Array, "B C"]:
-  """log p of given tokens from the hidden states that predict them, `chunk` positions at a time.
+  """Log p of given tokens from the hidden states that predict them, `chunk` positions at a time.
 
   Logits of [B, chunk, V] exist at a time, in the backward pass too, where they are computed again.
 
@@ -98,9 +102,9 @@ def denoising_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Masked-diffusion loss of supervised fine-tuning (LLaDA, eq. 5): completion only, weights 1/t.
 
-  `sum_{b,i} weight[b,i] * masked[b,i] * CE[b,i] / t[b]`, with t ~ U(0.001, 1) a row. The completion's end-of-sequence padding
-  is part of the response: attended to, masked and learned, so that the model knows where answers end. `weight` holds the
-  normalisation.
+  `sum_{b,i} weight[b,i] * masked[b,i] * CE[b,i] / t[b]`, with t ~ U(0.001, 1) a row. The completion's end-of-sequence
+  padding is part of the response: attended to, masked and learned, so that the model knows where answers end. `weight`
+  holds the normalisation.
 
   Returns:
     The loss, and `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) as a metric.

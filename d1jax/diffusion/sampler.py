@@ -1,8 +1,9 @@
 """The reverse process: LLaDA's semi-autoregressive, block-wise denoising loop, compiled.
 
-Semantics are those of LLaDA's generate.py (arXiv 2502.09992) with the arithmetic in float32: blocks from left to right; at each step one
-proposal a masked position of the block, ranked by the untempered probability of the proposed token (or at random); the most
-confident are committed and never touched again. Forbidden ids, the mask among them, are never proposed.
+Semantics are those of LLaDA's generate.py (arXiv 2502.09992) with the arithmetic in float32: blocks from left to right;
+at each step one proposal a masked position of the block, ranked by the untempered probability of the proposed token (or
+at random); the most confident are committed and never touched again. Forbidden ids, the mask among them, are never
+proposed.
 """
 
 from typing import NamedTuple
@@ -45,7 +46,9 @@ def block_logits(
   prompt_length: int,
   cfg_scale: float,
 ) -> Float[Array, "B W V"]:
-  """Logits of one block only, guided when `cfg_scale` is positive: l_un + (w + 1)(l_cond - l_un), the prompt masked for l_un."""
+  """Logits of one block only, guided when `cfg_scale` is positive: l_un + (w + 1)(l_cond - l_un), the prompt masked for
+  l_un.
+  """
   hidden = denoiser.encode(params, tokens, valid)
   logits = denoiser.logits(params, denoiser.hidden_predicting(hidden, positions))
   if not cfg_scale:
@@ -97,10 +100,7 @@ def sample(
     positions = prompt_length + start + jnp.arange(width)
     logits = block_logits(denoiser, params, canvas.tokens, valid, positions, prompt_length, spec.cfg_scale)
     proposal, logp = propose(logits, draw(_TOKEN_STREAM), spec.temperature)
-    if spec.remasking == "random":
-      confidence = draw(_ORDER_STREAM)
-    else:
-      confidence = log_prob(logits, proposal)
+    confidence = draw(_ORDER_STREAM) if spec.remasking == "random" else log_prob(logits, proposal)
     masked = tokens == denoiser.mask_id
     chosen = masked & (rank_descending(jnp.where(masked, confidence, -jnp.inf)) < counts[within])
 
@@ -121,5 +121,12 @@ def sample(
   completion = canvas.tokens[:, prompt_length:]
   mask = up_to_stop(completion, denoiser.stop_ids)
   return Rollout(
-    sample_id, group_id, prompt, prompt_valid, completion, mask, canvas.reveal_step, canvas.reveal_logp
+    sample_id,
+    group_id,
+    prompt,
+    prompt_valid,
+    completion,
+    mask,
+    canvas.reveal_step,
+    canvas.reveal_logp,
   )

@@ -4,7 +4,8 @@ import numpy as np
 
 
 def reveal_counts(masked: int, steps: int) -> np.ndarray:
-  """Tokens to reveal at each of `steps` steps, `masked` in all; a remainder goes to the earliest steps (LLaDA's generate.py).
+  """Tokens to reveal at each of `steps` steps, `masked` in all; a remainder goes to the earliest steps (LLaDA's
+  generate.py).
 
   With more steps than tokens the schedule has one step a token: the steps that would reveal nothing are left out.
 

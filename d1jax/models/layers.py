@@ -1,7 +1,7 @@
 """The pieces of a LLaDA block: RMSNorm, rotary embedding, attention, gated MLP.
 
-Shapes: B batch, L length, D embed, N heads, H head size, F MLP width. Weights are stored [in, out] in float32, each with its logical
-axes beside it; they are cast to the compute dtype where they are used.
+Shapes: B batch, L length, D embed, N heads, H head size, F MLP width. Weights are stored [in, out] in float32, each
+with its logical axes beside it; they are cast to the compute dtype where they are used.
 """
 
 from collections.abc import Callable
@@ -112,7 +112,15 @@ class Block(nnx.Module):
   """One pre-norm block: attention, then the gated MLP, each added to the residual stream."""
 
   def __init__(
-    self, embed: int, heads: int, mlp: int, *, theta: float, eps: float, dtype: DTypeLike, rngs: nnx.Rngs
+    self,
+    embed: int,
+    heads: int,
+    mlp: int,
+    *,
+    theta: float,
+    eps: float,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
   ):
     self.attention_norm = RMSNorm(embed, eps=eps, rngs=rngs)
     self.attention = SelfAttention(embed, heads, theta=theta, dtype=dtype, rngs=rngs)

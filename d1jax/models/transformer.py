@@ -1,7 +1,7 @@
 """LLaDA's mask predictor p(x_0 | x_t): a bidirectional transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
 
-The layers are one stacked block under `jax.lax.scan`, so that compile time does not grow with depth. Flax NNX modules define the
-network; everything else sees pure functions of a nested dict of arrays.
+The layers are one stacked block under `jax.lax.scan`, so that compile time does not grow with depth. Flax NNX modules
+define the network; everything else sees pure functions of a nested dict of arrays.
 """
 
 import dataclasses
@@ -13,7 +13,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from d1jax.models.layers import Attention, Block, Constrain, RMSNorm, no_constraint, plain_attention, weight
+from d1jax.models.layers import (
+  Attention,
+  Block,
+  Constrain,
+  RMSNorm,
+  no_constraint,
+  plain_attention,
+  weight,
+)
 
 Params = dict[str, Any]
 
@@ -67,7 +75,13 @@ class Transformer(nnx.Module):
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
     def stacked(rngs: nnx.Rngs) -> Block:
       return Block(
-        size.embed, size.heads, size.mlp, theta=size.rope_theta, eps=size.norm_eps, dtype=dtype, rngs=rngs
+        size.embed,
+        size.heads,
+        size.mlp,
+        theta=size.rope_theta,
+        eps=size.norm_eps,
+        dtype=dtype,
+        rngs=rngs,
       )
 
     self.blocks = stacked(rngs)
@@ -135,12 +149,20 @@ def build(
 
   def module(key: Key[Array, ""]) -> Transformer:
     return Transformer(
-      size, dtype=dtype, remat=remat, unroll=unroll, constrain=constrain, attention=attention, rngs=nnx.Rngs(key)
+      size,
+      dtype=dtype,
+      remat=remat,
+      unroll=unroll,
+      constrain=constrain,
+      attention=attention,
+      rngs=nnx.Rngs(key),
     )
 
   graph, abstract = nnx.split(nnx.eval_shape(lambda: module(jax.random.key(0))))
   axes = jax.tree.map(
-    lambda v: tuple(v.get_metadata()["out_sharding"]), abstract, is_leaf=lambda v: isinstance(v, nnx.Variable)
+    lambda v: tuple(v.get_metadata()["out_sharding"]),
+    abstract,
+    is_leaf=lambda v: isinstance(v, nnx.Variable),
   )
 
   def init(key: Key[Array, ""]) -> Params:

@@ -1,4 +1,6 @@
-"""The mesh over (data, fsdp, tensor), and where logical axes live on it: the only file that builds a Mesh or a PartitionSpec."""
+"""The mesh over (data, fsdp, tensor), and where logical axes live on it: the only file that builds a Mesh or a
+PartitionSpec.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -69,10 +71,8 @@ def constrainer(mesh: Mesh, rules: Rules) -> Callable[[jax.Array, tuple[str | No
   return lambda x, axes: jax.lax.with_sharding_constraint(x, sharding(mesh, rules, *axes))
 
 
-def state_shardings(
-  mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimizer: optax.GradientTransformation
-) -> TrainState:
-  """Where a TrainState lives: moments beside their parameter, scalars replicated.
+def state_shardings(mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimizer: optax.GradientTransformation) -> Any:
+  """Where a TrainState lives, as a TrainState of placements: moments beside their parameter, scalars replicated.
 
   Args:
     mesh: the devices.
@@ -90,7 +90,8 @@ def state_shardings(
     by_parameter,
     transform_non_params=lambda _: replicated,
   )
-  return TrainState(replicated, by_parameter, moments, replicated)
+  placements: tuple[Any, ...] = (replicated, by_parameter, moments, replicated)
+  return TrainState(*placements)
 
 
 def batch_ways(mesh: Mesh, rules: Rules) -> int:
@@ -103,5 +104,6 @@ def batch_ways(mesh: Mesh, rules: Rules) -> int:
 def place(tree: Any, placement: NamedSharding) -> Any:
   """Host arrays, the same on every process, as global arrays of which each device holds its part."""
   return jax.tree.map(
-    lambda x: jax.make_array_from_callback(np.shape(x), placement, lambda index: np.asarray(x)[index]), tree
+    lambda x: jax.make_array_from_callback(np.shape(x), placement, lambda index: np.asarray(x)[index]),
+    tree,
   )

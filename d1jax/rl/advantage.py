@@ -9,7 +9,8 @@ STD_EPSILON = 1e-4
 def group_relative(
   rewards: Float[Array, "B"], num_generations: int, *, divide_by_std: bool = False
 ) -> Float[Array, "B"]:
-  """Each reward minus its group's mean (d1, eq. 3, without GRPO's division), optionally over the group's standard deviation.
+  """Each reward minus its group's mean (d1, eq. 3, without GRPO's division), optionally over the group's standard
+  deviation.
 
   Args:
     rewards: groups are runs of `num_generations` neighbours.

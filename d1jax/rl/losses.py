@@ -13,8 +13,8 @@ def token_weights(mask: Bool[Array, "B C"], aggregation: str) -> Float[Array, "B
 
   Args:
     mask: the tokens that count.
-    aggregation: `token`: every token the same, 1 / tokens in the batch (d1's code); `sequence`: every sequence the same,
-      1 / (B * tokens in the row) (the paper's eq. 4, LLaDA's SFT).
+    aggregation: `token`: every token the same, 1 / tokens in the batch (d1's code); `sequence`: every sequence the
+      same, 1 / (B * tokens in the row) (the paper's eq. 4, LLaDA's SFT).
   """
   tokens = mask.astype(jnp.float32)
   if aggregation == "token":
@@ -64,7 +64,8 @@ def clipped_surrogate(
     beta: weight of the KL term.
   """
   used = weights > 0
-  # Tokens behind the stop id carry no weight; their ratio is set to 1, so that nothing of them can overflow into the sum.
+  # Tokens behind the stop id carry no weight; their ratio is set to 1, so that nothing of them can overflow into the
+  # sum.
   log_ratio = jnp.where(used, logp - old_logp, 0.0)
   ratio = jnp.exp(log_ratio)
   advantage = advantages[:, None]

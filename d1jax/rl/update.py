@@ -1,7 +1,7 @@
 """The diffu-GRPO update: one compiled program from a graded rollout to the next state.
 
-It draws the mu prompt masks, scores old and reference log-probabilities under them, and scans the mu inner optimiser steps, each of
-which accumulates gradients over micro-batches. Nothing in it depends on Python state.
+It draws the mu prompt masks, scores old and reference log-probabilities under them, and scans the mu inner optimiser
+steps, each of which accumulates gradients over micro-batches. Nothing in it depends on Python state.
 """
 
 import dataclasses
@@ -69,16 +69,20 @@ def update(
   optimizer: optax.GradientTransformation,
   spec: UpdateSpec,
 ) -> tuple[TrainState, UpdateMetrics]:
-  """mu optimiser steps on one rollout (arXiv 2504.12216, algorithm 1).
+  """Mu optimiser steps on one rollout (arXiv 2504.12216, algorithm 1).
 
-  Inner step n masks the prompts anew; old, reference and current log-probabilities share that mask. At the first inner step the
-  policy is the one that made the rollout, so old is current with its gradient stopped and the ratio is exactly 1.
+  Inner step n masks the prompts anew; old, reference and current log-probabilities share that mask. At the first inner
+  step the policy is the one that made the rollout, so old is current with its gradient stopped and the ratio is exactly
+  1.
 
   Returns:
     The new state, and the metrics of each inner step.
   """
   step_keys = inner_keys(state.key, state.step, spec.num_iterations)
-  batch = split_rows((rollout, advantages, token_weights(rollout.completion_mask, spec.aggregation)), spec.accumulation)
+  batch = split_rows(
+    (rollout, advantages, token_weights(rollout.completion_mask, spec.aggregation)),
+    spec.accumulation,
+  )
 
   def scores(params: Params, rollout: Rollout, key: Key[Array, ""]) -> Float[Array, "B C"]:
     return estimator(denoiser, params, rollout, sampler, key).logp
@@ -107,7 +111,8 @@ def update(
     )
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(terms.loss) & jnp.isfinite(norm)
-    return apply_gradients(state, grads, optimizer, finite), UpdateMetrics(*terms, norm, finite)
+    return apply_gradients(state, grads, optimizer, finite), UpdateMetrics(
+      **terms._asdict(), grad_norm=norm, finite=finite
+    )
 
   return jax.lax.scan(inner, state, (jnp.arange(spec.num_iterations), step_keys, old, ref))
-

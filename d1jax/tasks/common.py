@@ -13,9 +13,7 @@ SPLITS: Sequence[str] = ("demonstrations", "train", "validation", "test")
 STYLES: Sequence[str] = ("d1", "terse")
 """The prompt styles of every task."""
 
-SYSTEM_PROMPT = (
-  "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
-)
+SYSTEM_PROMPT = "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
 """d1's RL instruction, which it puts at the start of the user turn."""
 
 _Row = TypeVar("_Row")
@@ -45,9 +43,7 @@ def check_range(name: str, value: Sequence[int], low: int, high: int | None) -> 
     and (high is None or pair[1] <= high)
   )
   if not is_valid:
-    raise ValueError(
-      f"{name} is {value!r}; give two integers (first, last) with {low} <= first <= last{limit}"
-    )
+    raise ValueError(f"{name} is {value!r}; give two integers (first, last) with {low} <= first <= last{limit}")
   return pair[0], pair[1]
 
 
@@ -106,8 +102,5 @@ def read_lines(root: str, name: str) -> list[str]:
 def take_rows(name: str, split: str, rows: Sequence[_Row], count: int) -> Sequence[_Row]:
   """Take the first `count` rows of a file's split; a DataError when there are none at all."""
   if count and not rows:
-    raise DataError(
-      f"{name}: no usable row belongs to the split {split!r}; "
-      f"add rows, or set sizes[{split!r}] to 0"
-    )
+    raise DataError(f"{name}: no usable row belongs to the split {split!r}; add rows, or set sizes[{split!r}] to 0")
   return rows[:count]

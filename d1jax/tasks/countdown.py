@@ -76,9 +76,7 @@ class Countdown:
     numbers = common.check_range("countdown numbers", self.numbers, 2, arithmetic.MOST_NUMBERS)
     object.__setattr__(self, "numbers", numbers)
     common.check_integer("countdown largest", self.largest, 1)
-    object.__setattr__(
-      self, "targets", common.check_range("countdown targets", self.targets, 1, None)
-    )
+    object.__setattr__(self, "targets", common.check_range("countdown targets", self.targets, 1, None))
 
   def records(self, split: str) -> Sequence[Record]:
     """Return the records of one split; an unknown one raises ValueError, too few DataError."""
@@ -88,10 +86,7 @@ class Countdown:
       rows = _read(self.root, split, self.numbers)
       return common.take_rows(FILE, split, rows, count)
     drawn = _draw(split, self.seed, count, self.numbers, self.largest, self.targets)
-    return tuple(
-      {"nums": list(nums), "target": target, "expression": expression}
-      for nums, target, expression in drawn
-    )
+    return tuple({"nums": list(nums), "target": target, "expression": expression} for nums, target, expression in drawn)
 
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
     """Return one user turn and no prefill.
@@ -114,8 +109,7 @@ class Countdown:
     expression = record.get("expression") or arithmetic.solve(nums, target)
     if expression is None:
       raise DataError(
-        f"countdown: no expression over {list(nums)} reaches {target}; take the problem out of "
-        "the demonstrations"
+        f"countdown: no expression over {list(nums)} reaches {target}; take the problem out of the demonstrations"
       )
     return _format(f"{expression} = {target}, and each number is used once.", expression, style)
 
@@ -236,9 +230,7 @@ def _parse(place: str, line: str) -> dict[str, Any]:
   if not isinstance(nums, list) or not all(type(n) is int and n > 0 for n in nums):
     raise DataError(f"{place}: nums is {str(nums)[:60]}, expected a list of positive integers")
   if not 2 <= len(nums) <= arithmetic.MOST_NUMBERS:
-    raise DataError(
-      f"{place}: nums has {len(nums)} numbers, expected 2 to {arithmetic.MOST_NUMBERS}"
-    )
+    raise DataError(f"{place}: nums has {len(nums)} numbers, expected 2 to {arithmetic.MOST_NUMBERS}")
   if type(target) is not int:
     raise DataError(f"{place}: target is {str(target)[:60]!r}, expected an integer")
   return {"nums": nums, "target": target}

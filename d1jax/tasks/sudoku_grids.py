@@ -21,9 +21,7 @@ def _columns_differ(upper: str, lower: str) -> bool:
   return all(len({*upper[i::4], *lower[i::4]}) == 4 for i in range(4))
 
 
-GRIDS: tuple[str, ...] = tuple(
-  upper + lower for upper in _BANDS for lower in _BANDS if _columns_differ(upper, lower)
-)
+GRIDS: tuple[str, ...] = tuple(upper + lower for upper in _BANDS for lower in _BANDS if _columns_differ(upper, lower))
 """All filled grids as 16 digits, in lexicographic order."""
 
 GRID_NUMBER: dict[str, int] = {grid: number for number, grid in enumerate(GRIDS)}

@@ -90,8 +90,7 @@ def _parse(place: str, line: str) -> int:
   puzzle, solution = columns
   if solution not in sudoku_grids.GRID_NUMBER:
     raise DataError(
-      f"{place}: solution {solution!r} is not a valid grid; "
-      "every row, column and 2x2 box must hold 1, 2, 3 and 4"
+      f"{place}: solution {solution!r} is not a valid grid; every row, column and 2x2 box must hold 1, 2, 3 and 4"
     )
   for cell, (clue, digit) in enumerate(zip(puzzle, solution, strict=True), start=1):
     if clue not in ("0", digit):

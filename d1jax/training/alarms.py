@@ -42,7 +42,10 @@ def alarms(history: Sequence[Mapping[str, float]], limits: Limits) -> list[str]:
     found.append(f"{share:.0%} of the groups have equal rewards: choose harder or easier prompts, or more completions")
   reward = mean("reward", last)
   if reward is not None:
-    best = max(filter(None, (mean("reward", end) for end in range(limits.window, last + 1, limits.window))), default=reward)
+    best = max(
+      filter(None, (mean("reward", end) for end in range(limits.window, last + 1, limits.window))),
+      default=reward,
+    )
     if best > 0 and reward < best * (1 - limits.reward_drop):
       found.append(f"reward {reward:.3f} has fallen from {best:.3f}: the run may have gone past its best checkpoint")
   return found

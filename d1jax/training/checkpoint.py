@@ -1,8 +1,8 @@
 """Checkpoints of a stage with Orbax: asynchronous, sharded, verified on the way back in.
 
-A checkpoint holds the TrainState and, as metadata, all that is needed to go on or to evaluate: data position, config, tokenizer, seconds
-spent, and a fingerprint of every array. A checkpoint that cannot be read or whose fingerprint differs is passed over, loudly, for
-the one before.
+A checkpoint holds the TrainState and, as metadata, all that is needed to go on or to evaluate: data position, config,
+tokenizer, seconds spent, and a fingerprint of every array. A checkpoint that cannot be read or whose fingerprint
+differs is passed over, loudly, for the one before.
 """
 
 import dataclasses
@@ -127,7 +127,9 @@ class Checkpoints:
         log.warning("going on from checkpoint %s/%d", self.folder, step)
       return restored
     if failure is not None:
-      raise RunError(f"no checkpoint in {self.folder} can be read; delete the folder to start this stage again") from failure
+      raise RunError(
+        f"no checkpoint in {self.folder} can be read; delete the folder to start this stage again"
+      ) from failure
     return None
 
 

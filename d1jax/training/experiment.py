@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,6 @@ from d1jax.state import TrainState
 from d1jax.tasks import Record, Task
 from d1jax.training import optimizer as optimizers
 from d1jax.training.checkpoint import with_placements
-from d1jax.training.workdir import write_atomically
 
 TOKENIZER_SAMPLE = 2000
 """Records whose texts train the tokenizer."""
@@ -69,6 +67,11 @@ class Experiment:
     return jax.random.key(self.config.seed)
 
   @property
+  def ways(self) -> int:
+    """Over how many devices a batch is split."""
+    return meshes.batch_ways(self.mesh, self.config.rules)
+
+  @property
   def replicated(self) -> NamedSharding:
     """The placement of scalars."""
     return meshes.sharding(self.mesh, self.config.rules)
@@ -91,10 +94,14 @@ class Experiment:
     prompts = [self.tokenizer.prompt(messages, prefill) for messages, prefill in asked]
     keep = [i for i, ids in enumerate(prompts) if len(ids) <= max(self.buckets)]
     if len(keep) < len(records):
-      print(f"{split}: left out {len(records) - len(keep)} of {len(records)} prompts longer than {max(self.buckets)} tokens")
+      print(
+        f"{split}: left out {len(records) - len(keep)} of {len(records)} prompts longer than {max(self.buckets)} tokens"
+      )
     if not keep:
-      raise ValueError(f"every {split} prompt is longer than prompt_buckets={self.buckets}: raise config.data.prompt_buckets")
-    return Texts(*([rows[i] for i in keep] for rows in (records, prompts, [prefill for _, prefill in asked])))
+      raise ValueError(
+        f"every {split} prompt is longer than prompt_buckets={self.buckets}: raise config.data.prompt_buckets"
+      )
+    return Texts([records[i] for i in keep], [prompts[i] for i in keep], [asked[i][1] for i in keep])
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
@@ -109,8 +116,8 @@ class Experiment:
       max_grad_norm=stage.max_grad_norm,
     )
 
-  def state_placement(self, optimizer: optax.GradientTransformation) -> TrainState:
-    """The placement of a TrainState."""
+  def state_placement(self, optimizer: optax.GradientTransformation) -> Any:
+    """The placements of a TrainState, as a TrainState."""
     abstract = jax.eval_shape(self.network.init, self.key)
     return meshes.state_shardings(self.mesh, self.config.rules, self.network.axes, abstract, optimizer)
 
@@ -122,7 +129,9 @@ class Experiment:
   def fresh_state(self, optimizer: optax.GradientTransformation) -> TrainState:
     """A state with random weights, made where it will live."""
     return jax.jit(
-      self._fresh(optimizer), in_shardings=self.replicated, out_shardings=self.state_placement(optimizer)
+      self._fresh(optimizer),
+      in_shardings=self.replicated,
+      out_shardings=self.state_placement(optimizer),
     )(jax.device_put(self.key, self.replicated))
 
   def state_from(self, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -158,7 +167,11 @@ def build_task(config: ConfigDict) -> Task:
   """The task that the configuration names."""
   options = config.task.options.to_dict()
   return tasks.build(
-    config.task.name, seed=config.seed, root=config.data.root, sizes=config.task.sizes.to_dict(), **options
+    config.task.name,
+    seed=config.seed,
+    root=config.data.root,
+    sizes=config.task.sizes.to_dict(),
+    **options,
   )
 
 
@@ -169,24 +182,38 @@ def compute_dtype(name: str) -> Any:
   return jnp.dtype(name)
 
 
-def build(config: ConfigDict, tokenizer_model: bytes | None, workdir: Path | None) -> Experiment:
-  """Builds an experiment; trains the tokenizer where there is none yet and keeps it in the work directory.
+def check_batches(config: ConfigDict, ways: int) -> None:
+  """Raises a ValueError when a batch does not divide into parts over the devices that share it, or a stage is empty."""
+  batches = [("sft.batch_size", config.sft.batch_size, "sft.accumulation", config.sft.accumulation)]
+  if "grpo" in config:
+    rows = config.grpo.prompts_per_iteration * config.grpo.num_generations
+    for part in ("accumulation", "rollout_chunks"):
+      batches.append(("grpo.prompts_per_iteration x num_generations", rows, f"grpo.{part}", config.grpo[part]))
+  for name, rows, part, parts in batches:
+    if rows < 1 or parts < 1 or rows % (parts * ways):
+      raise ValueError(
+        f"{name} is {rows}, which does not divide into {part}={parts} parts over {ways} devices:"
+        f" use a multiple of {max(parts, 1) * ways}"
+      )
+  for stage in ("sft", "grpo"):
+    for field in ("steps", "validate_every"):
+      if stage in config and config[stage][field] < 1:
+        raise ValueError(f"{stage}.{field} is {config[stage][field]}; it must be at least 1")
+
+
+def build(config: ConfigDict, tokenizer_model: bytes | None) -> Experiment:
+  """Builds an experiment; nothing is written.
 
   Args:
     config: resolved.
-    tokenizer_model: a serialised SentencePiece model, from a checkpoint.
-    workdir: where the tokenizer is looked for and kept; None keeps nothing.
+    tokenizer_model: a serialised SentencePiece model; None trains one on the task's texts.
   """
   task = build_task(config)
-  path = None if workdir is None else workdir / "tokenizer.model"
-  if tokenizer_model is None and path is not None and path.exists():
-    tokenizer_model = path.read_bytes()
   if tokenizer_model is None:
     tokenizer_model = train_tokenizer(task, config.task.style, **config.tokenizer)
-    if path is not None:
-      write_atomically(path, tokenizer_model)
   tokenizer = tokenizers.SentencePieceTokenizer(tokenizer_model)
   mesh = meshes.make_mesh(config.mesh.to_dict())
+  check_batches(config, meshes.batch_ways(mesh, config.rules))
   sizes = dataclasses.asdict(transformer.PRESETS[config.model.size])
   overrides = {k: v for k, v in config.model.overrides.items() if v is not None}
   # The vocabulary is rounded up, so that a tensor axis divides it; ids beyond the tokenizer are forbidden.

@@ -29,6 +29,10 @@ NO_SIGNAL = 1e-6
 """A group whose rewards differ by less teaches nothing."""
 
 
+Prompts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""prompt[B P], prompt_valid[B P], sample_id[B], group_id[B]."""
+
+
 class Programs:
   """The two compiled programs of an iteration, compiled for every prompt bucket before the first one."""
 
@@ -37,10 +41,10 @@ class Programs:
     self._experiment = experiment
     self._optimizer = optimizer
     self._num_generations = config.num_generations
+    self._rows = config.prompts_per_iteration * config.num_generations
+    self._chunks = config.rollout_chunks
     self._divide_by_std = config.scale_rewards
-    self._spec = UpdateSpec(
-      config.num_iterations, config.accumulation, config.epsilon, config.beta, config.aggregation
-    )
+    self._spec = UpdateSpec(config.num_iterations, config.accumulation, config.epsilon, config.beta, config.aggregation)
     self._estimator = functools.partial(one_step, p_mask_prompt=config.p_mask_prompt, chunk=config.logits_chunk)
     placement = experiment.state_placement(optimizer)
     frozen = Frozen({}, experiment.params_placement)
@@ -59,15 +63,23 @@ class Programs:
     self._compiled: dict[int, tuple[Any, Any]] = {}
 
   def _rollout_program(
-    self, trainable: Any, frozen: Frozen, prompts: tuple[jax.Array, ...], key: jax.Array, iteration: jax.Array
+    self,
+    trainable: Any,
+    frozen: Frozen,
+    prompts: tuple[jax.Array, ...],
+    key: jax.Array,
+    iteration: jax.Array,
   ) -> Rollout:
     key = keys.purpose_key(key, keys.Purpose.ROLLOUT, iteration)
     experiment = self._experiment
-    return sample(experiment.denoiser, merge(trainable, frozen), *prompts, key, spec=experiment.sampler)
+    prompt, valid, sample_id, group_id = prompts
+    params = merge(trainable, frozen)
+    return sample(experiment.denoiser, params, prompt, valid, sample_id, group_id, key, spec=experiment.sampler)
 
   def _update_program(
-    self, state: TrainState, frozen: Frozen, rollout: Rollout, rewards: jax.Array
+    self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: jax.Array
   ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
+    rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
     advantages = group_relative(rewards, self._num_generations, divide_by_std=self._divide_by_std)
     state, metrics = update(
       state,
@@ -82,35 +94,67 @@ class Programs:
     )
     return state, metrics, advantages
 
-  def compile(self, rows: int) -> None:
+  def compile(self) -> None:
     """Compiles both programs for every prompt bucket; a later call with other shapes is an error, not a compilation."""
     experiment = self._experiment
     state = experiment.abstract_state(self._optimizer)
     frozen = Frozen({}, state.trainable)
+    rows = self._rows // self._chunks
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=experiment.by_row)
+    rewards = jax.ShapeDtypeStruct((self._rows,), jnp.float32, sharding=experiment.by_row)
     for width in experiment.buckets:
       prompts = (row(width), row(width, dtype=jnp.bool_), row(), row())
       iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=experiment.replicated)
       lowered = self._rollout.lower(state.trainable, frozen, prompts, state.key, iteration)
       rollout = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=experiment.by_row), lowered.out_info
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=experiment.by_row),
+        lowered.out_info,
       )
-      rewards = row(dtype=jnp.float32)
-      self._compiled[width] = (lowered.compile(), self._update.lower(state, frozen, rollout, rewards).compile())
+      chunks = (rollout,) * self._chunks
+      self._compiled[width] = (lowered.compile(), self._update.lower(state, frozen, chunks, rewards).compile())
 
-  def rollout(self, state: TrainState, frozen: Frozen, prompts: pipeline.PromptBatch, iteration: int) -> Rollout:
-    """Completes one batch of prompts under the current weights; returns at once, the arrays follow."""
-    arrays = (prompts.prompt, prompts.prompt_valid, prompts.sample_id, prompts.group_id)
+  def rollout(
+    self, state: TrainState, frozen: Frozen, prompts: pipeline.PromptBatch, iteration: int
+  ) -> tuple[Rollout, ...]:
+    """Completes a batch in chunks under the current weights; returns at once, the arrays follow one by one."""
     program, _ = self._compiled[prompts.prompt.shape[1]]
+    arrays = (prompts.prompt, prompts.prompt_valid, prompts.sample_id, prompts.group_id)
     index = place(np.int32(iteration), self._experiment.replicated)
-    return program(state.trainable, frozen, place(arrays, self._experiment.by_row), state.key, index)
+    chunks = zip(*(np.split(x, self._chunks) for x in arrays), strict=True)
+    return tuple(
+      program(state.trainable, frozen, place(chunk, self._experiment.by_row), state.key, index) for chunk in chunks
+    )
 
   def update(
-    self, state: TrainState, frozen: Frozen, rollout: Rollout, rewards: np.ndarray
+    self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: np.ndarray
   ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
-    """mu optimiser steps on a graded rollout; `state` is donated. Returns the state, metrics and advantages."""
-    _, program = self._compiled[rollout.prompt.shape[1]]
-    return program(state, frozen, rollout, place(rewards, self._experiment.by_row))
+    """Takes mu optimiser steps on a graded rollout; `state` is donated. Returns the state, metrics and advantages."""
+    _, program = self._compiled[chunks[0].prompt.shape[1]]
+    return program(state, frozen, chunks, place(rewards, self._experiment.by_row))
+
+
+def grade_chunks(
+  experiment: Experiment, texts: Texts, record: np.ndarray, chunks: tuple[Rollout, ...]
+) -> tuple[Rollout, Graded, float]:
+  """Grades each chunk while the next one is computed.
+
+  Returns:
+    The whole rollout on the host, its grades, and the seconds spent waiting for the device.
+  """
+  fetched, graded, waited = [], [], 0.0
+  for chunk, rows in zip(chunks, np.split(record, len(chunks)), strict=True):
+    began = time.perf_counter()
+    host = jax.device_get(chunk)
+    waited += time.perf_counter() - began
+    records, prefills = [texts.records[i] for i in rows], [texts.prefills[i] for i in rows]
+    fetched.append(host)
+    graded.append(
+      grade(experiment.task, experiment.tokenizer, records, prefills, host.completion, host.completion_mask)
+    )
+  rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
+  rewards = np.concatenate([g.rewards for g in graded])
+  whole = Graded([t for g in graded for t in g.texts], [x for g in graded for x in g.grades], rewards)
+  return rollout, whole, waited
 
 
 def summarise(graded: Graded, rollout: Rollout, metrics: UpdateMetrics, num_generations: int) -> dict[str, float]:
@@ -166,27 +210,19 @@ def advancer(
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
     began = time.perf_counter()
     batch = next(batches)
-    rollout = programs.rollout(state, frozen, batch, iteration)
-    dispatched = time.perf_counter()
-    host_rollout = jax.device_get(rollout)
-    rolled_out = time.perf_counter()
-    records = [texts.records[i] for i in batch.record]
-    prefills = [texts.prefills[i] for i in batch.record]
-    graded = grade(
-      experiment.task, experiment.tokenizer, records, prefills, host_rollout.completion, host_rollout.completion_mask
-    )
-    state, metrics, advantages = programs.update(state, frozen, rollout, graded.rewards)
+    chunks = programs.rollout(state, frozen, batch, iteration)
+    host_rollout, graded, waited = grade_chunks(experiment, texts, batch.record, chunks)
+    state, metrics, advantages = programs.update(state, frozen, chunks, graded.rewards)
     updating = time.perf_counter()
     host_metrics = jax.device_get(metrics)
-    ended = time.perf_counter()
+    waited += time.perf_counter() - updating
     values = summarise(graded, host_rollout, host_metrics, config.num_generations)
     if config.dump_every and iteration % config.dump_every == 0:
       dump.write(workdir / "rollouts", iteration, host_rollout, graded, jax.device_get(advantages))
-    compiled = (rolled_out - dispatched) + (ended - updating)
     total = time.perf_counter() - began
     values |= {
       "seconds": total,
-      "compiled_share": compiled / total,
+      "compiled_share": waited / total,
       "tokens_per_second": host_rollout.completion.size / total,
     }
     return state, values

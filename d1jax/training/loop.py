@@ -74,13 +74,17 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Path, 
       shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
       progress.update(iteration, shown | ({"alarm": sounded[0].split(":")[0]} if sounded else {}))
       if score is not None or interrupts.pending or not finite:
-        metadata = {**stage.metadata, "data": {"next_index": iteration}, "seconds": time.monotonic() - began}
+        metadata = {
+          **stage.metadata,
+          "data": {"next_index": iteration},
+          "seconds": time.monotonic() - began,
+        }
         checkpoints.save(iteration, state, metadata, score)
       if not finite:
         checkpoints.wait()
         raise NotFiniteError(
-          f"{stage.name} iteration {iteration}: loss or gradient is not finite (loss {metrics['loss']}); the last finite"
-          f" state is saved in {checkpoints.folder}. Lower the learning rate or the gradient clip; do not retry as is"
+          f"{stage.name} iteration {iteration}: loss or gradient is not finite (loss {metrics['loss']}); the last"
+          f" finite state is saved in {checkpoints.folder}. Lower the learning rate; do not retry as is"
         )
       if interrupts.pending and not last:
         checkpoints.wait()

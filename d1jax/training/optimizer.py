@@ -48,6 +48,10 @@ def build(
   return optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
     optax.adamw(
-      schedule(learning_rate, steps, warmup_steps, decay), b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed
+      schedule(learning_rate, steps, warmup_steps, decay),
+      b1=b1,
+      b2=b2,
+      weight_decay=weight_decay,
+      mask=decayed,
     ),
   )

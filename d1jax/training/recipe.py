@@ -21,9 +21,8 @@ from d1jax.state import Frozen, Params, TrainState
 from d1jax.training import experiment as experiments
 from d1jax.training import grpo, loop, sft
 from d1jax.training.checkpoint import Checkpoints, Restored
-from d1jax.training.experiment import Experiment
 from d1jax.training.interrupts import Interrupts
-from d1jax.training.workdir import claim, flatten, versions, write_json
+from d1jax.training.workdir import claim, flatten, holds_run, versions, write_json
 
 VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
@@ -52,7 +51,8 @@ class Recipe:
   """The stages of one work directory."""
 
   def __init__(self, config: ConfigDict, workdir: Path, interrupts: Interrupts):
-    self.experiment = experiments.build(config, None, workdir)
+    known = (workdir / "tokenizer.model").read_bytes() if holds_run(workdir, config.to_dict()) else None
+    self.experiment = experiments.build(config, known)
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._validator = self.evaluator("validation")
     self._metadata = {
@@ -87,7 +87,13 @@ class Recipe:
       if start is None or start.step < section.steps:
         start = start or Restored(0, fresh(), {})
         stage = loop.Stage(
-          name, section.steps, advancer(start.step), self._validate, section.validate_every, shown, self._metadata
+          name,
+          section.steps,
+          advancer(start.step),
+          self._validate,
+          section.validate_every,
+          shown,
+          self._metadata,
         )
         seconds = loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
       last = checkpoints.restore_latest(abstract)
@@ -116,7 +122,7 @@ class Recipe:
 
     def advancer(position: int) -> Any:
       programs = grpo.Programs(self.experiment, optimizer)
-      programs.compile(section.prompts_per_iteration * section.num_generations)
+      programs.compile()
       texts = self.experiment.texts("train")
       return grpo.advancer(self.experiment, texts, Frozen({}, start), programs, position, self.workdir)
 
@@ -128,31 +134,30 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """Runs the job that the configuration describes, or goes on with it, or reprints its table when it is finished.
 
   Returns:
-    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `baseline`, `params_fingerprint`, `seconds` by
-    stage, `config`, `versions`, `checkpoint`.
+    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `baseline`, `params_fingerprint`,
+    `seconds` by stage, `config`, `versions`, `checkpoint`.
   """
   workdir = Path(config.workdir)
-  resolved = config.to_dict()
   finished = workdir / "results.json"
-  claim(workdir, resolved)
-  if finished.exists():
+  if holds_run(workdir, config.to_dict()) and finished.exists():
     results = json.loads(finished.read_text(encoding="utf-8"))
-    if _totals(results["config"]) == _totals(resolved):
+    if _totals(results["config"]) == _totals(config.to_dict()):
       print(f"{workdir} is finished; this is its result again.\n")
       print(report.summary(results, workdir))
       return results
   began = time.monotonic()
-  with Interrupts() as interrupts:
+  with Interrupts() as interrupts, explained("run", "--config.evaluation.batch_size=64"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
+    claim(workdir, config.to_dict(), recipe.experiment.tokenizer.model)
     outcomes = {"sft": recipe.sft()}
     if config.mode == "grpo":
       outcomes["grpo"] = recipe.grpo(outcomes["sft"].best)
     # The held-out split is looked at once, here.
     evaluator = recipe.evaluator("test")
     evaluations = {name: evaluator(outcome.best) for name, outcome in outcomes.items()}
-  results = _results(recipe, outcomes, evaluations, began)
-  write_json(finished, results)
+    results = _results(recipe, outcomes, evaluations, began)
+    write_json(finished, results)
   print(report.summary(results, workdir))
   return results
 

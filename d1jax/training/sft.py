@@ -28,8 +28,8 @@ def sft_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimiser step on `denoising_loss`; pure.
 
-  Every completion token of the batch weighs 1 / (B C), its end-of-sequence padding included. As all completions are padded to the
-  same length, that is both d1's mean over tokens and LLaDA's mean over sequences of means over tokens.
+  Every completion token of the batch weighs 1 / (B C), its end-of-sequence padding included. As all completions are
+  padded to the same length, that is both d1's mean over tokens and LLaDA's mean over sequences of means over tokens.
   """
   key = keys.purpose_key(state.key, keys.Purpose.CORRUPTION, state.step)
   weights = jnp.full(batch.completion.shape, 1 / batch.completion.size)
@@ -53,7 +53,12 @@ def sft_step(
   (total, metrics), grads = sum_over_parts(lambda part: gradient(state.trainable, part), parts)
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(total) & jnp.isfinite(norm)
-  metrics = {"loss": total, "grad_norm": norm, "finite": finite, "masked_ce": metrics["masked_ce"] / accumulation}
+  metrics = {
+    "loss": total,
+    "grad_norm": norm,
+    "finite": finite,
+    "masked_ce": metrics["masked_ce"] / accumulation,
+  }
   return apply_gradients(state, grads, optimizer, finite), metrics
 
 

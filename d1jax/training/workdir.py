@@ -21,7 +21,15 @@ from typing import Any
 
 from d1jax.errors import RunError
 
-CHANGEABLE = ("workdir", "mesh", "cpu_devices", "rules", "sft.steps", "grpo.steps", "grpo.dump_every")
+CHANGEABLE = (
+  "workdir",
+  "mesh",
+  "cpu_devices",
+  "rules",
+  "sft.steps",
+  "grpo.steps",
+  "grpo.dump_every",
+)
 """Fields that may differ when a run goes on: placement, totals, logging. Anything else makes another run."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
@@ -55,28 +63,37 @@ def write_json(path: Path, value: Any) -> None:
   write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def claim(workdir: Path, config: dict[str, Any]) -> None:
-  """Makes the folder this run's own, or checks that it is.
+def holds_run(workdir: Path, config: dict[str, Any]) -> bool:
+  """Whether the folder holds this run already; nothing is written.
 
   Raises:
     RunError: it holds a run of another configuration; the message names the fields that differ.
   """
-  config = json.loads(json.dumps(config))
   path = workdir / "config.json"
+  if not path.exists():
+    return False
+  old = flatten(json.loads(path.read_text(encoding="utf-8")))
+  new = flatten(json.loads(json.dumps(config)))
+  differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not may_change(k))
+  if differing:
+    shown = ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:3])
+    raise RunError(
+      f"{workdir} holds a run of another config ({shown}{', ...' if len(differing) > 3 else ''});"
+      f" use --config.workdir=... for a new run. May change on a resume: {', '.join(CHANGEABLE)}"
+    )
+  return True
+
+
+def claim(workdir: Path, config: dict[str, Any], tokenizer_model: bytes) -> None:
+  """Makes the folder this run's own. The configuration comes last: where it is, the rest is."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-      old, new = flatten(json.loads(path.read_text(encoding="utf-8"))), flatten(config)
-      differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not may_change(k))
-      if differing:
-        shown = ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:3])
-        raise RunError(
-          f"{workdir} holds a run of another config ({shown}{', ...' if len(differing) > 3 else ''});"
-          f" use --config.workdir=... for a new run. May change on a resume: {', '.join(CHANGEABLE)}"
-        )
-    write_json(path, config)
+    write_atomically(workdir / "tokenizer.model", tokenizer_model)
+    write_json(workdir / "config.json", config)
   except (NotADirectoryError, FileExistsError, PermissionError) as error:
-    raise RunError(f"workdir {workdir} cannot be written ({error.strerror}); choose another with --config.workdir=...") from None
+    raise RunError(
+      f"workdir {workdir} cannot be written ({error.strerror}); choose another with --config.workdir=..."
+    ) from None
 
 
 def versions() -> dict[str, str]:
