@@ -73,6 +73,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     b2=0.999,
     weight_decay=0.1,
     max_grad_norm=1.0,
+    p_mask_prompt=0.0,  # d1 masks prompts in diffu-GRPO only
     logits_chunk=64,  # completion positions whose logits exist at a time; None: all
     validate_every=100,
   )
@@ -126,14 +127,17 @@ def _tiny(c: config_dict.ConfigDict) -> None:
   """A model of 0.1M parameters that learns 4x4 Sudoku in minutes on two cores."""
   c.mesh.update(data=-1, fsdp=1)
   c.model.update(size="tiny", remat=False, unroll=2)
-  c.data.prompt_buckets = (33,)
+  c.data.prompt_buckets = (25,)
   c.task.style = "terse"
-  c.rollout.update(completion_length=18, diffusion_steps=4, block_length=18, temperature=1.0)
+  c.rollout.update(completion_length=25, diffusion_steps=4, block_length=25, temperature=1.0)
   c.sft.update(
-    steps=300,
+    steps=800,
     batch_size=32,
     learning_rate=3e-3,
     warmup_steps=50,
+    b2=0.99,
+    weight_decay=1.0,
+    p_mask_prompt=0.4,
     logits_chunk=None,
     validate_every=100,
   )

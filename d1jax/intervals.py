@@ -46,7 +46,7 @@ def clustered(numerators: Sequence[float], denominators: Sequence[float], cluste
     clusters: one an observation.
   """
   names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
-  index = np.asarray([names[name] for name in clusters])
+  index = np.asarray([names[name] for name in clusters], int)
   top = np.bincount(index, np.asarray(numerators, float))
   bottom = np.bincount(index, np.asarray(denominators, float))
   total, count = bottom.sum(), len(names)
@@ -56,6 +56,7 @@ def clustered(numerators: Sequence[float], denominators: Sequence[float], cluste
   effective = float(count)
   if count > 1 and 0 < share < 1:
     variance = count / (count - 1) * float(np.sum((top - share * bottom) ** 2)) / total**2
-    effective = min(share * (1 - share) / variance, total) if variance > 0 else total
+    # n independent observations estimate their own variance as share (1 - share) / (n - 1).
+    effective = min(share * (1 - share) / variance + 1, total) if variance > 0 else total
   low, high = wilson(share, effective)
   return Share(share, low, high, len(numerators))

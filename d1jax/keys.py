@@ -20,6 +20,7 @@ class Purpose(enum.IntEnum):
   ROLLOUT = 2
   PROMPT_MASK = 3
   EVALUATION = 4
+  SFT_PROMPT_MASK = 5
 
 
 def purpose_key(key: Key[Array, ""], purpose: Purpose, step: Int[Array, ""] | int = 0) -> Key[Array, ""]:

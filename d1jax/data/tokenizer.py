@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import sentencepiece
 
 MASK_PIECE = "<mask>"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """What the rest of the package needs of a tokenizer."""
 
@@ -89,4 +90,5 @@ class SentencePieceTokenizer:
 
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids; control tokens vanish, the mask shows as `<mask>`, ids beyond the model as nothing."""
-    return self._processor.decode([[i for i in row if i < self.vocab] for row in rows])
+    known = [[i for i in row if i < self.vocab] for row in rows]
+    return self._processor.decode(known) if known else []  # SentencePiece takes no rows for one empty row

@@ -28,7 +28,7 @@ class SamplerSpec:
   remasking: str = "low_confidence"
 
   def __post_init__(self) -> None:
-    if self.block_length < 1 or self.completion_length % self.block_length:
+    if min(self.block_length, self.completion_length) < 1 or self.completion_length % self.block_length:
       raise ValueError(
         f"completion_length={self.completion_length} is not a multiple of block_length={self.block_length}"
       )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Record = Mapping[str, Any]
 Message = dict[str, str]
@@ -23,7 +23,7 @@ class Grade:
   """
 
   components: Mapping[str, float]
-  metrics: Mapping[str, tuple[float, float]]
+  metrics: Mapping[str, tuple[int | float, int | float]]
 
   @property
   def reward(self) -> float:
@@ -31,6 +31,7 @@ class Grade:
     return sum(self.components.values())
 
 
+@runtime_checkable
 class Task(Protocol):
   """A family of problems with a verifiable answer; pure Python, deterministic, total."""
 

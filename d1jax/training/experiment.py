@@ -45,6 +45,7 @@ class Experiment:
     network: the pure functions of the model.
     denoiser: the same as diffusion sees it.
     mesh: the devices.
+    rules: where logical axes live on them.
     sampler: how rollouts are drawn.
   """
 
@@ -54,6 +55,7 @@ class Experiment:
   network: transformer.Network
   denoiser: Denoiser
   mesh: Mesh
+  rules: dict[str, Any]
   sampler: SamplerSpec
 
   @property
@@ -69,22 +71,22 @@ class Experiment:
   @property
   def ways(self) -> int:
     """Over how many devices a batch is split."""
-    return meshes.batch_ways(self.mesh, self.config.rules)
+    return meshes.batch_ways(self.mesh, self.rules)
 
   @property
   def replicated(self) -> NamedSharding:
     """The placement of scalars."""
-    return meshes.sharding(self.mesh, self.config.rules)
+    return meshes.sharding(self.mesh, self.rules)
 
   @property
   def by_row(self) -> NamedSharding:
     """The placement of a batch: rows over the batch axis."""
-    return meshes.sharding(self.mesh, self.config.rules, "batch")
+    return meshes.sharding(self.mesh, self.rules, "batch")
 
   @functools.cached_property
   def params_placement(self) -> Any:
     """The placement of the parameters."""
-    return meshes.shardings(self.mesh, self.config.rules, self.network.axes)
+    return meshes.shardings(self.mesh, self.rules, self.network.axes)
 
   def texts(self, split: str) -> Texts:
     """The records of a split whose prompts fit a bucket; the others are left out and counted."""
@@ -119,7 +121,7 @@ class Experiment:
   def state_placement(self, optimizer: optax.GradientTransformation) -> Any:
     """The placements of a TrainState, as a TrainState."""
     abstract = jax.eval_shape(self.network.init, self.key)
-    return meshes.state_shardings(self.mesh, self.config.rules, self.network.axes, abstract, optimizer)
+    return meshes.state_shardings(self.mesh, self.rules, self.network.axes, abstract, optimizer)
 
   def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, types and placements of a TrainState, without memory."""
@@ -212,8 +214,8 @@ def build(config: ConfigDict, tokenizer_model: bytes | None) -> Experiment:
   if tokenizer_model is None:
     tokenizer_model = train_tokenizer(task, config.task.style, **config.tokenizer)
   tokenizer = tokenizers.SentencePieceTokenizer(tokenizer_model)
-  mesh = meshes.make_mesh(config.mesh.to_dict())
-  check_batches(config, meshes.batch_ways(mesh, config.rules))
+  mesh, rules = meshes.make_mesh(config.mesh.to_dict()), config.rules.to_dict()
+  check_batches(config, meshes.batch_ways(mesh, rules))
   sizes = dataclasses.asdict(transformer.PRESETS[config.model.size])
   overrides = {k: v for k, v in config.model.overrides.items() if v is not None}
   # The vocabulary is rounded up, so that a tensor axis divides it; ids beyond the tokenizer are forbidden.
@@ -223,7 +225,7 @@ def build(config: ConfigDict, tokenizer_model: bytes | None) -> Experiment:
     dtype=compute_dtype(config.model.dtype),
     remat=config.model.remat,
     unroll=config.model.unroll,
-    constrain=meshes.constrainer(mesh, config.rules),
+    constrain=meshes.constrainer(mesh, rules),
   )
   denoiser = Denoiser(
     encode=network.encode,
@@ -234,4 +236,4 @@ def build(config: ConfigDict, tokenizer_model: bytes | None) -> Experiment:
     vocab=network.size.vocab,
   )
   sampler = SamplerSpec(**config.rollout)
-  return Experiment(config, task, tokenizer, network, denoiser, mesh, sampler)
+  return Experiment(config, task, tokenizer, network, denoiser, mesh, rules, sampler)

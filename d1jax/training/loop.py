@@ -64,6 +64,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Path, 
       if finite and (last or iteration % stage.validate_every == 0):
         score = stage.validate(state.trainable)
         metrics["validation"] = score
+      metrics["elapsed"] = time.monotonic() - began
       history.append(metrics)
       raised = alarms(history, Limits()) if iteration % Limits.window == 0 else sounded
       for alarm in raised:

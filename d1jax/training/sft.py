@@ -9,6 +9,7 @@ import optax
 
 from d1jax import keys
 from d1jax.data import pipeline
+from d1jax.diffusion.corruption import mask_prompt
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.likelihood import denoising_loss
 from d1jax.microbatch import split_rows, sum_over_parts
@@ -24,14 +25,21 @@ def sft_step(
   denoiser: Denoiser,
   optimizer: optax.GradientTransformation,
   accumulation: int,
+  p_mask_prompt: float,
   logits_chunk: int | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimiser step on `denoising_loss`; pure.
 
   Every completion token of the batch weighs 1 / (B C), its end-of-sequence padding included. As all completions are
   padded to the same length, that is both d1's mean over tokens and LLaDA's mean over sequences of means over tokens.
+
+  Each prompt token is masked with probability `p_mask_prompt`, as diffu-GRPO does when it scores: with few demonstrations it
+  keeps the network from telling them apart by their prompts. d1's own fine-tuning does not (0).
   """
   key = keys.purpose_key(state.key, keys.Purpose.CORRUPTION, state.step)
+  mask_key = keys.purpose_key(state.key, keys.Purpose.SFT_PROMPT_MASK, state.step)
+  prompt = mask_prompt(mask_key, batch.sample_id, batch.prompt, batch.prompt_valid, p_mask_prompt, denoiser.mask_id)
+  batch = batch._replace(prompt=prompt)
   weights = jnp.full(batch.completion.shape, 1 / batch.completion.size)
 
   def loss(params: Params, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -103,6 +111,7 @@ def advancer(
       denoiser=experiment.denoiser,
       optimizer=optimizer,
       accumulation=config.accumulation,
+      p_mask_prompt=config.p_mask_prompt,
       logits_chunk=config.logits_chunk,
     )
 

@@ -172,9 +172,7 @@ def reachable(values: tuple[int, ...]) -> set[int]:
   return found
 
 
-@pytest.mark.parametrize(
-  "nums", [(5, 5), (2, 7), (3, 25, 7), (1, 1, 8), (3, 4, 7, 50), (9, 9, 9, 1)]
-)
+@pytest.mark.parametrize("nums", [(5, 5), (2, 7), (3, 25, 7), (1, 1, 8), (3, 4, 7, 50), (9, 9, 9, 1)])
 def test_the_solver_finds_all_that_can_be_reached(nums):
   found = {target for target in range(1, 130) if arithmetic.solve(nums, target) is not None}
   assert found == reachable(nums) & set(range(1, 130))

@@ -260,9 +260,7 @@ def test_attacks_earn_nothing(text):
 
 @given(
   st.text()
-  | st.lists(
-    st.sampled_from(["<answer>", "</answer>", "3", "25", "7", "+", "*", "-", "/", "(", ")", " "])
-  ).map("".join)
+  | st.lists(st.sampled_from(["<answer>", "</answer>", "3", "25", "7", "+", "*", "-", "/", "(", ")", " "])).map("".join)
 )
 def test_any_string_gets_a_bounded_grade(text):
   task = pickle.loads(pickle.dumps(Countdown()))

@@ -36,9 +36,7 @@ def solutions(puzzle: str) -> list[str]:
     peers = (
       puzzle[other]
       for other in range(16)
-      if other // 4 == row
-      or other % 4 == column
-      or (other // 8, other % 4 // 2) == (row // 2, column // 2)
+      if other // 4 == row or other % 4 == column or (other // 8, other % 4 // 2) == (row // 2, column // 2)
     )
     if digit not in peers:
       found += solutions(puzzle[:cell] + digit + puzzle[cell + 1 :])
@@ -156,8 +154,7 @@ def test_training_puzzles_are_uniform_given_the_clue_count():
   stock = [len(puzzles_with(6, grid)) for grid in sudoku_grids.TRAINING_GRIDS]
   counts = collections.Counter(record["solution"] for record in records)
   statistic = sum(
-    (counts[sudoku_grids.GRIDS[grid]] - 6000 * share / sum(stock)) ** 2
-    / (6000 * share / sum(stock))
+    (counts[sudoku_grids.GRIDS[grid]] - 6000 * share / sum(stock)) ** 2 / (6000 * share / sum(stock))
     for grid, share in zip(sudoku_grids.TRAINING_GRIDS, stock, strict=True)
   )
   assert statistic < 240  # 159 degrees of freedom; probability about 1e-5.
@@ -243,10 +240,10 @@ def test_d1_prompt_is_verbatim():
 
 def test_terse_style():
   messages, prefill = Sudoku().prompt(RECORD, "terse")
-  words = RECORD["puzzle"] + "abcdefghijklmnop"
-  assert (messages, prefill) == ([{"role": "user", "content": words}], "")
-  assert Sudoku().demonstration(RECORD, "terse") == "4321123434122143"
-  assert Sudoku().baseline(RECORD, "terse") == "1321113114112111"
+  grid = "03|21\n00|30\n04|00\n21|00\n"
+  assert (messages, prefill) == ([{"role": "user", "content": grid}], "")
+  assert Sudoku().demonstration(RECORD, "terse") == "43|21\n12|34\n34|12\n21|43\n"
+  assert Sudoku().baseline(RECORD, "terse") == "13|21\n11|31\n14|11\n21|11\n"
 
 
 def test_d1_completions():

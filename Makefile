@@ -1,0 +1,42 @@
+# make train   d1's recipe on a small model: SFT, diffu-GRPO, evaluation
+# make test    the quick tests (make test-slow: the others)
+# make lint    ruff and mypy
+# make setup   the virtual environment alone
+
+VENV ?= .venv
+# The first Python of 3.11 or newer.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+RUN = $(VENV)/bin/python
+ARGS ?=
+
+.PHONY: train test test-slow lint setup clean
+
+train: setup
+	$(RUN) -m d1jax.main --config=configs/grpo.py $(ARGS)
+
+test: $(VENV)/.tests
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.tests
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: requirements.txt
+	@test -n "$(PYTHON)" || { echo "d1jax needs Python 3.11 or newer; name it with make PYTHON=..." >&2; exit 2; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.setup tests/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

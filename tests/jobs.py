@@ -1,0 +1,101 @@
+"""Small jobs for the end-to-end tests: every stage in seconds, in this process or in its own."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+  "model.overrides.embed": 16,
+  "model.overrides.heads": 2,
+  "model.overrides.mlp": 32,
+  "model.overrides.layers": 1,
+  "task.sizes.demonstrations": 16,
+  "task.sizes.train": 64,
+  "task.sizes.validation": 16,
+  "task.sizes.test": 24,
+  "sft.steps": 6,
+  "sft.batch_size": 8,
+  "sft.validate_every": 2,
+  "grpo.steps": 6,
+  "grpo.validate_every": 2,
+  "grpo.prompts_per_iteration": 4,
+  "grpo.num_generations": 4,
+  "grpo.accumulation": 1,
+  "grpo.rollout_chunks": 2,
+  "evaluation.batch_size": 16,
+}
+
+
+def load(name: str, words: str = "") -> ConfigDict:
+  """`configs/NAME.py:WORDS`."""
+  spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(words) if name != "eval" else module.get_config()
+
+
+def small(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:
+  """A job of a few seconds; `changes` are dotted fields with `__` for the dot."""
+  config = load(name, "smoke")
+  fields = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": str(workdir)}
+  for field, value in fields.items():
+    if field.split(".")[0] in config:
+      config.update_from_flattened_dict({field: value})
+  config.lock()
+  return config
+
+
+def flags(workdir: Path, **changes) -> list[str]:
+  """The same job as command line flags."""
+  fields = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": workdir}
+  return ["--config=configs/grpo.py:smoke", *(f"--config.{field}={value}" for field, value in fields.items())]
+
+
+def start(*arguments: str, cache: Path | None = None, preexec=None) -> subprocess.Popen:
+  """Starts `python -m d1jax.main` on two CPU devices, as on a person's machine."""
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  if cache is not None:
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  return subprocess.Popen(
+    [sys.executable, "-m", "d1jax.main", *arguments],
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    preexec_fn=preexec,
+  )
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:
+  """(exit code, standard output, standard error) of a started job."""
+  out, err = process.communicate(timeout=timeout)
+  return process.returncode, out, err
+
+
+def wait_for(workdir: Path, stage: str, iteration: int, process: subprocess.Popen, timeout: float = 120) -> None:
+  """Returns when the job has recorded an iteration of a stage."""
+  path = workdir / "metrics.jsonl"
+  end = time.monotonic() + timeout
+  while time.monotonic() < end:
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
+      if line.endswith("}") and (record := json.loads(line))["stage"] == stage and record["iteration"] >= iteration:
+        return
+    assert process.poll() is None, f"the job ended early: {finish(process)}"
+    time.sleep(0.01)
+  raise AssertionError(f"{stage} iteration {iteration} never came")
+
+
+def interrupt(process: subprocess.Popen, number: signal.Signals) -> tuple[int, str, str]:
+  """Sends a signal and waits for the end."""
+  process.send_signal(number)
+  return finish(process)

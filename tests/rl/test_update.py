@@ -1,0 +1,214 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from d1jax.diffusion.likelihood import one_step
+from d1jax.rl.update import UpdateSpec, inner_keys, update
+from d1jax.state import Frozen, TrainState, create
+from tests import toy
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(3e-2, b1=0.9, b2=0.99, weight_decay=0.1))
+P_MASK = 0.3
+ROLLOUT = toy.rollout(batch=4)
+ADVANTAGES = jnp.asarray([1.0, -1.0, 0.4, -0.4])
+FROZEN = Frozen({}, toy.params(seed=1))
+
+
+def start(step: int = 5) -> TrainState:
+  """A state that is not at step 0, with moments that are not 0."""
+  state = create(lambda _: toy.params(), OPTIMIZER, jax.random.key(8), jax.random.key(0))
+  gradients = jax.tree.map(lambda x: 0.01 * jnp.cos(x), state.trainable)
+  _, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.trainable)
+  return state._replace(step=jnp.int32(step), opt_state=opt_state)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "chunk"))
+def compiled(state, frozen, rollout, advantages, spec, chunk=None):
+  return update(
+    state,
+    frozen,
+    rollout,
+    advantages,
+    denoiser=toy.DENOISER,
+    estimator=functools.partial(one_step, p_mask_prompt=P_MASK, chunk=chunk),
+    sampler=toy.SPEC,
+    optimizer=OPTIMIZER,
+    spec=spec,
+  )
+
+
+def run(spec: UpdateSpec, *, state=None, advantages=ADVANTAGES, rollout=ROLLOUT, chunk=None):
+  return compiled(start() if state is None else state, FROZEN, rollout, advantages, spec=spec, chunk=chunk)
+
+
+@jax.jit
+def completion_logps(params, prompt) -> jax.Array:
+  """log p of every completion token after these prompts, all completion tokens masked."""
+  r = ROLLOUT
+  canvas = jnp.concatenate([prompt, jnp.full(r.completion.shape, toy.MASK)], axis=1)
+  valid = jnp.concatenate([r.prompt_valid, jnp.ones(r.completion.shape, bool)], axis=1)
+  logits = toy.unembed(params, toy.encode(params, canvas, valid))[:, prompt.shape[1] :]
+  logits = jnp.where(jnp.isin(jnp.arange(toy.VOCAB), jnp.asarray(toy.FORBIDDEN))[None, None], -jnp.inf, logits)
+  return jnp.take_along_axis(jax.nn.log_softmax(logits), r.completion[..., None], axis=-1)[..., 0]
+
+
+def masked_prompts(n: int, step: int) -> jax.Array:
+  """q' of inner step n: folds of (run key, purpose 3, step, n, sample id), counted from the prompt's end."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(8), 3), step), n)
+  prompt = np.array(ROLLOUT.prompt)
+  for row, identity in enumerate(ROLLOUT.sample_id):
+    uniform = np.asarray(jax.random.uniform(jax.random.fold_in(key, identity), (prompt.shape[1],)))[::-1]
+    prompt[row, np.asarray(ROLLOUT.prompt_valid)[row] & (uniform < P_MASK)] = toy.MASK
+  return jnp.asarray(prompt)
+
+
+def weight_of(b: int, i: int, aggregation: str) -> float:
+  mask = np.asarray(ROLLOUT.completion_mask)
+  share = 1 / mask.sum() if aggregation == "token" else 1 / (mask.shape[0] * mask[b].sum())
+  return float(mask[b, i]) * float(share)
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, has_aux=True)
+def naive_loss(params, prompt, old, ref, weights, epsilon, beta):
+  """Token by token; returns the loss and (kl, clip fraction, ratio deviation)."""
+  logp, mask = completion_logps(params, prompt), np.asarray(ROLLOUT.completion_mask)
+  loss = kl = clipped = deviation = jnp.float32(0)
+  for b in range(mask.shape[0]):
+    for i in range(mask.shape[1]):
+      if mask[b, i]:
+        weight = weights[b, i]
+        ratio = jnp.exp(logp[b, i] - old[b, i])
+        bounded = jnp.clip(ratio, 1 - epsilon, 1 + epsilon)
+        d = ref[b, i] - logp[b, i]
+        k3 = jnp.where(beta > 0, jnp.exp(d) - d - 1, 0.0)
+        loss += weight * (beta * k3 - jnp.minimum(ratio * ADVANTAGES[b], bounded * ADVANTAGES[b]))
+        kl += weight * k3
+        clipped += weight * (bounded * ADVANTAGES[b] < ratio * ADVANTAGES[b])
+        deviation += weight * jnp.abs(ratio - 1)
+  return loss, (kl, clipped, deviation)
+
+
+def naive_update(spec: UpdateSpec):
+  state = start()
+  params, opt_state, step = state.trainable, state.opt_state, int(state.step)
+  weights = np.asarray([[weight_of(b, i, spec.aggregation) for i in range(6)] for b in range(4)], np.float32)
+  records = []
+  for n in range(spec.num_iterations):
+    prompt = masked_prompts(n, step)
+    old = completion_logps(state.trainable, prompt)
+    ref = completion_logps(FROZEN.reference, prompt)
+    (loss, rest), gradient = naive_loss(params, prompt, old, ref, weights, spec.epsilon, spec.beta)
+    updates, opt_state = OPTIMIZER.update(gradient, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    records.append((loss, *rest, optax.tree.norm(gradient)))
+  return params, opt_state, step + spec.num_iterations, np.asarray(records)
+
+
+def assert_close(a, b, tolerance):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+CASES = [
+  UpdateSpec(1, 1, 0.2, 0.0, "token"),
+  UpdateSpec(1, 2, 0.2, 0.1, "sequence"),
+  UpdateSpec(3, 1, 0.2, 0.1, "token"),
+  UpdateSpec(3, 2, 0.05, 0.0, "sequence"),
+  UpdateSpec(3, 2, 0.2, 0.1, "token"),
+  UpdateSpec(3, 1, 0.05, 0.1, "sequence"),
+]
+
+
+@pytest.mark.parametrize("spec", CASES, ids=str)
+def test_an_update_is_mu_steps_of_the_naive_loop(spec):
+  state, metrics = run(spec)
+  params, opt_state, step, records = naive_update(spec)
+  assert_close(state.trainable, params, 1e-5)
+  assert_close(state.opt_state, opt_state, 1e-5)
+  assert int(state.step) == step
+  found = np.stack([metrics.loss, metrics.kl, metrics.clip_fraction, metrics.ratio_deviation, metrics.grad_norm], 1)
+  np.testing.assert_allclose(found, records, rtol=2e-5, atol=2e-5)
+  assert metrics.finite.all()
+  assert found.shape == (spec.num_iterations, 5)
+  if spec.num_iterations > 1:
+    assert (found[1:, 2] > 0).any(), "the fixture should clip"
+  assert (found[:, 1] > 0).all() == bool(spec.beta)
+
+
+@pytest.mark.parametrize(("aggregation", "parts"), [("token", 2), ("sequence", 4)])
+def test_accumulation_changes_nothing(aggregation, parts):
+  whole, metrics = run(UpdateSpec(2, 1, 0.2, 0.1, aggregation))
+  split, split_metrics = run(UpdateSpec(2, parts, 0.2, 0.1, aggregation))
+  assert_close(split.trainable, whole.trainable, 1e-6)
+  assert_close(split.opt_state, whole.opt_state, 1e-6)
+  assert_close(split_metrics, metrics, 1e-6)
+
+
+def test_chunks_change_nothing():
+  spec = UpdateSpec(2, 2, 0.2, 0.1, "token")
+  (state, metrics), (expected, expected_metrics) = run(spec, chunk=2), run(spec)
+  assert_close(
+    (state.trainable, state.opt_state, metrics), (expected.trainable, expected.opt_state, expected_metrics), 1e-6
+  )
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_at_the_first_inner_step_the_ratio_is_exactly_one(parts):
+  _, metrics = run(UpdateSpec(3, parts, 0.2, 0.1, "token"))
+  assert metrics.ratio_deviation[0] == 0
+  assert metrics.clip_fraction[0] == 0
+  assert (metrics.ratio_deviation[1:] > 1e-3).all()
+
+
+def test_precomputed_old_log_probabilities_are_the_current_ones():
+  """What would be precomputed for the first inner step differs from what it computes by less than 1e-5."""
+  state = start()
+  key = inner_keys(state.key, state.step, 1)[0]
+  score = lambda params: one_step(toy.DENOISER, params, ROLLOUT, toy.SPEC, key, p_mask_prompt=P_MASK).logp
+  precomputed = jax.jit(lambda p: jax.lax.map(lambda _: score(p), jnp.zeros(1))[0])(state.trainable)
+  (_, current), _ = jax.jit(jax.value_and_grad(lambda p: (jnp.sum(score(p)), score(p)), has_aux=True))(state.trainable)
+  assert np.abs(np.asarray(precomputed) - np.asarray(current)).max() <= 1e-5
+  np.testing.assert_allclose(current, completion_logps(state.trainable, masked_prompts(0, 5)), atol=1e-5)
+
+
+def test_inner_keys_are_of_purpose_step_and_iteration():
+  key = jax.random.key(8)
+  found = inner_keys(key, jnp.int32(5), 3)
+  for n in range(3):
+    expected = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 3), 5), n)
+    np.testing.assert_array_equal(jax.random.key_data(found[n]), jax.random.key_data(expected))
+
+
+def test_no_advantage_and_no_kl_leave_the_gradient_at_zero():
+  _, metrics = run(UpdateSpec(3, 1, 0.2, 0.0, "token"), advantages=jnp.zeros(4))
+  np.testing.assert_array_equal(metrics.grad_norm, 0)
+  np.testing.assert_array_equal(metrics.loss, 0)
+
+
+def test_what_lies_behind_the_stop_teaches_nothing():
+  spec = UpdateSpec(2, 1, 0.2, 0.1, "token")
+  assert not np.asarray(ROLLOUT.completion_mask).all()
+  spoilt = ROLLOUT._replace(completion=jnp.where(ROLLOUT.completion_mask, ROLLOUT.completion, toy.MASK))
+  (state, metrics), (expected, expected_metrics) = run(spec, rollout=spoilt), run(spec)
+  assert_close(state._replace(key=0), expected._replace(key=0), 1e-6)
+  assert_close(metrics, expected_metrics, 1e-6)
+
+
+@pytest.mark.parametrize("rubbish", [jnp.nan, jnp.inf])
+def test_a_reward_that_is_not_finite_changes_nothing(rubbish):
+  state = start()
+  new, metrics = run(UpdateSpec(2, 2, 0.2, 0.1, "token"), state=state, advantages=ADVANTAGES.at[1].set(rubbish))
+  assert not metrics.finite.any()
+  assert int(new.step) == int(state.step)
+  for a, b in zip(jax.tree.leaves(new._replace(key=0)), jax.tree.leaves(state._replace(key=0)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_batch_that_micro_batches_do_not_divide_is_refused():
+  with pytest.raises(ValueError, match="3 micro-batches do not divide a batch of 4 rows"):
+    run(UpdateSpec(1, 3, 0.2, 0.0, "token"))

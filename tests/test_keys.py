@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d1jax import keys
+
+KEY = jax.random.key(7)
+
+
+def data(key: jax.Array) -> np.ndarray:
+  return np.asarray(jax.random.key_data(key))
+
+
+def test_a_purpose_key_is_two_folds_whose_numbers_never_change():
+  numbers = {
+    "INITIALISATION": 0,
+    "CORRUPTION": 1,
+    "ROLLOUT": 2,
+    "PROMPT_MASK": 3,
+    "EVALUATION": 4,
+    "SFT_PROMPT_MASK": 5,
+  }
+  assert {p.name: int(p) for p in keys.Purpose} == numbers
+  for purpose, number in zip(keys.Purpose, numbers.values(), strict=True):
+    expected = jax.random.fold_in(jax.random.fold_in(KEY, number), 5)
+    np.testing.assert_array_equal(data(keys.purpose_key(KEY, purpose, 5)), data(expected))
+    np.testing.assert_array_equal(data(keys.purpose_key(KEY, purpose, jnp.int32(5))), data(expected))
+
+
+def test_purposes_and_steps_have_different_keys():
+  made = {data(keys.purpose_key(KEY, p, s)).tobytes() for p in keys.Purpose for s in range(20)}
+  assert len(made) == len(keys.Purpose) * 20
+
+
+def test_a_sample_key_depends_on_the_id_alone():
+  ids = jnp.asarray([5, 0, 9, 5], jnp.int32)
+  batch = keys.sample_keys(KEY, ids)
+  for row, identity in enumerate(ids):
+    np.testing.assert_array_equal(data(batch[row]), data(jax.random.fold_in(KEY, identity)))
+
+
+def test_fold_folds_each_key():
+  batch = keys.sample_keys(KEY, jnp.arange(3))
+  folded = keys.fold(batch, 4)
+  for row in range(3):
+    np.testing.assert_array_equal(data(folded[row]), data(jax.random.fold_in(batch[row], 4)))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 129])
+def test_a_uniform_depends_on_key_and_position_whatever_the_length(length):
+  batch = keys.sample_keys(KEY, jnp.arange(3))
+  longest = np.asarray(keys.uniforms(batch, 200))
+  np.testing.assert_array_equal(np.asarray(keys.uniforms(batch, length)), longest[:, :length])
+  np.testing.assert_array_equal(np.asarray(keys.uniforms(batch[1:2], length)), longest[1:2, :length])
+
+
+def test_uniforms_are_uniform():
+  draws = np.asarray(keys.uniforms(keys.sample_keys(KEY, jnp.arange(100)), 1000))
+  assert draws.dtype == np.float32
+  assert draws.min() >= 0
+  assert draws.max() < 1
+  assert abs(draws.mean() - 0.5) < 4 * np.sqrt(1 / 12 / draws.size)
+  assert abs(draws.var() - 1 / 12) < 1e-3
+  assert len(np.unique(draws)) > 0.99 * draws.size

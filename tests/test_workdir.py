@@ -1,0 +1,164 @@
+import json
+
+import pytest
+
+from d1jax.errors import RunError
+from d1jax.training import workdir as workdirs
+from d1jax.training.workdir import claim, flatten, holds_run, may_change, write_atomically
+
+CONFIG = {
+  "seed": 0,
+  "workdir": "a",
+  "mesh": {"data": 1, "fsdp": 1},
+  "rules": {"batch": ("data", "fsdp")},
+  "cpu_devices": 2,
+  "sft": {"steps": 10, "learning_rate": 0.1},
+  "grpo": {"steps": 5, "dump_every": 0, "beta": 0.04},
+  "data": {"prompt_buckets": (33,), "root": None},
+}
+
+
+def changed(name: str, value) -> dict:
+  """`CONFIG` with one field, by its dotted name, replaced."""
+  config = json.loads(json.dumps(CONFIG))
+  *sections, leaf = name.split(".")
+  target = config
+  for section in sections:
+    target = target[section]
+  target[leaf] = value
+  return config
+
+
+MODEL = b"tokenizer"
+
+
+def test_a_new_folder_holds_no_run_and_is_not_touched(tmp_path):
+  assert not holds_run(tmp_path / "run", CONFIG)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_claim_makes_the_folder_with_configuration_and_tokenizer(tmp_path):
+  folder = tmp_path / "deep" / "run"
+  claim(folder, CONFIG, MODEL)
+  assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
+  assert (folder / "tokenizer.model").read_bytes() == MODEL
+  assert len(list(folder.iterdir())) == 2
+
+
+def test_the_configuration_comes_last(tmp_path, monkeypatch):
+  def fail(path, value):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(workdirs, "write_json", fail)
+  with pytest.raises(OSError, match="No space"):
+    claim(tmp_path, CONFIG, MODEL)
+  assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
+  assert not holds_run(tmp_path, CONFIG)
+
+
+def test_the_same_config_may_go_on(tmp_path):
+  claim(tmp_path, CONFIG, MODEL)
+  assert holds_run(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("workdir", "b"),
+    ("mesh.data", 4),
+    ("rules.batch", ["data"]),
+    ("cpu_devices", 1),
+    ("sft.steps", 99),
+    ("grpo.steps", 99),
+    ("grpo.dump_every", 1),
+  ],
+)
+def test_placement_totals_and_logging_may_change(tmp_path, name, value):
+  claim(tmp_path, CONFIG, MODEL)
+  assert holds_run(tmp_path, changed(name, value))
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("seed", 1),
+    ("sft.learning_rate", 0.2),
+    ("grpo.beta", 0.0),
+    ("data.prompt_buckets", [33, 64]),
+    ("data.root", "/x"),
+    ("sft.extra", 3),
+  ],
+)
+def test_anything_else_is_another_run_and_named(tmp_path, name, value):
+  claim(tmp_path, CONFIG, MODEL)
+  with pytest.raises(RunError, match=rf"{name} was .*, now .*--config.workdir") as caught:
+    holds_run(tmp_path, changed(name, value))
+  assert str(tmp_path) in str(caught.value)
+  assert caught.value.exit_code == 2
+  assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(CONFIG)), "left as it was"
+
+
+def test_a_field_that_is_gone_is_named(tmp_path):
+  claim(tmp_path, CONFIG, MODEL)
+  with pytest.raises(RunError, match=r"grpo\.beta was 0\.04, now None"):
+    holds_run(tmp_path, {k: v for k, v in CONFIG.items() if k != "grpo"})
+
+
+def test_many_differences_are_cut_short(tmp_path):
+  claim(tmp_path, {f"f{i}": 0 for i in range(5)}, MODEL)
+  with pytest.raises(RunError, match=r"f0 was 0, now 1, f1 was 0, now 1, f2 was 0, now 1, \.\.\."):
+    holds_run(tmp_path, {f"f{i}": 1 for i in range(5)})
+
+
+def test_a_file_in_the_way_is_a_run_error(tmp_path):
+  (tmp_path / "file").write_text("")
+  for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+    assert not holds_run(folder, CONFIG)
+    with pytest.raises(RunError, match="cannot be written"):
+      claim(folder, CONFIG, MODEL)
+
+
+@pytest.mark.parametrize(
+  ("name", "allowed"),
+  [
+    ("mesh", True),
+    ("mesh.data", True),
+    ("meshes", False),
+    ("sft.steps", True),
+    ("sft.stepsize", False),
+    ("sft", False),
+  ],
+)
+def test_prefixes_are_whole_names(name, allowed):
+  assert may_change(name) == allowed
+
+
+def test_flatten():
+  assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
+def test_writing_replaces_and_leaves_no_draft(tmp_path):
+  path = tmp_path / "x"
+  write_atomically(path, b"old")
+  write_atomically(path, b"new")
+  assert path.read_bytes() == b"new"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "x"
+  write_atomically(path, b"old")
+
+  def fail(descriptor):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(workdirs.os, "fsync", fail)
+  with pytest.raises(OSError, match="No space"):
+    write_atomically(path, b"new and longer")
+  assert path.read_bytes() == b"old"
+
+
+def test_versions_name_what_decides_numbers():
+  found = workdirs.versions()
+  assert {"python", "jax", "jaxlib", "flax", "optax", "numpy"} <= found.keys()
+  assert all(found.values())

@@ -1,0 +1,190 @@
+"""Jobs that are stopped, killed, starved and damaged, as real processes: nothing is lost, the end is the same bits."""
+
+import json
+import resource
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from d1jax.errors import OutOfMemoryError, RunError, StorageError, explained, is_storage_failure
+from d1jax.training.metrics import read_records
+from tests import jobs
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """A compilation cache that the processes of this file share."""
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+  """The results of a job that ran in one go."""
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  code, out, err = jobs.finish(jobs.start(*jobs.flags(workdir), cache=cache))
+  assert code == 0, err
+  assert "SFT + diffu-GRPO" in out
+  return json.loads((workdir / "results.json").read_text())
+
+
+def resume_and_compare(workdir, cache, undisturbed):
+  """Runs the job again to its end, which must be that of the undisturbed one."""
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir), cache=cache))
+  assert code == 0, err
+  results = json.loads((workdir / "results.json").read_text())
+  assert results["params_fingerprint"] == undisturbed["params_fingerprint"]
+  for arm in ("before", "after"):
+    assert results[arm] == undisturbed[arm]
+  records = [(r["stage"], r["iteration"]) for r in read_records(workdir / "metrics.jsonl")]
+  assert records == [(stage, i) for stage in ("sft", "grpo") for i in range(1, 7)]
+  return err
+
+
+@pytest.mark.parametrize(
+  ("number", "code", "stage"), [(signal.SIGTERM, 75, "grpo"), (signal.SIGINT, 130, "sft")], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_stop_saves_and_the_job_goes_on(tmp_path, cache, undisturbed, number, code, stage):
+  process = jobs.start(*jobs.flags(tmp_path), cache=cache)
+  jobs.wait_for(tmp_path, stage, 1, process)
+  exit_code, _, err = jobs.interrupt(process, number)
+  assert exit_code == code, err
+  said = err.strip().splitlines()[-1]
+  assert said.startswith(f"d1jax: {number.name}: saved at {stage} iteration")
+  assert "run the same command again" in said
+  stopped_at = int(said.split("iteration ")[1].split(";")[0])
+  assert (tmp_path / "checkpoints" / stage / str(stopped_at)).is_dir()
+  resume_and_compare(tmp_path, cache, undisturbed)
+
+
+@pytest.mark.parametrize(("stage", "iteration"), [("sft", 3), ("grpo", 3)])
+def test_a_killed_job_ends_bit_identical(tmp_path, cache, undisturbed, stage, iteration):
+  process = jobs.start(*jobs.flags(tmp_path), cache=cache)
+  jobs.wait_for(tmp_path, stage, iteration, process)
+  assert jobs.interrupt(process, signal.SIGKILL)[0] == -signal.SIGKILL
+  assert not (tmp_path / "results.json").exists()
+  resume_and_compare(tmp_path, cache, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [2, 4, 6, 7, 8, 9, 10, 11, 12])
+def test_a_kill_at_any_moment(tmp_path, cache, undisturbed, delay):
+  process = jobs.start(*jobs.flags(tmp_path), cache=cache)
+  try:
+    process.wait(timeout=delay)
+  except jobs.subprocess.TimeoutExpired:
+    jobs.interrupt(process, signal.SIGKILL)
+  resume_and_compare(tmp_path, cache, undisturbed)
+
+
+def stopped_job(tmp_path, cache):
+  """A job that was stopped in its second stage, with two checkpoints there."""
+  process = jobs.start(*jobs.flags(tmp_path), cache=cache)
+  jobs.wait_for(tmp_path, "grpo", 4, process)
+  jobs.interrupt(process, signal.SIGTERM)
+  steps = sorted(int(p.name) for p in (tmp_path / "checkpoints" / "grpo").iterdir() if p.name.isdigit())
+  assert len(steps) >= 2
+  return steps
+
+
+def damage(folder, how):
+  """Truncates or flips a byte in the largest file of a checkpoint."""
+  largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  if how == "truncated":
+    content = content[: len(content) // 2]
+  else:
+    content[len(content) // 2] ^= 0x40
+  largest.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, cache, undisturbed, how):
+  steps = stopped_job(tmp_path, cache)
+  damage(tmp_path / "checkpoints" / "grpo" / str(steps[-1]), how)
+  err = resume_and_compare(tmp_path, cache, undisturbed)
+  assert f"grpo/{steps[-1]}" in err
+  assert "falling back" in err
+  assert f"going on from checkpoint {tmp_path}/checkpoints/grpo/{steps[-2]}" in err
+  assert (tmp_path / "checkpoints" / "corrupt" / f"grpo-{steps[-1]}").is_dir()
+
+
+def test_without_a_good_checkpoint_the_job_says_so(tmp_path, cache):
+  for step in stopped_job(tmp_path, cache):
+    shutil.rmtree(tmp_path / "checkpoints" / "grpo" / str(step) / "state")
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path), cache=cache))
+  assert code == 2
+  assert "can be read; delete the folder to start this stage again" in err.splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_own_code(tmp_path, cache):
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path, sft__learning_rate=1e38), cache=cache))
+  assert code == 70
+  said = err.strip().splitlines()[-1]
+  assert "loss or gradient is not finite" in said
+  assert "do not retry" in said
+  saved = [p for p in (tmp_path / "checkpoints" / "sft").iterdir() if p.name.isdigit()]
+  assert saved, "the last finite state is saved"
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, cache, undisturbed):
+  """No file may grow beyond 24 KiB, which a checkpoint does; the same path as a full disk or quota takes."""
+
+  def limit():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24 << 10, 24 << 10))
+
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path), cache=cache, preexec=limit))
+  assert code == 74, err
+  said = err.strip().splitlines()[-1]
+  assert "took no more data" in said
+  assert "run the same command again" in said
+  resume_and_compare(tmp_path, cache, undisturbed)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--config=configs/grpo.py", "--config.grpo.lerning_rate=1"], "unknown field 'lerning_rate' Did you mean"),
+    (["--config=configs/grpo.py", "--config.grpo.learning_rate=fast"], "could not convert string to float: 'fast'"),
+    (["--config=configs/grpo.py:tinny"], "unknown preset word 'tinny'; known: tiny, smoke, llada_8b"),
+    (["--config=configs/grpo.py:tiny,smoke"], "preset words tiny, smoke exclude each other"),
+    (["--config=configs/nothing.py"], "no such file; the configurations are in configs/"),
+    (["--confg=configs/grpo.py"], "Unknown command line flag 'confg'"),
+    (["--config=configs/grpo.py", "extra"], "unexpected argument 'extra'"),
+    ([], "no configuration; try --config=configs/grpo.py"),
+  ],
+)
+def test_a_wrong_command_line_is_one_line(arguments, message):
+  code, out, err = jobs.finish(jobs.start(*arguments))
+  assert code == 2
+  assert out == ""
+  assert len(err.splitlines()) == 1
+  assert err.startswith("d1jax: ")
+  assert message in err
+
+
+def test_device_memory_that_runs_out_names_the_micro_batch():
+  said = pytest.raises(OutOfMemoryError, match=r"grpo: device memory ran out.*--config\.grpo\.accumulation=4")
+  with said, explained("grpo", "--config.grpo.accumulation=4"):
+    jax.jit(lambda: jnp.zeros((1 << 46,), jnp.int8))().block_until_ready()
+
+
+def test_other_failures_pass_unchanged():
+  with pytest.raises(ZeroDivisionError), explained("grpo", ""):
+    _ = 1 / 0
+  with pytest.raises(RunError, match=r"^mine$"), explained("grpo", ""):
+    raise RunError("mine")
+
+
+def test_a_storage_failure_is_found_behind_other_exceptions():
+  full = OSError(28, "No space left on device")
+  assert is_storage_failure(full)
+  wrapped = ValueError("write failed")
+  wrapped.__cause__ = full
+  assert is_storage_failure(wrapped)
+  assert not is_storage_failure(ValueError("write failed"))
+  with pytest.raises(StorageError), explained("sft", ""):
+    raise wrapped

@@ -1,0 +1,238 @@
+"""The whole job in this process, on eight devices: what it leaves behind, how it goes on, that it never recompiles."""
+
+import json
+import shutil
+import struct
+import zlib
+
+import jax
+import numpy as np
+import pytest
+
+from d1jax import evaluation
+from d1jax.errors import RunError
+from d1jax.fingerprint import fingerprint
+from d1jax.state import Frozen
+from d1jax.training import dump, grpo, recipe
+from d1jax.training import experiment as experiments
+from d1jax.training.checkpoint import Checkpoints
+from d1jax.training.metrics import read_records
+from tests.jobs import load, small
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A finished job and its configuration; tests must not change the folder."""
+  workdir = tmp_path_factory.mktemp("finished")
+  config = small(workdir, grpo__dump_every=1, grpo__steps=4)
+  return workdir, config, recipe.run(config)
+
+
+def pixels(path):
+  """The decoded bytes of a PNG's image data, by the format's own rules."""
+  data, position, image = path.read_bytes(), 8, b""
+  assert data[:8] == b"\x89PNG\r\n\x1a\n"
+  while position < len(data):
+    (length,) = struct.unpack(">I", data[position : position + 4])
+    if data[position + 4 : position + 8] == b"IDAT":
+      image += data[position + 8 : position + 8 + length]
+    position += 12 + length
+  return zlib.decompress(image)
+
+
+def test_results_hold_what_they_promise(finished):
+  workdir, config, results = finished
+  assert json.loads((workdir / "results.json").read_text()) == json.loads(json.dumps(results))
+  for arm in ("before", "after", "baseline"):
+    assert results[arm]["n"] == 24
+    for metric in ("solved", "cell_accuracy"):
+      low, high = results[arm][f"{metric}_interval"]
+      assert 0 <= low <= results[arm][metric] <= high <= 1
+  assert results["baseline"]["solved"] == 0
+  assert 0.1 < results["baseline"]["cell_accuracy"] < 0.4
+  assert len(results["params_fingerprint"]) == 64
+  assert set(results["seconds"]) == {"sft", "grpo", "this_invocation"}
+  assert results["config"] == json.loads(json.dumps(config.to_dict()))
+  assert results["versions"]["jax"] == jax.__version__
+  assert len(results["samples"]) == 5
+
+
+def test_files_are_written(finished):
+  workdir, _, _ = finished
+  assert len(set(pixels(workdir / "learning_curves.png"))) > 20
+  for arm in ("before", "after"):
+    lines = (workdir / "completions" / f"{arm}.jsonl").read_text().splitlines()
+    assert len(lines) == 24
+    assert set(json.loads(lines[0])) == {"record", "text", "reward", "metrics"}
+  events = b"".join(p.read_bytes() for p in (workdir / "tensorboard" / "grpo").iterdir())
+  assert b"reward" in events
+  assert b"validation" in events
+
+
+def test_metrics_have_one_record_an_iteration(finished):
+  workdir, config, _ = finished
+  records = read_records(workdir / "metrics.jsonl")
+  for stage in ("sft", "grpo"):
+    own = [r for r in records if r["stage"] == stage]
+    assert [r["iteration"] for r in own] == list(range(1, config[stage].steps + 1))
+    assert [r["iteration"] for r in own if "validation" in r] == list(range(2, config[stage].steps + 1, 2))
+    assert all(np.isfinite(r["loss"]) for r in own)
+  assert {"reward", "kl", "entropy", "no_signal", "tokens_per_second", "compiled_share"} <= set(own[0])
+
+
+def test_a_finished_job_reprints_its_table(finished, capsys, monkeypatch):
+  _, config, results = finished
+  monkeypatch.setattr(recipe, "Recipe", None)  # computing anything would fail
+  assert recipe.run(config) == json.loads(json.dumps(results))
+  shown = capsys.readouterr().out
+  assert "is finished" in shown
+  assert "constant answer" in shown
+  assert "SFT + diffu-GRPO" in shown
+
+
+def test_more_steps_go_on_from_the_end(finished, tmp_path):
+  workdir, _, results = finished
+  shutil.copytree(workdir, tmp_path / "longer")
+  config = small(tmp_path / "longer", grpo__dump_every=0, grpo__steps=6)
+  longer = recipe.run(config)
+  assert longer["params_fingerprint"] != results["params_fingerprint"]
+  records = [r for r in read_records(tmp_path / "longer" / "metrics.jsonl") if r["stage"] == "grpo"]
+  assert [r["iteration"] for r in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_config_is_refused_and_nothing_changes(finished):
+  workdir, _, _ = finished
+  before = (workdir / "config.json").read_bytes()
+  with pytest.raises(RunError, match=r"grpo\.learning_rate was .*, now 0\.5.*May change on a resume"):
+    recipe.run(small(workdir, grpo__dump_every=1, grpo__steps=4, grpo__learning_rate=0.5))
+  assert (workdir / "config.json").read_bytes() == before
+
+
+def test_any_mesh_can_go_on(finished, tmp_path):
+  workdir, _, results = finished
+  shutil.copytree(workdir, tmp_path / "moved")
+  (tmp_path / "moved" / "results.json").unlink()
+  mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+  moved = recipe.run(small(tmp_path / "moved", grpo__dump_every=1, grpo__steps=4, **mesh))
+  assert moved["params_fingerprint"] == results["params_fingerprint"]
+  assert moved["after"]["n"] == 24
+
+
+def test_a_dumped_rollout_replays_to_the_same_state(finished):
+  """Checkpoint 2, the rollout of iteration 2 (counted from 0) and the one after: together they give checkpoint 4."""
+  workdir, config, _ = finished
+  experiment = experiments.build(config, (workdir / "tokenizer.model").read_bytes())
+  optimizer = experiment.optimizer(config.grpo, config.grpo.steps)
+  abstract = experiment.abstract_state(optimizer)
+  checkpoints = Checkpoints(workdir / "checkpoints" / "grpo")
+  sft = Checkpoints(workdir / "checkpoints" / "sft")
+  sft_abstract = experiment.abstract_state(experiment.optimizer(config.sft, config.sft.steps))
+  reference = sft.restore(sft.best_step(), sft_abstract).state.trainable
+  state = checkpoints.restore(2, abstract).state
+  programs = grpo.Programs(experiment, optimizer)
+  programs.compile()
+  for iteration in (2, 3):
+    dumped = dump.read(workdir / "rollouts", iteration)
+    rollout = jax.device_put(dumped.rollout, experiment.by_row)
+    halves = [
+      jax.tree.map(lambda x, i=i: jax.device_put(np.split(x, 2)[i], experiment.by_row), dumped.rollout) for i in (0, 1)
+    ]
+    state, _, advantages = programs.update(state, Frozen({}, reference), tuple(halves), dumped.rewards)
+    np.testing.assert_array_equal(advantages, dumped.advantages)
+    assert rollout.completion.shape == (16, 25)
+    assert len(dumped.texts) == 16
+  assert fingerprint(state) == checkpoints.metadata(4)["fingerprint"]
+
+
+def test_checkpoints_say_all_that_is_needed(finished):
+  workdir, config, _ = finished
+  metadata = Checkpoints(workdir / "checkpoints" / "grpo").metadata(4)
+  assert metadata["data"] == {"next_index": 4}
+  assert metadata["config"]["grpo"]["learning_rate"] == config.grpo.learning_rate
+  assert metadata["tokenizer"]
+  assert metadata["seconds"] > 0
+
+
+def test_eval_mode_agrees_with_the_final_table(finished, tmp_path, capsys):
+  workdir, _, results = finished
+  config = load("eval")
+  config.update(checkpoint=str(workdir), output=str(tmp_path), batch_size=16)
+  found = evaluation.run(config)["results"]
+  assert found["greedy"] == results["after"]
+  assert found["temperature 1"]["n"] == 24
+  assert len((tmp_path / "test_temperature_1.jsonl").read_text().splitlines()) == 24
+  assert "greedy" in capsys.readouterr().out
+  config.checkpoint = results["checkpoint"]
+  assert evaluation.run(config)["results"] == found
+
+
+def test_eval_of_nothing_is_an_error(tmp_path):
+  config = load("eval")
+  with pytest.raises(RunError, match=r"config\.checkpoint is not set"):
+    evaluation.run(config)
+  config.checkpoint = str(tmp_path)
+  with pytest.raises(RunError, match="no checkpoint in"):
+    evaluation.run(config)
+
+
+def test_sft_alone(tmp_path, capsys):
+  results = recipe.run(small(tmp_path, "sft"))
+  assert "before" not in results
+  assert results["after"]["n"] == 24
+  assert results["checkpoint"].startswith(str(tmp_path / "checkpoints" / "sft"))
+  assert "SFT + diffu-GRPO" not in capsys.readouterr().out
+
+
+def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
+  """Validation, saving and dumping included; counted by JAX's own monitoring events."""
+  compilations = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compilations.append(name) if name.endswith("backend_compile_duration") else None
+  )
+  counts = []
+  original = grpo.summarise
+
+  def counting(*arguments):
+    counts.append(len(compilations))
+    return original(*arguments)
+
+  monkeypatch.setattr(grpo, "summarise", counting)
+  recipe.run(small(tmp_path, grpo__validate_every=1, grpo__dump_every=1))
+  assert counts[0] > 0, "the listener hears nothing"
+  assert counts[1:] == [counts[1]] * 5, f"compilations by iteration: {counts}"
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"mesh__tensor": 3}, "does not fit 8 devices"),
+    ({"sft__batch_size": 12}, r"sft\.batch_size is 12, .*use a multiple of 8"),
+    ({"grpo__num_generations": 3}, "prompts_per_iteration x num_generations is 12"),
+    ({"grpo__rollout_chunks": 4}, r"grpo\.rollout_chunks=4 parts"),
+    ({"rollout__block_length": 4}, "completion_length=25 is not a multiple of block_length=4"),
+    ({"rollout__diffusion_steps": 0}, "diffusion_steps=0"),
+    ({"rollout__temperature": -1.0}, "temperature=-1.0"),
+    ({"rollout__remasking": "hight"}, "remasking='hight' is unknown"),
+    ({"rollout__completion_length": 9, "rollout__block_length": 9}, "no demonstration fits"),
+    ({"data__prompt_buckets": (20,)}, "every validation prompt is longer than prompt_buckets"),
+    ({"task__name": "sodoku"}, "unknown task 'sodoku'"),
+    ({"task__style": "wordy"}, "unknown style 'wordy'"),
+    ({"grpo__steps": 0}, r"grpo\.steps is 0"),
+    ({"grpo__aggregation": "mean"}, "aggregation='mean' is unknown"),
+    ({"sft__decay": "cosine"}, "decay='cosine' is unknown"),
+    ({"data__root": "/nowhere"}, "sudoku/train.csv: not found in '/nowhere'"),
+  ],
+)
+def test_bad_settings_are_one_line_and_claim_no_folder(tmp_path, changes, message):
+  with pytest.raises(RunError, match=message) as caught:
+    recipe.run(small(tmp_path / "run", **changes))
+  assert "\n" not in str(caught.value)
+  assert caught.value.exit_code == 2
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_bad_row_of_a_data_file_is_named(tmp_path):
+  (tmp_path / "sudoku").mkdir()
+  (tmp_path / "sudoku" / "train.csv").write_text("Puzzle,Solution\n1234341221434321,1234\n")
+  with pytest.raises(RunError, match=r"sudoku/train.csv line 2: solution '1234' has 4 digits, expected 16"):
+    recipe.run(small(tmp_path / "run", data__root=str(tmp_path)))
