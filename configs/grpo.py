@@ -124,17 +124,19 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 
 
 def _tiny(c: config_dict.ConfigDict) -> None:
-  """A model of 0.1M parameters that learns 4x4 Sudoku in minutes on two cores."""
+  """A model of 0.2M parameters that learns 4x4 Sudoku in minutes on two cores; chosen on the validation grids."""
   c.mesh.update(data=-1, fsdp=1)
-  c.model.update(size="tiny", remat=False, unroll=2)
-  c.data.prompt_buckets = (25,)
+  c.model.update(size="tiny", remat=False, unroll=3)
+  c.data.prompt_buckets = (33,)
   c.task.style = "terse"
-  c.rollout.update(completion_length=25, diffusion_steps=4, block_length=25, temperature=1.0)
+  c.task.sizes.demonstrations = 24
+  # Sampling above temperature 1 keeps the policy exploring: committing confident proposals first sharpens it.
+  c.rollout.update(completion_length=18, diffusion_steps=4, block_length=18, temperature=1.5)
   c.sft.update(
     steps=800,
     batch_size=32,
     learning_rate=3e-3,
-    warmup_steps=50,
+    warmup_steps=20,
     b2=0.99,
     weight_decay=1.0,
     p_mask_prompt=0.4,
@@ -142,14 +144,15 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     validate_every=100,
   )
   c.grpo.update(
-    steps=600,
-    num_generations=8,
+    steps=900,
+    prompts_per_iteration=64,
+    num_generations=4,
     num_iterations=1,
-    accumulation=2,
-    rollout_chunks=2,
+    accumulation=4,
+    rollout_chunks=4,
     beta=0.0,
     p_mask_prompt=0.0,
-    learning_rate=1e-3,
+    learning_rate=4e-4,
     warmup_steps=20,
     decay="linear",
     max_grad_norm=1.0,
@@ -157,7 +160,7 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     logits_chunk=None,
     validate_every=50,
   )
-  c.evaluation.batch_size = 440
+  c.evaluation.batch_size = 128
 
 
 def _smoke(c: config_dict.ConfigDict) -> None:
@@ -165,7 +168,7 @@ def _smoke(c: config_dict.ConfigDict) -> None:
   c.workdir = "runs/smoke"
   c.task.sizes.update(train=500, validation=40, test=88)
   c.sft.update(steps=20, validate_every=10, warmup_steps=5)
-  c.grpo.update(steps=8, prompts_per_iteration=4, num_generations=4, validate_every=4, warmup_steps=2)
+  c.grpo.update(steps=8, prompts_per_iteration=8, num_generations=4, validate_every=4, warmup_steps=2)
   c.evaluation.batch_size = 88
 
 

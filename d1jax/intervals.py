@@ -30,7 +30,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
   """Wilson's score interval of a share of n independent observations; n need not be whole."""
   centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
   half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-  return max(centre - half, 0.0), min(centre + half, 1.0)
+  return (max(centre - half, 0.0) if share > 0 else 0.0), (min(centre + half, 1.0) if share < 1 else 1.0)
 
 
 def clustered(numerators: Sequence[float], denominators: Sequence[float], clusters: Sequence[Hashable]) -> Share:

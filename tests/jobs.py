@@ -13,17 +13,19 @@ from ml_collections import ConfigDict
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
-  "model.overrides.embed": 16,
+  "model.overrides.embed": 32,
   "model.overrides.heads": 2,
-  "model.overrides.mlp": 32,
+  "model.overrides.mlp": 64,
   "model.overrides.layers": 1,
   "task.sizes.demonstrations": 16,
   "task.sizes.train": 64,
   "task.sizes.validation": 16,
   "task.sizes.test": 24,
-  "sft.steps": 6,
-  "sft.batch_size": 8,
-  "sft.validate_every": 2,
+  # Long enough to learn the format: without well-formed answers there is no reward and nothing to update.
+  "sft.steps": 120,
+  "sft.batch_size": 16,
+  "sft.learning_rate": 1e-2,
+  "sft.validate_every": 40,
   "grpo.steps": 6,
   "grpo.validate_every": 2,
   "grpo.prompts_per_iteration": 4,

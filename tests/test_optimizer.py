@@ -60,7 +60,7 @@ def adamw(params, gradients, *, rate, b1, b2, decay, clip):
   return params
 
 
-@pytest.mark.parametrize(("name", "decays"), [("weight", 1.0), ("norm_scale", 0.0)])
+@pytest.mark.parametrize(("name", "decays"), [("weight", 1.0), ("final_norm", 0.0)])
 def test_steps_are_adamw_behind_a_clip(name, decays):
   rng = np.random.default_rng(0)
   start, gradients = rng.normal(size=4), [rng.normal(size=4) for _ in range(3)]

@@ -46,7 +46,7 @@ class TransformerSize:
 
 
 PRESETS = {
-  "tiny": TransformerSize(vocab=128, embed=64, heads=4, mlp=192, layers=2, rope_theta=100.0),
+  "tiny": TransformerSize(vocab=128, embed=64, heads=4, mlp=192, layers=3, rope_theta=100.0),
   "llada_8b": TransformerSize(vocab=126464, embed=4096, heads=32, mlp=12288, layers=32),
 }
 LLADA_MASK_ID = 126336

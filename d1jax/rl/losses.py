@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+AGGREGATIONS = ("token", "sequence")
+
 
 def token_weights(mask: Bool[Array, "B C"], aggregation: str) -> Float[Array, "B C"]:
   """Weights that turn a sum over tokens into a mean; they add up to 1 over the batch.

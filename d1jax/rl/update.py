@@ -17,7 +17,7 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.likelihood import Estimator
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.microbatch import split_rows, sum_over_parts
-from d1jax.rl.losses import PolicyLoss, clipped_surrogate, token_weights
+from d1jax.rl.losses import AGGREGATIONS, PolicyLoss, clipped_surrogate, token_weights
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
 
 
@@ -38,6 +38,14 @@ class UpdateSpec:
   epsilon: float
   beta: float
   aggregation: str
+
+  def __post_init__(self) -> None:
+    if self.num_iterations < 1 or self.accumulation < 1:
+      raise ValueError(f"num_iterations={self.num_iterations} and accumulation={self.accumulation} must be at least 1")
+    if not self.epsilon > 0 or self.beta < 0:
+      raise ValueError(f"epsilon={self.epsilon} must be positive and beta={self.beta} not negative")
+    if self.aggregation not in AGGREGATIONS:
+      raise ValueError(f"aggregation={self.aggregation!r} is unknown; known: {', '.join(AGGREGATIONS)}")
 
 
 class UpdateMetrics(NamedTuple):

@@ -33,6 +33,7 @@ Your step-by-step solving process
 """
 """d1's instruction, to the letter."""
 
+_CELL_NAMES = "abcdefghijklmnop"
 _UNIT_CELLS = (
   *(range(4 * row, 4 * row + 4) for row in range(4)),
   *(range(column, 16, 4) for column in range(4)),
@@ -94,19 +95,20 @@ class Sudoku:
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
     """Return one user turn and no prefill.
 
-    `d1` is its text to the letter. `terse` is the drawn grid, four rows like `10|03` with a line
-    break each; the answer is drawn alike. So the cells of a row, a column and a box stand at fixed
-    distances, as do a cell's clue and its answer, which suits a model with relative positions.
+    `d1` is its text to the letter. `terse` is the 16 clues and then the names of the 16 cells,
+    `1003...abcdefghijklmnop`; the 16 digits of the answer follow. So each cell's clue, name and
+    answer stand at fixed distances, and a model with relative positions can tell which cell it is
+    looking at.
     """
     common.check_choice("style", style, common.STYLES)
     puzzle = record["puzzle"]
-    content = _draw(puzzle)
+    content = puzzle + _CELL_NAMES
     if style == "d1":
       content = f"{SUDOKU_SYSTEM_PROMPT}\n\nSolve the following Sudoku puzzle: {puzzle}\n"
     return [{"role": "user", "content": content}], ""
 
   def demonstration(self, record: Record, style: str) -> str:
-    """Write the solution: tagged after a line of reasoning (`d1`), or the drawn grid (`terse`)."""
+    """Write the solution: tagged after a line of reasoning (`d1`), or 16 digits (`terse`)."""
     return _format(
       "The clues leave one grid in which every row, column and 2x2 box holds 1 to 4 once.",
       record["solution"],
@@ -123,13 +125,13 @@ class Sudoku:
     return record["solution"]
 
   def grade(self, text: str, record: Record) -> Grade:
-    """Grade the last answer block, or the whole text, by the rules; drawn lines do not count.
+    """Grade the last answer block, or the whole text, by the rules of Sudoku.
 
     Components: `constraints`, the share of the 12 rows, columns and boxes that hold 1 to 4 once
     and change no clue; `solved`, 1.0 when all do. Metrics: `solved`; `cell_accuracy`, empty
     cells filled as in the solution over empty cells; `well_formed`, 16 digits 1 to 4.
     """
-    answer = "".join(common.final_answer(text).split()).replace("|", "")
+    answer = "".join(common.final_answer(text).split())
     puzzle, solution = record["puzzle"], record["solution"]
     empty = puzzle.count("0")
     if len(answer) != 16 or not _DIGITS.issuperset(answer):
@@ -159,10 +161,6 @@ def _grade(satisfied: int, right: int, empty: int, well_formed: int) -> Grade:
   )
 
 
-def _draw(cells: str) -> str:
-  return "".join(f"{cells[i : i + 2]}|{cells[i + 2 : i + 4]}\n" for i in range(0, 16, 4))
-
-
 def _format(reasoning: str, answer: str, style: str) -> str:
   common.check_choice("style", style, common.STYLES)
-  return common.tagged(reasoning, answer) if style == "d1" else _draw(answer)
+  return common.tagged(reasoning, answer) if style == "d1" else answer

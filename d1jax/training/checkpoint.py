@@ -71,6 +71,7 @@ class Checkpoints:
     self._orbax.save_checkpointables_async(
       step,
       {"state": state},
+      force=True,  # when to save is decided by the loop
       overwrite=True,
       metrics=None if score is None else {METRIC: score},
       custom_metadata={**metadata, "fingerprint": fingerprint(state)},
@@ -79,6 +80,7 @@ class Checkpoints:
   def wait(self) -> None:
     """Blocks until all is on disk; an error while writing surfaces here."""
     self._orbax.wait()
+    self._orbax.reload()  # metrics of the newest checkpoint are read from disk
 
   def close(self) -> None:
     """Waits and lets go of the folder."""

@@ -51,10 +51,18 @@ class Recipe:
   """The stages of one work directory."""
 
   def __init__(self, config: ConfigDict, workdir: Path, interrupts: Interrupts):
+    """Builds everything that can be found wrong; nothing is written or trained yet."""
     known = (workdir / "tokenizer.model").read_bytes() if holds_run(workdir, config.to_dict()) else None
     self.experiment = experiments.build(config, known)
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._validator = self.evaluator("validation")
+    self._demonstrations = self.experiment.texts("demonstrations")
+    self._answers = sft.answers(self.experiment, self._demonstrations)
+    self._sft_optimizer = self.experiment.optimizer(config.sft, config.sft.steps)
+    if config.mode == "grpo":
+      self._grpo_optimizer = self.experiment.optimizer(config.grpo, config.grpo.steps * config.grpo.num_iterations)
+      self._programs = grpo.Programs(self.experiment, self._grpo_optimizer)
+      self._train = self.experiment.texts("train")
     self._metadata = {
       "config": config.to_dict(),
       "tokenizer": base64.b64encode(self.experiment.tokenizer.model).decode(),
@@ -106,28 +114,24 @@ class Recipe:
 
   def sft(self) -> Outcome:
     """Masked supervised fine-tuning from random weights."""
-    section = self.config.sft
-    optimizer = self.experiment.optimizer(section, section.steps)
+    experiment, optimizer = self.experiment, self._sft_optimizer
 
     def advancer(position: int) -> Any:
-      return sft.advancer(self.experiment, self.experiment.texts("demonstrations"), optimizer, position)
+      return sft.advancer(experiment, self._demonstrations, self._answers, optimizer, position)
 
-    fresh = functools.partial(self.experiment.fresh_state, optimizer)
-    return self._run_stage("sft", section, optimizer, fresh, advancer, ("loss", "masked_ce"))
+    fresh = functools.partial(experiment.fresh_state, optimizer)
+    return self._run_stage("sft", self.config.sft, optimizer, fresh, advancer, ("loss", "masked_ce"))
 
   def grpo(self, start: Params) -> Outcome:
     """diffu-GRPO from given weights, which stay the reference."""
-    section = self.config.grpo
-    optimizer = self.experiment.optimizer(section, section.steps * section.num_iterations)
+    experiment, optimizer = self.experiment, self._grpo_optimizer
 
     def advancer(position: int) -> Any:
-      programs = grpo.Programs(self.experiment, optimizer)
-      programs.compile()
-      texts = self.experiment.texts("train")
-      return grpo.advancer(self.experiment, texts, Frozen({}, start), programs, position, self.workdir)
+      self._programs.compile()
+      return grpo.advancer(experiment, self._train, Frozen({}, start), self._programs, position, self.workdir)
 
-    fresh = functools.partial(self.experiment.state_from, start, optimizer)
-    return self._run_stage("grpo", section, optimizer, fresh, advancer, grpo.SHOWN)
+    fresh = functools.partial(experiment.state_from, start, optimizer)
+    return self._run_stage("grpo", self.config.grpo, optimizer, fresh, advancer, grpo.SHOWN)
 
 
 def run(config: ConfigDict) -> dict[str, Any]:

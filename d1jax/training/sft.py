@@ -20,7 +20,7 @@ from d1jax.training.experiment import Experiment, Texts
 
 def sft_step(
   state: TrainState,
-  batch: pipeline.SftBatch,
+  batch: Any,
   *,
   denoiser: Denoiser,
   optimizer: optax.GradientTransformation,
@@ -28,13 +28,13 @@ def sft_step(
   p_mask_prompt: float,
   logits_chunk: int | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One optimiser step on `denoising_loss`; pure.
+  """One optimiser step on `denoising_loss` over an `SftBatch` of device arrays; pure.
 
   Every completion token of the batch weighs 1 / (B C), its end-of-sequence padding included. As all completions are
   padded to the same length, that is both d1's mean over tokens and LLaDA's mean over sequences of means over tokens.
 
-  Each prompt token is masked with probability `p_mask_prompt`, as diffu-GRPO does when it scores: with few demonstrations it
-  keeps the network from telling them apart by their prompts. d1's own fine-tuning does not (0).
+  Each prompt token is masked with probability `p_mask_prompt`, as diffu-GRPO does when it scores: with few
+  demonstrations it keeps the network from telling them apart by their prompts. d1's own fine-tuning does not (0).
   """
   key = keys.purpose_key(state.key, keys.Purpose.CORRUPTION, state.step)
   mask_key = keys.purpose_key(state.key, keys.Purpose.SFT_PROMPT_MASK, state.step)
@@ -70,35 +70,46 @@ def sft_step(
   return apply_gradients(state, grads, optimizer, finite), metrics
 
 
+def answers(experiment: Experiment, texts: Texts) -> list[list[int]]:
+  """The tokenised demonstrations of some records, stop id included; those that are too long are reported, not cut.
+
+  Raises:
+    ValueError: none fits a completion.
+  """
+  style, length = experiment.config.task.style, experiment.sampler.completion_length
+  ids = [experiment.tokenizer.completion(experiment.task.demonstration(r, style)) for r in texts.records]
+  fitting = sum(len(answer) <= length for answer in ids)
+  if not fitting:
+    raise ValueError(f"no demonstration fits rollout.completion_length={length} tokens: raise it")
+  if fitting < len(ids):
+    print(f"demonstrations: left out {len(ids) - fitting} of {len(ids)} longer than {length} tokens")
+  return ids
+
+
 def advancer(
-  experiment: Experiment, texts: Texts, optimizer: optax.GradientTransformation, position: int
+  experiment: Experiment,
+  texts: Texts,
+  completions: list[list[int]],
+  optimizer: optax.GradientTransformation,
+  position: int,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """One iteration of the SFT stage: next batch, one compiled step.
 
   Args:
     experiment: network, task and mesh.
     texts: the demonstrations.
+    completions: their tokenised answers.
     optimizer: of this stage.
     position: the batch to start at.
   """
   config = experiment.config.sft
-  completions = [
-    experiment.tokenizer.completion(experiment.task.demonstration(r, experiment.config.task.style))
-    for r in texts.records
-  ]
-  length = experiment.sampler.completion_length
-  fitting = sum(len(ids) <= length for ids in completions)
-  if not fitting:
-    raise ValueError(f"no demonstration fits rollout.completion_length={length} tokens: raise it")
-  if fitting < len(completions):
-    print(f"demonstrations: left out {len(completions) - fitting} of {len(completions)} longer than {length} tokens")
   batches = pipeline.sft_batches(
     texts.prompts,
     completions,
     seed=experiment.config.seed,
     batch_size=config.batch_size,
     buckets=experiment.buckets,
-    completion_length=length,
+    completion_length=experiment.sampler.completion_length,
     pad_id=experiment.tokenizer.pad_id,
     position=position,
   )

@@ -6,6 +6,7 @@ import sentencepiece
 from d1jax.data.tokenizer import MASK_PIECE, SentencePieceTokenizer, train_sentencepiece
 
 TEXTS = [
+  "① ﬁ Ａ ½ é\t",
   "Solve the puzzle: 0123456789\n",
   "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ\n",
   "<reasoning>\n1 + 2 = 3\n</reasoning>\n<answer>\n12(34)-5*6/7\n</answer>\n",
@@ -23,6 +24,7 @@ SAMPLES = [
   "\n \n",
   "<answer>\n12(34)-5*6/7\n</answer>",
   "",
+  "① ﬁ Ａ ½\té",
 ]
 
 

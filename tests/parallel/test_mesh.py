@@ -155,12 +155,15 @@ def results(world: World, rollout: Any) -> Results:
   return Results(world, draws(world), own, state, new_state, jax.device_get(metrics), alias)
 
 
+MESHES = [(2, 1, 1), (2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow), (1, 2, 4)]
+
+
 @pytest.fixture(scope="module")
 def one_device() -> Results:
   return results(World(mesh_of(1, 1, 1)), None)
 
 
-@pytest.fixture(scope="module", params=[(2, 1, 1), (2, 2, 2), (1, 8, 1), (1, 2, 4)], ids=str)
+@pytest.fixture(scope="module", params=MESHES, ids=str)
 def other(request, one_device) -> Results:
   return results(World(mesh_of(*request.param)), one_device.rollout)
 

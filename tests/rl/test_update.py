@@ -185,13 +185,13 @@ def test_inner_keys_are_of_purpose_step_and_iteration():
 
 
 def test_no_advantage_and_no_kl_leave_the_gradient_at_zero():
-  _, metrics = run(UpdateSpec(3, 1, 0.2, 0.0, "token"), advantages=jnp.zeros(4))
+  _, metrics = run(UpdateSpec(3, 2, 0.05, 0.0, "sequence"), advantages=jnp.zeros(4))
   np.testing.assert_array_equal(metrics.grad_norm, 0)
   np.testing.assert_array_equal(metrics.loss, 0)
 
 
 def test_what_lies_behind_the_stop_teaches_nothing():
-  spec = UpdateSpec(2, 1, 0.2, 0.1, "token")
+  spec = UpdateSpec(3, 1, 0.2, 0.1, "token")
   assert not np.asarray(ROLLOUT.completion_mask).all()
   spoilt = ROLLOUT._replace(completion=jnp.where(ROLLOUT.completion_mask, ROLLOUT.completion, toy.MASK))
   (state, metrics), (expected, expected_metrics) = run(spec, rollout=spoilt), run(spec)
@@ -202,7 +202,7 @@ def test_what_lies_behind_the_stop_teaches_nothing():
 @pytest.mark.parametrize("rubbish", [jnp.nan, jnp.inf])
 def test_a_reward_that_is_not_finite_changes_nothing(rubbish):
   state = start()
-  new, metrics = run(UpdateSpec(2, 2, 0.2, 0.1, "token"), state=state, advantages=ADVANTAGES.at[1].set(rubbish))
+  new, metrics = run(UpdateSpec(3, 2, 0.2, 0.1, "token"), state=state, advantages=ADVANTAGES.at[1].set(rubbish))
   assert not metrics.finite.any()
   assert int(new.step) == int(state.step)
   for a, b in zip(jax.tree.leaves(new._replace(key=0)), jax.tree.leaves(state._replace(key=0)), strict=True):

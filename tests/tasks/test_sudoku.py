@@ -240,10 +240,10 @@ def test_d1_prompt_is_verbatim():
 
 def test_terse_style():
   messages, prefill = Sudoku().prompt(RECORD, "terse")
-  grid = "03|21\n00|30\n04|00\n21|00\n"
-  assert (messages, prefill) == ([{"role": "user", "content": grid}], "")
-  assert Sudoku().demonstration(RECORD, "terse") == "43|21\n12|34\n34|12\n21|43\n"
-  assert Sudoku().baseline(RECORD, "terse") == "13|21\n11|31\n14|11\n21|11\n"
+  words = "0321003004002100abcdefghijklmnop"
+  assert (messages, prefill) == ([{"role": "user", "content": words}], "")
+  assert Sudoku().demonstration(RECORD, "terse") == "4321123434122143"
+  assert Sudoku().baseline(RECORD, "terse") == "1321113114112111"
 
 
 def test_d1_completions():

@@ -1,0 +1,45 @@
+"""The closing table and the curves."""
+
+import numpy as np
+
+from d1jax.evaluation import table
+from d1jax.report import smoothed, summary
+
+ROW = {
+  "solved": 0.5,
+  "solved_interval": [0.25, 0.75],
+  "cell_accuracy": 0.875,
+  "cell_accuracy_interval": [0.8, 0.95],
+  "n": 88,
+}
+
+
+def test_a_row_shows_shares_in_percent_with_their_intervals():
+  head, rule, row = table({"an arm": ROW}).splitlines()
+  assert head.split() == ["solved", "95%", "interval", "cell", "accuracy", "95%", "interval", "n"]
+  assert row.split() == ["an", "arm", "50.0%", "[25.0,", "75.0]", "87.5%", "[80.0,", "95.0]", "88"]
+  assert len(head) == len(rule) == len(row)
+
+
+def test_the_summary_names_arms_samples_and_files(tmp_path):
+  results = {
+    "baseline": ROW | {"solved": 0.0},
+    "before": ROW,
+    "after": ROW | {"solved": 0.75},
+    "seconds": {"sft": 10.4, "grpo": 99.6, "this_invocation": 120.0},
+    "samples": [{"record": {"puzzle": "1", "solution": "2"}, "completion": "3", "reward": 0.0, "solved": False}],
+    "config": {"task": {"name": "sudoku"}},
+    "checkpoint": "some/folder",
+  }
+  text = summary(results, tmp_path)
+  for part in ("constant answer", "SFT + diffu-GRPO", "75.0%", "'3'  wrong", "sft 10 s, grpo 100 s", "some/folder"):
+    assert part in text
+  assert "solution" not in text
+  del results["before"]
+  assert "diffu-GRPO" not in summary(results, tmp_path)
+
+
+def test_smoothing_is_a_running_mean():
+  values = np.asarray([1.0, 3.0, 5.0, 7.0])
+  np.testing.assert_allclose(smoothed(values, 2), [1.0, 2.0, 4.0, 6.0])
+  np.testing.assert_allclose(smoothed(values, 10), [1.0, 2.0, 3.0, 4.0])

@@ -1,0 +1,71 @@
+"""Records survive kills and resumes; progress is plain where nobody watches."""
+
+import json
+
+import pytest
+
+from d1jax.training.metrics import MetricsWriter, Progress, read_records
+
+
+def write(folder, stage, start, iterations):
+  writer = MetricsWriter(folder, stage, start)
+  for iteration in iterations:
+    writer.write(iteration, {"loss": float(iteration)})
+  writer.close()
+
+
+def seen(folder):
+  return [(r["stage"], r["iteration"]) for r in read_records(folder / "metrics.jsonl")]
+
+
+def test_a_resume_drops_what_it_will_make_again(tmp_path):
+  write(tmp_path, "sft", 0, [1, 2, 3])
+  write(tmp_path, "grpo", 0, [1, 2, 3, 4])
+  write(tmp_path, "grpo", 2, [3])
+  assert seen(tmp_path) == [("sft", 1), ("sft", 2), ("sft", 3), ("grpo", 1), ("grpo", 2), ("grpo", 3)]
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
+  write(tmp_path, "sft", 0, [1, 2])
+  path = tmp_path / "metrics.jsonl"
+  path.write_text(path.read_text() + '{"stage": "sft", "itera')
+  assert seen(tmp_path) == [("sft", 1), ("sft", 2)]
+  write(tmp_path, "sft", 2, [3])
+  assert seen(tmp_path) == [("sft", 1), ("sft", 2), ("sft", 3)]
+  assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_no_file_no_records(tmp_path):
+  assert read_records(tmp_path / "metrics.jsonl") == []
+
+
+def test_plain_lines_without_a_terminal(capsys):
+  progress = Progress("grpo", 40, 10, lines=4)
+  for iteration in range(11, 41):
+    progress.update(iteration, {"reward": 0.12345, "alarm": "entropy"})
+  progress.close()
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[1] for line in lines] == ["20/40", "30/40", "40/40"]
+  assert lines[0].startswith("grpo 20/40  reward 0.123  alarm entropy  eta ")
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch):
+  monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+  progress = Progress("sft", 2, 0)
+  progress.update(1, {"loss": 0.5})
+  progress.update(2, {"loss": 0.25})
+  progress.close()
+  captured = capsys.readouterr()
+  assert captured.out == ""
+  assert "sft: 100%" in captured.err
+  assert "loss 0.25" in captured.err
+
+
+@pytest.mark.parametrize("value", [0.5, 3])
+def test_numbers_go_to_tensorboard(tmp_path, value):
+  writer = MetricsWriter(tmp_path, "sft", 0)
+  writer.write(1, {"a_tag": value, "a_word": "text"})
+  writer.close()
+  events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard" / "sft").iterdir())
+  assert b"a_tag" in events
+  assert b"a_word" not in events
