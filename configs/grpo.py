@@ -131,15 +131,15 @@ def _tiny(c: config_dict.ConfigDict) -> None:
   c.task.style = "terse"
   c.task.sizes.demonstrations = 24
   # Sampling above temperature 1 keeps the policy exploring: committing confident proposals first sharpens it.
-  c.rollout.update(completion_length=18, diffusion_steps=4, block_length=18, temperature=1.5)
+  c.rollout.update(completion_length=18, diffusion_steps=4, block_length=18, temperature=2.5)
   c.sft.update(
-    steps=800,
+    steps=1000,
     batch_size=32,
     learning_rate=3e-3,
     warmup_steps=20,
     b2=0.99,
     weight_decay=1.0,
-    p_mask_prompt=0.4,
+    p_mask_prompt=0.2,
     logits_chunk=None,
     validate_every=100,
   )
@@ -152,11 +152,11 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     rollout_chunks=4,
     beta=0.0,
     p_mask_prompt=0.0,
-    learning_rate=4e-4,
+    learning_rate=6e-4,
     warmup_steps=20,
     decay="linear",
     max_grad_norm=1.0,
-    weight_decay=0.0,
+    weight_decay=0.02,
     logits_chunk=None,
     validate_every=50,
   )

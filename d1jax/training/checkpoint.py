@@ -8,7 +8,7 @@ differs is passed over, loudly, for the one before.
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,19 +109,14 @@ class Checkpoints:
     (self.folder / str(step)).rename(target)
     self._orbax.reload()
 
-  def restore_latest(self, abstract: TrainState) -> Restored | None:
-    """The last good checkpoint; bad ones are reported, set aside and passed over. None where there is none.
-
-    Raises:
-      RunError: there are checkpoints and none of them is good.
-    """
-    steps = self.steps()
+  def _first_good(self, choose: Callable[[], int | None], abstract: TrainState) -> Restored | None:
+    """The checkpoint that `choose` names; a bad one is reported, set aside, and the choice is made again."""
     failure: RunError | None = None
-    for step in reversed(steps):
+    while (step := choose()) is not None:
       try:
         restored = self.restore(step, abstract)
       except RunError as error:
-        log.warning("%s; falling back to the one before", error)
+        log.warning("%s; falling back to another", error)
         failure = error
         self._set_aside(step)
         continue
@@ -133,6 +128,18 @@ class Checkpoints:
         f"no checkpoint in {self.folder} can be read; delete the folder to start this stage again"
       ) from failure
     return None
+
+  def restore_latest(self, abstract: TrainState) -> Restored | None:
+    """The last good checkpoint, None where there is none.
+
+    Raises:
+      RunError: there are checkpoints and none of them is good.
+    """
+    return self._first_good(lambda: max(self.steps(), default=None), abstract)
+
+  def restore_best(self, abstract: TrainState) -> Restored | None:
+    """The good checkpoint with the best validation, None where there is none."""
+    return self._first_good(self.best_step, abstract)
 
 
 def with_placements(abstract: Any, placements: Any) -> Any:

@@ -14,7 +14,7 @@ import optax
 from ml_collections import ConfigDict
 
 from d1jax import evaluation, report
-from d1jax.errors import explained, input_checked
+from d1jax.errors import RunError, explained, input_checked
 from d1jax.evaluation import Evaluation, Evaluator
 from d1jax.fingerprint import fingerprint
 from d1jax.state import Frozen, Params, TrainState
@@ -104,13 +104,11 @@ class Recipe:
           self._metadata,
         )
         seconds = loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
-      last = checkpoints.restore_latest(abstract)
-      best_step = checkpoints.best_step()
-      assert last is not None
-      assert best_step is not None
-      best = last if best_step == last.step else checkpoints.restore(best_step, abstract)
+      last, best = checkpoints.restore_latest(abstract), checkpoints.restore_best(abstract)
       checkpoints.close()
-    return Outcome(best.state.trainable, best_step, last.state.trainable, seconds, folder / str(best_step))
+    if last is None or best is None:
+      raise RunError(f"{folder} lost its checkpoints while the stage ran; run the same command again")
+    return Outcome(best.state.trainable, best.step, last.state.trainable, seconds, folder / str(best.step))
 
   def sft(self) -> Outcome:
     """Masked supervised fine-tuning from random weights."""

@@ -74,7 +74,11 @@ def holds_run(workdir: Path, config: dict[str, Any]) -> bool:
     return False
   old = flatten(json.loads(path.read_text(encoding="utf-8")))
   new = flatten(json.loads(json.dumps(config)))
-  differing = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and not may_change(k))
+  # The start of diffu-GRPO is fixed once it has begun.
+  settled = {"sft.steps"} if (workdir / "checkpoints" / "grpo").exists() else set()
+  differing = sorted(
+    k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and (k in settled or not may_change(k))
+  )
   if differing:
     shown = ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:3])
     raise RunError(

@@ -155,7 +155,8 @@ def results(world: World, rollout: Any) -> Results:
   return Results(world, draws(world), own, state, new_state, jax.device_get(metrics), alias)
 
 
-MESHES = [(2, 1, 1), (2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.slow), (1, 2, 4)]
+SLOW = pytest.mark.slow
+MESHES = [(2, 1, 1), (2, 2, 2), pytest.param((1, 8, 1), marks=SLOW), pytest.param((1, 2, 4), marks=SLOW)]
 
 
 @pytest.fixture(scope="module")
