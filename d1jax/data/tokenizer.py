@@ -53,7 +53,8 @@ def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: in
     add_dummy_prefix=False,
     remove_extra_whitespaces=False,
     split_digits=True,
-    user_defined_symbols=[MASK_PIECE, "\n"],
+    control_symbols=[MASK_PIECE],  # no text encodes to it
+    user_defined_symbols=["\n"],
     pad_id=-1,
     unk_id=0,
     bos_id=1,
@@ -89,6 +90,6 @@ class SentencePieceTokenizer:
     return [*self._processor.encode(text), self.pad_id]
 
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The texts of rows of ids; control tokens vanish, the mask shows as `<mask>`, ids beyond the model as nothing."""
+    """The texts of rows of ids; control tokens, the mask among them, vanish, as do ids beyond the model."""
     known = [[i for i in row if i < self.vocab] for row in rows]
     return self._processor.decode(known) if known else []  # SentencePiece takes no rows for one empty row
