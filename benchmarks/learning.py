@@ -43,6 +43,7 @@ def run(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
   subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
   results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
   after = results["after"]
+  shares = [r["compiled_share"] for r in read_records(workdir / "metrics.jsonl") if "compiled_share" in r]
   return {
     "seed": seed,
     "arm": arm,
@@ -54,6 +55,7 @@ def run(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
     "training_seconds": sum(results["seconds"][stage] for stage in ("sft", "grpo") if stage in results["seconds"]),
     "before": results["before"]["solved"] if "before" in results else None,
     "baseline_cell_accuracy": results["baseline"]["cell_accuracy"],
+    "compiled_share": statistics.median(shares) if shares else None,
     "peak_memory_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
   }
 

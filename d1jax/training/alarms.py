@@ -23,23 +23,23 @@ class Limits:
   reward_drop: float = 0.25
 
 
-def alarms(history: Sequence[Mapping[str, float]], limits: Limits) -> list[str]:
-  """One sentence an alarm; none while the history is shorter than a window or lacks a figure."""
+def alarms(history: Sequence[Mapping[str, float]], limits: Limits) -> dict[str, str]:
+  """A sentence for each alarm, by its name; none while the history is shorter than a window or lacks a figure."""
   if len(history) < limits.window:
-    return []
+    return {}
 
   def mean(name: str, end: int) -> float | None:
     values = [h[name] for h in history[max(end - limits.window, 0) : end] if name in h]
     return sum(values) / len(values) if values else None
 
-  found = []
+  found: dict[str, str] = {}
   last = len(history)
   if (kl := mean("kl", last)) is not None and kl > limits.kl:
-    found.append(f"KL to the reference {kl:.2f} is above {limits.kl}: lower the learning rate or raise beta")
+    found["kl"] = f"KL to the reference {kl:.2f} is above {limits.kl}: lower the learning rate or raise beta"
   if (entropy := mean("entropy", last)) is not None and entropy < limits.entropy:
-    found.append(f"entropy {entropy:.4f} is below {limits.entropy}: the policy no longer explores")
+    found["entropy"] = f"entropy {entropy:.4f} is below {limits.entropy}: the policy no longer explores"
   if (share := mean("no_signal", last)) is not None and share > limits.no_signal:
-    found.append(f"{share:.0%} of the groups have equal rewards: choose harder or easier prompts, or more completions")
+    found["no_signal"] = f"{share:.0%} of the groups have equal rewards: choose other prompts, or more completions"
   reward = mean("reward", last)
   if reward is not None:
     best = max(
@@ -47,5 +47,5 @@ def alarms(history: Sequence[Mapping[str, float]], limits: Limits) -> list[str]:
       default=reward,
     )
     if best > 0 and reward < best * (1 - limits.reward_drop):
-      found.append(f"reward {reward:.3f} has fallen from {best:.3f}: the run may have gone past its best checkpoint")
+      found["reward"] = f"reward {reward:.3f} has fallen from {best:.3f}: the best checkpoint may lie behind"
   return found

@@ -113,17 +113,19 @@ class Programs:
       chunks = (rollout,) * self._chunks
       self._compiled[width] = (lowered.compile(), self._update.lower(state, frozen, chunks, rewards).compile())
 
-  def rollout(
-    self, state: TrainState, frozen: Frozen, prompts: pipeline.PromptBatch, iteration: int
-  ) -> tuple[Rollout, ...]:
-    """Completes a batch in chunks under the current weights; returns at once, the arrays follow one by one."""
-    program, _ = self._compiled[prompts.prompt.shape[1]]
+  def place(self, prompts: pipeline.PromptBatch, iteration: int) -> tuple[list[Prompts], jax.Array]:
+    """Puts a batch of prompts, in chunks, and the iteration's number where the rollout takes them."""
     arrays = (prompts.prompt, prompts.prompt_valid, prompts.sample_id, prompts.group_id)
-    index = place(np.int32(iteration), self._experiment.replicated)
     chunks = zip(*(np.split(x, self._chunks) for x in arrays), strict=True)
-    return tuple(
-      program(state.trainable, frozen, place(chunk, self._experiment.by_row), state.key, index) for chunk in chunks
-    )
+    experiment = self._experiment
+    return [place(chunk, experiment.by_row) for chunk in chunks], place(np.int32(iteration), experiment.replicated)
+
+  def rollout(
+    self, state: TrainState, frozen: Frozen, chunks: list[Prompts], iteration: jax.Array
+  ) -> tuple[Rollout, ...]:
+    """Completes placed prompts under the current weights; the arrays of one chunk arrive after the other."""
+    program, _ = self._compiled[chunks[0][0].shape[1]]
+    return tuple(program(state.trainable, frozen, chunk, state.key, iteration) for chunk in chunks)
 
   def update(
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: np.ndarray
@@ -139,13 +141,12 @@ def grade_chunks(
   """Grades each chunk while the next one is computed.
 
   Returns:
-    The whole rollout on the host, its grades, and the seconds spent waiting for the device.
+    The whole rollout on the host, its grades, and the moment (`time.perf_counter`) at which the last chunk was there.
   """
-  fetched, graded, waited = [], [], 0.0
+  fetched, graded, arrived = [], [], 0.0
   for chunk, rows in zip(chunks, np.split(record, len(chunks)), strict=True):
-    began = time.perf_counter()
     host = jax.device_get(chunk)
-    waited += time.perf_counter() - began
+    arrived = time.perf_counter()
     records, prefills = [texts.records[i] for i in rows], [texts.prefills[i] for i in rows]
     fetched.append(host)
     graded.append(
@@ -154,7 +155,7 @@ def grade_chunks(
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
   rewards = np.concatenate([g.rewards for g in graded])
   whole = Graded([t for g in graded for t in g.texts], [x for g in graded for x in g.grades], rewards)
-  return rollout, whole, waited
+  return rollout, whole, arrived
 
 
 def summarise(graded: Graded, rollout: Rollout, metrics: UpdateMetrics, num_generations: int) -> dict[str, float]:
@@ -208,23 +209,18 @@ def advancer(
   )
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
-    began = time.perf_counter()
     batch = next(batches)
-    chunks = programs.rollout(state, frozen, batch, iteration)
-    host_rollout, graded, waited = grade_chunks(experiment, texts, batch.record, chunks)
-    state, metrics, advantages = programs.update(state, frozen, chunks, graded.rewards)
+    placed = programs.place(batch, iteration)
+    rolling = time.perf_counter()
+    chunks = programs.rollout(state, frozen, *placed)
+    host_rollout, graded, arrived = grade_chunks(experiment, texts, batch.record, chunks)
     updating = time.perf_counter()
+    state, metrics, advantages = programs.update(state, frozen, chunks, graded.rewards)
     host_metrics = jax.device_get(metrics)
-    waited += time.perf_counter() - updating
+    compiled = (arrived - rolling) + (time.perf_counter() - updating)
     values = summarise(graded, host_rollout, host_metrics, config.num_generations)
     if config.dump_every and iteration % config.dump_every == 0:
       dump.write(workdir / "rollouts", iteration, host_rollout, graded, jax.device_get(advantages))
-    total = time.perf_counter() - began
-    values |= {
-      "seconds": total,
-      "compiled_share": waited / total,
-      "tokens_per_second": host_rollout.completion.size / total,
-    }
-    return state, values
+    return state, values | {"compiled_seconds": compiled, "tokens": float(host_rollout.completion.size)}
 
   return advance

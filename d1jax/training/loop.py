@@ -24,7 +24,8 @@ class Stage:
   Attributes:
     name: `sft` or `grpo`; names folders and records.
     iterations: how many, in all.
-    advance: `(state, iteration) -> (state, metrics)`, one iteration; metrics are host numbers, `finite` among them.
+    advance: `(state, iteration) -> (state, metrics)`, one iteration; metrics are host numbers, among them `finite`,
+      `compiled_seconds` (the time in which compiled programs ran or were queued) and `tokens` (of completions).
     validate: `params -> score`, higher is better.
     validate_every: iterations between validations; a checkpoint is written at each, and at the end.
     shown: the metrics on the progress line.
@@ -54,26 +55,34 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Path, 
   writer = MetricsWriter(workdir, stage.name, start.step)
   progress = Progress(stage.name, stage.iterations, start.step)
   history = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage.name]
-  sounded: list[str] = []
+  sounded: dict[str, str] = {}
+  marked = time.perf_counter()
   try:
     for iteration in range(start.step + 1, stage.iterations + 1):
       state, metrics = stage.advance(state, iteration - 1)
       finite = bool(metrics.pop("finite"))
+      # From the end of the iteration before, so that its logging counts; validation and saving do not.
+      seconds, marked = time.perf_counter() - marked, time.perf_counter()
+      metrics |= {
+        "seconds": seconds,
+        "compiled_share": metrics.pop("compiled_seconds") / seconds,
+        "tokens_per_second": metrics.pop("tokens") / seconds,
+      }
       score: float | None = None
       last = iteration == stage.iterations
       if finite and (last or iteration % stage.validate_every == 0):
         score = stage.validate(state.trainable)
         metrics["validation"] = score
+        marked = time.perf_counter()
       metrics["elapsed"] = time.monotonic() - began
       history.append(metrics)
       raised = alarms(history, Limits()) if iteration % Limits.window == 0 else sounded
-      for alarm in raised:
-        if alarm.split()[0] not in {a.split()[0] for a in sounded}:
-          log.warning("%s iteration %d: %s", stage.name, iteration, alarm)
+      for name in raised.keys() - sounded.keys():
+        log.warning("%s iteration %d: %s", stage.name, iteration, raised[name])
       sounded = raised
-      writer.write(iteration, {**metrics, "alarms": sounded} if sounded else metrics)
+      writer.write(iteration, {**metrics, "alarms": list(sounded)} if sounded else metrics)
       shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
-      progress.update(iteration, shown | ({"alarm": sounded[0].split(":")[0]} if sounded else {}))
+      progress.update(iteration, shown | ({"alarm": " ".join(sounded)} if sounded else {}))
       if score is not None or interrupts.pending or not finite:
         metadata = {
           **stage.metadata,
@@ -81,6 +90,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Path, 
           "seconds": time.monotonic() - began,
         }
         checkpoints.save(iteration, state, metadata, score)
+        marked = time.perf_counter()
       if not finite:
         checkpoints.wait()
         raise NotFiniteError(

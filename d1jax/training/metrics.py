@@ -75,7 +75,7 @@ class Progress:
     self._done = iteration
     if self._bar is not None:
       bar.set_postfix_str(text, refresh=False)
-    elif iteration % self._every == 0 or iteration == self._total:
+    elif iteration % self._every == 0 or iteration == self._total or "validation" in shown:
       rate = bar.format_dict["rate"]
       eta = f"{(self._total - iteration) / rate:.0f} s" if rate else "?"
       print(f"{self._stage} {iteration}/{self._total}  {text}  eta {eta}", flush=True)

@@ -1,5 +1,6 @@
 """Masked supervised fine-tuning on a task's demonstrations, as LLaDA and d1 do it."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,11 @@ def advancer(
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
     del iteration  # the pipeline counts along
-    state, metrics = step(state, place(next(batches), experiment.by_row))
-    return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+    batch = place(next(batches), experiment.by_row)
+    began = time.perf_counter()
+    state, metrics = step(state, batch)
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    compiled = time.perf_counter() - began
+    return state, values | {"compiled_seconds": compiled, "tokens": float(batch.completion.size)}
 
   return advance

@@ -12,7 +12,7 @@ def history(count: int = 8, **last):
 
 
 def test_a_healthy_run_is_quiet():
-  assert alarms(history(), LIMITS) == []
+  assert alarms(history(), LIMITS) == {}
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ def test_a_healthy_run_is_quiet():
   ],
 )
 def test_each_figure_has_its_alarm(figure, value, words):
-  (found,) = alarms(history(**{figure: value}), LIMITS)
+  (found,) = alarms(history(**{figure: value}), LIMITS).values()
   assert words in found
 
 
 @pytest.mark.parametrize(("figure", "value"), [("kl", 1.0), ("entropy", 0.01), ("no_signal", 0.9), ("reward", 0.75)])
 def test_a_figure_at_its_limit_is_quiet(figure, value):
-  assert alarms(history(**{figure: value}), LIMITS) == []
+  assert alarms(history(**{figure: value}), LIMITS) == {}
 
 
 def test_several_alarms_at_once():
@@ -40,17 +40,17 @@ def test_several_alarms_at_once():
 
 def test_means_are_over_the_last_window_only():
   spike = [HEALTHY | {"kl": 100.0}] * 4 + [HEALTHY] * 4
-  assert alarms(spike, LIMITS) == []
+  assert alarms(spike, LIMITS) == {}
   one = [HEALTHY] * 7 + [HEALTHY | {"kl": 3.0}]
-  assert alarms(one, LIMITS) == []
+  assert alarms(one, LIMITS) == {}
   assert len(alarms([HEALTHY] * 7 + [HEALTHY | {"kl": 4.0}], LIMITS)) == 1
 
 
 def test_a_short_history_and_absent_figures_are_quiet():
-  assert alarms([HEALTHY | {"kl": 9.0}] * 3, LIMITS) == []
-  assert alarms([], LIMITS) == []
-  assert alarms([{"loss": 1.0}] * 9, LIMITS) == []
+  assert alarms([HEALTHY | {"kl": 9.0}] * 3, LIMITS) == {}
+  assert alarms([], LIMITS) == {}
+  assert alarms([{"loss": 1.0}] * 9, LIMITS) == {}
 
 
 def test_a_reward_that_was_never_positive_cannot_fall():
-  assert alarms([HEALTHY | {"reward": 0.0}] * 8, LIMITS) == []
+  assert alarms([HEALTHY | {"reward": 0.0}] * 8, LIMITS) == {}
