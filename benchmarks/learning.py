@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from d1jax.training.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
-CONTROL_STEPS = 9000
+CONTROL_STEPS = 7000
 """Steps of the control: calibrated once so that it takes as long as the recipe's two stages; never a clock."""
 
 ARMS = {
