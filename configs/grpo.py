@@ -35,7 +35,13 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.model = dict(
     size="llada_8b",
     # Sizes that differ from the preset's; None is the preset's.
-    overrides=dict(embed=None, heads=None, mlp=None, layers=None, rope_theta=None),
+    overrides=dict(
+      embed=config_dict.placeholder(int),
+      heads=config_dict.placeholder(int),
+      mlp=config_dict.placeholder(int),
+      layers=config_dict.placeholder(int),
+      rope_theta=config_dict.placeholder(float),
+    ),
     dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPUs
     remat=True,
     unroll=1,  # layers the scan unrolls
@@ -140,7 +146,7 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     b2=0.99,
     weight_decay=1.0,
     p_mask_prompt=0.2,
-    logits_chunk=None,
+    logits_chunk=config_dict.placeholder(int),
     validate_every=100,
   )
   c.grpo.update(
@@ -157,7 +163,7 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     decay="linear",
     max_grad_norm=1.0,
     weight_decay=0.1,
-    logits_chunk=None,
+    logits_chunk=config_dict.placeholder(int),
     validate_every=50,
   )
   c.evaluation.batch_size = 128

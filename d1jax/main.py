@@ -1,7 +1,9 @@
 """`python -m d1jax.main --config=configs/grpo.py`: reads the configuration and hands over to the mode that it names."""
 
 import logging
+import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ def _run(argv: Sequence[str]) -> None:
     raise errors.RunError(f"unexpected argument {argv[1]!r}; fields are set with --config.FIELD=VALUE")
   if _CONFIG.value is None:
     raise errors.RunError("no configuration; try --config=configs/grpo.py")
+  # What fails in a thread that writes surfaces where it is waited for.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
+  threading.excepthook = lambda failure: logging.debug("in %s: %s", failure.thread, failure.exc_value)
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
   config = _CONFIG.value
   multihost.split_cpu(config.cpu_devices)
@@ -60,7 +65,10 @@ def main() -> None:
   try:
     app.run(_run, flags_parser=_parse)
   except errors.RunError as error:
-    print(f"d1jax: {error}", file=sys.stderr)
+    print(f"d1jax: {error}", file=sys.stderr, flush=True)
+    if isinstance(error, errors.StorageError):
+      # Writers would try once more at exit, on a disk that takes nothing, and bury the line above.
+      os._exit(error.exit_code)
     sys.exit(error.exit_code)
 
 
