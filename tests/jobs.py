@@ -61,19 +61,19 @@ def flags(workdir: Path, **changes) -> list[str]:
   return ["--config=configs/grpo.py:smoke", *(f"--config.{field}={value}" for field, value in fields.items())]
 
 
-def start(*arguments: str, cache: Path | None = None, preexec=None) -> subprocess.Popen:
-  """Starts `python -m d1jax.main` on two CPU devices, as on a person's machine."""
+def start(*arguments: str, cache: Path | None = None, largest_file_kib: int | None = None) -> subprocess.Popen:
+  """Starts `python -m d1jax.main` on two CPU devices, as on a person's machine; no file may grow beyond a limit."""
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
   if cache is not None:
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  limited = [] if largest_file_kib is None else ["bash", "-c", f'ulimit -f {largest_file_kib}; exec "$@"', "limited"]
   return subprocess.Popen(
-    [sys.executable, "-m", "d1jax.main", *arguments],
+    [*limited, sys.executable, "-m", "d1jax.main", *arguments],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    preexec_fn=preexec,
   )
 
 

@@ -1,7 +1,6 @@
 """Jobs that are stopped, killed, starved and damaged, as real processes: nothing is lost, the end is the same bits."""
 
 import json
-import resource
 import shutil
 import signal
 
@@ -131,12 +130,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_own_code(tmp_path, cache):
 
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, cache, undisturbed):
   """No file may grow beyond 24 KiB, which a checkpoint does; the same path as a full disk or quota takes."""
-
-  def limit():
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (24 << 10, 24 << 10))
-
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path), cache=cache, preexec=limit))
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path), cache=cache, largest_file_kib=24))
   assert code == 74, err
   said = err.strip().splitlines()[-1]
   assert "took no more data" in said
