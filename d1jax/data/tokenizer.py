@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import sentencepiece
 
 MASK_PIECE = "<mask>"
+MODEL_TYPES = ("char", "unigram", "bpe")
 
 
 @runtime_checkable
@@ -41,6 +42,8 @@ def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: in
     model_type: `char`, `unigram` or `bpe`. Characters suit small models: every digit is one token.
     vocab_size: the most pieces; `char` takes what the text needs.
   """
+  if model_type not in MODEL_TYPES:
+    raise ValueError(f"tokenizer.model_type={model_type!r} is unknown; known: {', '.join(MODEL_TYPES)}")
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(texts),

@@ -45,11 +45,12 @@ class TransformerSize:
       )
 
 
-PRESETS = {
-  "tiny": TransformerSize(vocab=128, embed=64, heads=4, mlp=192, layers=3, rope_theta=100.0),
+PRESETS = {  # vocab: at least; a run takes more where its tokenizer needs it
+  "tiny": TransformerSize(vocab=32, embed=64, heads=4, mlp=192, layers=3, rope_theta=100.0),
   "llada_8b": TransformerSize(vocab=126464, embed=4096, heads=32, mlp=12288, layers=32),
 }
 LLADA_MASK_ID = 126336
+"""The mask token of LLaDA-8B's own tokenizer."""
 
 
 class Transformer(nnx.Module):

@@ -181,6 +181,8 @@ def compute_dtype(name: str) -> Any:
   """The dtype of matrix products; `auto` is bfloat16 on accelerators and float32 on CPUs."""
   if name == "auto":
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+  if name not in ("float32", "bfloat16"):
+    raise ValueError(f"model.dtype={name!r} is unknown; known: auto, float32, bfloat16")
   return jnp.dtype(name)
 
 
@@ -216,10 +218,13 @@ def build(config: ConfigDict, tokenizer_model: bytes | None) -> Experiment:
   tokenizer = tokenizers.SentencePieceTokenizer(tokenizer_model)
   mesh, rules = meshes.make_mesh(config.mesh.to_dict()), config.rules.to_dict()
   check_batches(config, meshes.batch_ways(mesh, rules))
+  if config.model.size not in transformer.PRESETS:
+    raise ValueError(f"model.size={config.model.size!r} is unknown; known: {', '.join(transformer.PRESETS)}")
   sizes = dataclasses.asdict(transformer.PRESETS[config.model.size])
   overrides = {k: v for k, v in config.model.overrides.items() if v is not None}
-  # The vocabulary is rounded up, so that a tensor axis divides it; ids beyond the tokenizer are forbidden.
-  sizes |= {"vocab": -(-tokenizer.vocab // 8) * 8} | overrides
+  # The preset's vocabulary, or more where the tokenizer needs it, rounded up so that a tensor axis divides it; ids
+  # beyond the tokenizer are forbidden.
+  sizes |= {"vocab": max(sizes["vocab"], -(-tokenizer.vocab // 8) * 8)} | overrides
   network = transformer.build(
     transformer.TransformerSize(**sizes),
     dtype=compute_dtype(config.model.dtype),
