@@ -285,7 +285,10 @@ def test_batch_ways(rule, ways):
   assert batch_ways(mesh_of(2, 2, 2), {**RULES, "batch": rule}) == ways
 
 
-def test_place_hands_each_device_its_rows():
+@pytest.mark.parametrize("processes", [1, 2])
+def test_place_hands_each_device_its_rows(monkeypatch, processes):
+  """With several processes each makes its own devices' parts of the same host array."""
+  monkeypatch.setattr(jax, "process_count", lambda: processes)
   mesh = mesh_of(2, 2, 2)
   tree = {"x": np.arange(16, dtype=np.int32).reshape(8, 2), "y": np.arange(4.0, dtype=np.float32)}
   placed = place(tree, sharding(mesh, RULES, "batch"))
