@@ -166,7 +166,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   checkpoints = Checkpoints(folder.parent)
   metadata = checkpoints.metadata(int(folder.name))
   trained = ConfigDict(metadata["config"])
-  trained.update(mesh=config.mesh, cpu_devices=config.cpu_devices, seed=trained.seed)
+  trained.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
   with input_checked():
     experiment = build(trained, base64.b64decode(metadata["tokenizer"]))
     texts = experiment.texts(config.split)

@@ -217,7 +217,6 @@ def build(config: ConfigDict, tokenizer_model: bytes | None) -> Experiment:
     tokenizer_model = train_tokenizer(task, config.task.style, **config.tokenizer)
   tokenizer = tokenizers.SentencePieceTokenizer(tokenizer_model)
   mesh, rules = meshes.make_mesh(config.mesh.to_dict()), config.rules.to_dict()
-  check_batches(config, meshes.batch_ways(mesh, rules))
   if config.model.size not in transformer.PRESETS:
     raise ValueError(f"model.size={config.model.size!r} is unknown; known: {', '.join(transformer.PRESETS)}")
   sizes = dataclasses.asdict(transformer.PRESETS[config.model.size])

@@ -54,6 +54,7 @@ class Recipe:
     """Builds everything that can be found wrong; nothing is written or trained yet."""
     known = (workdir / "tokenizer.model").read_bytes() if holds_run(workdir, config.to_dict()) else None
     self.experiment = experiments.build(config, known)
+    experiments.check_batches(config, self.experiment.ways)
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._validator = self.evaluator("validation")
     self._demonstrations = self.experiment.texts("demonstrations")
