@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int, Key
 
+from d1jax.models import lora
+
 Params = Any
 
 
@@ -15,7 +17,7 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: optimiser steps taken.
-    trainable: float32 weights that the optimiser changes.
+    trainable: float32 weights that the optimiser changes: all of them, or adapters.
     opt_state: its moments.
     key: the run's key; never changes, every draw is folded from it.
   """
@@ -30,8 +32,9 @@ class Frozen(NamedTuple):
   """Weights that no step changes or donates.
 
   Attributes:
-    base: what `trainable` is added to; empty in full fine-tuning.
-    reference: the policy at the start of reinforcement learning, towards which the KL term pulls.
+    base: what adapters are added to; empty in full fine-tuning.
+    reference: the policy at the start of reinforcement learning, towards which the KL term pulls; empty with adapters,
+      where the base is the reference, and where no KL is wanted.
   """
 
   base: Params
@@ -39,9 +42,18 @@ class Frozen(NamedTuple):
 
 
 def merge(trainable: Params, frozen: Frozen) -> Params:
-  """The parameters that a denoiser takes. Full fine-tuning: the trainable weights themselves."""
-  del frozen
-  return trainable
+  """The parameters that a denoiser takes: the trainable weights themselves, or the base with the adapters beside it."""
+  return lora.overlay(frozen.base, trainable) if frozen.base else trainable
+
+
+def merge_for_rollout(trainable: Params, frozen: Frozen) -> Params:
+  """The same with adapters added into a float base, in float32 and cast once; on a quantised base they stay apart."""
+  return lora.merged(merge(trainable, frozen))
+
+
+def reference(frozen: Frozen) -> Params:
+  """The reference policy's parameters: with adapters, the base without them."""
+  return frozen.base or frozen.reference
 
 
 def create(

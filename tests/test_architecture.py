@@ -23,7 +23,7 @@ ALLOWED = {
   "tasks": set(),
   "data": set(),
   "keys": set(),
-  "state": set(),
+  "state": {"models"},
   "microbatch": set(),
   "fingerprint": set(),
   "intervals": set(),
@@ -195,14 +195,14 @@ def test_what_is_public_is_documented(path):
 def test_compiled_programs_state_where_things_live(path):
   room = room_of(module_of(path))
   jits = calls(TREES[path], "jit")
-  if room in ("training", "evaluation"):
+  if room in ("training", "evaluation") or name_of(path) == "d1jax/models/pretrained.py":
     for call in jits:
       stated = {keyword.arg for keyword in call.keywords}
       assert {"in_shardings", "out_shardings"} <= stated, f"line {call.lineno}"
     partials = [c for c in calls(TREES[path], "partial") if "jit" in ast.unparse(c.args[0])]
     assert not partials
   else:
-    assert not jits, "only training and evaluation compile"
+    assert not jits, "only training, evaluation and the reader of weights compile"
   decorated = [d for n in ast.walk(TREES[path]) if isinstance(n, ast.FunctionDef) for d in n.decorator_list]
   assert not [d for d in decorated if ast.unparse(d) in ("jit", "jax.jit")]
 

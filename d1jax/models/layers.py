@@ -1,9 +1,14 @@
 """The pieces of a LLaDA block: RMSNorm, rotary embedding, attention, gated MLP.
 
-Shapes: B batch, L length, D embed, N heads, H head size, F MLP width. Weights are stored [in, out] in float32, each
-with its logical axes beside it; they are cast to the compute dtype where they are used.
+Shapes: B batch, L length, D embed, N heads, K key-value heads, H head size, F MLP width. Weights are stored [in, out],
+each with its logical axes beside it; they are cast to the compute dtype where they are used. A weight of a product may
+come in another form than an array: quantised (`d1jax.models.quantize`) or with a low-rank addition
+(`d1jax.models.lora`); `project` is the one place where that matters.
 """
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 """States where an activation with these logical axes lives; the identity without a mesh."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(q[B L N H], k[B L N H], v[B L N H], valid[B L]) -> [B L N H]`, attending both ways to valid keys."""
+"""`(q[B L N H], k[B L K H], v[B L K H], valid[B L]) -> [B L N H]`, attending both ways to valid keys."""
+
+DropoutKeys = Key[Array, "B L"] | None
+"""One key a token, or None where nothing is dropped (wherever log-probabilities meet)."""
 
 
 def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
@@ -28,11 +36,11 @@ def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 def plain_attention(
   q: Float[Array, "B L N H"],
-  k: Float[Array, "B L N H"],
-  v: Float[Array, "B L N H"],
+  k: Float[Array, "B L K H"],
+  v: Float[Array, "B L K H"],
   valid: Bool[Array, "B L"],
 ) -> Float[Array, "B L N H"]:
-  """Full bidirectional attention, softmax in float32, padding keys masked."""
+  """Full bidirectional attention, softmax in float32, padding keys masked; N / K queries share a key-value head."""
   return jax.nn.dot_product_attention(q, k, v, mask=valid[:, None, None, :])
 
 
@@ -41,13 +49,58 @@ def weight(key: jax.Array, init: Any, shape: tuple[int, ...], axes: tuple[str, .
   return nnx.Param(init(key, shape, jnp.float32), out_sharding=axes, eager_sharding=False)
 
 
-def rotary(x: Float[Array, "B L N H"], theta: float) -> Float[Array, "B L N H"]:
+@functools.singledispatch
+def project(w: Any, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None) -> jax.Array:
+  """`x[B L in] @ w[in out]` in `dtype`, for every form of a weight; this one is for arrays.
+
+  Args:
+    w: the weight.
+    x: activations.
+    dtype: of the product.
+    dropout: keys for what the weight's form drops in training; arrays drop nothing.
+  """
+  del dropout
+  return x @ w.astype(dtype)
+
+
+def fold_tokens(keys: DropoutKeys, counter: Any) -> DropoutKeys:
+  """Folds a counter into the key of each token; None stays None."""
+  return None if keys is None else jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, counter)))(keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's stretch of the rotary frequencies (transformers' `rope_type: llama3`).
+
+  Attributes:
+    factor: by which the longest waves are stretched.
+    low_freq_factor: waves longer than `original_length / low_freq_factor` positions are stretched whole.
+    high_freq_factor: waves shorter than `original_length / high_freq_factor` are left; linear in between.
+    original_length: positions before the stretch.
+  """
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_length: int
+
+
+def rotary_frequencies(half: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, "half"]:
+  """Radians a position of each pair of coordinates: `theta^(-i / half)`, stretched by `scaling`."""
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is None:
+    return frequency
+  turns = scaling.original_length * frequency / (2 * math.pi)
+  kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  kept = jnp.clip(kept, 0.0, 1.0)
+  return kept * frequency + (1 - kept) * frequency / scaling.factor
+
+
+def rotary(x: Float[Array, "B L N H"], frequency: Float[Array, "half"]) -> Float[Array, "B L N H"]:
   """Rotary position embedding, half-split form, in float32 (Su et al. 2021; Llama's convention).
 
-  Coordinate i of the first half is rotated with coordinate i of the second by the angle `position * theta^(-2i/H)`.
+  Coordinate i of the first half is rotated with coordinate i of the second by the angle `position * frequency[i]`.
   """
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = jnp.arange(x.shape[1], dtype=jnp.float32)[None, :, None, None] * frequency[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -78,58 +131,75 @@ class GatedMlp(nnx.Module):
     self.up = weight(rngs.params(), init, (embed, mlp), ("embed", "mlp"))
     self.down = weight(rngs.params(), init, (mlp, embed), ("mlp", "embed"))
 
-  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+  def __call__(self, x: Float[Array, "B L D"], dropout: DropoutKeys = None) -> Float[Array, "B L D"]:
     """Applies the layer at every position."""
-    gate, up, down = (w[...].astype(self.dtype) for w in (self.gate, self.up, self.down))
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+    def apply(index: int, w: nnx.Param, x: jax.Array) -> jax.Array:
+      return project(w.get_value(), x, self.dtype, fold_tokens(dropout, index))
+
+    return apply(2, self.down, jax.nn.silu(apply(0, self.gate, x)) * apply(1, self.up, x))
 
 
 class SelfAttention(nnx.Module):
-  """Multi-head attention in both directions with rotary positions, no biases."""
-
-  def __init__(self, embed: int, heads: int, *, theta: float, dtype: DTypeLike, rngs: nnx.Rngs):
-    init = nnx.initializers.lecun_normal()
-    self.heads, self.theta, self.dtype = heads, theta, dtype
-    self.query = weight(rngs.params(), init, (embed, embed), ("embed", "heads"))
-    self.key = weight(rngs.params(), init, (embed, embed), ("embed", "heads"))
-    self.value = weight(rngs.params(), init, (embed, embed), ("embed", "heads"))
-    self.out = weight(rngs.params(), init, (embed, embed), ("heads", "embed"))
-
-  def __call__(
-    self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"], attention: Attention
-  ) -> Float[Array, "B L D"]:
-    """Attends to the valid positions."""
-
-    def project(w: nnx.Param) -> Float[Array, "B L N H"]:
-      return (x @ w[...].astype(self.dtype)).reshape(*x.shape[:2], self.heads, -1)
-
-    q, k = rotary(project(self.query), self.theta), rotary(project(self.key), self.theta)
-    mixed = attention(q, k, project(self.value), valid)
-    return mixed.reshape(x.shape) @ self.out[...].astype(self.dtype)
-
-
-class Block(nnx.Module):
-  """One pre-norm block: attention, then the gated MLP, each added to the residual stream."""
+  """Multi-head attention in both directions with rotary positions; N / K query heads share a key-value head."""
 
   def __init__(
     self,
     embed: int,
     heads: int,
-    mlp: int,
+    kv_heads: int,
+    head_dim: int,
     *,
+    bias: bool,
     theta: float,
-    eps: float,
+    scaling: RopeScaling | None,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
   ):
+    init = nnx.initializers.lecun_normal()
+    self.head_dim, self.theta, self.scaling, self.dtype = head_dim, theta, scaling, dtype
+    inner, shared = heads * head_dim, kv_heads * head_dim
+    self.query = weight(rngs.params(), init, (embed, inner), ("embed", "heads"))
+    self.key = weight(rngs.params(), init, (embed, shared), ("embed", "kv_heads"))
+    self.value = weight(rngs.params(), init, (embed, shared), ("embed", "kv_heads"))
+    self.out = weight(rngs.params(), init, (inner, embed), ("heads", "embed"))
+    self.bias = bias
+    if bias:
+      zeros = nnx.initializers.zeros
+      self.query_bias = weight(rngs.params(), zeros, (inner,), ("heads",))
+      self.key_bias = weight(rngs.params(), zeros, (shared,), ("kv_heads",))
+      self.value_bias = weight(rngs.params(), zeros, (shared,), ("kv_heads",))
+
+  def __call__(
+    self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"], attention: Attention, dropout: DropoutKeys = None
+  ) -> Float[Array, "B L D"]:
+    """Attends to the valid positions."""
+
+    def heads(index: int, name: str) -> jax.Array:
+      y = project(getattr(self, name).get_value(), x, self.dtype, fold_tokens(dropout, index))
+      if self.bias:
+        y = y + getattr(self, f"{name}_bias")[...].astype(self.dtype)
+      return y.reshape(*x.shape[:2], -1, self.head_dim)
+
+    frequency = rotary_frequencies(self.head_dim // 2, self.theta, self.scaling)
+    q, k = rotary(heads(0, "query"), frequency), rotary(heads(1, "key"), frequency)
+    mixed = attention(q, k, heads(2, "value"), valid).reshape(*x.shape[:2], -1)
+    return project(self.out.get_value(), mixed, self.dtype, fold_tokens(dropout, 3))
+
+
+class Block(nnx.Module):
+  """One pre-norm block: attention, then the gated MLP, each added to the residual stream."""
+
+  def __init__(self, embed: int, mlp: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs, **attention: Any):
+    """Makes the weights; `attention` are the other arguments of `SelfAttention`."""
     self.attention_norm = RMSNorm(embed, eps=eps, rngs=rngs)
-    self.attention = SelfAttention(embed, heads, theta=theta, dtype=dtype, rngs=rngs)
+    self.attention = SelfAttention(embed, **attention, dtype=dtype, rngs=rngs)
     self.mlp_norm = RMSNorm(embed, eps=eps, rngs=rngs)
     self.mlp = GatedMlp(embed, mlp, dtype=dtype, rngs=rngs)
 
   def __call__(
-    self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"], attention: Attention
+    self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"], attention: Attention, dropout: DropoutKeys = None
   ) -> Float[Array, "B L D"]:
     """Maps the residual stream to the residual stream."""
-    x = x + self.attention(self.attention_norm(x), valid, attention)
-    return x + self.mlp(self.mlp_norm(x))
+    x = x + self.attention(self.attention_norm(x), valid, attention, fold_tokens(dropout, 0))
+    return x + self.mlp(self.mlp_norm(x), fold_tokens(dropout, 1))

@@ -1,4 +1,6 @@
-"""LLaDA's mask predictor p(x_0 | x_t): a bidirectional transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
+"""The mask predictor p(x_0 | x_t), a bidirectional transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
+
+LLaDA's blocks are Llama's; Dream's are Qwen2.5's (grouped key-value heads, biases of q, k and v).
 
 The layers are one stacked block under `jax.lax.scan`, so that compile time does not grow with depth. Flax NNX modules
 define the network; everything else sees pure functions of a nested dict of arrays.
@@ -17,7 +19,10 @@ from d1jax.models.layers import (
   Attention,
   Block,
   Constrain,
+  DropoutKeys,
   RMSNorm,
+  RopeScaling,
+  fold_tokens,
   no_constraint,
   plain_attention,
   weight,
@@ -28,7 +33,22 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerSize:
-  """The sizes of a network; `PRESETS` names two."""
+  """The sizes of a network; `PRESETS` names three.
+
+  Attributes:
+    vocab: rows of the embedding.
+    embed: D.
+    heads: N.
+    mlp: F.
+    layers: blocks.
+    rope_theta: base of the rotary wavelengths.
+    norm_eps: of the norms.
+    kv_heads: K, a divisor of N; None is N.
+    head_dim: H; None is D / N.
+    qkv_bias: whether q, k and v have biases (Qwen2).
+    tied: whether the head is the transposed embedding.
+    rope_scaling: Llama 3's.
+  """
 
   vocab: int
   embed: int
@@ -37,17 +57,47 @@ class TransformerSize:
   layers: int
   rope_theta: float = 5e5
   norm_eps: float = 1e-5
+  kv_heads: int | None = None
+  head_dim: int | None = None
+  qkv_bias: bool = False
+  tied: bool = False
+  rope_scaling: RopeScaling | None = None
 
   def __post_init__(self) -> None:
-    if self.embed % (2 * self.heads):
+    if self.head_dim is None and self.embed % (2 * self.heads):
       raise ValueError(
         f"embed={self.embed} is not a multiple of 2 * heads={2 * self.heads}: rotary halves need an even head size"
       )
+    if self.head_size % 2:
+      raise ValueError(f"head_dim={self.head_dim} is odd: rotary halves need an even head size")
+    if self.heads % self.key_value_heads:
+      raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+
+  @property
+  def key_value_heads(self) -> int:
+    """K."""
+    return self.heads if self.kv_heads is None else self.kv_heads
+
+  @property
+  def head_size(self) -> int:
+    """H."""
+    return self.embed // self.heads if self.head_dim is None else self.head_dim
 
 
 PRESETS = {  # vocab: at least; a run takes more where its tokenizer needs it
   "tiny": TransformerSize(vocab=32, embed=64, heads=4, mlp=192, layers=3, rope_theta=100.0),
   "llada_8b": TransformerSize(vocab=126464, embed=4096, heads=32, mlp=12288, layers=32),
+  "dream_7b": TransformerSize(
+    vocab=152064,
+    embed=3584,
+    heads=28,
+    mlp=18944,
+    layers=28,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    kv_heads=4,
+    qkv_bias=True,
+  ),
 }
 LLADA_MASK_ID = 126336
 """The mask token of LLaDA-8B's own tokenizer."""
@@ -67,7 +117,7 @@ class Transformer(nnx.Module):
     attention: Attention,
     rngs: nnx.Rngs,
   ):
-    self.dtype, self.remat, self.unroll = dtype, remat, unroll
+    self.dtype, self.remat, self.unroll, self.layers = dtype, remat, unroll, size.layers
     self.constrain, self.attention = constrain, attention
     table = nnx.initializers.normal(0.02)
     self.embedding = weight(rngs.params(), table, (size.vocab, size.embed), ("vocab", "embed"))
@@ -77,9 +127,13 @@ class Transformer(nnx.Module):
     def stacked(rngs: nnx.Rngs) -> Block:
       return Block(
         size.embed,
-        size.heads,
         size.mlp,
+        heads=size.heads,
+        kv_heads=size.key_value_heads,
+        head_dim=size.head_size,
+        bias=size.qkv_bias,
         theta=size.rope_theta,
+        scaling=size.rope_scaling,
         eps=size.norm_eps,
         dtype=dtype,
         rngs=rngs,
@@ -87,35 +141,45 @@ class Transformer(nnx.Module):
 
     self.blocks = stacked(rngs)
     self.final_norm = RMSNorm(size.embed, eps=size.norm_eps, rngs=rngs)
-    self.head = weight(rngs.params(), table, (size.embed, size.vocab), ("embed", "vocab"))
+    self.tied = size.tied
+    if not size.tied:
+      self.head = weight(rngs.params(), table, (size.embed, size.vocab), ("embed", "vocab"))
 
-  def encode(self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
-    """The last hidden states, normalised; position i predicts token i."""
+  def encode(
+    self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], dropout: DropoutKeys = None
+  ) -> Float[Array, "B L D"]:
+    """The last hidden states, normalised."""
     residual = ("batch", "length", None)
     # The table is gathered over its embed axis first; otherwise XLA replicates the result of the look-up.
     table = self.constrain(self.embedding[...].astype(self.dtype), ("vocab", None))
     x = self.constrain(table[tokens], residual)
     block, weights = nnx.split(self.blocks)
 
-    def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
-      return self.constrain(nnx.merge(block, weights)(x, valid, self.attention), residual), None
+    def body(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
+      weights, index = layer
+      keys = None if index is None else fold_tokens(dropout, index)
+      return self.constrain(nnx.merge(block, weights)(x, valid, self.attention, keys), residual), None
 
     if self.remat:  # prevent_cse=False is right only inside a scan
       body = jax.checkpoint(body, prevent_cse=False)
-    x, _ = jax.lax.scan(body, x, weights, unroll=self.unroll)
+    index = None if dropout is None else jnp.arange(self.layers)
+    x, _ = jax.lax.scan(body, x, (weights, index), unroll=self.unroll)
     return self.final_norm(x)
 
   def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Logits in float32; the head is not tied to the embedding."""
-    return jnp.matmul(hidden, self.head[...].astype(self.dtype), preferred_element_type=jnp.float32)
+    """Logits in float32."""
+    head = self.embedding[...].T if self.tied else self.head[...]
+    return jnp.matmul(hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
 class Network(NamedTuple):
-  """A transformer as pure functions of its parameters, a nested dict of float32 arrays.
+  """A transformer as pure functions of its parameters, a nested dict.
+
+  Its leaves are arrays; a weight of a block's product may also be `Quantized` or `Adapted`.
 
   Attributes:
-    init: `key -> params`.
-    encode: `(params, tokens[B L], valid[B L]) -> hidden[B L D]`.
+    init: `key -> params`, all float32.
+    encode: `(params, tokens[B L], valid[B L], dropout=None) -> hidden[B L D]`; `dropout` are keys, one a token.
     unembed: `(params, hidden[... D]) -> logits[... V]` in float32.
     axes: the tree of logical axes, a tuple of names a parameter.
     size: the sizes.
@@ -169,8 +233,10 @@ def build(
   def init(key: Key[Array, ""]) -> Params:
     return nnx.to_pure_dict(nnx.state(module(key)))
 
-  def encode(params: Params, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
-    return nnx.merge(graph, params).encode(tokens, valid)
+  def encode(
+    params: Params, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], dropout: DropoutKeys = None
+  ) -> Float[Array, "B L D"]:
+    return nnx.merge(graph, params).encode(tokens, valid, dropout)
 
   def unembed(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     return nnx.merge(graph, params).unembed(hidden)

@@ -18,7 +18,7 @@ from d1jax.diffusion.likelihood import Estimator
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.rl.losses import AGGREGATIONS, PolicyLoss, clipped_surrogate, token_weights
-from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
+from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def update(
 
   old = scores_under(merge(state.trainable, frozen), step_keys[1:])
   old = jnp.concatenate([jnp.zeros((1, *batch[0].completion.shape)), old])
-  ref = scores_under(frozen.reference, step_keys) if spec.beta else None
+  ref = scores_under(reference(frozen), step_keys) if spec.beta else None
 
   def micro_loss(trainable: Params, part: Any, key: Key[Array, ""], first: Bool[Array, ""]) -> tuple[Any, PolicyLoss]:
     (rollout, advantages, weights), old_logp, ref_logp = part

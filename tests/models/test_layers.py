@@ -31,6 +31,10 @@ def test_rms_norm_casts_back_before_it_scales():
   np.testing.assert_array_equal(np.asarray(norm(x), np.float32), np.asarray(expected, np.float32))
 
 
+def turned(x, theta):
+  return layers.rotary(x, layers.rotary_frequencies(x.shape[-1] // 2, theta))
+
+
 @pytest.mark.parametrize("theta", [100.0, 5e5])
 def test_rotary_turns_coordinate_i_with_coordinate_i_plus_half(theta):
   x = random(2, 7, 3, 8)
@@ -41,12 +45,12 @@ def test_rotary_turns_coordinate_i_with_coordinate_i_plus_half(theta):
       first, second = x[:, position, :, i], x[:, position, :, i + 4]
       expected[:, position, :, i] = first * np.cos(angle) - second * np.sin(angle)
       expected[:, position, :, i + 4] = second * np.cos(angle) + first * np.sin(angle)
-  np.testing.assert_allclose(layers.rotary(jnp.asarray(x), theta), expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(turned(jnp.asarray(x), theta), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_distance_alone():
   q, k = (jnp.broadcast_to(random(8, seed=s)[None, None, None], (1, 12, 1, 8)) for s in (0, 1))
-  scores = np.asarray(jnp.einsum("bqnh,bknh->qk", layers.rotary(q, 100.0), layers.rotary(k, 100.0)))
+  scores = np.asarray(jnp.einsum("bqnh,bknh->qk", turned(q, 100.0), turned(k, 100.0)))
   for offset in range(-11, 12):
     diagonal = np.diagonal(scores, offset)
     np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
@@ -54,10 +58,10 @@ def test_rotary_scores_depend_on_distance_alone():
 
 def test_rotary_is_computed_in_float32():
   x = jnp.asarray(random(1, 2000, 1, 8), jnp.bfloat16)
-  exact = layers.rotary(x.astype(jnp.float32), 100.0)
-  assert layers.rotary(x, 100.0).dtype == jnp.bfloat16
+  exact = turned(x.astype(jnp.float32), 100.0)
+  assert turned(x, 100.0).dtype == jnp.bfloat16
   np.testing.assert_array_equal(
-    np.asarray(layers.rotary(x, 100.0), np.float32), np.asarray(exact.astype(jnp.bfloat16), np.float32)
+    np.asarray(turned(x, 100.0), np.float32), np.asarray(exact.astype(jnp.bfloat16), np.float32)
   )
 
 
@@ -83,7 +87,8 @@ def test_gated_mlp():
 
 
 def test_weights_are_float32_whatever_the_compute_type():
-  block = layers.Block(8, 2, 12, theta=100.0, eps=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  attention = dict(heads=2, kv_heads=1, head_dim=6, bias=True, theta=100.0, scaling=None)
+  block = layers.Block(8, 12, **attention, eps=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(block))} == {jnp.dtype("float32")}
   x = jnp.asarray(random(1, 3, 8), jnp.bfloat16)
   out = jax.eval_shape(lambda x: block(x, jnp.ones((1, 3), bool), layers.plain_attention), x)

@@ -197,7 +197,7 @@ def test_axes_match_the_parameters(network, params):
   named = lambda a: isinstance(a, tuple)
   assert jax.tree.structure(axes, is_leaf=named) == jax.tree.structure(params)
   assert jax.tree.map(len, axes, is_leaf=named) == jax.tree.map(jnp.ndim, params)
-  sizes = {"vocab": 11, "embed": 16, "heads": 16, "mlp": 24, "layers": 3, "norm": 16}
+  sizes = {"vocab": 11, "embed": 16, "heads": 16, "kv_heads": 16, "mlp": 24, "layers": 3, "norm": 16}
   expected = jax.tree.map(lambda a: tuple(sizes[name] for name in a), axes, is_leaf=named)
   assert expected == jax.tree.map(jnp.shape, params)
 

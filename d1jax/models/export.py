@@ -1,0 +1,148 @@
+"""Writes a Hugging Face folder that the original PyTorch code loads: the inverse of `pretrained`.
+
+Weights go out in the names and the dtype of the folder that they came from; one that was never changed has the same
+bits as there. A network that came from no folder is written as a LLaDA.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from d1jax.models import families, names
+from d1jax.models.quantize import Quantized
+from d1jax.models.tensor_files import INDEX, SINGLE, TensorFiles
+from d1jax.models.transformer import Params, TransformerSize
+
+SHARD = 2 * 2**30
+"""Bytes of a file, unless one tensor is larger."""
+
+DTYPES: Mapping[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+
+
+def export(
+  folder: Path,
+  params: Params,
+  size: TransformerSize,
+  *,
+  source: Path | None,
+  token_ids: Mapping[str, int],
+  shard_bytes: int = SHARD,
+) -> None:
+  """Writes weights, config.json and, from `source`, every other file that is not weights.
+
+  Args:
+    folder: made; must not exist, or be empty.
+    params: dense.
+    size: of the network.
+    source: the folder that the weights came from; None writes a LLaDA in float32.
+    token_ids: `mask_token_id`, `eos_token_id`, `pad_token_id`; written where the source's config.json lacks them.
+    shard_bytes: the most bytes of a file.
+
+  Raises:
+    ValueError: the folder is in use, or a weight is quantised.
+  """
+  if folder.exists() and any(folder.iterdir()):
+    raise ValueError(f"{folder} is not empty; name a new folder")
+  if any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))):
+    raise ValueError("quantised weights cannot be exported; read the base again in bfloat16 or float32")
+  draft = folder.with_name(folder.name + ".tmp")
+  shutil.rmtree(draft, ignore_errors=True)
+  draft.mkdir(parents=True)
+  if source is None:
+    config, scheme, dtype = _llada_config(size), names.LLADA, "F32"
+  else:
+    _copy_all_but_weights(source, draft)
+    files = TensorFiles(source)
+    config, scheme = dict(families.describe(source).config), names.scheme_of(files.shapes)
+    dtype = files.dtypes[scheme[("embedding",)]]
+  config = _sized(config, size) | {k: v for k, v in token_ids.items() if config.get(k) is None}
+  (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  _write_shards(draft, _tensors(params, scheme, size.layers, dtype), shard_bytes)
+  if folder.exists():
+    folder.rmdir()
+  draft.rename(folder)
+
+
+def _copy_all_but_weights(source: Path, target: Path) -> None:
+  for path in sorted(source.iterdir()):
+    is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
+    if path.is_file() and not is_weights:
+      shutil.copyfile(path, target / path.name)
+
+
+def _sized(config: dict[str, Any], size: TransformerSize) -> dict[str, Any]:
+  """The configuration with the vocabulary that the weights have now."""
+  named = ("embedding_size", "vocab_size") if "d_model" in config else ("vocab_size",)
+  return config | {name: size.vocab for name in named if (config.get(name) or 0) < size.vocab}
+
+
+def _llada_config(size: TransformerSize) -> dict[str, Any]:
+  if size.qkv_bias or size.rope_scaling or size.head_dim:
+    raise ValueError(f"{size} is no LLaDA: it can only be exported into the names of the folder that it came from")
+  return {
+    **families.LLADA_FIXED,
+    "architectures": ["LLaDAModelLM"],
+    "d_model": size.embed,
+    "embedding_size": size.vocab,
+    "max_sequence_length": 4096,
+    "mlp_hidden_size": size.mlp,
+    "model_type": "llada",
+    "n_heads": size.heads,
+    "n_kv_heads": size.key_value_heads,
+    "n_layers": size.layers,
+    "rms_norm_eps": size.norm_eps,
+    "rope_theta": size.rope_theta,
+    "torch_dtype": "float32",
+    "vocab_size": size.vocab,
+    "weight_tying": size.tied,
+  }
+
+
+def _tensors(
+  params: Params, scheme: Mapping[names.Path, str], layers: int, dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor in turn, on the host one at a time."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    where = tuple(entry.key for entry in path)
+    for layer, name in enumerate(names.tensors_of(where, scheme[where], layers)):
+      value = jnp.asarray(leaf[layer] if where[0] == "blocks" else leaf)
+      host = np.asarray(jax.device_get(value)).astype(DTYPES[dtype])
+      yield name, np.ascontiguousarray(host.T if names.is_transposed(where) else host)
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+  """One file, or several and their index; a file's tensors are in memory together."""
+  written: list[tuple[Path, list[str]]] = []
+  held: dict[str, np.ndarray] = {}
+  total = 0
+
+  def flush() -> None:
+    path = folder / f"{len(written)}.part"
+    save_file(held, path, metadata={"format": "pt"})
+    written.append((path, list(held)))
+    held.clear()
+
+  for name, value in tensors:
+    if held and sum(x.nbytes for x in held.values()) + value.nbytes > shard_bytes:
+      flush()
+    held[name] = value
+    total += value.nbytes
+  flush()
+  if len(written) == 1:
+    written[0][0].rename(folder / SINGLE)
+    return
+  weight_map: dict[str, str] = {}
+  for number, (path, contents) in enumerate(written, start=1):
+    name = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+    path.rename(folder / name)
+    weight_map |= dict.fromkeys(contents, name)
+  index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+  (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

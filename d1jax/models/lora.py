@@ -1,0 +1,169 @@
+"""Low-rank adapters on the projections of a frozen network (LoRA, arXiv 2106.09685).
+
+A projection with an adapter computes `x @ w + alpha / rank * (x @ a) @ b`. `b` starts at zero, so that a fresh adapter
+changes nothing, and the network without its adapter is the reference policy.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Key
+
+from d1jax.models import quantize
+from d1jax.models.layers import DropoutKeys, project
+from d1jax.models.quantize import Quantized
+
+Params = Any
+
+PROJECTIONS: Mapping[str, tuple[str, str]] = {
+  "q_proj": ("attention", "query"),
+  "k_proj": ("attention", "key"),
+  "v_proj": ("attention", "value"),
+  "o_proj": ("attention", "out"),
+  "gate_proj": ("mlp", "gate"),
+  "up_proj": ("mlp", "up"),
+  "down_proj": ("mlp", "down"),
+}
+"""The projections of a block by the names that Llama gave them, and their places in a block's parameters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSpec:
+  """What adapters are made.
+
+  Attributes:
+    rank: r.
+    alpha: the addition is scaled by alpha / rank.
+    dropout: share of an adapter's inputs that supervised fine-tuning drops.
+    targets: names of `PROJECTIONS`.
+  """
+
+  rank: int
+  alpha: float
+  dropout: float = 0.0
+  targets: tuple[str, ...] = tuple(PROJECTIONS)
+
+  def __post_init__(self) -> None:
+    if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+      raise ValueError(
+        f"lora rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}:"
+        " rank is at least 1, alpha positive, dropout in [0, 1)"
+      )
+    unmatched = [name for name in self.targets if name not in PROJECTIONS]
+    if unmatched:
+      raise ValueError(f"lora targets {', '.join(unmatched)} match no projection; known: {', '.join(PROJECTIONS)}")
+    if not self.targets or len(set(self.targets)) < len(self.targets):
+      raise ValueError(f"lora targets {self.targets} are empty or name a projection twice")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """The addition to one projection of every layer.
+
+  Attributes:
+    a: down to the rank, float32 [layers in rank].
+    b: up from it, float32 [layers rank out].
+    scale: alpha / rank.
+    dropout: share of the inputs that are dropped in supervised fine-tuning.
+  """
+
+  a: Any
+  b: Any
+  scale: float = dataclasses.field(metadata={"static": True})
+  dropout: float = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """A weight, an array or `Quantized`, and its adapter."""
+
+  base: Any
+  adapter: Adapter
+
+
+@project.register
+def _(w: Adapted, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None) -> jax.Array:
+  adapter, y = w.adapter, project(w.base, x, dtype)
+  if dropout is not None and adapter.dropout > 0:
+    draw = lambda key: jax.random.bernoulli(key, 1 - adapter.dropout, x.shape[-1:])
+    x = jnp.where(jax.vmap(jax.vmap(draw))(dropout), x / (1 - adapter.dropout), 0).astype(x.dtype)
+  return y + (x @ adapter.a.astype(dtype)) @ adapter.b.astype(dtype) * adapter.scale
+
+
+def _each_target(spec: LoraSpec, blocks: Params, make: Callable[[Any, int], Adapter]) -> Params:
+  """`{"blocks": {part: {weight: make(the block's own leaf, index)}}}` for the targets."""
+  made: dict[str, dict[str, Adapter]] = {}
+  for index, (name, (part, weight)) in enumerate(PROJECTIONS.items()):
+    if name in spec.targets:
+      made.setdefault(part, {})[weight] = make(blocks[part][weight], index)
+  return {"blocks": made}
+
+
+def init(key: Key[Array, ""], spec: LoraSpec, shapes: Params) -> Params:
+  """A fresh adapter tree: `a` uniform in +-1/sqrt(in) (PEFT's), `b` zero.
+
+  Args:
+    key: of the draws.
+    spec: the adapters.
+    shapes: the network's parameters or their shapes, a dense leaf for each.
+  """
+
+  def make(w: Any, index: int) -> Adapter:
+    layers, inner, outer = w.shape
+    bound = inner**-0.5
+    draw = jax.random.uniform(jax.random.fold_in(key, index), (layers, inner, spec.rank), jnp.float32, -bound, bound)
+    return Adapter(draw, jnp.zeros((layers, spec.rank, outer)), spec.alpha / spec.rank, spec.dropout)
+
+  return _each_target(spec, shapes["blocks"], make)
+
+
+def axes(spec: LoraSpec, network_axes: Params) -> Params:
+  """The logical axes of an adapter tree."""
+
+  def make(named: tuple[str, str, str], _: int) -> Adapter:
+    layers, inner, outer = named
+    return Adapter((layers, inner, "rank"), (layers, "rank", outer), spec.alpha / spec.rank, spec.dropout)
+
+  return _each_target(spec, network_axes["blocks"], make)
+
+
+def overlay(params: Params, adapter: Params) -> Params:
+  """The parameters with each adapter beside its weight, computed unmerged."""
+  if isinstance(adapter, Adapter):
+    return Adapted(params, adapter)
+  return {name: overlay(leaf, adapter[name]) if name in adapter else leaf for name, leaf in params.items()}
+
+
+def merged(params: Params) -> Params:
+  """Adds the adapters of `overlay` into their weights, in float32, and casts once; a quantised base stays unmerged."""
+
+  def one(leaf: Any) -> Any:
+    if not isinstance(leaf, Adapted) or isinstance(leaf.base, Quantized):
+      return leaf
+    addition = jnp.einsum("lir,lro->lio", leaf.adapter.a, leaf.adapter.b, precision="highest")
+    return (leaf.base.astype(jnp.float32) + leaf.adapter.scale * addition).astype(leaf.base.dtype)
+
+  return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, Adapted))
+
+
+def quantized(params: Params, kind: str) -> Params:
+  """The parameters with every projection stored in few bits; other leaves as they are."""
+  return _replace_projections(params, lambda w: quantize.quantize(w, kind))
+
+
+def quantized_axes(network_axes: Params) -> Params:
+  """The logical axes of `quantized` parameters."""
+  return _replace_projections(network_axes, quantize.axes)
+
+
+def _replace_projections(params: Params, change: Callable[[Any], Any]) -> Params:
+  blocks = {name: dict(part) for name, part in params["blocks"].items()}
+  for part, weight in PROJECTIONS.values():
+    blocks[part][weight] = change(blocks[part][weight])
+  return {**params, "blocks": blocks}

@@ -1,0 +1,132 @@
+"""Adapters as folders of the PEFT library: adapter_config.json and adapter_model.safetensors, in both directions."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from d1jax.models import names
+from d1jax.models.lora import PROJECTIONS, Adapter, LoraSpec
+from d1jax.models.tensor_files import TensorFiles
+from d1jax.models.transformer import Network, Params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+FIXED: Mapping[str, Any] = {
+  "alpha_pattern": {},
+  "bias": "none",
+  "fan_in_fan_out": False,
+  "layer_replication": None,
+  "layers_to_transform": None,
+  "lora_bias": False,
+  "modules_to_save": None,
+  "peft_type": "LORA",
+  "rank_pattern": {},
+  "trainable_token_indices": None,
+  "use_dora": False,
+  "use_rslora": False,
+}
+"""The values of PEFT's options that an adapter here can have."""
+
+
+def _module(scheme: Mapping[names.Path, str], target: str) -> str:
+  """The module name of a projection with `{}` for the layer, without `.weight`."""
+  return scheme[("blocks", *PROJECTIONS[target])].removesuffix(".weight")
+
+
+def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
+  """Reads an adapter folder; names are LLaDA's or Llama's.
+
+  Which projections it has is told by its tensors, not by `target_modules`: PEFT silently leaves out the names that
+  match nothing.
+
+  Args:
+    folder: with adapter_config.json and adapter_model.safetensors.
+    network: of the base.
+
+  Returns:
+    The adapters' description, and the adapter tree in float32.
+
+  Raises:
+    ValueError: an option is not supported, or a tensor is missing, unknown or misshaped; the message names it.
+  """
+  path = folder / CONFIG
+  try:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"{path} is not the configuration of a LoRA adapter ({error!r})") from None
+  for name, expected in FIXED.items():
+    value = config.get(name, expected)
+    if value != expected and (value or expected):
+      raise ValueError(f"{path}: {name}={value!r} is not supported, only {expected!r}")
+  files = TensorFiles(folder, f"{WEIGHTS}.index.json", WEIGHTS)
+  shapes, layers = jax.eval_shape(network.init, jax.random.key(0))["blocks"], network.size.layers
+  spelled = names.LLADA if any(".transformer.blocks." in name for name in files.shapes) else names.LLAMA
+  unread = set(files.shapes)
+  tree: dict[str, dict[str, Adapter]] = {}
+  targets = []
+  for target, (part, weight) in PROJECTIONS.items():
+    module = PREFIX + _module(spelled, target)
+    if f"{module.format(0)}.lora_A.weight" not in files.shapes:
+      continue
+    inner, outer = shapes[part][weight].shape[1:]
+    stacks = []
+    for side, shape in (("A", (rank, inner)), ("B", (outer, rank))):
+      tensors = [f"{module.format(i)}.lora_{side}.weight" for i in range(layers)]
+      for name in tensors:
+        if files.shapes.get(name) != shape:
+          found = files.shapes.get(name, "no tensor")
+          raise ValueError(f"{folder / WEIGHTS}: {name} has shape {found}, expected {shape}")
+      stacks.append(jnp.stack([np.asarray(files.read(name), np.float32).T for name in tensors]))
+      unread -= set(tensors)
+    tree.setdefault(part, {})[weight] = Adapter(stacks[0], stacks[1], alpha / rank, dropout)
+    targets.append(target)
+  if unread or not targets:
+    raise ValueError(f"{folder / WEIGHTS}: {min(unread, default='no tensor')} belongs to no projection of the network")
+  return LoraSpec(rank, alpha, dropout, tuple(targets)), {"blocks": tree}
+
+
+def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Mapping[names.Path, str]) -> None:
+  """Writes an adapter folder that PEFT loads.
+
+  Args:
+    folder: made.
+    adapter: the adapter tree.
+    spec: what it was made from.
+    base: name or folder of the model that it belongs to.
+    scheme: `names.LLADA` or `names.LLAMA`, as the base's files.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  tensors: dict[str, np.ndarray] = {}
+  modules = {target: _module(scheme, target) for target in spec.targets}
+  for target, module in modules.items():
+    part, weight = PROJECTIONS[target]
+    stack: Adapter = adapter["blocks"][part][weight]
+    for side, layers in (("A", stack.a), ("B", stack.b)):
+      for i, value in enumerate(np.asarray(jax.device_get(layers))):
+        tensors[f"{PREFIX}{module.format(i)}.lora_{side}.weight"] = np.ascontiguousarray(value.T)
+  save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+  config = {
+    **FIXED,
+    "base_model_name_or_path": base,
+    "inference_mode": True,
+    "lora_alpha": spec.alpha,
+    "lora_dropout": spec.dropout,
+    "r": spec.rank,
+    "target_modules": _target_modules(list(modules.values())),
+    "task_type": None,
+  }
+  (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _target_modules(modules: list[str]) -> list[str] | str:
+  """The modules' last names; LLaDA's `ff_out`, which the head shares, calls for a pattern."""
+  leaves = [module.rpartition(".")[2] for module in modules]
+  return rf".*\.blocks\.\d+\.({'|'.join(leaves)})" if "ff_out" in leaves else leaves

@@ -1,0 +1,219 @@
+"""Reads the weights of a Hugging Face folder into place, a slice at a time.
+
+Each device fills its own part of each parameter: the stack of all layers is made once and written layer by layer
+through donated updates, in pieces of a few MiB, so that the host never holds more than a piece of a tensor. Matrices
+are transposed, cast or quantised on the way.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from d1jax.models import families, lora, names, quantize, transformer
+from d1jax.models.quantize import Quantized
+from d1jax.models.tensor_files import TensorFiles
+from d1jax.models.transformer import Network, Params
+
+PIECE = 8 * 2**20
+"""Bytes read at a time."""
+
+
+class Loaded(NamedTuple):
+  """A network and its weights."""
+
+  network: Network
+  params: Params
+  description: families.Description
+
+
+def load(
+  folder: Path, dtype: DTypeLike = jnp.bfloat16, *, quantized: str | None = None, rows: int | None = None
+) -> Loaded:
+  """Reads a folder whole onto the first device; `read` does the same onto any placement.
+
+  Args:
+    folder: with config.json and safetensors.
+    dtype: of weights and matrix products.
+    quantized: `int8` or `nf4` stores the projections in few bits.
+    rows: the least vocabulary; see `read`.
+  """
+  description = families.describe(folder)
+  network = transformer.build(families.with_rows(description.size, rows), dtype=dtype)
+  here = SingleDeviceSharding(jax.local_devices()[0])
+  placements = jax.tree.map(lambda _: here, abstract(network, dtype, quantized))
+  return Loaded(network, read(folder, network, dtype, placements, quantized=quantized), description)
+
+
+def abstract(network: Network, dtype: DTypeLike, quantized: str | None = None) -> Params:
+  """Shapes and types of the parameters in the form in which they are kept."""
+
+  def make(key: jax.Array) -> Params:
+    params = jax.tree.map(lambda w: w.astype(dtype), network.init(key))
+    return lora.quantized(params, quantized) if quantized else params
+
+  return jax.eval_shape(make, jax.random.key(0))
+
+
+def read(
+  folder: Path, network: Network, dtype: DTypeLike, placements: Params, *, quantized: str | None = None
+) -> Params:
+  """Reads the weights of a folder, each slice straight to the devices that keep it.
+
+  A vocabulary of the network that is larger than the folder's gets new rows, the mean of the others (a mask token for a
+  causal model).
+
+  Args:
+    folder: with safetensors in LLaDA's or Llama's names.
+    network: of the folder's sizes (`families.describe`).
+    dtype: in which weights are kept.
+    placements: a sharding for each leaf of `abstract(network, dtype, quantized)`.
+    quantized: `int8`, `nf4` or None.
+
+  Raises:
+    ValueError: a tensor is missing, unknown, misshaped or truncated; the message names it.
+  """
+  files = TensorFiles(folder)
+  scheme = names.scheme_of(files.shapes)
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  known = {path: scheme.get(path, "") for path in _paths(shapes)}
+  rows = _check(files, known, shapes, network.size.layers)
+  whole = abstract(network, dtype, quantized)
+  params = whole
+  for path, template in known.items():
+    leaf, placement = _get(whole, path), _get(placements, path)
+    tensors = names.tensors_of(path, template, network.size.layers)
+    filled = _fill(files, tensors, path, leaf, placement, quantized or "")
+    if path in (("embedding",), ("head",)) and rows < network.size.vocab:
+      filled = _with_new_rows(filled, rows, placement, axis=int(path == ("head",)))
+    params = _set(params, path, filled)
+  return params
+
+
+def _paths(tree: Mapping[str, Any], prefix: names.Path = ()) -> Iterator[names.Path]:
+  for name, leaf in tree.items():
+    if isinstance(leaf, Mapping):
+      yield from _paths(leaf, (*prefix, name))
+    else:
+      yield (*prefix, name)
+
+
+def _get(tree: Params, path: names.Path) -> Any:
+  return functools.reduce(lambda node, name: node[name], path, tree)
+
+
+def _set(tree: Params, path: names.Path, leaf: Any) -> Params:
+  name, *rest = path
+  return {**tree, name: _set(tree[name], tuple(rest), leaf) if rest else leaf}
+
+
+def _check(files: TensorFiles, known: Mapping[names.Path, str], shapes: Params, layers: int) -> int:
+  """Compares the files with what the network needs; returns the rows of the stored vocabulary."""
+  expected: dict[str, tuple[int, ...]] = {}
+  for path, template in known.items():
+    shape = _get(shapes, path).shape[path[0] == "blocks" :]
+    for name in names.tensors_of(path, template, layers):
+      expected[name] = shape[::-1] if names.is_transposed(path) else shape
+  missing = [name for name in expected if name not in files.shapes]
+  extra = [name for name in files.shapes if name not in expected and not name.endswith(names.IGNORED)]
+  if missing or extra:
+    raise ValueError(
+      f"tensor {(missing or extra)[0]} is {'missing' if missing else 'unknown'}"
+      f" ({len(missing)} missing, {len(extra)} unknown): config.json and the safetensors do not belong together"
+    )
+  vocabulary = [known[path] for path in (("embedding",), ("head",)) if path in known]
+  rows = files.shapes[vocabulary[0]][0]
+  for name, shape in expected.items():
+    found = files.shapes[name]
+    if name in vocabulary and rows <= shape[0]:
+      shape = (rows, *shape[1:])
+    if found != shape:
+      raise ValueError(f"{files.file_of(name)}: tensor {name} has shape {found}, config.json asks for {shape}")
+  return rows
+
+
+def _fill(files: TensorFiles, tensors: list[str], path: names.Path, leaf: Any, placement: Any, quantized: str) -> Any:
+  """One parameter, an array or `Quantized`, made of its tensors on every device that this process has."""
+  leaves, structure = jax.tree.flatten(leaf)
+  shardings: list[Sharding] = jax.tree.leaves(placement)
+  indices = [s.addressable_devices_indices_map(x.shape) for s, x in zip(shardings, leaves, strict=True)]
+  stacked, transposed = path[0] == "blocks", names.is_transposed(path)
+  parts: list[list[jax.Array]] = [[] for _ in leaves]
+  for device in indices[0]:
+    spans = [_spans(index[device], x.shape) for index, x in zip(indices, leaves, strict=True)]
+    buffers = jax.tree.unflatten(structure, [_empty(x, span, device) for x, span in zip(leaves, spans, strict=True)])
+    write = _writer(device, leaf, stacked, transposed, quantized)
+    for layer in range(*spans[0][0]) if stacked else (0,):
+      for piece, start in _pieces(files, tensors[layer], spans[0][stacked:], transposed, isinstance(leaf, Quantized)):
+        at = np.asarray((layer - spans[0][0][0] if stacked else 0, start), np.int32)
+        buffers = jax.block_until_ready(write(buffers, jax.device_put(piece, device), at))
+    for part, buffer in zip(parts, jax.tree.leaves(buffers), strict=True):
+      part.append(buffer)
+  make = jax.make_array_from_single_device_arrays
+  whole = [make(x.shape, s, p) for x, s, p in zip(leaves, shardings, parts, strict=True)]
+  return jax.tree.unflatten(structure, whole)
+
+
+Spans = list[tuple[int, int]]
+"""First and last index (exclusive) along each axis."""
+
+
+def _spans(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Spans:
+  return [s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True)]
+
+
+def _empty(x: Any, spans: Spans, device: Any) -> jax.Array:
+  return jnp.zeros([last - first for first, last in spans], x.dtype, device=device)
+
+
+def _pieces(
+  files: TensorFiles, name: str, spans: Spans, transposed: bool, quantized: bool
+) -> Iterator[tuple[np.ndarray, int]]:
+  """A device's part of a tensor in pieces of rows as stored, with their place along the device's first or last axis."""
+  if quantized:  # [blocks, bytes, out]
+    blocks, _, outer = spans
+    spans = [(blocks[0] * quantize.BLOCK, blocks[1] * quantize.BLOCK), outer]
+  stored = spans[::-1] if transposed else spans
+  (first, last), *rest = stored
+  last = min(last, files.shapes[name][0])  # rows of a grown vocabulary are not stored
+  width = math.prod(b - a for a, b in rest)
+  step = max(1, PIECE // (4 * max(width, 1)))
+  for start in range(first, last, step):
+    rows = slice(start, min(start + step, last))
+    yield files.read(name, rows, *(slice(a, b) for a, b in rest)), start - first
+
+
+def _writer(device: Any, leaf: Any, stacked: bool, transposed: bool, quantized: str) -> Any:
+  """`(buffers, piece, (layer, start)) -> buffers`, donated."""
+  here = SingleDeviceSharding(device)
+
+  def write(buffers: Any, piece: jax.Array, at: jax.Array) -> Any:
+    value = piece.T if transposed else piece
+    encoded = quantize.quantize(value, quantized) if isinstance(leaf, Quantized) else value
+
+    def put(buffer: jax.Array, part: jax.Array) -> jax.Array:
+      place = [at[1] * 0] * part.ndim
+      place[-1 if transposed else 0] = at[1]
+      if stacked:
+        part, place = part[None], [at[0], *place]
+      return jax.lax.dynamic_update_slice(buffer, part.astype(buffer.dtype), place)
+
+    return jax.tree.map(put, buffers, encoded)
+
+  return jax.jit(write, in_shardings=here, out_shardings=here, donate_argnums=0)
+
+
+def _with_new_rows(w: jax.Array, rows: int, placement: Sharding, axis: int) -> jax.Array:
+  def extend(w: jax.Array) -> jax.Array:
+    mean = jnp.sum(w.astype(jnp.float32), axis=axis, keepdims=True) / rows  # the new rows are zero
+    is_new = jax.lax.broadcasted_iota(jnp.int32, w.shape, axis) >= rows
+    return jnp.where(is_new, mean.astype(w.dtype), w)
+
+  return jax.jit(extend, in_shardings=placement, out_shardings=placement, donate_argnums=0)(w)
