@@ -1,10 +1,14 @@
 """d1's recipe: masked SFT, then diffu-GRPO, then evaluation.
 
 `--config=configs/grpo.py:WORDS`, words separated by commas: a size (`tiny`, the default; `smoke`; `llada_8b`) and a
-task (`sudoku`, the default; `countdown`). Any field can be set on the command line: `--config.grpo.learning_rate=1e-4`.
+task (`sudoku`, the default; `countdown`, `gsm8k`, `math`). Any field can be set on the command line:
+`--config.grpo.learning_rate=1e-4`. `llada_8b` is d1's diffu-GRPO on a downloaded model, `--config.model.pretrained`;
+docs/d1.md sets each of its values beside d1's.
 """
 
 from ml_collections import config_dict
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 ADAM = dict(b1=0.9, b2=0.99, weight_decay=0.1)
 
@@ -27,13 +31,17 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     vocab="tensor",
     embed="fsdp",
     heads="tensor",
+    kv_heads="tensor",
     mlp="tensor",
+    rank=None,
     norm=None,
     layers=None,
   )
 
   c.model = dict(
-    size="llada_8b",
+    # The folder of a downloaded model; it decides the sizes, the tokenizer and where logits stand.
+    pretrained=config_dict.placeholder(str),
+    size="llada_8b",  # without a folder
     # Sizes that differ from the preset's; None is the preset's.
     overrides=dict(
       embed=config_dict.placeholder(int),
@@ -45,14 +53,19 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPUs
     remat=True,
     unroll=1,  # layers the scan unrolls
+    quantize="nf4",  # how the base under adapters is kept: int8, nf4, or None for `dtype`
   )
+  # Adapters; rank 0 trains every weight instead.
+  c.lora = dict(rank=128, alpha=64.0, dropout=0.05, targets=("q_proj", "k_proj", "v_proj", "up_proj"))
+  # Of the tokenizer that is trained where there is no folder.
   c.tokenizer = dict(model_type="char", vocab_size=512)
 
   # root: a folder with data files (docs/data.md); None generates problems by rule.
-  c.data = dict(root=config_dict.placeholder(str), prompt_buckets=(256,))
+  c.data = dict(root=config_dict.placeholder(str), prompt_buckets=(200,))
   c.task = dict(
     name="sudoku",
     style="d1",
+    protocol="d1",  # of the rewards; evaluations are strict
     sizes=dict(demonstrations=64, train=20000, validation=400, test=880),
     options=config_dict.ConfigDict(),
   )
@@ -67,11 +80,16 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     remasking="low_confidence",
   )
 
-  # d1's supervised fine-tuning.
+  # Supervised fine-tuning before diffu-GRPO; 0 steps: none. d1's values are in configs/sft.py.
   c.sft = dict(
-    steps=2460,
+    data=config_dict.placeholder(str),  # a JSON-lines file under data.root; None: the task's demonstrations
+    held_out=0.05,  # share of the file that validates
+    steps=0,
     batch_size=8,
     accumulation=1,
+    prompt_buckets=(512,),
+    completion_buckets=(256,),  # ascending
+    truncate=False,  # cut longer answers, or leave them out
     learning_rate=1e-5,
     warmup_steps=0,
     decay="linear",
@@ -86,12 +104,12 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 
   # d1's diffu-GRPO; one step is one rollout and num_iterations optimiser steps.
   c.grpo = dict(
-    steps=642,
+    steps=475,
     prompts_per_iteration=16,
     num_generations=6,
-    num_iterations=12,  # mu
+    num_iterations=8,  # mu
     accumulation=2,  # micro-batches an optimiser step
-    rollout_chunks=1,  # parts of a rollout; one is graded while the next is computed
+    rollout_chunks=2,  # parts of a rollout; one is graded while the next is computed
     epsilon=0.5,
     beta=0.04,
     p_mask_prompt=0.15,
@@ -101,8 +119,8 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     warmup_steps=1,
     decay="constant",
     max_grad_norm=0.2,
-    logits_chunk=64,
-    validate_every=10,
+    logits_chunk=16,
+    validate_every=50,
     dump_every=0,  # iterations between dumped rollouts; 0: none
     **ADAM,
   )
@@ -114,8 +132,10 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     "smoke": (_tiny, _smoke),
     "sudoku": (),
     "countdown": (_countdown,),
+    "gsm8k": (_gsm8k,),
+    "math": (_math,),
   }
-  sizes, tasks = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown")
+  sizes, tasks = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
   chosen = [word for word in words.split(",") if word]
   for kind in (sizes, tasks):
     named = [word for word in chosen if word in kind] or [kind[0]]
@@ -132,15 +152,18 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 def _tiny(c: config_dict.ConfigDict) -> None:
   """A model of 0.2M parameters that learns 4x4 Sudoku in minutes on two cores; chosen on the validation grids."""
   c.mesh.update(data=-1, fsdp=1)
-  c.model.update(size="tiny", remat=False, unroll=3)
+  c.model.update(size="tiny", remat=False, unroll=3, quantize=config_dict.placeholder(str))
+  c.lora.update(rank=0, dropout=0.0, targets=PROJECTIONS)
   c.data.prompt_buckets = (33,)
-  c.task.style = "terse"
+  c.task.update(style="terse", protocol="strict")
   c.task.sizes.demonstrations = 24
   # Committing confident proposals first sharpens the draws; a high temperature keeps the policy exploring all the same.
   c.rollout.update(completion_length=18, diffusion_steps=4, block_length=18, temperature=4.0)
   c.sft.update(
     steps=1000,
     batch_size=32,
+    prompt_buckets=(33,),
+    completion_buckets=(18,),
     learning_rate=3e-3,
     warmup_steps=20,
     b2=0.99,
@@ -182,5 +205,23 @@ def _countdown(c: config_dict.ConfigDict) -> None:
   c.task.name = "countdown"
   c.task.sizes.update(validation=200, test=400)
   if c.task.style == "terse":
-    c.data.prompt_buckets = (24,)
+    c.data.prompt_buckets = c.sft.prompt_buckets = (24,)
+    c.sft.completion_buckets = (24,)
     c.rollout.update(completion_length=24, block_length=24)
+  else:
+    c.grpo.update(steps=625, num_iterations=8)
+
+
+def _gsm8k(c: config_dict.ConfigDict) -> None:
+  c.task.name = "gsm8k"
+  c.task.sizes.update(demonstrations=8000, train=8000, validation=200, test=1319)
+  if c.task.style != "terse":
+    c.grpo.update(steps=642, num_iterations=12)
+
+
+def _math(c: config_dict.ConfigDict) -> None:
+  _gsm8k(c)
+  c.task.name = "math"
+  c.task.sizes.update(demonstrations=12000, train=12000, test=500)
+  if c.task.style != "terse":
+    c.grpo.steps = 550

@@ -1,4 +1,7 @@
-"""Masked SFT alone, with the same words and fields as configs/grpo.py."""
+"""Masked SFT alone, with the same words and fields as configs/grpo.py.
+
+`--config=configs/sft.py:llada_8b` is d1's fine-tuning on s1K; docs/d1.md sets each of its values beside d1's.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -17,4 +20,17 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.mode = "sft"
   c.workdir = c.workdir.replace("grpo", "sft")
   del c.grpo
+  if "llada_8b" in words.split(","):
+    _llada_8b(c)
   return c
+
+
+def _llada_8b(c: config_dict.ConfigDict) -> None:
+  c.model.quantize = config_dict.placeholder(str)
+  c.lora.update(alpha=256.0, targets=("q_proj", "k_proj", "v_proj"))
+  c.sft.update(
+    data="s1k/s1k.jsonl",
+    steps=2460,
+    completion_buckets=(512, 1024, 2048, 3584),
+    truncate=True,
+  )

@@ -1,1 +1,17 @@
 """Reinforcement learning for diffusion language models, on JAX."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from d1jax.pretrained import from_pretrained
+
+__all__ = ["from_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+  """Imports what the package's top offers when it is first asked for: flags are read without waiting for JAX."""
+  if name == "from_pretrained":
+    from d1jax.pretrained import from_pretrained
+
+    return from_pretrained
+  raise AttributeError(f"module 'd1jax' has no attribute {name!r}")

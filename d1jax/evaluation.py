@@ -1,6 +1,5 @@
 """Accuracy of completions on a split, with intervals, and a line for every completion."""
 
-import base64
 import dataclasses
 import functools
 import json
@@ -20,10 +19,12 @@ from d1jax.errors import RunError, input_checked
 from d1jax.intervals import Share, clustered
 from d1jax.parallel.mesh import place
 from d1jax.rl.grading import Graded, grade
+from d1jax.state import Frozen, merge_for_rollout
 from d1jax.tasks import Record, Task
 from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.experiment import Experiment, Texts, build
-from d1jax.training.workdir import versions, write_atomically, write_json
+from d1jax.training.weights import check_base
+from d1jax.training.workdir import read_tokenizer, versions, write_atomically, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Evaluator:
     self._sample = jax.jit(
       functools.partial(_sample, experiment, sampler, seed),
       in_shardings=(
-        experiment.params_placement,
+        experiment.weights.trainable_placement,
+        experiment.weights.frozen_placement(),
         experiment.by_row,
         experiment.by_row,
         experiment.by_row,
@@ -117,9 +119,9 @@ class Evaluator:
       out_shardings=experiment.by_row,
     )
 
-  def __call__(self, params: Any) -> Evaluation:
+  def __call__(self, trainable: Any, frozen: Frozen) -> Evaluation:
     """Evaluates these weights; the same weights always give the same completions."""
-    outputs = [self._sample(params, *batch) for batch in self._batches]
+    outputs = [self._sample(trainable, frozen, *batch) for batch in self._batches]
     rows = len(self._texts.records)
     completion, mask = (np.concatenate(x)[:rows] for x in zip(*map(jax.device_get, outputs), strict=True))
     experiment, records = self._experiment, self._texts.records
@@ -168,17 +170,21 @@ def run(config: ConfigDict) -> dict[str, Any]:
   trained = ConfigDict(metadata["config"])
   trained.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
   with input_checked():
-    experiment = build(trained, base64.b64decode(metadata["tokenizer"]))
+    experiment = build(trained, read_tokenizer(folder.parent.parent.parent))
     texts = experiment.texts(config.split)
     samplers = {t: dataclasses.replace(experiment.sampler, temperature=t) for t in config.temperatures}
   stage = folder.parent.name
   section = trained[stage]
   optimizer = experiment.optimizer(section, section.steps)
-  params = checkpoints.restore(int(folder.name), experiment.abstract_state(optimizer)).state.trainable
+  abstract = experiment.weights.abstract_state(optimizer)
+  trainable = checkpoints.restore(int(folder.name), abstract).state.trainable
+  with input_checked():
+    check_base(experiment.weights, metadata)
+  frozen = experiment.weights.frozen
   output = Path(config.output) if config.output else folder.parent.parent.parent / "eval"
   rows = {"constant answer": baseline(experiment.task, texts.records, trained.task.style).summary()}
   for temperature, sampler in samplers.items():
-    found = Evaluator(experiment, texts, sampler, config.batch_size, seed=config.seed)(params)
+    found = Evaluator(experiment, texts, sampler, config.batch_size, seed=config.seed)(trainable, frozen)
     name = "greedy" if temperature == 0 else f"temperature {temperature:g}"
     found.write(output / f"{config.split}_{name.replace(' ', '_')}.jsonl")
     rows[name] = found.summary()
@@ -197,11 +203,13 @@ def _sample(
   experiment: Experiment,
   sampler: SamplerSpec,
   seed: int,
-  params: Any,
+  trainable: Any,
+  frozen: Frozen,
   prompt: jax.Array,
   valid: jax.Array,
   sample_id: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   key = keys.purpose_key(jax.random.key(seed), keys.Purpose.EVALUATION)
+  params = merge_for_rollout(trainable, frozen)
   rollout = sample(experiment.denoiser, params, prompt, valid, sample_id, sample_id, key, spec=sampler)
   return rollout.completion, rollout.completion_mask

@@ -9,7 +9,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 
 
 class Purpose(enum.IntEnum):
@@ -21,6 +21,8 @@ class Purpose(enum.IntEnum):
   PROMPT_MASK = 3
   EVALUATION = 4
   SFT_PROMPT_MASK = 5
+  DROPOUT = 6
+  ADAPTER = 7
 
 
 def purpose_key(key: Key[Array, ""], purpose: Purpose, step: Int[Array, ""] | int = 0) -> Key[Array, ""]:
@@ -36,6 +38,12 @@ def sample_keys(key: Key[Array, ""], sample_id: Int[Array, "B"]) -> Key[Array, "
 def fold(keys: Key[Array, "B"], counter: Int[Array, ""] | int) -> Key[Array, "B"]:
   """Folds one counter into each of a batch of keys."""
   return jax.vmap(lambda k: jax.random.fold_in(k, counter))(keys)
+
+
+def token_keys(key: Key[Array, ""], sample_id: Int[Array, "B"], place: UInt32[Array, "L"]) -> Key[Array, "B L"]:
+  """One key a token, a function of its sample's id and its place alone."""
+  one = lambda sample_key: jax.vmap(lambda i: jax.random.fold_in(sample_key, i))(place)
+  return jax.vmap(one)(sample_keys(key, sample_id))
 
 
 def uniforms(keys: Key[Array, "B"], length: int) -> Float[Array, "B length"]:

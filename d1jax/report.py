@@ -34,9 +34,10 @@ def samples(evaluation: Evaluation, count: int = 5) -> list[dict[str, Any]]:
 def summary(results: Mapping[str, Any], workdir: Path) -> str:
   """The closing words of a run."""
   rows = {"constant answer": results["baseline"]}
+  stages = [name for name in ("SFT", "diffu-GRPO") if name.removeprefix("diffu-").lower() in results["seconds"]]
   if "before" in results:
-    rows["SFT"] = results["before"]
-  rows["SFT + diffu-GRPO" if "before" in results else "SFT"] = results["after"]
+    rows[" + ".join(stages[:-1]) or "start"] = results["before"]
+  rows[" + ".join(stages)] = results["after"]
   seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
   lines = [
     f"Held-out split of {results['config']['task']['name']}, greedy:",
@@ -87,6 +88,8 @@ def plot_learning_curves(workdir: Path) -> Path:
       points = np.asarray([(r["iteration"], r[name]) for r in own if name in r], float).reshape(-1, 2)
       is_validation = name == "validation"
       values = points[:, 1] if is_validation else smoothed(points[:, 1], SMOOTHING)
+      if is_validation and np.any(values < 0):  # fine-tuning on a file is validated by its held-out loss
+        values, label = -values, "held-out loss"
       axis.plot(points[:, 0], values, marker="o" if is_validation else None, markersize=4, label=label)
     axis.set(title=titles[stage], xlabel="iteration", ylim=(0, None))
     axis.grid(alpha=0.3)

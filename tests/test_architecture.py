@@ -33,6 +33,7 @@ ALLOWED = {
   "diffusion": {"keys"},
   "rl": {"keys", "state", "microbatch", "diffusion", "data", "tasks"},
 }
+ALLOWED["pretrained"] = {"models", "data", "diffusion", "parallel"}
 LOWER = set(ALLOWED)
 ALLOWED |= {"evaluation": LOWER | {"training"}, "training": LOWER | {"evaluation"}}
 ALLOWED["report"] = {"evaluation", "training"}

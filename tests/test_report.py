@@ -35,7 +35,10 @@ def test_the_summary_names_arms_samples_and_files(tmp_path):
   for part in ("constant answer", "SFT + diffu-GRPO", "75.0%", "'3'  wrong", "sft 10 s, grpo 100 s", "some/folder"):
     assert part in text
   assert "solution" not in text
+  del results["seconds"]["sft"]
+  assert [line.split("  ")[0] for line in summary(results, tmp_path).splitlines()[5:7]] == ["start", "diffu-GRPO"]
   del results["before"]
+  results["seconds"] = {"sft": 10.4}
   assert "diffu-GRPO" not in summary(results, tmp_path)
 
 

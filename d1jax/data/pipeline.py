@@ -1,4 +1,4 @@
-"""Deterministic, resumable batches of prompts and demonstrations, with Grain.
+"""Deterministic, resumable batches of prompts, with Grain.
 
 Every process walks the same global order and builds the same global batch (text is small); each device then takes its
 rows of it. So the order does not depend on the number of processes, and the data position is one number, the index of
@@ -23,15 +23,6 @@ class PromptBatch(NamedTuple):
   prompt: Int[np.ndarray, "B P"]
   prompt_valid: Bool[np.ndarray, "B P"]
   record: Int[np.ndarray, "B"]
-
-
-class SftBatch(NamedTuple):
-  """Demonstrations; the completion is padded with the end-of-sequence token, which is part of what is learned."""
-
-  sample_id: Int[np.ndarray, "B"]
-  prompt: Int[np.ndarray, "B P"]
-  prompt_valid: Bool[np.ndarray, "B P"]
-  completion: Int[np.ndarray, "B C"]
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int | None:
@@ -91,7 +82,8 @@ def _order(choices: Sequence[int], *, seed: int, batch_size: int) -> Any:
   return dataset.batch(batch_size, drop_remainder=True)
 
 
-def _start(dataset: Any, position: int) -> Iterator[Any]:
+def start(dataset: Any, position: int) -> Iterator[Any]:
+  """Iterates a Grain dataset from element `position` on, reading a little ahead on a thread."""
   iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
   iterator.set_state({"next_index": position})
   return iterator
@@ -124,39 +116,4 @@ def prompt_batches(
     return prompt_batch(prompts, [int(i) for i in chosen], first, num_generations, buckets, pad_id)
 
   order = _order(fitting(prompts, buckets), seed=seed, batch_size=prompts_per_batch)
-  return _start(order.map_with_index(assemble), position)
-
-
-def sft_batches(
-  prompts: Sequence[Ids],
-  completions: Sequence[Ids],
-  *,
-  seed: int,
-  batch_size: int,
-  buckets: Sequence[int],
-  completion_length: int,
-  pad_id: int,
-  position: int = 0,
-) -> Iterator[SftBatch]:
-  """An endless stream of demonstrations, from batch `position` on; what does not fit is left out, never cut.
-
-  Args:
-    prompts: token ids of every record.
-    completions: token ids of the answers, stop id included; padded with `pad_id` to `completion_length`.
-    seed: of the order.
-    batch_size: rows a batch.
-    buckets: allowed prompt lengths.
-    completion_length: C.
-    pad_id: the end-of-sequence token.
-    position: the batch to start at.
-  """
-
-  def assemble(index: int, chosen: np.ndarray) -> SftBatch:
-    rows = prompt_batch(prompts, [int(i) for i in chosen], index * batch_size, 1, buckets, pad_id)
-    answers = np.full((batch_size, completion_length), pad_id, np.int32)
-    for row, record in enumerate(chosen):
-      answers[row, : len(completions[record])] = completions[record]
-    return SftBatch(rows.sample_id, rows.prompt, rows.prompt_valid, answers)
-
-  usable = [i for i in fitting(prompts, buckets) if len(completions[i]) <= completion_length]
-  return _start(_order(usable, seed=seed, batch_size=batch_size).map_with_index(assemble), position)
+  return start(order.map_with_index(assemble), position)

@@ -1,10 +1,14 @@
-"""Text to token ids and back, with SentencePiece."""
+"""Text to token ids and back: the protocol, folders of tokenizer files, and SentencePiece."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import sentencepiece
+
+from d1jax.data import chat, folder
+from d1jax.data.hugging_face import HuggingFaceTokenizer
 
 MASK_PIECE = "<mask>"
 MODEL_TYPES = ("char", "unigram", "bpe")
@@ -12,24 +16,72 @@ MODEL_TYPES = ("char", "unigram", "bpe")
 
 @runtime_checkable
 class Tokenizer(Protocol):
-  """What the rest of the package needs of a tokenizer."""
+  """What the rest of the package needs of a tokenizer.
+
+  Attributes:
+    vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
+    mask_id: of the mask; no text becomes it.
+    stop_ids: each ends a completion; the first is the end of sequence.
+    pad_id: of padding.
+    files: names and contents of files; `load` makes the same tokenizer from a folder that holds just these.
+  """
 
   vocab: int
   mask_id: int
   stop_ids: tuple[int, ...]
   pad_id: int
+  files: Mapping[str, bytes]
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
     """The ids of a conversation that the model is to continue, the given start of its answer included."""
     ...
 
   def completion(self, text: str) -> list[int]:
-    """The ids of an answer, its stop id included."""
+    """The ids of an answer, the end of the assistant's turn and the end of sequence included."""
     ...
 
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The texts of rows of ids, without special tokens."""
+    """The texts of rows of ids, without special tokens and ids beyond the tokenizer; never raises."""
     ...
+
+
+def load(path: Path) -> Tokenizer | None:
+  """Makes the tokenizer of a folder in the form of Hugging Face; nothing is fetched and no code of it is run.
+
+  See `from_files` for what is read.
+
+  Returns:
+    None where the folder has no tokenizer file at all.
+
+  Raises:
+    ValueError: files are broken, incomplete or contradict each other; the message names the folder and the file.
+  """
+  files = folder.read(path)
+  if not any(name in files for name in (*folder.CORE, *folder.EXTRAS)):
+    return None
+  try:
+    return from_files(files)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def from_files(files: Mapping[str, bytes]) -> Tokenizer:
+  """Makes a tokenizer from the contents of its files.
+
+  The first of these makes it: tokenizer.json; vocab.json with merges.txt (Qwen2's byte-level BPE); tokenizer.model
+  (SentencePiece).
+
+  Args:
+    files: contents by name; `d1jax.data.folder` lists the names that are read.
+  """
+  if any(name in files for name in folder.CORE[:-1]):
+    return HuggingFaceTokenizer(files)
+  if "tokenizer.model" not in files:
+    raise ValueError(
+      f"there is {', '.join(sorted(files)) or 'nothing'}, but no tokenizer.json, no vocab.json with merges.txt and no"
+      " tokenizer.model; fetch one of them"
+    )
+  return SentencePieceTokenizer(files["tokenizer.model"], files)
 
 
 def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: int) -> bytes:
@@ -69,30 +121,70 @@ def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: in
 
 
 class SentencePieceTokenizer:
-  """A SentencePiece model with a mask piece; a prompt is a start token and the text of the turns.
+  """A SentencePiece model; a prompt is a start token and the text of the turns.
 
-  A completion ends with the end-of-sequence token, which is also its padding.
+  A completion ends with the end-of-sequence token. In the models that we train it is the padding too, and the mask is
+  a control piece, which no text encodes to. A model without such a piece has its mask behind its own ids, unless
+  config.json names one.
   """
 
-  def __init__(self, model: bytes):
+  def __init__(self, model: bytes, files: Mapping[str, bytes] | None = None):
+    """Builds a tokenizer.
+
+    Args:
+      model: a serialised SentencePiece model.
+      files: the other files of its folder; config.json and generation_config.json may name special ids.
+
+    Raises:
+      ValueError: the model does not parse, the special ids do not fit, or there is a chat template.
+    """
+    others = files or {}
+    if chat.find_template(others):
+      raise ValueError(
+        "a chat template beside tokenizer.model is not supported: SentencePiece reads no special tokens from text;"
+        " save the tokenizer with transformers, which writes tokenizer.json"
+      )
+    if not model:
+      raise ValueError("tokenizer.model is empty; fetch the file again")
     self.model = model
-    self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    self.vocab = self._processor.vocab_size()
-    self.mask_id = self._processor.piece_to_id(MASK_PIECE)
-    if self.mask_id == self._processor.unk_id():
-      raise ValueError(f"the SentencePiece model has no piece {MASK_PIECE!r}: train it with d1jax.data.tokenizer")
-    self.bos_id, self.pad_id = self._processor.bos_id(), self._processor.eos_id()
-    self.stop_ids: tuple[int, ...] = (self.pad_id,)
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, TypeError) as error:
+      raise ValueError(f"tokenizer.model is not a SentencePiece model ({error}); fetch the file again") from None
+    self._size = self._processor.vocab_size()
+    piece = self._processor.piece_to_id(MASK_PIECE)
+    own = {
+      "mask_token_id": None if piece == self._processor.unk_id() else piece,
+      "bos_token_id": self._processor.bos_id(),
+      "eos_token_id": self._processor.eos_id(),
+      "pad_token_id": self._processor.pad_id(),
+    }
+    ids = folder.special_ids(others, {key: i if i != -1 else None for key, i in own.items()}, size=self._size)
+    self.vocab, self.mask_id, self.stop_ids, self.pad_id = ids.vocab, ids.mask_id, ids.stop_ids, ids.pad_id
+    self.bos_id = ids.bos_id
+    named = [name for name in folder.MODEL if any(key in folder.parse(others, name) for key in own)]
+    self.files: Mapping[str, bytes] = {"tokenizer.model": model} | {name: others[name] for name in named}
+    self._silent = {self.mask_id, self.pad_id, *self.stop_ids}
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
-    """A start token, the contents of the messages one after the other, and the prefill."""
-    return [self.bos_id, *self._processor.encode("".join(m["content"] for m in messages) + prefill)]
+    """A start token where the model has one, the contents of the messages one after the other, and the prefill."""
+    start = [] if self.bos_id is None else [self.bos_id]
+    return [*start, *self._encode("".join(m["content"] for m in messages) + prefill)]
 
   def completion(self, text: str) -> list[int]:
     """The text and the end-of-sequence token."""
-    return [*self._processor.encode(text), self.pad_id]
+    return [*self._encode(text), self.stop_ids[0]]
 
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids; control tokens, the mask among them, vanish, as do ids beyond the model."""
-    known = [[i for i in row if i < self.vocab] for row in rows]
+    known = [[i for i in row if 0 <= i < self._size and i not in self._silent] for row in rows]
     return self._processor.decode(known) if known else []  # SentencePiece takes no rows for one empty row
+
+  def _encode(self, text: str) -> list[int]:
+    ids: list[int] = self._processor.encode(text)
+    if self.mask_id in ids:
+      raise ValueError(
+        f"the text {text[:80]!r} becomes the mask (id {self.mask_id}), which the sampler would fill; change the text,"
+        " or the mask_token_id of config.json if it is an ordinary token"
+      )
+    return ids

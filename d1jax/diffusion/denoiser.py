@@ -18,12 +18,18 @@ def predicts_itself(hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -
   return jnp.take(hidden, positions, axis=1)
 
 
+def predicts_next(hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
+  """The convention of Dream and of every causal start: hidden state i predicts token i + 1."""
+  return jnp.take(hidden, positions - 1, axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
   """A mask predictor p(x_0 | x_t) as pure functions.
 
   Attributes:
-    encode: `(params, tokens[B L], valid[B L]) -> hidden[B L D]`.
+    encode: `(params, tokens[B L], valid[B L], dropout=None) -> hidden[B L D]`; `dropout` are keys [B L], one a token,
+      of what supervised fine-tuning drops.
     unembed: `(params, hidden[... D]) -> logits[... V]`, float32.
     mask_id: the token that stands for "not yet revealed".
     stop_ids: a completion ends with the first of these.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from d1jax import keys
 from d1jax.diffusion.corruption import corrupt, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob
@@ -99,12 +100,14 @@ def denoising_loss(
   key: Key[Array, ""],
   *,
   chunk: int | None = None,
+  dropout_key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Masked-diffusion loss of supervised fine-tuning (LLaDA, eq. 5): completion only, weights 1/t.
 
   `sum_{b,i} weight[b,i] * masked[b,i] * CE[b,i] / t[b]`, with t ~ U(0.001, 1) a row. The completion's end-of-sequence
   padding is part of the response: attended to, masked and learned, so that the model knows where answers end. `weight`
-  holds the normalisation.
+  holds the normalisation. `dropout_key` turns on what the network drops in training; a token's key is a fold of its
+  sample id and its distance from the start of the completion.
 
   Returns:
     The loss, and `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) as a metric.
@@ -112,7 +115,11 @@ def denoising_loss(
   noisy = corrupt(key, sample_id, completion, denoiser.mask_id)
   canvas = jnp.concatenate([prompt, noisy.tokens], axis=1)
   valid = jnp.concatenate([prompt_valid, jnp.ones_like(completion, bool)], axis=1)
-  hidden = denoiser.encode(params, canvas, valid)
+  dropout = {}
+  if dropout_key is not None:
+    distance = (jnp.arange(canvas.shape[1]) - prompt.shape[1]).astype(jnp.uint32)
+    dropout = {"dropout": keys.token_keys(dropout_key, sample_id, distance)}
+  hidden = denoiser.encode(params, canvas, valid, **dropout)
   hidden = denoiser.hidden_predicting(hidden, prompt.shape[1] + jnp.arange(completion.shape[1]))
   cross_entropy = -token_logps(denoiser, params, hidden, completion, chunk)
   cross_entropy = jnp.where(noisy.masked, cross_entropy, 0.0)

@@ -134,9 +134,15 @@ def axes(spec: LoraSpec, network_axes: Params) -> Params:
 
 
 def overlay(params: Params, adapter: Params) -> Params:
-  """The parameters with each adapter beside its weight, computed unmerged."""
+  """The parameters with each adapter beside its weight, computed unmerged.
+
+  Raises:
+    ValueError: the adapter tree has a place that the parameters lack.
+  """
   if isinstance(adapter, Adapter):
     return Adapted(params, adapter)
+  if not isinstance(adapter, Mapping) or not adapter.keys() <= params.keys():
+    raise ValueError(f"the adapter has {str(adapter)[:80]} where the parameters have {', '.join(params)}")
   return {name: overlay(leaf, adapter[name]) if name in adapter else leaf for name, leaf in params.items()}
 
 

@@ -18,6 +18,25 @@ MESH_AXES = ("data", "fsdp", "tensor")
 Rules = Mapping[str, Any]
 """Logical axis name -> mesh axis name, tuple of names, or None for replicated."""
 
+RULES: Rules = {
+  "batch": ("data", "fsdp"),
+  "length": None,
+  "vocab": "tensor",
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+  "rank": None,
+  "norm": None,
+  "layers": None,
+}
+"""Weights sharded over `fsdp` and `tensor`, batches over `data` and `fsdp`: what the configurations start from."""
+
+
+def first_device() -> list[Any]:
+  """The first device of this process, for a mesh of one."""
+  return [jax.local_devices()[0]]
+
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh over all devices; one size may be -1, "the devices that are left".

@@ -19,7 +19,7 @@ class Graded(NamedTuple):
 
 
 def decode(tokenizer: Tokenizer, completion: Int[np.ndarray, "B C"], mask: Bool[np.ndarray, "B C"]) -> list[str]:
-  """The texts of completions up to their stop id; what lies behind is never seen."""
+  """The texts of completions where `mask` is true: up to their stop id."""
   return tokenizer.decode_all([row[keep].tolist() for row, keep in zip(completion, mask, strict=True)])
 
 
@@ -30,6 +30,7 @@ def grade(
   prefills: Sequence[str],
   completion: Any,
   completion_mask: Any,
+  protocol: str = "strict",
 ) -> Graded:
   """Decodes and grades a batch; a row's reward is the sum of its grade's components.
 
@@ -40,8 +41,10 @@ def grade(
     prefills: the given start of each answer, part of what is graded.
     completion: token ids [B C].
     completion_mask: [B C], true up to and including the stop id.
+    protocol: of the task's grader. `d1` sees what lies behind the stop id too, as d1's rewards do.
   """
-  texts = decode(tokenizer, np.asarray(completion), np.asarray(completion_mask))
+  seen = np.ones_like(completion_mask) if protocol == "d1" else np.asarray(completion_mask)
+  texts = decode(tokenizer, np.asarray(completion), seen)
   texts = [prefill + text for prefill, text in zip(prefills, texts, strict=True)]
-  grades = [task.grade(text, record) for text, record in zip(texts, records, strict=True)]
+  grades = [task.grade(text, record, protocol) for text, record in zip(texts, records, strict=True)]
   return Graded(texts, grades, np.asarray([g.reward for g in grades], np.float32))

@@ -1,25 +1,28 @@
-"""From a configuration to the things that the stages work with: task, tokenizer, network, mesh, placements."""
+"""From a configuration to the things that the stages work with: task, tokenizer, denoiser, weights."""
 
 import dataclasses
-import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from d1jax import keys, state, tasks
+from d1jax import tasks
 from d1jax.data import tokenizer as tokenizers
+from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.models import transformer
+from d1jax.models.lora import LoraSpec
 from d1jax.parallel import mesh as meshes
-from d1jax.state import TrainState
+from d1jax.pretrained import Source, build_denoiser, inspect
 from d1jax.tasks import Record, Task
 from d1jax.training import optimizer as optimizers
-from d1jax.training.checkpoint import with_placements
+from d1jax.training.weights import Weights
 
 TOKENIZER_SAMPLE = 2000
 """Records whose texts train the tokenizer."""
@@ -42,20 +45,16 @@ class Experiment:
     config: the resolved configuration.
     task: the problems and their grader.
     tokenizer: text to ids.
-    network: the pure functions of the model.
-    denoiser: the same as diffusion sees it.
-    mesh: the devices.
-    rules: where logical axes live on them.
+    denoiser: the network as diffusion sees it.
+    weights: which are trained, which are not, and where they live.
     sampler: how rollouts are drawn.
   """
 
   config: ConfigDict
   task: Task
-  tokenizer: tokenizers.SentencePieceTokenizer
-  network: transformer.Network
+  tokenizer: Tokenizer
   denoiser: Denoiser
-  mesh: Mesh
-  rules: dict[str, Any]
+  weights: Weights
   sampler: SamplerSpec
 
   @property
@@ -64,29 +63,19 @@ class Experiment:
     return tuple(self.config.data.prompt_buckets)
 
   @property
-  def key(self) -> jax.Array:
-    """The run's key, in a buffer of its own: a state that holds it is donated."""
-    return jax.random.key(self.config.seed)
-
-  @property
   def ways(self) -> int:
     """Over how many devices a batch is split."""
-    return meshes.batch_ways(self.mesh, self.rules)
+    return meshes.batch_ways(self.weights.mesh, self.weights.rules)
 
   @property
   def replicated(self) -> NamedSharding:
     """The placement of scalars."""
-    return meshes.sharding(self.mesh, self.rules)
+    return self.weights.replicated
 
   @property
   def by_row(self) -> NamedSharding:
     """The placement of a batch: rows over the batch axis."""
-    return meshes.sharding(self.mesh, self.rules, "batch")
-
-  @functools.cached_property
-  def params_placement(self) -> Any:
-    """The placement of the parameters."""
-    return meshes.shardings(self.mesh, self.rules, self.network.axes)
+    return meshes.sharding(self.weights.mesh, self.weights.rules, "batch")
 
   def texts(self, split: str) -> Texts:
     """The records of a split whose prompts fit a bucket; the others are left out and counted."""
@@ -118,51 +107,16 @@ class Experiment:
       max_grad_norm=stage.max_grad_norm,
     )
 
-  def state_placement(self, optimizer: optax.GradientTransformation) -> Any:
-    """The placements of a TrainState, as a TrainState."""
-    abstract = jax.eval_shape(self.network.init, self.key)
-    return meshes.state_shardings(self.mesh, self.rules, self.network.axes, abstract, optimizer)
 
-  def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, types and placements of a TrainState, without memory."""
-    abstract = jax.eval_shape(self._fresh(optimizer), self.key)
-    return with_placements(abstract, self.state_placement(optimizer))
-
-  def fresh_state(self, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state with random weights, made where it will live."""
-    return jax.jit(
-      self._fresh(optimizer),
-      in_shardings=self.replicated,
-      out_shardings=self.state_placement(optimizer),
-    )(jax.device_put(self.key, self.replicated))
-
-  def state_from(self, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 that starts from a copy of given weights."""
-
-    def start(params: Any, key: jax.Array) -> TrainState:
-      return state.create(lambda _: jax.tree.map(jnp.copy, params), optimizer, key, key)
-
-    return jax.jit(
-      start,
-      in_shardings=(self.params_placement, self.replicated),
-      out_shardings=self.state_placement(optimizer),
-    )(params, jax.device_put(self.key, self.replicated))
-
-  def _fresh(self, optimizer: optax.GradientTransformation) -> Any:
-    def fresh(key: jax.Array) -> TrainState:
-      return state.create(self.network.init, optimizer, key, keys.purpose_key(key, keys.Purpose.INITIALISATION))
-
-    return fresh
-
-
-def train_tokenizer(task: Task, style: str, *, model_type: str, vocab_size: int) -> bytes:
+def train_tokenizer(task: Task, style: str, *, model_type: str, vocab_size: int) -> Tokenizer:
   """Trains the tokenizer on prompts and answers of training records."""
   texts: list[str] = []
   for split in ("demonstrations", "train"):
     for record in task.records(split)[:TOKENIZER_SAMPLE]:
       messages, prefill = task.prompt(record, style)
       texts += [m["content"] for m in messages] + [prefill, task.demonstration(record, style)]
-  return tokenizers.train_sentencepiece(filter(None, texts), model_type=model_type, vocab_size=vocab_size)
+  model = tokenizers.train_sentencepiece(filter(None, texts), model_type=model_type, vocab_size=vocab_size)
+  return tokenizers.SentencePieceTokenizer(model)
 
 
 def build_task(config: ConfigDict) -> Task:
@@ -177,10 +131,10 @@ def build_task(config: ConfigDict) -> Task:
   )
 
 
-def compute_dtype(name: str) -> Any:
-  """The dtype of matrix products; `auto` is bfloat16 on accelerators and float32 on CPUs."""
+def compute_dtype(name: str, platform: str) -> Any:
+  """The dtype of matrix products and of a frozen base; `auto` is bfloat16 on accelerators and float32 on CPUs."""
   if name == "auto":
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if platform == "cpu" else jnp.bfloat16
   if name not in ("float32", "bfloat16"):
     raise ValueError(f"model.dtype={name!r} is unknown; known: auto, float32, bfloat16")
   return jnp.dtype(name)
@@ -201,43 +155,85 @@ def check_batches(config: ConfigDict, ways: int) -> None:
       )
   for stage in ("sft", "grpo"):
     for field in ("steps", "validate_every"):
-      if stage in config and config[stage][field] < 1:
-        raise ValueError(f"{stage}.{field} is {config[stage][field]}; it must be at least 1")
+      least = 0 if (stage, field, config.mode) == ("sft", "steps", "grpo") else 1
+      if stage in config and config[stage][field] < least:
+        raise ValueError(f"{stage}.{field} is {config[stage][field]}; it must be at least {least}")
+  if config.mode == "grpo" and config.sft.steps and config.lora.rank:
+    raise ValueError(
+      f"sft.steps={config.sft.steps} with adapters: the adapters of supervised fine-tuning would not be part of the"
+      " reference. Run configs/sft.py, export it, and start from there with model.pretrained and sft.steps=0"
+    )
 
 
-def build(config: ConfigDict, tokenizer_model: bytes | None) -> Experiment:
-  """Builds an experiment; nothing is written.
+def check_start(config: ConfigDict) -> None:
+  """Raises a ValueError when a large network would be trained from random weights, surely by oversight."""
+  if config.model.pretrained is None and config.model.size != "tiny":
+    raise ValueError(
+      f"model.size={config.model.size} has no weights: name the folder of a downloaded model with"
+      " --config.model.pretrained=FOLDER"
+    )
+
+
+def _lora_spec(config: ConfigDict) -> LoraSpec | None:
+  if not config.lora.rank:
+    return None
+  targets = tuple(config.lora.targets)
+  return LoraSpec(config.lora.rank, config.lora.alpha, config.lora.dropout, targets)
+
+
+def _size(config: ConfigDict, source: Source | None, known_ids: int) -> transformer.TransformerSize:
+  """The network's sizes: those of the folder, or the preset's with the overrides."""
+  overrides = {k: v for k, v in config.model.overrides.items() if v is not None}
+  if source is not None:
+    if overrides:
+      raise ValueError(f"model.overrides {', '.join(overrides)} cannot change the sizes of {source.folder}")
+    return source.size
+  if config.model.size not in transformer.PRESETS:
+    raise ValueError(f"model.size={config.model.size!r} is unknown; known: {', '.join(transformer.PRESETS)}")
+  preset = transformer.PRESETS[config.model.size]
+  # The preset's vocabulary, or more where the tokenizer needs it, rounded up so that a tensor axis divides it.
+  return dataclasses.replace(preset, **({"vocab": max(preset.vocab, -(-known_ids // 8) * 8)} | overrides))
+
+
+def build(
+  config: ConfigDict, tokenizer_files: Mapping[str, bytes] | None, devices: Sequence[Any] | None = None
+) -> Experiment:
+  """Builds an experiment; nothing is written and no weights are read.
 
   Args:
     config: resolved.
-    tokenizer_model: a serialised SentencePiece model; None trains one on the task's texts.
+    tokenizer_files: of the run's tokenizer; None takes the one of the pretrained folder, or trains one on the task's
+      texts.
+    devices: default: all of them.
   """
   task = build_task(config)
-  if tokenizer_model is None:
-    tokenizer_model = train_tokenizer(task, config.task.style, **config.tokenizer)
-  tokenizer = tokenizers.SentencePieceTokenizer(tokenizer_model)
-  mesh, rules = meshes.make_mesh(config.mesh.to_dict()), config.rules.to_dict()
-  if config.model.size not in transformer.PRESETS:
-    raise ValueError(f"model.size={config.model.size!r} is unknown; known: {', '.join(transformer.PRESETS)}")
-  sizes = dataclasses.asdict(transformer.PRESETS[config.model.size])
-  overrides = {k: v for k, v in config.model.overrides.items() if v is not None}
-  # The preset's vocabulary, or more where the tokenizer needs it, rounded up so that a tensor axis divides it; ids
-  # beyond the tokenizer are forbidden.
-  sizes |= {"vocab": max(sizes["vocab"], -(-tokenizer.vocab // 8) * 8)} | overrides
+  source = inspect(Path(config.model.pretrained)) if config.model.pretrained else None
+  tokenizer = source.tokenizer if source else None
+  if tokenizer_files is not None:
+    tokenizer = tokenizers.from_files(tokenizer_files)
+  elif source is not None and tokenizer is None:
+    raise ValueError(f"{source.folder} holds no tokenizer; put tokenizer.json, or its parts, beside config.json")
+  elif tokenizer is None:
+    tokenizer = train_tokenizer(task, config.task.style, **config.tokenizer)
+  spec = _lora_spec(config)
+  if config.model.quantize and spec is None:
+    raise ValueError(f"model.quantize={config.model.quantize!r} stores a frozen base: set lora.rank to train adapters")
+  devices = jax.devices() if devices is None else devices
+  mesh, rules = meshes.make_mesh(config.mesh.to_dict(), devices), config.rules.to_dict()
+  dtype = compute_dtype(config.model.dtype, devices[0].platform)
   network = transformer.build(
-    transformer.TransformerSize(**sizes),
-    dtype=compute_dtype(config.model.dtype),
+    _size(config, source, tokenizer.vocab),
+    dtype=dtype,
     remat=config.model.remat,
     unroll=config.model.unroll,
     constrain=meshes.constrainer(mesh, rules),
   )
-  denoiser = Denoiser(
-    encode=network.encode,
-    unembed=network.unembed,
+  denoiser = build_denoiser(
+    network,
     mask_id=tokenizer.mask_id,
     stop_ids=tokenizer.stop_ids,
-    forbidden_ids=(tokenizer.mask_id, *range(tokenizer.vocab, network.size.vocab)),
-    vocab=network.size.vocab,
+    known_ids=tokenizer.vocab,
+    shift=source.description.shift if source else 0,
   )
-  sampler = SamplerSpec(**config.rollout)
-  return Experiment(config, task, tokenizer, network, denoiser, mesh, rules, sampler)
+  weights = Weights(network, mesh, rules, config.seed, source, spec, config.model.quantize, dtype)
+  return Experiment(config, task, tokenizer, denoiser, weights, SamplerSpec(**config.rollout))

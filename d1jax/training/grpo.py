@@ -4,7 +4,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from d1jax.parallel.mesh import place
 from d1jax.rl.advantage import group_relative
 from d1jax.rl.grading import Graded, grade
 from d1jax.rl.update import UpdateMetrics, UpdateSpec, update
-from d1jax.state import Frozen, TrainState, merge
+from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
 from d1jax.training import dump
 from d1jax.training.experiment import Experiment, Texts
 
@@ -33,8 +33,20 @@ Prompts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """prompt[B P], prompt_valid[B P], sample_id[B], group_id[B]."""
 
 
+GAP_POSITIONS = 16
+"""Completion positions at which merged and unmerged logits are compared."""
+
+
+class Compiled(NamedTuple):
+  """The programs of one prompt bucket; `gap` where adapters are merged for rollouts."""
+
+  rollout: Any
+  update: Any
+  gap: Any
+
+
 class Programs:
-  """The two compiled programs of an iteration, compiled for every prompt bucket before the first one."""
+  """The compiled programs of an iteration, compiled for every prompt bucket before the first one."""
 
   def __init__(self, experiment: Experiment, optimizer: optax.GradientTransformation):
     config = experiment.config.grpo
@@ -46,12 +58,13 @@ class Programs:
     self._divide_by_std = config.scale_rewards
     self._spec = UpdateSpec(config.num_iterations, config.accumulation, config.epsilon, config.beta, config.aggregation)
     self._estimator = functools.partial(one_step, p_mask_prompt=config.p_mask_prompt, chunk=config.logits_chunk)
-    placement = experiment.state_placement(optimizer)
-    frozen = Frozen({}, experiment.params_placement)
+    weights = experiment.weights
+    placement = weights.state_placement(optimizer)
+    base, frozen = weights.frozen_placement(), weights.frozen_placement(with_reference=self.needs_reference)
     rows, scalar = experiment.by_row, experiment.replicated
     self._rollout = jax.jit(
       self._rollout_program,
-      in_shardings=(experiment.params_placement, frozen, rows, scalar, scalar),
+      in_shardings=(weights.trainable_placement, base, rows, scalar, scalar),
       out_shardings=rows,
     )
     self._update = jax.jit(
@@ -60,7 +73,17 @@ class Programs:
       out_shardings=(placement, scalar, rows),
       donate_argnums=0,
     )
-    self._compiled: dict[int, tuple[Any, Any]] = {}
+    self._gap = jax.jit(
+      self._gap_program,
+      in_shardings=(weights.trainable_placement, base, rows),
+      out_shardings=scalar,
+    )
+    self.compiled: dict[int, Compiled] = {}
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether the update scores a reference policy beside the base."""
+    return self._spec.beta > 0
 
   def _rollout_program(
     self,
@@ -73,7 +96,7 @@ class Programs:
     key = keys.purpose_key(key, keys.Purpose.ROLLOUT, iteration)
     experiment = self._experiment
     prompt, valid, sample_id, group_id = prompts
-    params = merge(trainable, frozen)
+    params = merge_for_rollout(trainable, frozen)
     return sample(experiment.denoiser, params, prompt, valid, sample_id, group_id, key, spec=experiment.sampler)
 
   def _update_program(
@@ -94,24 +117,44 @@ class Programs:
     )
     return state, metrics, advantages
 
+  def _gap_program(self, trainable: Any, frozen: Frozen, rollout: Rollout) -> dict[str, jax.Array]:
+    """How far the logits of the merged weights, which roll out, are from those of the unmerged, which are trained."""
+    denoiser, spec = self._experiment.denoiser, self._experiment.sampler
+    masks = jnp.full_like(rollout.completion, denoiser.mask_id)
+    canvas = jnp.concatenate([rollout.prompt, masks], axis=1)
+    valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(masks, bool)], axis=1)
+    positions = rollout.prompt.shape[1] + jnp.arange(min(GAP_POSITIONS, spec.completion_length))
+
+    def logits(params: Any) -> jax.Array:
+      hidden = denoiser.hidden_predicting(denoiser.encode(params, canvas, valid), positions)
+      return denoiser.unembed(params, hidden)
+
+    gap = jnp.abs(logits(merge_for_rollout(trainable, frozen)) - logits(merge(trainable, frozen)))
+    return {"merge_gap_mean": jnp.mean(gap), "merge_gap_max": jnp.max(gap)}
+
   def compile(self) -> None:
-    """Compiles both programs for every prompt bucket; a later call with other shapes is an error, not a compilation."""
+    """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
     experiment = self._experiment
-    state = experiment.abstract_state(self._optimizer)
-    frozen = Frozen({}, state.trainable)
+    weights = experiment.weights
+    state = weights.abstract_state(self._optimizer)
+    base, frozen = weights.abstract_frozen(), weights.abstract_frozen(with_reference=self.needs_reference)
     rows = self._rows // self._chunks
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=experiment.by_row)
     rewards = jax.ShapeDtypeStruct((self._rows,), jnp.float32, sharding=experiment.by_row)
     for width in experiment.buckets:
       prompts = (row(width), row(width, dtype=jnp.bool_), row(), row())
       iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=experiment.replicated)
-      lowered = self._rollout.lower(state.trainable, frozen, prompts, state.key, iteration)
+      lowered = self._rollout.lower(state.trainable, base, prompts, state.key, iteration)
       rollout = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=experiment.by_row),
         lowered.out_info,
       )
       chunks = (rollout,) * self._chunks
-      self._compiled[width] = (lowered.compile(), self._update.lower(state, frozen, chunks, rewards).compile())
+      self.compiled[width] = Compiled(
+        lowered.compile(),
+        self._update.lower(state, frozen, chunks, rewards).compile(),
+        self._gap.lower(state.trainable, base, rollout).compile() if weights.merges else None,
+      )
 
   def place(self, prompts: pipeline.PromptBatch, iteration: int) -> tuple[list[Prompts], jax.Array]:
     """Puts a batch of prompts, in chunks, and the iteration's number where the rollout takes them."""
@@ -124,15 +167,23 @@ class Programs:
     self, state: TrainState, frozen: Frozen, chunks: list[Prompts], iteration: jax.Array
   ) -> tuple[Rollout, ...]:
     """Completes placed prompts under the current weights; the arrays of one chunk arrive after the other."""
-    program, _ = self._compiled[chunks[0][0].shape[1]]
-    return tuple(program(state.trainable, frozen, chunk, state.key, iteration) for chunk in chunks)
+    program, base = self.compiled[chunks[0][0].shape[1]].rollout, frozen._replace(reference={})
+    return tuple(program(state.trainable, base, chunk, state.key, iteration) for chunk in chunks)
 
   def update(
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: np.ndarray
   ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
     """Takes mu optimiser steps on a graded rollout; `state` is donated. Returns the state, metrics and advantages."""
-    _, program = self._compiled[chunks[0].prompt.shape[1]]
+    program = self.compiled[chunks[0].prompt.shape[1]].update
     return program(state, frozen, chunks, place(rewards, self._experiment.by_row))
+
+  def merge_gap(self, state: TrainState, frozen: Frozen, chunk: Rollout) -> dict[str, float]:
+    """Mean and maximum of |merged - unmerged logits|; empty where nothing is merged."""
+    program = self.compiled[chunk.prompt.shape[1]].gap
+    if program is None:
+      return {}
+    gap = program(state.trainable, frozen._replace(reference={}), chunk)
+    return {name: float(value) for name, value in jax.device_get(gap).items()}
 
 
 def grade_chunks(
@@ -150,7 +201,15 @@ def grade_chunks(
     records, prefills = [texts.records[i] for i in rows], [texts.prefills[i] for i in rows]
     fetched.append(host)
     graded.append(
-      grade(experiment.task, experiment.tokenizer, records, prefills, host.completion, host.completion_mask)
+      grade(
+        experiment.task,
+        experiment.tokenizer,
+        records,
+        prefills,
+        host.completion,
+        host.completion_mask,
+        experiment.config.task.protocol,
+      )
     )
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
   rewards = np.concatenate([g.rewards for g in graded])
@@ -192,7 +251,7 @@ def advancer(
   Args:
     experiment: network, task and mesh.
     texts: the training prompts.
-    frozen: the reference policy.
+    frozen: the base, and the reference policy.
     programs: compiled.
     position: the iteration to start at.
     workdir: where rollouts are dumped, every `grpo.dump_every` iterations.
@@ -218,7 +277,8 @@ def advancer(
     state, metrics, advantages = programs.update(state, frozen, chunks, graded.rewards)
     host_metrics = jax.device_get(metrics)
     compiled = (arrived - rolling) + (time.perf_counter() - updating)
-    values = summarise(graded, host_rollout, host_metrics, config.num_generations)
+    gap = programs.merge_gap(state, frozen, chunks[0]) if iteration % config.validate_every == 0 else {}
+    values = gap | summarise(graded, host_rollout, host_metrics, config.num_generations)
     if config.dump_every and iteration % config.dump_every == 0:
       dump.write(workdir / "rollouts", iteration, host_rollout, graded, jax.device_get(advantages))
     return state, values | {"compiled_seconds": compiled, "tokens": float(host_rollout.completion.size)}

@@ -1,6 +1,5 @@
 """d1's whole recipe: masked SFT, then diffu-GRPO, then one look at the held-out split. Also SFT alone."""
 
-import base64
 import dataclasses
 import functools
 import json
@@ -17,12 +16,14 @@ from d1jax import evaluation, report
 from d1jax.errors import RunError, explained, input_checked
 from d1jax.evaluation import Evaluation, Evaluator
 from d1jax.fingerprint import fingerprint
-from d1jax.state import Frozen, Params, TrainState
+from d1jax.state import Params, TrainState
 from d1jax.training import experiment as experiments
 from d1jax.training import grpo, loop, sft
 from d1jax.training.checkpoint import Checkpoints, Restored
+from d1jax.training.held_out import HeldOutLoss
 from d1jax.training.interrupts import Interrupts
-from d1jax.training.workdir import claim, flatten, holds_run, versions, write_json
+from d1jax.training.weights import check_base
+from d1jax.training.workdir import claim, flatten, holds_run, read_tokenizer, versions, write_json
 
 VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
@@ -52,30 +53,36 @@ class Recipe:
 
   def __init__(self, config: ConfigDict, workdir: Path, interrupts: Interrupts):
     """Builds everything that can be found wrong; nothing is written or trained yet."""
-    known = (workdir / "tokenizer.model").read_bytes() if holds_run(workdir, config.to_dict()) else None
+    known = read_tokenizer(workdir) if holds_run(workdir, config.to_dict()) else None
     self.experiment = experiments.build(config, known)
     experiments.check_batches(config, self.experiment.ways)
+    experiments.check_start(config)
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
-    self._validator = self.evaluator("validation")
-    self._demonstrations = self.experiment.texts("demonstrations")
-    self._answers = sft.answers(self.experiment, self._demonstrations)
-    self._sft_optimizer = self.experiment.optimizer(config.sft, config.sft.steps)
+    self._test = self.experiment.texts("test")
+    self._validators: dict[str, Callable[[Params], float]] = {}
+    if config.sft.steps:
+      self._demonstrations, held_out = sft.demonstrations(self.experiment)
+      self._sft_optimizer = self.experiment.optimizer(config.sft, config.sft.steps)
+      self._validators["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
     if config.mode == "grpo":
       self._grpo_optimizer = self.experiment.optimizer(config.grpo, config.grpo.steps * config.grpo.num_iterations)
       self._programs = grpo.Programs(self.experiment, self._grpo_optimizer)
       self._train = self.experiment.texts("train")
-    self._metadata = {
-      "config": config.to_dict(),
-      "tokenizer": base64.b64encode(self.experiment.tokenizer.model).decode(),
-    }
+      self._validators["grpo"] = self._by_accuracy()
 
-  def evaluator(self, split: str) -> Evaluator:
-    """A greedy evaluation on a split."""
+  def evaluator(self, texts: experiments.Texts) -> Callable[[Params], Evaluation]:
+    """A greedy evaluation of what is trained, together with its frozen base."""
     sampler = dataclasses.replace(self.experiment.sampler, temperature=0.0)
-    return Evaluator(self.experiment, self.experiment.texts(split), sampler, self.config.evaluation.batch_size)
+    evaluator = Evaluator(self.experiment, texts, sampler, self.config.evaluation.batch_size)
+    return lambda trainable: evaluator(trainable, self.experiment.weights.frozen)
 
-  def _validate(self, params: Params) -> float:
-    return self._validator(params).share(VALIDATION_METRIC).value
+  def _by_accuracy(self) -> Callable[[Params], float]:
+    evaluate = self.evaluator(self.experiment.texts("validation"))
+    return lambda trainable: evaluate(trainable).share(VALIDATION_METRIC).value
+
+  def _by_loss(self, held_out: sft.Demonstrations) -> Callable[[Params], float]:
+    loss = HeldOutLoss(self.experiment, held_out)
+    return lambda trainable: loss(trainable, self.experiment.weights.frozen)
 
   def _run_stage(
     self,
@@ -89,9 +96,13 @@ class Recipe:
     """Runs or resumes a stage; nothing is computed twice."""
     folder = self.workdir / "checkpoints" / name
     checkpoints = Checkpoints(folder)
-    abstract = self.experiment.abstract_state(optimizer)
+    abstract = self.experiment.weights.abstract_state(optimizer)
+    metadata = {"config": self.config.to_dict(), "base": self.experiment.weights.base_fingerprint}
     with explained(name, f"--config.{name}.accumulation={2 * section.accumulation}"):
       start = checkpoints.restore_latest(abstract)
+      if start:
+        with input_checked():
+          check_base(self.experiment.weights, start.metadata)
       seconds = float(start.metadata["seconds"]) if start else 0.0
       if start is None or start.step < section.steps:
         start = start or Restored(0, fresh(), {})
@@ -99,10 +110,10 @@ class Recipe:
           name,
           section.steps,
           advancer(start.step),
-          self._validate,
+          self._validators[name],
           section.validate_every,
           shown,
-          self._metadata,
+          metadata,
         )
         seconds = loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
       last, best = checkpoints.restore_latest(abstract), checkpoints.restore_best(abstract)
@@ -112,25 +123,44 @@ class Recipe:
     return Outcome(best.state.trainable, best.step, last.state.trainable, seconds, folder / str(best.step))
 
   def sft(self) -> Outcome:
-    """Masked supervised fine-tuning from random weights."""
+    """Masked supervised fine-tuning from the run's start."""
     experiment, optimizer = self.experiment, self._sft_optimizer
 
     def advancer(position: int) -> Any:
-      return sft.advancer(experiment, self._demonstrations, self._answers, optimizer, position)
+      return sft.advancer(experiment, self._demonstrations, optimizer, position)
 
-    fresh = functools.partial(experiment.fresh_state, optimizer)
+    fresh = functools.partial(experiment.weights.fresh_state, optimizer)
     return self._run_stage("sft", self.config.sft, optimizer, fresh, advancer, ("loss", "masked_ce"))
 
   def grpo(self, start: Params) -> Outcome:
     """diffu-GRPO from given weights, which stay the reference."""
     experiment, optimizer = self.experiment, self._grpo_optimizer
+    frozen = experiment.weights.frozen
+    if self._programs.needs_reference and experiment.weights.lora is None:
+      frozen = frozen._replace(reference=start)
 
     def advancer(position: int) -> Any:
       self._programs.compile()
-      return grpo.advancer(experiment, self._train, Frozen({}, start), self._programs, position, self.workdir)
+      return grpo.advancer(experiment, self._train, frozen, self._programs, position, self.workdir)
 
-    fresh = functools.partial(experiment.state_from, start, optimizer)
+    fresh = functools.partial(experiment.weights.state_from, start, optimizer)
     return self._run_stage("grpo", self.config.grpo, optimizer, fresh, advancer, grpo.SHOWN)
+
+  def run(self) -> tuple[dict[str, Outcome], dict[str, Evaluation]]:
+    """Runs the stages, then looks at the held-out split once.
+
+    Returns:
+      The stages' outcomes, and the evaluations `before` diffu-GRPO (of the start where there is no SFT) and `after`.
+    """
+    outcomes: dict[str, Outcome] = {}
+    if self.config.sft.steps:
+      outcomes["sft"] = self.sft()
+    evaluate = self.evaluator(self._test)
+    if self.config.mode == "sft":
+      return outcomes, {"after": evaluate(outcomes["sft"].best)}
+    start = outcomes["sft"].best if outcomes else self.experiment.weights.start()
+    outcomes["grpo"] = self.grpo(start)
+    return outcomes, {"before": evaluate(start), "after": evaluate(outcomes["grpo"].best)}
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -152,13 +182,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
   with Interrupts() as interrupts, explained("run", "--config.evaluation.batch_size=64"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
-    claim(workdir, config.to_dict(), recipe.experiment.tokenizer.model)
-    outcomes = {"sft": recipe.sft()}
-    if config.mode == "grpo":
-      outcomes["grpo"] = recipe.grpo(outcomes["sft"].best)
-    # The held-out split is looked at once, here.
-    evaluator = recipe.evaluator("test")
-    evaluations = {name: evaluator(outcome.best) for name, outcome in outcomes.items()}
+    claim(workdir, config.to_dict(), recipe.experiment.tokenizer.files)
+    outcomes, evaluations = recipe.run()
     results = _results(recipe, outcomes, evaluations, began)
     write_json(finished, results)
   print(report.summary(results, workdir))
@@ -171,13 +196,11 @@ def _totals(config: dict[str, Any]) -> list[Any]:
 
 
 def _results(
-  recipe: Recipe, outcomes: dict[str, Outcome], evaluations: dict[str, Evaluation], began: float
+  recipe: Recipe, outcomes: dict[str, Outcome], evaluated: dict[str, Evaluation], began: float
 ) -> dict[str, Any]:
   """Collects the results and writes the completions and the learning curves."""
   config, workdir = recipe.config, recipe.workdir
   final = outcomes[config.mode]
-  names = {"sft": "before", "grpo": "after"} if config.mode == "grpo" else {"sft": "after"}
-  evaluated = {names[stage]: found for stage, found in evaluations.items()}
   for name, found in evaluated.items():
     found.write(workdir / "completions" / f"{name}.jsonl")
   report.plot_learning_curves(workdir)
@@ -190,6 +213,7 @@ def _results(
     "baseline": baseline.summary(),
     "samples": report.samples(evaluated["after"]),
     "params_fingerprint": fingerprint(final.last),
+    "base_fingerprint": recipe.experiment.weights.base_fingerprint,
     "best_iteration": {stage: outcome.best_step for stage, outcome in outcomes.items()},
     "checkpoint": str(final.checkpoint),
     "seconds": seconds | {"this_invocation": round(total, 2)},

@@ -3,7 +3,7 @@
 ```
 WORKDIR/
   config.json          the resolved configuration, the run's identity
-  tokenizer.model      the SentencePiece model
+  tokenizer/           the files of the tokenizer
   checkpoints/STAGE/   Orbax checkpoints of `sft` and `grpo`
   metrics.jsonl        one record an iteration; tensorboard/ holds the same
   rollouts/            dumped rollouts, when asked for
@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ CHANGEABLE = (
 )
 """Fields that may differ when a run goes on: placement, totals, logging. Anything else makes another run."""
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -88,11 +89,24 @@ def holds_run(workdir: Path, config: dict[str, Any]) -> bool:
   return True
 
 
-def claim(workdir: Path, config: dict[str, Any], tokenizer_model: bytes) -> None:
+def read_tokenizer(workdir: Path) -> dict[str, bytes]:
+  """The files of a run's tokenizer.
+
+  Raises:
+    RunError: the folder is not the work directory of a run.
+  """
+  folder = workdir / "tokenizer"
+  if not folder.is_dir():
+    raise RunError(f"{folder} is missing: a checkpoint is used where its run left it, inside the work directory")
+  return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def claim(workdir: Path, config: dict[str, Any], tokenizer_files: Mapping[str, bytes]) -> None:
   """Makes the folder this run's own. The configuration comes last: where it is, the rest is."""
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / "tokenizer.model", tokenizer_model)
+    (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_files.items():
+      write_atomically(workdir / "tokenizer" / name, content)
     write_json(workdir / "config.json", config)
   except (NotADirectoryError, FileExistsError, PermissionError) as error:
     raise RunError(

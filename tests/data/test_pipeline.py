@@ -3,11 +3,10 @@ import itertools
 import numpy as np
 import pytest
 
-from d1jax.data.pipeline import bucket_for, fitting, pad_left, prompt_batch, prompt_batches, sft_batches
+from d1jax.data.pipeline import bucket_for, fitting, pad_left, prompt_batch, prompt_batches
 
 PAD = 0
 PROMPTS = [[10 + i] * (1 + i % 6) for i in range(23)]
-COMPLETIONS = [[50 + i] * (1 + i % 4) + [PAD] for i in range(23)]
 
 
 def stream(position=0, *, prompts=PROMPTS, buckets=(4, 8), prompts_per_batch=5, num_generations=3, seed=7):
@@ -17,19 +16,6 @@ def stream(position=0, *, prompts=PROMPTS, buckets=(4, 8), prompts_per_batch=5, 
     prompts_per_batch=prompts_per_batch,
     num_generations=num_generations,
     buckets=buckets,
-    pad_id=PAD,
-    position=position,
-  )
-
-
-def sft_stream(position=0, *, completion_length=5, completions=COMPLETIONS, buckets=(8,)):
-  return sft_batches(
-    PROMPTS,
-    completions,
-    seed=7,
-    batch_size=5,
-    buckets=buckets,
-    completion_length=completion_length,
     pad_id=PAD,
     position=position,
   )
@@ -116,13 +102,6 @@ def test_starting_at_a_position_is_walking_there(position):
     assert_same(a, b)
 
 
-@pytest.mark.parametrize("position", [0, 3, 6])
-def test_demonstrations_too(position):
-  walked = take(sft_stream(), position + 3)[position:]
-  for a, b in zip(take(sft_stream(position), 3), walked, strict=True):
-    assert_same(a, b)
-
-
 def test_a_row_is_what_its_record_says_and_its_id_is_its_place_in_the_run():
   for k, batch in enumerate(take(stream(), 6)):
     assert batch.sample_id.tolist() == list(range(15 * k, 15 * k + 15))
@@ -132,26 +111,3 @@ def test_a_row_is_what_its_record_says_and_its_id_is_its_place_in_the_run():
       assert (tokens[~valid] == PAD).all()
       assert not valid[: (~valid).sum()].any(), "padding on the left"
     assert batch.prompt.shape[1] == bucket_for(max(len(PROMPTS[i]) for i in batch.record), (4, 8))
-
-
-def test_demonstrations_are_padded_with_the_end_of_sequence():
-  for k, batch in enumerate(take(sft_stream(), 5)):
-    assert batch.sample_id.tolist() == list(range(5 * k, 5 * k + 5))
-    assert batch.completion.shape == (5, 5)
-    assert batch.completion.dtype == np.int32
-    for tokens, valid, answer in zip(batch.prompt, batch.prompt_valid, batch.completion, strict=True):
-      record = int(tokens[-1]) - 10
-      assert tokens[valid].tolist() == PROMPTS[record]
-      expected = COMPLETIONS[record]
-      assert answer.tolist() == expected + [PAD] * (5 - len(expected))
-
-
-def test_demonstrations_beyond_the_completion_length_are_left_out_and_never_cut():
-  batches = take(sft_stream(completion_length=3), 12)
-  seen = {int(tokens[-1]) - 10 for b in batches for tokens in b.prompt}
-  assert seen == {i for i, c in enumerate(COMPLETIONS) if len(c) <= 3}
-
-
-def test_demonstrations_whose_prompts_fit_no_bucket_are_left_out():
-  seen = {int(tokens[-1]) - 10 for b in take(sft_stream(buckets=(3,)), 12) for tokens in b.prompt}
-  assert seen == {i for i, p in enumerate(PROMPTS) if len(p) <= 3}

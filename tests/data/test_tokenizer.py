@@ -1,9 +1,20 @@
 import io
+import json
+import re
 
 import pytest
 import sentencepiece
 
-from d1jax.data.tokenizer import MASK_PIECE, SentencePieceTokenizer, train_sentencepiece
+from d1jax.data.hugging_face import HuggingFaceTokenizer
+from d1jax.data.tokenizer import (
+  MASK_PIECE,
+  SentencePieceTokenizer,
+  Tokenizer,
+  from_files,
+  load,
+  train_sentencepiece,
+)
+from tests.data.folders import shared_tokenizers, small_files, write_files
 
 TEXTS = [
   "① ﬁ Ａ ½ é\t",
@@ -105,7 +116,8 @@ def test_decode_all_of_empty_rows_and_of_none(tokenizer):
   assert tokenizer.decode_all([]) == []
 
 
-def test_a_model_without_a_mask_is_refused():
+def plain_model() -> bytes:
+  """A model without a mask piece, with the library's own defaults otherwise."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(TEXTS),
@@ -115,5 +127,104 @@ def test_a_model_without_a_mask_is_refused():
     hard_vocab_limit=False,
     minloglevel=2,
   )
-  with pytest.raises(ValueError, match=MASK_PIECE):
-    SentencePieceTokenizer(model.getvalue())
+  return model.getvalue()
+
+
+def test_the_mask_of_a_model_without_one_is_the_first_new_id():
+  tokenizer = SentencePieceTokenizer(plain_model())
+  size = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).vocab_size()
+  assert (tokenizer.mask_id, tokenizer.vocab) == (size, size + 1)
+  ids = tokenizer.completion(f"0{MASK_PIECE}1")
+  assert size not in ids
+  assert tokenizer.decode_all([[size, *tokenizer.completion("01")]]) == ["01"]
+
+
+def test_a_model_that_we_train_is_the_one_file_that_makes_it(tokenizer, model):
+  assert tokenizer.files == {"tokenizer.model": model}
+  assert isinstance(tokenizer, Tokenizer)
+
+
+def config_file(**config) -> dict[str, bytes]:
+  return {"config.json": json.dumps(config).encode()}
+
+
+def test_config_json_names_ids_of_a_sentencepiece_folder(tmp_path, model):
+  write_files(tmp_path, {"tokenizer.model": model} | config_file(mask_token_id=7, eos_token_id=[9, 2], steps=3))
+  tokenizer = load(tmp_path)
+  assert isinstance(tokenizer, SentencePieceTokenizer)
+  assert (tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id) == (7, (9, 2), 9)
+  assert tokenizer.decode_all([[7, 9, 2]]) == [""]
+  assert set(tokenizer.files) == {"tokenizer.model", "config.json"}
+  again = from_files(tokenizer.files)
+  assert (again.mask_id, again.stop_ids, again.vocab) == (7, (9, 2), tokenizer.vocab)
+  piece = sentencepiece.SentencePieceProcessor(model_proto=model).id_to_piece(7)
+  with pytest.raises(ValueError, match=r"becomes the mask \(id 7\)"):
+    tokenizer.prompt([], piece)
+
+
+def test_a_config_json_that_names_no_ids_is_no_part_of_a_tokenizer(tmp_path, model):
+  write_files(tmp_path, {"tokenizer.model": model} | config_file(seed=0, model={"size": "tiny"}))
+  tokenizer = load(tmp_path)
+  assert tokenizer is not None
+  assert tokenizer.files == {"tokenizer.model": model}
+  assert tokenizer.completion("12") == SentencePieceTokenizer(model).completion("12")
+
+
+def test_a_chat_template_beside_a_sentencepiece_model_is_refused(tmp_path, model):
+  write_files(tmp_path, {"tokenizer.model": model, "chat_template.jinja": b"x"})
+  with pytest.raises(ValueError, match=r"a chat template beside tokenizer\.model is not supported.*tokenizer\.json"):
+    load(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "what"), [(b"not a model", "not a SentencePiece model"), (b"", "empty")])
+def test_a_broken_model_is_named(tmp_path, content, what):
+  write_files(tmp_path, {"tokenizer.model": content})
+  with pytest.raises(ValueError, match=rf"tokenizer\.model is {what}.*fetch the file again"):
+    load(tmp_path)
+
+
+@pytest.mark.parametrize(("config", "mask"), [({}, 32101), ({"mask_token_id": 32099}, 32099)])
+def test_t5_s_model_is_read(tmp_path, config, mask):
+  model = (shared_tokenizers() / "t5_sentencepiece_32k.model").read_bytes()
+  tokenizer = load(write_files(tmp_path, {"tokenizer.model": model} | config_file(**config)))
+  assert tokenizer is not None
+  assert (tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id) == (mask, (1,), 0)
+  assert tokenizer.vocab == max(32101, mask + 1)
+  text = "Twelve plus 30 is 42."
+  ids = sentencepiece.SentencePieceProcessor(model_proto=model).encode(text)
+  assert tokenizer.completion(text) == [*ids, 1]
+  assert tokenizer.decode_all([tokenizer.prompt([{"role": "user", "content": text}], ""), [0, mask, 1]]) == [text, ""]
+
+
+def test_a_folder_without_tokenizer_files_has_none(tmp_path):
+  assert load(tmp_path) is None
+  write_files(tmp_path, {"model.safetensors": b"x"} | config_file(mask_token_id=3))
+  assert load(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json", "chat_template.jinja"])
+def test_a_folder_whose_vocabulary_is_absent_is_named(tmp_path, name):
+  write_files(tmp_path, {name: b"{}"})
+  with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}: there is {name}, but no tokenizer\.json"):
+    load(tmp_path)
+
+
+def test_errors_name_the_folder_and_the_file(tmp_path):
+  files = small_files()
+  del files["merges.txt"]
+  with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}: vocab\.json is there, but merges\.txt is not"):
+    load(write_files(tmp_path, files))
+
+
+def test_a_vocabulary_wins_over_a_sentencepiece_model(tmp_path, model):
+  tokenizer = load(write_files(tmp_path, small_files() | {"tokenizer.model": model}))
+  assert isinstance(tokenizer, HuggingFaceTokenizer)
+
+
+def test_a_tokenizer_comes_back_from_a_folder_of_its_own_files(tmp_path):
+  first = from_files(small_files(mask_token_id=261))
+  again = load(write_files(tmp_path, dict(first.files)))
+  assert again is not None
+  turns = [{"role": "user", "content": "12 the <|hole|>"}]
+  assert again.prompt(turns, "a") == first.prompt(turns, "a")
+  assert (again.mask_id, again.stop_ids, again.pad_id, again.vocab) == (261, (258,), 258, 262)

@@ -8,7 +8,7 @@ from d1jax.tasks.base import Grade
 class Letters:
   """Id i is the i-th letter; id 0 is the stop, which shows as a full stop."""
 
-  vocab, mask_id, stop_ids, pad_id = 27, 26, (0,), 0
+  vocab, mask_id, stop_ids, pad_id, files = 27, 26, (0,), 0, {}
 
   def prompt(self, messages, prefill):
     raise NotImplementedError

@@ -1,0 +1,213 @@
+r"""Demonstrations for supervised fine-tuning, from JSON-lines files in the schemas of s1K, GSM8K and MATH.
+
+A file has one schema, which the fields of its first line tell; further fields are ignored:
+
+- s1K: `question`, `thinking_trajectories` (a list, its first entry is used), `attempt`;
+- MATH: `problem`, `solution`, `answer`;
+- s1K without traces: `question`, `solution`, whose last `\boxed{...}` is the answer;
+- GSM8K: `question`, `answer` with its calculator marks `<<...>>` and a last line `#### gold`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SYSTEM_PROMPT = (
+  "\nRespond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n<answer>\n...\n</answer>\n"
+)
+"""d1's instruction for fine-tuning, to the letter; its RL prompt differs."""
+
+_BOXED = re.compile(r"\\boxed\s*\{")
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+class Demonstration(NamedTuple):
+  """A solved problem: the question, the way to the answer, the answer as it is to be written."""
+
+  question: str
+  reasoning: str
+  answer: str
+
+
+class _Schema(NamedTuple):
+  """A kind of row: any of `markers` tells it, all of `fields` are needed; `convert` gives None to leave a row out."""
+
+  name: str
+  markers: tuple[str, ...]
+  fields: tuple[str, ...]
+  convert: Callable[[Mapping[str, Any]], Demonstration | None]
+
+
+def _text(name: str, value: object, *, may_be_blank: bool = False) -> str:
+  """A field that has to be text."""
+  if not isinstance(value, str):
+    raise ValueError(f"{name} is a JSON {type(value).__name__}, expected a string; correct the row")
+  if not value.strip() and not may_be_blank:
+    raise ValueError(f"{name} is blank; fill it in, or remove the row")
+  if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+    raise ValueError(f"{name} holds half of a surrogate pair, which is no character; correct the row")
+  return value
+
+
+def _last_boxed(solution: str) -> str | None:
+  r"""The last `\boxed{...}` with its matching brace; `\{` and `\}` are characters, an empty box is none."""
+  starts = list(_BOXED.finditer(solution))
+  if not starts:
+    return None
+  depth, at = 1, starts[-1].end()
+  while at < len(solution):
+    if solution[at] == "\\":
+      at += 1
+    elif solution[at] in "{}":
+      depth += 1 if solution[at] == "{" else -1
+      if not depth:
+        inside = solution[starts[-1].end() : at]
+        return f"\\boxed{{{inside}}}" if inside.strip() else None
+    at += 1
+  return None
+
+
+def _s1k(row: Mapping[str, Any]) -> Demonstration:
+  traces = row["thinking_trajectories"]
+  if not isinstance(traces, list) or not traces:
+    raise ValueError(f"thinking_trajectories is {str(traces)[:40]!r}, expected a list with a trace; correct the row")
+  reasoning = _text("thinking_trajectories[0]", traces[0])
+  return Demonstration(_text("question", row["question"]), reasoning, _text("attempt", row["attempt"]))
+
+
+def _math(row: Mapping[str, Any]) -> Demonstration | None:
+  problem, solution = _text("problem", row["problem"]), _text("solution", row["solution"])
+  answer = _text("answer", row["answer"], may_be_blank=True)  # two rows of MATH have `\boxed{}`
+  return Demonstration(problem, solution, f"\\boxed{{{answer}}}") if answer.strip() else None
+
+
+def _solved(row: Mapping[str, Any]) -> Demonstration | None:
+  question, solution = _text("question", row["question"]), _text("solution", row["solution"])
+  answer = _last_boxed(solution)
+  return None if answer is None else Demonstration(question, solution, answer)
+
+
+def _gsm8k(row: Mapping[str, Any]) -> Demonstration:
+  parts = _text("answer", row["answer"]).split("####")
+  if len(parts) != 2:
+    raise ValueError(f"answer has {len(parts) - 1} '####', expected one before the gold; correct the row")
+  reasoning = _text("answer before '####'", _CALCULATOR.sub("", parts[0])).strip()
+  return Demonstration(_text("question", row["question"]), reasoning, _text("answer behind '####'", parts[1]).strip())
+
+
+_SCHEMAS = (
+  _Schema("s1K", ("thinking_trajectories", "attempt"), ("question", "thinking_trajectories", "attempt"), _s1k),
+  _Schema("MATH", ("problem",), ("problem", "solution", "answer"), _math),
+  _Schema("s1K without traces", ("solution",), ("question", "solution"), _solved),
+  _Schema("GSM8K", ("answer",), ("question", "answer"), _gsm8k),
+)
+
+
+def _schema_of(row: Mapping[str, Any]) -> _Schema:
+  for schema in _SCHEMAS:
+    if any(marker in row for marker in schema.markers):
+      return schema
+  known = "; ".join(f"{schema.name}: {', '.join(schema.fields)}" for schema in _SCHEMAS)
+  raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'} fit no known schema; rename them ({known})")
+
+
+def _object(line: str) -> dict[str, Any]:
+  if not line.strip():
+    raise ValueError("is blank; remove it")
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"is not JSON ({error}); write one object a line") from None
+  if not isinstance(row, dict):
+    raise ValueError(f"is a JSON {type(row).__name__}, expected an object; write one object a line")
+  return row
+
+
+def _converted(path: object, lines: Sequence[str]) -> Iterator[Demonstration | None]:
+  schema = None
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = _object(line)
+      schema = schema or _schema_of(row)
+      missing = [field for field in schema.fields if field not in row]
+      if missing:
+        raise ValueError(f"field {missing[0]!r} is missing, which {schema.name} has; add it, or remove the row")
+      yield schema.convert(row)
+    except ValueError as error:
+      raise ValueError(f"{path} line {number}: {error}") from None
+
+
+def read(path: str | os.PathLike[str]) -> list[Demonstration]:
+  r"""Reads the demonstrations of a JSON-lines file, in its order.
+
+  Text is kept to the letter, but for GSM8K: its calculator marks go, and the white space around reasoning and gold.
+  Rows without a final answer, which real files have, are left out, and one warning counts them: an s1K row without
+  traces whose solution has no `\boxed{...}`, a MATH row with an empty `answer`.
+
+  Args:
+    path: a UTF-8 file, one JSON object a line, in one of the schemas above.
+
+  Raises:
+    ValueError: the file is absent, unreadable or empty, a row is wrong (the message names its line), none is left.
+  """
+  try:
+    text = Path(path).read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+  except OSError as error:
+    raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from None
+  if not text.strip():
+    raise ValueError(f"{path}: the file is empty; fetch it again")
+  rows = list(_converted(path, text.removesuffix("\n").split("\n")))
+  found = [row for row in rows if row is not None]
+  if not found:
+    raise ValueError(f"{path}: none of {len(rows)} rows has a final answer (\\boxed{{...}}); give another file")
+  if len(found) < len(rows):
+    left_out = f"{len(rows) - len(found)} of {len(rows)} rows"
+    warnings.warn(f"{path}: left out {left_out} without a final answer (\\boxed{{...}})", stacklevel=2)
+  return found
+
+
+def conversation(demonstration: Demonstration) -> tuple[list[dict[str, str]], str]:
+  """The chat turns and the completion that d1 fine-tunes on.
+
+  d1 writes no line breaks inside the tags, unlike the format that it rewards later.
+
+  Returns:
+    (messages, completion): one user turn, the instruction and the question; and the text of the answer.
+  """
+  content = f"{SYSTEM_PROMPT}\n\n{demonstration.question}"
+  completion = f"<reasoning>{demonstration.reasoning}</reasoning>\n<answer>{demonstration.answer}</answer>"
+  return [{"role": "user", "content": content}], completion
+
+
+def split(demonstrations: Sequence[Demonstration], held_out: float) -> tuple[list[Demonstration], list[Demonstration]]:
+  """Parts demonstrations into (train, validation) by a hash of the question, so that no order or edit moves one.
+
+  A question that occurs twice, but for white space, stays on one side.
+
+  Args:
+    demonstrations: what to part; both sides keep its order.
+    held_out: the expected share of the validation side, in [0, 1); 0 holds nothing out.
+
+  Raises:
+    ValueError: the share is outside its range, or leaves a side empty.
+  """
+  if not 0 <= held_out < 1:
+    raise ValueError(f"held_out={held_out} is no share; give a number from 0 up to, but not, 1")
+  sides: tuple[list[Demonstration], list[Demonstration]] = ([], [])
+  for demonstration in demonstrations:
+    digest = hashlib.sha256(" ".join(demonstration.question.split()).encode()).digest()
+    sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(demonstration)
+  train, validation = sides
+  if not train or bool(validation) != bool(held_out):
+    raise ValueError(
+      f"held_out={held_out} parts {len(demonstrations)} demonstrations into {len(train)} to train on and"
+      f" {len(validation)} to hold out; change the share, or add demonstrations"
+    )
+  return train, validation

@@ -1,0 +1,159 @@
+"""Deterministic, resumable batches of demonstrations, each of one length, with Grain.
+
+Padded to one length, every demonstration costs what the longest does. Here a batch holds rows that fit one pair of
+prompt and completion bucket. A pass over the data is a fixed number of batches, and what comes in it follows from
+(seed, number of the pass) alone, so the data position is one number, the index of the next batch. A process that
+starts in the middle lays out one pass, never the batches before it.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Bool, Int
+
+from d1jax.data.pipeline import Ids, bucket_for, prompt_batch, start
+
+
+class SftBatch(NamedTuple):
+  """Demonstrations; the completion is padded with the end-of-sequence token, which is part of what is learned."""
+
+  sample_id: Int[np.ndarray, "B"]
+  prompt: Int[np.ndarray, "B P"]
+  prompt_valid: Bool[np.ndarray, "B P"]
+  completion: Int[np.ndarray, "B C"]
+
+
+def _cut(completions: Sequence[Ids], buckets: Sequence[int], truncate: bool) -> Sequence[Ids]:
+  if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
+    raise ValueError(f"completion_buckets={tuple(buckets)}: give one or more lengths of at least 1, ascending")
+  return [ids[: buckets[-1]] for ids in completions] if truncate else completions
+
+
+def _pairs(
+  prompts: Sequence[Ids], completions: Sequence[Ids], prompt_buckets: Sequence[int], completion_buckets: Sequence[int]
+) -> dict[int, tuple[int, int]]:
+  """The smallest (prompt bucket, completion bucket) of every record that fits one."""
+  found = {}
+  for record, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    pair = bucket_for(len(prompt), prompt_buckets), bucket_for(len(completion), completion_buckets)
+    if pair[0] is not None and pair[1] is not None:
+      found[record] = pair[0], pair[1]
+  return found
+
+
+def _batches_of_pass(
+  records: Sequence[int], pairs: Mapping[int, tuple[int, int]], batch_size: int
+) -> list[Sequence[int]]:
+  """Parts the records of a pass, a multiple of the batch size, into batches of one pair of buckets each.
+
+  Rows that fill no batch of their pair move up and share one with the leftovers of the next pairs: of the larger
+  prompt buckets with the same completion bucket, then of the next completion bucket.
+  """
+  bins: dict[tuple[int, int], list[int]] = defaultdict(list)
+  for record in records:
+    bins[pairs[record]].append(record)
+  whole, left = [], []
+  for pair in sorted(bins, key=lambda pair: (pair[1], pair[0])):
+    rows = bins[pair]
+    full = len(rows) - len(rows) % batch_size
+    whole += rows[:full]
+    left += rows[full:]
+  ordered = whole + left
+  return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def sft_batches(
+  prompts: Sequence[Ids],
+  completions: Sequence[Ids],
+  *,
+  seed: int,
+  batch_size: int,
+  buckets: Sequence[int],
+  completion_buckets: Sequence[int],
+  pad_id: int,
+  truncate: bool = False,
+  position: int = 0,
+) -> Iterator[SftBatch]:
+  """An endless stream of demonstrations, from batch `position` on. Prompts that fit no bucket never come.
+
+  Rows come in a shuffled order, a new one every epoch. A pass is the next `max(1, rows // batch_size)` batches of
+  it: each lies in the smallest buckets that hold its rows, and batches come shuffled. Rows that fill no batch of
+  their own buckets share one of larger buckets; those that fill no batch of the epoch start the next pass. None is
+  lost, and fewer rows than a batch come again in it. With one bucket of each kind the batches keep the rows' order.
+
+  Args:
+    prompts: token ids of every record.
+    completions: token ids of the answers, stop id included; padded with `pad_id` to their bucket.
+    seed: of the order.
+    batch_size: rows a batch.
+    buckets: allowed prompt lengths.
+    completion_buckets: allowed completion lengths, ascending.
+    pad_id: the end-of-sequence token.
+    truncate: what becomes of completions beyond the largest bucket: cut at the right, so that they have no stop id,
+      as d1 does (True), or left out (False).
+    position: the batch to start at.
+
+  Raises:
+    ValueError: the completion buckets do not ascend, or no demonstration fits.
+  """
+  answers = _cut(completions, completion_buckets, truncate)
+  pairs = _pairs(prompts, answers, buckets, completion_buckets)
+  if not pairs:
+    raise ValueError(
+      f"none of {len(prompts)} demonstrations fits prompts of {max(buckets)} and completions of"
+      f" {completion_buckets[-1]} tokens: raise the largest prompt or completion bucket"
+    )
+  per_pass = max(1, len(pairs) // batch_size)
+  rows = grain.MapDataset.source(list(pairs)).seed(seed).shuffle().repeat()
+  places = grain.MapDataset.range(per_pass)
+  if len(buckets) * len(completion_buckets) > 1:
+    places = places.shuffle(seed=seed % 2**32)
+
+  @functools.lru_cache(maxsize=1)
+  def laid_out(number: int) -> list[Sequence[int]]:
+    drawn = range(number * per_pass * batch_size, (number + 1) * per_pass * batch_size)
+    return _batches_of_pass([rows[i] for i in drawn], pairs, batch_size)
+
+  def assemble(index: int, place: int) -> SftBatch:
+    chosen = laid_out(index // per_pass)[place]
+    side = prompt_batch(prompts, chosen, index * batch_size, 1, buckets, pad_id)
+    width = max(pairs[record][1] for record in chosen)
+    completion = np.full((batch_size, width), pad_id, np.int32)
+    for row, record in enumerate(chosen):
+      completion[row, : len(answers[record])] = answers[record]
+    return SftBatch(side.sample_id, side.prompt, side.prompt_valid, completion)
+
+  return start(places.repeat().map_with_index(assemble), position)
+
+
+def padding(
+  prompts: Sequence[Ids],
+  completions: Sequence[Ids],
+  prompt_buckets: Sequence[int],
+  completion_buckets: Sequence[int],
+  *,
+  truncate: bool = False,
+) -> tuple[int, int]:
+  """(tokens used, tokens computed) of one walk over the demonstrations that fit, each in its own pair of buckets.
+
+  Used are the tokens of prompts and completions, computed the sizes of their buckets. The few rows of a pass that
+  move up to fill a batch compute a little more.
+
+  Args:
+    prompts: token ids of every record.
+    completions: token ids of the answers, stop id included.
+    prompt_buckets: allowed prompt lengths.
+    completion_buckets: allowed completion lengths, ascending.
+    truncate: as in `sft_batches`; what is cut off counts for nothing.
+
+  Raises:
+    ValueError: the completion buckets do not ascend.
+  """
+  answers = _cut(completions, completion_buckets, truncate)
+  pairs = _pairs(prompts, answers, prompt_buckets, completion_buckets)
+  used = sum(len(prompts[record]) + len(answers[record]) for record in pairs)
+  return used, sum(prompt + completion for prompt, completion in pairs.values())
