@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from d1jax.tasks.base import DataError, Grade, Message, Record, Task
-from d1jax.tasks.common import SPLITS, STYLES, check_choice
+from d1jax.tasks.common import PROTOCOLS, SPLITS, STYLES, check_choice
 from d1jax.tasks.countdown import Countdown
+from d1jax.tasks.gsm8k import Gsm8k
+from d1jax.tasks.hendrycks_math import HendrycksMath
 from d1jax.tasks.sudoku import Sudoku
 
 __all__ = [
+  "PROTOCOLS",
   "SPLITS",
   "STYLES",
   "TASKS",
   "Countdown",
   "DataError",
   "Grade",
+  "Gsm8k",
+  "HendrycksMath",
   "Message",
   "Record",
   "Sudoku",
@@ -27,7 +32,12 @@ __all__ = [
   "build",
 ]
 
-TASKS: Mapping[str, type[Sudoku] | type[Countdown]] = {"sudoku": Sudoku, "countdown": Countdown}
+TASKS: Mapping[str, type[Sudoku] | type[Countdown] | type[Gsm8k] | type[HendrycksMath]] = {
+  "sudoku": Sudoku,
+  "countdown": Countdown,
+  "gsm8k": Gsm8k,
+  "math": HendrycksMath,
+}
 """The known tasks by name."""
 
 
@@ -44,7 +54,7 @@ def build(
   Args:
     name: a key of `TASKS`.
     seed: seeds whatever the task generates.
-    root: the data folder to read, or None to generate.
+    root: the data folder to read, or None to generate (sudoku and countdown only).
     sizes: records per split; splits not named, or None, have the task's default.
     options: the task's other fields, such as `clues` of sudoku.
 

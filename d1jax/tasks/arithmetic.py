@@ -1,16 +1,24 @@
-"""Arithmetic expressions over + - * / and parentheses: an exact evaluator and a small solver.
+"""Arithmetic expressions: an exact evaluator of + - * / and parentheses, one with Python's rules, a small solver.
 
 Nothing is passed to Python's `eval`: model output can neither run code nor take long.
 """
 
+import ast
 import itertools
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 MOST_CHARACTERS = 200
 """Longer expressions are not evaluated; this bounds their depth and the size of numbers too."""
+
+MOST_PYTHON_CHARACTERS = 1000
+"""The same limit under Python's rules, about what 256 tokens hold."""
+
+MOST_BITS = 1 << 17
+"""Products and powers that may have more bits are not computed under Python's rules: `99**98**97` never ends."""
 
 MOST_NUMBERS = 6
 """The solver's limit; its search grows about thirtyfold with each number."""
@@ -70,6 +78,56 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
         pending.append(word)
         expects_operand = True
   return None if pending else (values[0], numbers)
+
+
+_PYTHON_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_PYTHON_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+  ast.Add: operator.add,
+  ast.Sub: operator.sub,
+  ast.Mult: operator.mul,
+  ast.Div: operator.truediv,
+  ast.FloorDiv: operator.floordiv,
+  ast.Pow: operator.pow,
+}
+
+
+def evaluate_as_python(text: str) -> int | float | complex | None:
+  """Compute what Python would make of an expression over numbers, with its own integers and floats.
+
+  Beside what `evaluate` accepts: `**`, `//`, signs, decimals. None for anything else (names and calls too), for an
+  error, for more than 1000 characters and for integers that may exceed 131,072 bits. The text is parsed, but nothing
+  is run.
+  """
+  if len(text) > MOST_PYTHON_CHARACTERS:
+    return None
+  values: dict[ast.AST, Any] = {}
+  try:
+    # Reversed, children come before their parents: no recursion.
+    for node in reversed(list(ast.walk(ast.parse(text.strip(" \t"), mode="eval").body))):
+      if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        values[node] = node.value
+      elif isinstance(node, ast.UnaryOp) and type(node.op) in _PYTHON_UNARY:
+        values[node] = _PYTHON_UNARY[type(node.op)](values[node.operand])
+      elif isinstance(node, ast.BinOp) and type(node.op) in _PYTHON_BINARY:
+        left, right = values[node.left], values[node.right]
+        if _is_large(node.op, left, right):
+          return None
+        values[node] = _PYTHON_BINARY[type(node.op)](left, right)
+      elif isinstance(node, ast.expr):
+        return None
+  except (SyntaxError, ValueError, TypeError, ArithmeticError, MemoryError, RecursionError):
+    return None
+  return values[node]
+
+
+def _is_large(sign: ast.operator, left: Any, right: Any) -> bool:
+  """Tell whether a product or power of integers may exceed the limit."""
+  if not isinstance(left, int) or not isinstance(right, int):
+    return False
+  bits = left.bit_length()
+  if isinstance(sign, ast.Pow):
+    return bits > 1 and bits * right > MOST_BITS
+  return isinstance(sign, ast.Mult) and bits + right.bit_length() > MOST_BITS
 
 
 # A node of the solver: its value and how it is made, ("", value) or (operator, left, right).

@@ -64,6 +64,11 @@ class Task(Protocol):
     """Name the cluster: records that share one are not independent; intervals resample clusters."""
     ...
 
-  def grade(self, text: str, record: Record) -> Grade:
-    """Grade a completion; any string gets a finite score, nothing raises or is executed."""
+  def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
+    """Grade a completion; any string gets a finite score, nothing raises or is executed.
+
+    Protocols: `strict` pays what is right; `d1` pays d1's RL rewards to the letter, one component
+    a function. The metrics are the same under both, so that runs can be compared. An unknown
+    protocol is a ValueError.
+    """
     ...

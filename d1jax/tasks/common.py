@@ -1,9 +1,10 @@
-"""What the tasks share: split and style names, checks of fields, answer tags, strict line files."""
+"""What the tasks share: names of splits, styles and protocols, checks of fields, answer tags, strict line files."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from d1jax.tasks.base import DataError
 
@@ -13,11 +14,15 @@ SPLITS: Sequence[str] = ("demonstrations", "train", "validation", "test")
 STYLES: Sequence[str] = ("d1", "terse")
 """The prompt styles of every task."""
 
+PROTOCOLS: Sequence[str] = ("strict", "d1")
+"""The grading protocols of every task: `strict` is right, `d1` pays what d1's RL rewards pay, quirks included."""
+
 SYSTEM_PROMPT = "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
 """d1's RL instruction, which it puts at the start of the user turn."""
 
 _Row = TypeVar("_Row")
 _OPEN, _CLOSE = "<answer>", "</answer>"
+_TAGS = ("<reasoning>", "</reasoning>", _OPEN, _CLOSE)
 
 
 def check_choice(kind: str, value: object, known: Sequence[str]) -> None:
@@ -55,10 +60,10 @@ def check_sizes(task: str, sizes: Mapping[str, int], defaults: Mapping[str, int]
   return {**defaults, **sizes}
 
 
-def check_root(task: str, root: object) -> None:
-  """Raise a ValueError unless `root` is None or a path."""
+def check_root(task: str, root: object, otherwise: str = ", or None to generate") -> None:
+  """Raise a ValueError unless `root` is None or a path; `otherwise` ends the remedy."""
   if root is not None and not isinstance(root, str | os.PathLike):
-    raise ValueError(f"{task} root is {root!r}; give the data folder's path, or None to generate")
+    raise ValueError(f"{task} root is {root!r}; give the data folder's path{otherwise}")
 
 
 def tagged(reasoning: str, answer: str) -> str:
@@ -79,16 +84,49 @@ def final_answer(text: str) -> str:
   return text[start : text.index(_CLOSE, start)]
 
 
-def read_lines(root: str, name: str) -> list[str]:
-  """Read the lines of `root/name`; a missing, unreadable or empty file is a DataError."""
+def last_block(text: str) -> str | None:
+  """Return the inside of the last `<answer>...</answer>` block, or None without one.
+
+  Blocks are found from left to right, as by a lazy regular expression: of nested opening tags the
+  outermost counts, unlike in `final_answer`. Linear time.
+  """
+  inside, start = None, text.find(_OPEN)
+  while start >= 0:
+    start += len(_OPEN)
+    end = text.find(_CLOSE, start)
+    if end < 0:
+      break
+    inside = text[start:end]
+    start = text.find(_OPEN, end)
+  return inside
+
+
+def format_score(text: str) -> float:
+  """Score the format that d1's prompts ask for, from 0.0 to 1.0, whatever the lengths and line breaks.
+
+  An eighth for each of the four tags that occurs exactly once; a half when the text, blanks at its ends aside, is one
+  reasoning block and then one answer block.
+  """
+  text = text.strip()
+  once = [text.count(tag) == 1 for tag in _TAGS]
+  score = 0.125 * sum(once)
+  if all(once) and text.startswith(_TAGS[0]) and text.endswith(_CLOSE):
+    end, start = text.index(_TAGS[1]) + len(_TAGS[1]), text.index(_OPEN)
+    if end <= start and not text[end:start].strip():
+      score += 0.5
+  return score
+
+
+def read_lines(root: str, name: str, otherwise: str = ", or set root to None to generate the problems") -> list[str]:
+  """Read the lines of `root/name`; a missing, unreadable or empty file is a DataError.
+
+  `otherwise` ends the remedy for a missing file.
+  """
   path = Path(root) / name
   try:
     text = path.read_text(encoding="utf-8")
   except FileNotFoundError:
-    raise DataError(
-      f"{name}: not found in {str(root)!r}; point root at the folder that holds it, "
-      "or set root to None to generate the problems"
-    ) from None
+    raise DataError(f"{name}: not found in {str(root)!r}; point root at the folder that holds it{otherwise}") from None
   except OSError as error:
     raise DataError(f"{name}: cannot be read ({error}); check the path and its rights") from None
   except UnicodeDecodeError as error:
@@ -97,6 +135,24 @@ def read_lines(root: str, name: str) -> list[str]:
   if lines == [""]:
     raise DataError(f"{name}: the file is empty; fetch it again")
   return lines
+
+
+def parse_object(place: str, line: str, fields: Mapping[str, str]) -> dict[str, Any]:
+  """Parse one JSON object that has at least the given fields.
+
+  Args:
+    place: the file and line that a DataError names.
+    line: the text.
+    fields: required names, each with what a row shows there, such as `{"nums": "[...]"}`.
+  """
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    raise DataError(f"{place}: {line[:40]!r} is not JSON, expected one object a line") from None
+  if not isinstance(row, dict) or not fields.keys() <= row.keys():
+    shown = ", ".join(f'"{name}": {value}' for name, value in fields.items())
+    raise DataError(f"{place}: expected {{{shown}}}, got {line[:60]!r}")
+  return row
 
 
 def take_rows(name: str, split: str, rows: Sequence[_Row], count: int) -> Sequence[_Row]:

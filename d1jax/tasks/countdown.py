@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from d1jax.tasks import arithmetic, common
+from d1jax.tasks import arithmetic, common, d1_rewards
 from d1jax.tasks.base import DataError, Grade, Message, Record
 
 FILE = "countdown/train.jsonl"
@@ -122,20 +121,23 @@ class Countdown:
     """Name the numbers in ascending order."""
     return _key(record["nums"])
 
-  def grade(self, text: str, record: Record) -> Grade:
+  def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
     """Grade the last answer block, or the whole text, with a parser of its own.
 
-    Components: `correct`, 1.0 when the expression uses exactly the given numbers and equals the
-    target; `well_formed`, 0.1 when it uses exactly the numbers but misses. Metrics: `solved` and
-    `well_formed` (exactly the numbers, hit or miss). A division by zero is not well formed.
+    Components of `strict`: `correct`, 1.0 when the expression uses exactly the given numbers and
+    equals the target; `well_formed`, 0.1 when it uses exactly the numbers but misses. Component of
+    `d1`: `countdown`. Metrics, the same under both: `solved` and `well_formed` (exactly the
+    numbers, hit or miss). A division by zero is not well formed.
     """
+    common.check_choice("protocol", protocol, common.PROTOCOLS)
     parsed = arithmetic.evaluate(common.final_answer(text))
     well_formed = parsed is not None and sorted(parsed[1]) == sorted(record["nums"])
     solved = parsed is not None and well_formed and parsed[0] == record["target"]
-    return Grade(
-      {"correct": float(solved), "well_formed": 0.1 if well_formed and not solved else 0.0},
-      {"solved": (int(solved), 1), "well_formed": (int(well_formed), 1)},
-    )
+    if protocol == "d1":
+      components = {"countdown": d1_rewards.countdown(text, record["nums"], record["target"])}
+    else:
+      components = {"correct": float(solved), "well_formed": 0.1 if well_formed and not solved else 0.0}
+    return Grade(components, {"solved": (int(solved), 1), "well_formed": (int(well_formed), 1)})
 
 
 def _format(reasoning: str, expression: str, style: str) -> str:
@@ -220,12 +222,7 @@ def _read(root: str, split: str, numbers: tuple[int, int]) -> Sequence[Record]:
 
 def _parse(place: str, line: str) -> dict[str, Any]:
   """Check every rule of one row and return it; other keys are dropped."""
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError):
-    raise DataError(f"{place}: {line[:40]!r} is not JSON, expected one object a line") from None
-  if not isinstance(row, dict) or not {"nums", "target"} <= row.keys():
-    raise DataError(f'{place}: expected {{"nums": [...], "target": ...}}, got {line[:60]!r}')
+  row = common.parse_object(place, line, {"nums": "[...]", "target": "..."})
   nums, target = row["nums"], row["target"]
   if not isinstance(nums, list) or not all(type(n) is int and n > 0 for n in nums):
     raise DataError(f"{place}: nums is {str(nums)[:60]}, expected a list of positive integers")

@@ -5,7 +5,7 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 
-from d1jax.tasks import common, sudoku_grids, sudoku_puzzles
+from d1jax.tasks import common, d1_rewards, sudoku_grids, sudoku_puzzles
 from d1jax.tasks.base import Grade, Message, Record
 
 DEFAULT_SIZES = {"demonstrations": 4000, "train": 20000, "validation": 400, "test": 880}
@@ -124,29 +124,40 @@ class Sudoku:
     """Name the solution grid."""
     return record["solution"]
 
-  def grade(self, text: str, record: Record) -> Grade:
+  def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
     """Grade the last answer block, or the whole text, by the rules of Sudoku.
 
-    Components: `constraints`, the share of the 12 rows, columns and boxes that hold 1 to 4 once
-    and change no clue; `solved`, 1.0 when all do. Metrics: `solved`; `cell_accuracy`, empty
-    cells filled as in the solution over empty cells; `well_formed`, 16 digits 1 to 4.
+    Components of `strict`: `constraints`, the share of the 12 rows, columns and boxes that hold 1
+    to 4 once and change no clue; `solved`, 1.0 when all do. Component of `d1`: `sudoku`, the share
+    of empty cells filled as in the solution. Metrics, the same under both: `solved`;
+    `cell_accuracy`, empty cells filled as in the solution over empty cells; `well_formed`, 16
+    digits 1 to 4.
     """
-    answer = "".join(common.final_answer(text).split())
-    puzzle, solution = record["puzzle"], record["solution"]
-    empty = puzzle.count("0")
-    if len(answer) != 16 or not _DIGITS.issuperset(answer):
-      return _grade(0, 0, empty, 0)
-    right = 0
-    kept = []
-    for given, wanted, digit in zip(puzzle, solution, answer, strict=True):
-      if given == "0":
-        right += digit == wanted
-        kept.append(digit)
-      else:
-        kept.append(digit if digit == given else "0")
-    satisfied = sum([unit(kept) in _COMPLETE for unit in _UNITS])
-    well_formed = not answer.strip("1234")
-    return _grade(satisfied, right, empty, int(well_formed))
+    common.check_choice("protocol", protocol, common.PROTOCOLS)
+    grade = _strict(text, record)
+    if protocol == "d1":
+      paid = d1_rewards.sudoku(text, record["puzzle"], record["solution"])
+      grade = dataclasses.replace(grade, components={"sudoku": paid})
+    return grade
+
+
+def _strict(text: str, record: Record) -> Grade:
+  answer = "".join(common.final_answer(text).split())
+  puzzle, solution = record["puzzle"], record["solution"]
+  empty = puzzle.count("0")
+  if len(answer) != 16 or not _DIGITS.issuperset(answer):
+    return _grade(0, 0, empty, 0)
+  right = 0
+  kept = []
+  for given, wanted, digit in zip(puzzle, solution, answer, strict=True):
+    if given == "0":
+      right += digit == wanted
+      kept.append(digit)
+    else:
+      kept.append(digit if digit == given else "0")
+  satisfied = sum([unit(kept) in _COMPLETE for unit in _UNITS])
+  well_formed = not answer.strip("1234")
+  return _grade(satisfied, right, empty, int(well_formed))
 
 
 def _grade(satisfied: int, right: int, empty: int, well_formed: int) -> Grade:

@@ -1,9 +1,11 @@
 import itertools
 import operator
+import re
+import warnings
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from d1jax.tasks import arithmetic
@@ -182,3 +184,98 @@ def test_parentheses_are_few():
   assert arithmetic.solve([7, 25, 3], 154) in ("7*(25-3)", "(25-3)*7")
   assert arithmetic.solve([24, 8, 4], 6) == "24/(8-4)"
   assert arithmetic.words("7*(25-3)") == ["7", "*", "(", "25", "-", "3", ")"]
+
+
+PYTHON_WORDS = [
+  "1",
+  "2",
+  "3",
+  "25",
+  "0",
+  "+",
+  "-",
+  "*",
+  "/",
+  "**",
+  "//",
+  "(",
+  ")",
+  ".",
+  "..",
+  " ",
+  "\n",
+  "\f",
+  "00",
+  "07",
+]
+
+
+@given(st.lists(st.sampled_from(PYTHON_WORDS), max_size=9))
+def test_python_expressions_agree_with_python(words):
+  text = "".join(words)
+  # Else Python might never finish.
+  assume(text.count("**") < 2 and not re.search(r"\*\*.*[0-9]{3}", text, re.DOTALL))
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", SyntaxWarning)
+      # The text is this test's: digits, operators, blanks.
+      expected = eval(text, {"__builtins__": None}, {})
+  except (SyntaxError, TypeError, ArithmeticError):
+    expected = None
+  found = arithmetic.evaluate_as_python(text)
+  if type(expected) not in (int, float, complex):
+    expected = None  # an ellipsis or an empty tuple
+  assert (type(found), found) == (type(expected), expected)
+
+
+@pytest.mark.parametrize(
+  ("text", "value"),
+  [
+    ("-2**2", -4),
+    ("2**3**2", 512),
+    ("2**-1", 0.5),
+    ("7//2", 3),
+    ("-7//2", -4),
+    ("4-2.3", 4 - 2.3),
+    ("8.", 8.0),
+    ("- - 3", 3),
+    ("1**999999999999", 1),
+    ("2**65000", 2**65000),
+    (" 7", 7),
+  ],
+  ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_python_values(text, value):
+  assert arithmetic.evaluate_as_python(text) == value
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *(
+      "99**98**97",
+      "9**9**9",
+      "2**131073",
+      "10.0**400",
+      "0**-1",
+      "1/0",
+      "1//0",
+      "1.0//0",
+      "2**65000*2**65000*2**65000",
+    ),
+    *("", "()", "...", "(1)(2)", "1 2", "1\n2", "x", "x+1", "[1]", "1,2", "'1'", "True", "None", "1j", "1 if 1 else 2"),
+    *("__import__('os').abort()", "(lambda: 1)()", "1<2", "~1", "5%3", "07", "\0", "1\0", "\ud800", "1\xa0+1", "((1)"),
+    *("(" * 1000, "(" * 500 + "1" + ")" * 500, "9" * 1001, "(" * 1_000_000, "-" * 1_000_000 + "1"),
+  ],
+  ids=lambda text: ascii(text[:12]),
+)
+def test_python_expressions_that_are_refused(text):
+  assert arithmetic.evaluate_as_python(text) is None
+
+
+def test_long_python_expressions_are_evaluated():
+  limit = arithmetic.MOST_PYTHON_CHARACTERS
+  assert limit == 1000
+  assert arithmetic.evaluate_as_python("9*" * 499 + "9") == 9**500
+  assert arithmetic.evaluate_as_python("1" + "-1" * 499) == -498
+  assert arithmetic.evaluate_as_python("-" * 100 + "1") == 1

@@ -1,8 +1,10 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d1jax.tasks import Countdown, Sudoku, Task, build, common
+from d1jax.tasks import TASKS, Countdown, Gsm8k, HendrycksMath, Sudoku, Task, build, common
 from d1jax.tasks.base import DataError, Grade
 
 
@@ -26,6 +28,51 @@ def test_final_answer(text, answer):
   assert common.final_answer(text) == answer
 
 
+@pytest.mark.parametrize(
+  ("text", "block"),
+  [
+    ("<answer>1</answer>", "1"),
+    ("a <answer>1</answer> b <answer>2</answer> c", "2"),
+    ("<answer>1<answer>2</answer>", "1<answer>2"),
+    ("<answer>1</answer> 2</answer>", "1"),
+    ("<answer>1</answer><answer>2", "1"),
+    ("<answer></answer>", ""),
+    ("</answer>1<answer>", None),
+    ("1", None),
+  ],
+)
+def test_last_block(text, block):
+  assert common.last_block(text) == block
+
+
+@given(st.lists(st.sampled_from(["<answer>", "</answer>", "1", "\n", "<answer", "\ud800"])).map("".join))
+def test_last_block_agrees_with_the_expression_that_it_replaces(text):
+  blocks = re.findall("<answer>(.*?)</answer>", text, re.DOTALL)
+  assert common.last_block(text) == (blocks[-1] if blocks else None)
+
+
+@pytest.mark.parametrize(
+  ("text", "score"),
+  [
+    (common.tagged("One.\nTwo.", "7"), 1.0),
+    (f"\n {common.tagged('One.', '7')}\n\n", 1.0),
+    ("<reasoning></reasoning><answer></answer>", 1.0),
+    (common.tagged("One.", "7") + ".", 0.5),
+    ("So " + common.tagged("One.", "7"), 0.5),
+    ("<reasoning></reasoning> so <answer></answer>", 0.5),
+    ("<reasoning><answer></reasoning></answer>", 0.5),
+    ("<answer></answer><reasoning></reasoning>", 0.5),
+    ("<reasoning></reasoning><answer></answer></answer>", 0.375),
+    ("<answer>7</answer>", 0.25),
+    ("<answer>1</answer><answer>7</answer>", 0.0),
+    ("7", 0.0),
+    ("", 0.0),
+  ],
+)
+def test_format_score(text, score):
+  assert common.format_score(text) == score
+
+
 @given(st.lists(st.sampled_from(["<answer>", "</answer>", "1", "\n", "<answer", "\ud800"])))
 def test_final_answer_holds_no_whole_block(pieces):
   answer = common.final_answer("".join(pieces))
@@ -39,6 +86,8 @@ def test_final_answer_takes_linear_time():
   text = "<answer>" * 200_000
   assert common.final_answer(text) == text
   assert common.final_answer(text + "</answer>") == ""
+  assert common.last_block(text) is None
+  assert common.last_block(text + "</answer>") == text.removeprefix("<answer>")
 
 
 def test_build_makes_every_task():
@@ -51,12 +100,13 @@ def test_build_makes_every_task():
 
 
 def test_unknown_names_list_the_known_ones():
-  with pytest.raises(ValueError, match="unknown task 'chess'; choose one of: sudoku, countdown"):
+  with pytest.raises(ValueError, match="unknown task 'chess'; choose one of: sudoku, countdown, gsm8k, math"):
     build("chess")
   with pytest.raises(ValueError, match=r"unknown option of sudoku 'clue'; .*clues"):
     build("sudoku", clue=(4, 5))
-  for task in (Sudoku(), Countdown()):
-    record = {"puzzle": "0" * 16, "solution": "1" * 16, "nums": [1, 2], "target": 3}
+  for task in map(build, TASKS):
+    record = {"puzzle": "0" * 16, "solution": "1" * 16, "nums": [1, 2], "target": 3, "answer": "7"}
+    record |= {"question": "How many?", "problem": "How many?"}
     with pytest.raises(ValueError, match=r"unknown split 'eval'; .*train, validation, test"):
       task.records("eval")
     for method in (task.prompt, task.demonstration, task.baseline):
@@ -64,7 +114,7 @@ def test_unknown_names_list_the_known_ones():
         method(record, "d2")
 
 
-@pytest.mark.parametrize("task", [Sudoku, Countdown])
+@pytest.mark.parametrize("task", TASKS.values())
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
@@ -106,6 +156,11 @@ def test_a_size_of_zero_is_an_empty_split(data_root):
       assert list(task(root=root, sizes={"test": 0}).records("test")) == []
 
 
+def test_a_size_of_zero_needs_no_file(tmp_path):
+  for task in (Gsm8k, HendrycksMath):
+    assert list(task(root=str(tmp_path), sizes={"test": 0}).records("test")) == []
+
+
 def test_a_file_may_lack_a_split_of_size_zero(tmp_path):
   (tmp_path / "sudoku").mkdir()
   (tmp_path / "sudoku/train.csv").write_text("Puzzle,Solution\n")
@@ -116,9 +171,18 @@ def test_a_file_may_lack_a_split_of_size_zero(tmp_path):
 
 
 @pytest.mark.parametrize(("task", "name"), [(Sudoku, "train.csv"), (Countdown, "train.jsonl")])
+def test_a_missing_file_that_can_be_done_without(tmp_path, task, name):
+  with pytest.raises(DataError, match=f"{name}: not found in .*root to None"):
+    task(root=str(tmp_path)).records("train")
+
+
+@pytest.mark.parametrize(
+  ("task", "name"),
+  [(Sudoku, "train.csv"), (Countdown, "train.jsonl"), (Gsm8k, "train.jsonl"), (HendrycksMath, "train.jsonl")],
+)
 def test_missing_empty_and_binary_files(tmp_path, task, name):
   path = tmp_path / task.name / name
-  with pytest.raises(DataError, match=f"{name}: not found in .*root to None"):
+  with pytest.raises(DataError, match=f"{name}: not found in .*; point root at the folder that holds it"):
     task(root=str(tmp_path)).records("train")
   path.parent.mkdir()
   path.write_text("")

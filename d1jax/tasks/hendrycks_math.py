@@ -1,0 +1,110 @@
+r"""MATH: competition problems whose answer stands in `\boxed{}` (Hendrycks et al. 2021)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from d1jax.tasks import common, d1_rewards, latex, questions
+from d1jax.tasks.base import DataError, Grade, Message, Record
+
+FILE = "math/train.jsonl"
+EXTRA_FILE = "math/train_extra.jsonl"
+TEST_FILE = "math/test.jsonl"
+
+_INSTRUCTION = (
+  "\n\nYou are a math expert. You will be given a question to solve. Solve it step by step. "
+  "Wrap the final answer in a \\boxed{}. \n\n"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HendrycksMath:
+  r"""The MATH task; records are `{"problem": "...", "solution": "... \\boxed{2}.", "answer": "2"}`.
+
+  Records are read: `validation` is one training problem in twenty, chosen by a hash of its text; the others are both
+  `train` and `demonstrations` (their solutions are what supervised fine-tuning learns). Prompts and grades need no
+  files.
+
+  Attributes:
+    seed: of no effect, nothing is drawn.
+    root: the data folder with `math/train.jsonl`; with `math/train_extra.jsonl`, which may be missing, it is the set
+      that d1 trains on. The split `test` alone reads `math/test.jsonl` (MATH-500).
+    sizes: records per split, defaults for those not named: 400 for validation, else all. A file may
+      have fewer (all are taken) but not none.
+  """
+
+  seed: int = 0
+  root: str | None = None
+  sizes: Mapping[str, int] = dataclasses.field(default_factory=questions.DEFAULT_SIZES.copy, hash=False)
+
+  name = "math"
+  splits = common.SPLITS
+
+  def __post_init__(self) -> None:
+    common.check_integer("math seed", self.seed, 0)
+    common.check_root("math", self.root, "")
+    object.__setattr__(self, "sizes", common.check_sizes("math", self.sizes, questions.DEFAULT_SIZES))
+
+  def records(self, split: str) -> Sequence[Record]:
+    """Return the records of one split; no root or an unknown split raises ValueError, bad rows DataError."""
+    common.check_choice("split", split, self.splits)
+    files = (FILE, EXTRA_FILE, TEST_FILE)
+    return questions.read(self.name, self.root, split, self.sizes[split], files=files, key="problem", parse=_parse)
+
+  def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
+    """Return one user turn and no prefill: d1's text to the letter, or the problem alone (`terse`)."""
+    common.check_choice("style", style, common.STYLES)
+    problem = record["problem"]
+    content = common.SYSTEM_PROMPT + _INSTRUCTION + problem if style == "d1" else problem
+    return [{"role": "user", "content": content}], ""
+
+  def demonstration(self, record: Record, style: str) -> str:
+    """Write the reference solution and the boxed answer, tagged in both styles."""
+    common.check_choice("style", style, common.STYLES)
+    return common.tagged(record["solution"], _box(record["answer"]))
+
+  def baseline(self, record: Record, style: str) -> str:
+    """Write the most frequent answer of the training problems."""
+    common.check_choice("style", style, common.STYLES)
+    return common.tagged("I guess.", _box("2"))
+
+  def cluster(self, record: Record) -> str:
+    """Name the problem."""
+    return record["problem"]
+
+  def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
+    r"""Grade the last answer block, or the whole text: its last `\boxed{}`, or all of it, is the answer.
+
+    Components of `strict`: `correct`, 2.0 when it is the gold (`latex.is_same`: normalised, or as exact rationals);
+    `box`, 0.5 when something stands in a box; `format`, up to 1.0 (`common.format_score`). Components of `d1`:
+    `correctness`, `format` (`d1_rewards.hendrycks_math`). Metrics, the same under both: `solved` and `well_formed`
+    (something in a box).
+    """
+    common.check_choice("protocol", protocol, common.PROTOCOLS)
+    answer = common.final_answer(text)
+    box = latex.last_box(answer)
+    solved = latex.is_same(answer if box is None else box, record["answer"])
+    well_formed = bool(box and box.strip())
+    if protocol == "d1":
+      components = d1_rewards.hendrycks_math(text, record["solution"])
+    else:
+      components = {"correct": 2.0 * solved, "box": 0.5 * well_formed, "format": common.format_score(text)}
+    return Grade(components, {"solved": (int(solved), 1), "well_formed": (int(well_formed), 1)})
+
+
+def _box(answer: str) -> str:
+  return f"\\boxed{{{answer}}}"
+
+
+def _parse(place: str, line: str) -> Record | None:
+  """Check every rule of one row and return its record, or None when its answer and its box are both empty."""
+  row = common.parse_object(place, line, dict.fromkeys(("problem", "solution", "answer"), '"..."'))
+  questions.check_texts(place, row, ("problem", "solution", "answer"), blank=("answer",))
+  box = d1_rewards.unbox(row["solution"])
+  answer = row["answer"].strip()
+  if box is None or box == row["solution"]:
+    raise DataError(f"{place}: solution ends with {row['solution'][-40:]!r} and has no closed \\boxed{{...}}")
+  if not answer and box.strip():
+    raise DataError(f"{place}: answer is blank, but the solution boxes {box[:40]!r}; write it there")
+  if not answer:
+    return None
+  return {"problem": row["problem"], "solution": row["solution"], "answer": answer}

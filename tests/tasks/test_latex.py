@@ -1,0 +1,169 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d1jax.tasks import latex
+
+BRACES = ["{", "}", r"\{", r"\}", r"\\", r"\boxed{", r"\frac", r"\sqrt", r"\text{ "]
+OTHERS = [r"\left", r"^\circ", "/", "=", ".", ",", "-", "1", "2", "72", "x", "$", "%", " ", "\n", "\ud800"]
+PIECES = st.lists(st.sampled_from(BRACES + OTHERS)).map("".join)
+
+
+@pytest.mark.parametrize(
+  ("text", "inside"),
+  [
+    (r"so \boxed{5}.", "5"),
+    (r"\boxed{4} then \boxed{5}", "5"),
+    (r"\boxed {5}", "5"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+    (r"\boxed{x=\boxed{5}}", "5"),
+    (r"\boxed{4} then \boxed{5", "4"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+    (r"\boxed{1 \\} 2", r"1 \\"),
+    (r"} \boxed{5}}", "5"),
+    (r"\boxed{}", ""),
+    (r"\boxed{5", None),
+    (r"\boxed 5$", None),
+    (r"\fbox{5}", None),
+    ("boxed{5}", None),
+    ("", None),
+  ],
+)
+def test_last_box(text, inside):
+  assert latex.last_box(text) == inside
+
+
+@given(PIECES)
+def test_a_box_is_balanced_and_stands_in_the_text(text):
+  inside = latex.last_box(text)
+  if inside is not None:
+    assert inside + "}" in text
+    bare = inside.replace("\\\\", "").replace("\\{", "").replace("\\}", "")
+    assert bare.count("{") == bare.count("}")
+
+
+@pytest.mark.parametrize("text", ["\\boxed{" * 100_000, "\\boxed{" * 100_000 + "}" * 100_000, "{" * 500_000])
+def test_boxes_take_linear_time(text):
+  # Looking for each opening brace's partner anew would need minutes.
+  assert latex.last_box(text) == ("" if "}" in text else None)
+
+
+@pytest.mark.parametrize(
+  ("text", "normal"),
+  [
+    (r"\left( 3, \right. 4)", "(3,0.4)"),
+    (r"90^\circ", "90"),
+    (r"90^{\circ}", "90"),
+    (r"\$ 5", "5"),
+    (r"40\%", "40"),
+    (r"25 \text{ ft}", "25"),
+    (r"25\text{ft}", r"25\text{ft}"),
+    (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+    (r"\tfrac12", r"\frac{1}{2}"),
+    (r"\frac1{72}", r"\frac{1}{72}"),
+    (r"\frac{72}1", r"\frac{72}1"),
+    ("1/2", r"\frac{1}{2}"),
+    ("-1/2", r"\frac{-1}{2}"),
+    ("01/2", "01/2"),
+    ("1/2/3", "1/2/3"),
+    ("0.5", r"\frac{1}{2}"),
+    (".5", r"\frac{1}{2}"),
+    ("0.50", "0.50"),
+    ("{.5}", "{0.5}"),
+    ("k = 5", "5"),
+    ("ab=5", "5"),
+    ("abc=5", "abc=5"),
+    ("a=b=5", "a=b=5"),
+    (r"\sqrt3", r"\sqrt{3}"),
+    (r"2\sqrt{3}", r"2\sqrt{3}"),
+    (r"\sqrt 3", r"\sqrt{}3"),
+    ("1,000", "1,000"),
+    ("5.0", "5.0"),
+    ("a\n b\\!c", "abc"),
+    (r"1 \\ 2", "1\\2"),
+    (r"\frac1", r"\frac1"),
+    ("", ""),
+    (r"\text{ ft}", ""),
+  ],
+)
+def test_normalize(text, normal):
+  assert latex.normalize(text) == normal
+
+
+@pytest.mark.parametrize(
+  "text",
+  [r"\frac", r"\frac\frac12", r"\sqrt", r"2\sqrt\sqrt3", r"1\text{ m}2\text{ s}", "x/2", "1/", "9" * 5000 + "/2"],
+)
+def test_where_the_rules_give_up(text):
+  with pytest.raises(ValueError, match=r"in '|of '|invalid literal|Exceeds the limit"):
+    latex.normalize(text)
+
+
+@pytest.mark.parametrize(
+  ("answer", "gold"),
+  [
+    ("1/2", "0.5"),
+    ("0.50", r"\frac12"),
+    (r"\dfrac{2}{4}", "1/2"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"\frac{1}{-2}", "-0.5"),
+    ("5.0", "5"),
+    ("1,000", "1000"),
+    ("1{,}000", "1000"),
+    (r"10\,000", "10000"),
+    ("$5$", "5"),
+    (r"\$36", "36.00"),
+    ("40%", r"40\%"),
+    ("5.", "5"),
+    ("x = 5", "5"),
+    ("Evelyn", r"\text{Evelyn}"),
+    (r"\text{(C)}", "(C)"),
+    ("( 1,2 )", r"\left(1, 2\right)"),
+    ("x/2", "x / 2"),
+    (r"2\sqrt3", r"2\sqrt{3}"),
+    ("12 and 13", r"12\text{ and }13"),
+    ("45", r"45 \text{ units}^2"),
+    ("7", r"7\text{ hours}."),
+  ],
+)
+def test_same(answer, gold):
+  assert latex.is_same(answer, gold)
+  assert latex.is_same(gold, answer)
+
+
+@pytest.mark.parametrize(
+  ("answer", "gold"),
+  [
+    ("", "5"),
+    ("$", "5"),
+    ("5", "-5"),
+    ("1/3", "0.333333"),
+    ("(2,1)", "(1,2)"),
+    ("1,2", "12"),
+    (r"\frac{1}{0}", "0"),
+    (r"\frac{1}{0}", r"\frac{2}{0}"),
+    ("5 or 6", "5"),
+    ("-12", r"-12 \text{ or } -30"),
+    ("12", r"12\text{ and }13"),
+    ("1234", r"1 \text{ or } 234"),
+    (" " * 2000 + "5", "5"),
+    ("9" * 100_000, "9"),
+    (r"\frac{" + "9" * 900 + "}{9}", "1"),
+  ],
+  ids=lambda text: text[:12],
+)
+def test_not_same(answer, gold):
+  assert not latex.is_same(answer, gold)
+
+
+@given(PIECES | st.text(), PIECES)
+def test_same_is_symmetric_and_total(left, right):
+  assert latex.is_same(left, right) == latex.is_same(right, left)
+
+
+def test_the_answers_of_the_files_are_the_same_as_themselves(data_root):
+  with open(f"{data_root}/math/train.jsonl", encoding="utf-8") as file:
+    answers = [json.loads(line)["answer"] for line in file]
+  assert [a for a in answers if not latex.is_same(a, f" {a}.\n")] == ["", ""]
