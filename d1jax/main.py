@@ -27,7 +27,11 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
     from d1jax import evaluation
 
     return evaluation.run
-  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval")
+  if config.mode == "export":
+    from d1jax import export
+
+    return export.run
+  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export")
 
 
 def _run(argv: Sequence[str]) -> None:

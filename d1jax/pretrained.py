@@ -58,7 +58,12 @@ def inspect(folder: Path) -> Source:
     ids = folders.special_ids(folders.read(folder), {}, size=description.size.vocab)
   else:
     ids = folders.SpecialIds(tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id, None, tokenizer.vocab)
-  return Source(folder, description, tokenizer, ids)
+  source = Source(folder, description, tokenizer, ids)
+  if ids.vocab > source.size.vocab:
+    raise ValueError(
+      f"{folder}: the tokenizer has {ids.vocab} ids, the embedding {source.size.vocab} rows: they do not belong together"
+    )
+  return source
 
 
 def build_denoiser(

@@ -37,6 +37,7 @@ ALLOWED["pretrained"] = {"models", "data", "diffusion", "parallel"}
 LOWER = set(ALLOWED)
 ALLOWED |= {"evaluation": LOWER | {"training"}, "training": LOWER | {"evaluation"}}
 ALLOWED["report"] = {"evaluation", "training"}
+ALLOWED["export"] = LOWER | {"training", "evaluation"}
 ALLOWED["main"] = set(ALLOWED)
 
 NNX = {
@@ -147,7 +148,9 @@ def test_meshes_and_placements_are_built_in_one_file(path):
 @each_file
 def test_few_files_know_of_configurations(path):
   knows = {"ConfigDict", "config_dict", "ml_collections", "config_flags"} & words(TREES[path])
-  allowed = name_of(path) in ("d1jax/main.py", "d1jax/evaluation.py") or name_of(path).startswith("d1jax/training/")
+  allowed = name_of(path) in ("d1jax/main.py", "d1jax/evaluation.py", "d1jax/export.py") or name_of(path).startswith(
+    "d1jax/training/"
+  )
   assert allowed or not knows
 
 
@@ -308,7 +311,15 @@ def reads() -> Reads:
   return found
 
 
-CONFIGS = [("grpo", ""), ("grpo", "llada_8b"), ("grpo", "smoke,countdown"), ("sft", ""), ("eval",)]
+CONFIGS = [
+  ("grpo", ""),
+  ("grpo", "llada_8b"),
+  ("grpo", "smoke,countdown"),
+  ("grpo", "llada_8b,math"),
+  ("sft", "llada_8b"),
+  ("eval",),
+  ("export",),
+]
 
 
 @pytest.mark.parametrize("arguments", CONFIGS, ids=str)

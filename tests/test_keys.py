@@ -20,6 +20,8 @@ def test_a_purpose_key_is_two_folds_whose_numbers_never_change():
     "PROMPT_MASK": 3,
     "EVALUATION": 4,
     "SFT_PROMPT_MASK": 5,
+    "DROPOUT": 6,
+    "ADAPTER": 7,
   }
   assert {p.name: int(p) for p in keys.Purpose} == numbers
   for purpose, number in zip(keys.Purpose, numbers.values(), strict=True):
@@ -63,3 +65,11 @@ def test_uniforms_are_uniform():
   assert abs(draws.mean() - 0.5) < 4 * np.sqrt(1 / 12 / draws.size)
   assert abs(draws.var() - 1 / 12) < 1e-3
   assert len(np.unique(draws)) > 0.99 * draws.size
+
+
+def test_a_token_key_depends_on_its_sample_and_its_place_alone():
+  places = jnp.asarray([-2, -1, 0, 1]).astype(jnp.uint32)
+  whole = data(keys.token_keys(KEY, jnp.asarray([3, 8], jnp.int32), places))
+  np.testing.assert_array_equal(whole[:, 1:], data(keys.token_keys(KEY, jnp.asarray([3, 8], jnp.int32), places[1:])))
+  np.testing.assert_array_equal(whole[1:], data(keys.token_keys(KEY, jnp.asarray([8], jnp.int32), places)))
+  assert len(np.unique(whole.reshape(8, -1), axis=0)) == 8

@@ -17,6 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from d1jax.models import families, names
+from d1jax.models.lora import Adapted
 from d1jax.models.quantize import Quantized
 from d1jax.models.tensor_files import INDEX, SINGLE, TensorFiles
 from d1jax.models.transformer import Params, TransformerSize
@@ -51,21 +52,26 @@ def export(
   """
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty; name a new folder")
-  if any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))):
+  is_kept = lambda kind: any(
+    isinstance(x, kind) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, kind))
+  )
+  if is_kept(Quantized):
     raise ValueError("quantised weights cannot be exported; read the base again in bfloat16 or float32")
+  if is_kept(Adapted):
+    raise ValueError("weights with adapters beside them cannot be exported; merge them first")
   draft = folder.with_name(folder.name + ".tmp")
   shutil.rmtree(draft, ignore_errors=True)
   draft.mkdir(parents=True)
   if source is None:
-    config, scheme, dtype = _llada_config(size), names.LLADA, "F32"
+    config, scheme, dtypes = _llada_config(size), names.LLADA, dict[str, str]()
   else:
     _copy_all_but_weights(source, draft)
     files = TensorFiles(source)
     config, scheme = dict(families.describe(source).config), names.scheme_of(files.shapes)
-    dtype = files.dtypes[scheme[("embedding",)]]
+    dtypes = files.dtypes
   config = _sized(config, size) | {k: v for k, v in token_ids.items() if config.get(k) is None}
   (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-  _write_shards(draft, _tensors(params, scheme, size.layers, dtype), shard_bytes)
+  _write_shards(draft, _tensors(params, scheme, size.layers, dtypes), shard_bytes)
   if folder.exists():
     folder.rmdir()
   draft.rename(folder)
@@ -107,14 +113,14 @@ def _llada_config(size: TransformerSize) -> dict[str, Any]:
 
 
 def _tensors(
-  params: Params, scheme: Mapping[names.Path, str], layers: int, dtype: str
+  params: Params, scheme: Mapping[names.Path, str], layers: int, dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor in turn, on the host one at a time."""
+  """Every tensor in turn, on the host one at a time, in the dtype that it had or in float32."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     where = tuple(entry.key for entry in path)
     for layer, name in enumerate(names.tensors_of(where, scheme[where], layers)):
       value = jnp.asarray(leaf[layer] if where[0] == "blocks" else leaf)
-      host = np.asarray(jax.device_get(value)).astype(DTYPES[dtype])
+      host = np.asarray(jax.device_get(value)).astype(DTYPES[dtypes.get(name, "F32")])
       yield name, np.ascontiguousarray(host.T if names.is_transposed(where) else host)
 
 
@@ -127,6 +133,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard
   def flush() -> None:
     path = folder / f"{len(written)}.part"
     save_file(held, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library makes files that only their owner can read
     written.append((path, list(held)))
     held.clear()
 

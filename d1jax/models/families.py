@@ -6,6 +6,7 @@ diffusion model, predicts the next one: the state at position i predicts token i
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -112,58 +113,89 @@ def _check_fixed(config: Config, fixed: Config) -> None:
       raise ValueError(f"{name}={value!r} is not supported, only {expected!r}")
 
 
+def _positive(config: Config, name: str) -> float:
+  """A number above zero."""
+  value = config[name]
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not is_number or not math.isfinite(value) or value <= 0:
+    raise ValueError(f"{name}={value!r} is not a positive number")
+  return float(value)
+
+
+def _count(config: Config, name: str) -> int:
+  """A whole number above zero."""
+  if not isinstance(config[name], int) or _positive(config, name) < 1:
+    raise ValueError(f"{name}={config[name]!r} is not a positive whole number")
+  return int(config[name])
+
+
+def _flag(config: Config, name: str) -> bool:
+  """True or false; false where it is not stated."""
+  value = config.get(name) or False
+  if not isinstance(value, bool):
+    raise ValueError(f"{name}={value!r} is neither true nor false")
+  return value
+
+
+def _stated(config: Config, name: str, instead: str) -> str:
+  """`name` where the configuration has a value for it, or the name to read instead."""
+  return instead if config.get(name) is None else name
+
+
 def _llada(config: Config) -> TransformerSize:
   _check_fixed(config, LLADA_FIXED)
   if config.get("multi_query_attention"):
     raise ValueError(f"multi_query_attention={config['multi_query_attention']!r} is not supported; use n_kv_heads")
   return TransformerSize(
-    vocab=config.get("embedding_size") or config["vocab_size"],
-    embed=config["d_model"],
-    heads=config["n_heads"],
-    kv_heads=config.get("n_kv_heads") or config["n_heads"],
-    mlp=config["mlp_hidden_size"],
-    layers=config["n_layers"],
-    rope_theta=float(config["rope_theta"]),
-    norm_eps=float(config["rms_norm_eps"]),
-    tied=bool(config.get("weight_tying", False)),
+    vocab=_count(config, _stated(config, "embedding_size", "vocab_size")),
+    embed=_count(config, "d_model"),
+    heads=_count(config, "n_heads"),
+    kv_heads=_count(config, _stated(config, "n_kv_heads", "n_heads")),
+    mlp=_count(config, "mlp_hidden_size"),
+    layers=_count(config, "n_layers"),
+    rope_theta=_positive(config, "rope_theta"),
+    norm_eps=_positive(config, "rms_norm_eps"),
+    tied=_flag(config, "weight_tying"),
   )
 
 
 def _rope_scaling(config: Config) -> tuple[float, RopeScaling | None]:
   """Base and scaling of the rotary embedding, from the classic keys or from the `rope_parameters` of transformers 5."""
-  rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-  theta = float(rope.get("rope_theta") or config["rope_theta"])
+  name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+  rope = config.get(name) or {}
+  if not isinstance(rope, Mapping):
+    raise ValueError(f"{name}={rope!r} is not a table of options")
+  theta = _positive(config if rope.get("rope_theta") is None else rope, "rope_theta")
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "default":
     return theta, None
   if kind != "llama3":
     raise ValueError(f"rope_type={kind!r} is not supported; known: default, llama3")
-  return theta, RopeScaling(
-    float(rope["factor"]),
-    float(rope["low_freq_factor"]),
-    float(rope["high_freq_factor"]),
-    int(rope["original_max_position_embeddings"]),
-  )
+  low, high = _positive(rope, "low_freq_factor"), _positive(rope, "high_freq_factor")
+  if low >= high:
+    raise ValueError(f"{name}: low_freq_factor={low} is not below high_freq_factor={high}")
+  return theta, RopeScaling(_positive(rope, "factor"), low, high, _count(rope, "original_max_position_embeddings"))
 
 
 def _llama(config: Config, *, qkv_bias: bool = False) -> TransformerSize:
   _check_fixed(config, LLAMA_FIXED)
-  if "sliding_attention" in (config.get("layer_types") or ()):
-    raise ValueError("layer_types names sliding_attention: sliding windows are not supported")
+  kinds = config.get("layer_types") or []
+  if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+    raise ValueError(f"layer_types={kinds!r} is not supported, only full_attention")
   theta, scaling = _rope_scaling(config)
   return TransformerSize(
-    vocab=config["vocab_size"],
-    embed=config["hidden_size"],
-    heads=config["num_attention_heads"],
-    kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-    head_dim=config.get("head_dim"),
-    mlp=config["intermediate_size"],
-    layers=config["num_hidden_layers"],
+    vocab=_count(config, "vocab_size"),
+    embed=_count(config, "hidden_size"),
+    heads=_count(config, "num_attention_heads"),
+    kv_heads=_count(config, _stated(config, "num_key_value_heads", "num_attention_heads")),
+    head_dim=None if config.get("head_dim") is None else _count(config, "head_dim"),
+    mlp=_count(config, "intermediate_size"),
+    layers=_count(config, "num_hidden_layers"),
     rope_theta=theta,
     rope_scaling=scaling,
-    norm_eps=float(config["rms_norm_eps"]),
+    norm_eps=_positive(config, "rms_norm_eps"),
     qkv_bias=qkv_bias,
-    tied=bool(config.get("tie_word_embeddings", False)),
+    tied=_flag(config, "tie_word_embeddings"),
   )
 
 

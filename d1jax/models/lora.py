@@ -139,10 +139,12 @@ def overlay(params: Params, adapter: Params) -> Params:
   Raises:
     ValueError: the adapter tree has a place that the parameters lack.
   """
-  if isinstance(adapter, Adapter):
+  if isinstance(adapter, Adapter) and not isinstance(params, Mapping):
     return Adapted(params, adapter)
-  if not isinstance(adapter, Mapping) or not adapter.keys() <= params.keys():
-    raise ValueError(f"the adapter has {str(adapter)[:80]} where the parameters have {', '.join(params)}")
+  known = params.keys() if isinstance(params, Mapping) else {"a weight"}
+  if not isinstance(adapter, Mapping) or not adapter.keys() <= known:
+    has = ", ".join(adapter) if isinstance(adapter, Mapping) else type(adapter).__name__
+    raise ValueError(f"the adapter has {has} where the parameters have {', '.join(known)}")
   return {name: overlay(leaf, adapter[name]) if name in adapter else leaf for name, leaf in params.items()}
 
 

@@ -35,6 +35,22 @@ FIXED: Mapping[str, Any] = {
 """The values of PEFT's options that an adapter here can have."""
 
 
+OTHERS: Mapping[str, Any] = {
+  "alora_invocation_tokens": None,
+  "arrow_config": None,
+  "kasa_config": None,
+  "monteclora_config": None,
+  "target_parameters": None,
+  "use_bdlora": None,
+  "use_qalora": False,
+  "velora_config": None,
+}
+"""The same for options of its newer versions, which older ones do not know."""
+
+STARTS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the base as it was; the others (pissa, olora, ...) take away from it."""
+
+
 def _module(scheme: Mapping[names.Path, str], target: str) -> str:
   """The module name of a projection with `{}` for the layer, without `.weight`."""
   return scheme[("blocks", *PROJECTIONS[target])].removesuffix(".weight")
@@ -60,9 +76,12 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
   try:
     config = json.loads(path.read_text(encoding="utf-8"))
     rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
+    LoraSpec(rank, alpha, dropout)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ValueError(f"{path} is not the configuration of a LoRA adapter ({error!r})") from None
-  for name, expected in FIXED.items():
+  if config.get("init_lora_weights", True) not in STARTS:
+    raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported: it changes the base")
+  for name, expected in {**FIXED, **OTHERS}.items():
     value = config.get(name, expected)
     if value != expected and (value or expected):
       raise ValueError(f"{path}: {name}={value!r} is not supported, only {expected!r}")
@@ -113,6 +132,7 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Ma
       for i, value in enumerate(np.asarray(jax.device_get(layers))):
         tensors[f"{PREFIX}{module.format(i)}.lora_{side}.weight"] = np.ascontiguousarray(value.T)
   save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+  (folder / WEIGHTS).chmod(0o644)  # the library makes files that only their owner can read
   config = {
     **FIXED,
     "base_model_name_or_path": base,

@@ -83,8 +83,9 @@ def read(
   files = TensorFiles(folder)
   scheme = names.scheme_of(files.shapes)
   shapes = jax.eval_shape(network.init, jax.random.key(0))
-  known = {path: scheme.get(path, "") for path in _paths(shapes)}
-  rows = _check(files, known, shapes, network.size.layers)
+  known = {path: scheme.get(path, ".".join(path)) for path in _paths(shapes)}
+  rows = families.describe(folder).size.vocab
+  _check(folder, files, known, shapes, network.size.layers, rows)
   whole = abstract(network, dtype, quantized)
   params = whole
   for path, template in known.items():
@@ -114,29 +115,30 @@ def _set(tree: Params, path: names.Path, leaf: Any) -> Params:
   return {**tree, name: _set(tree[name], tuple(rest), leaf) if rest else leaf}
 
 
-def _check(files: TensorFiles, known: Mapping[names.Path, str], shapes: Params, layers: int) -> int:
-  """Compares the files with what the network needs; returns the rows of the stored vocabulary."""
+def _check(
+  folder: Path, files: TensorFiles, known: Mapping[names.Path, str], shapes: Params, layers: int, rows: int
+) -> None:
+  """Compares the files with what the network needs; `rows` is the vocabulary that the folder states."""
   expected: dict[str, tuple[int, ...]] = {}
   for path, template in known.items():
     shape = _get(shapes, path).shape[path[0] == "blocks" :]
     for name in names.tensors_of(path, template, layers):
       expected[name] = shape[::-1] if names.is_transposed(path) else shape
+  vocabulary = [known[path] for path in (("embedding",), ("head",)) if path in known]
   missing = [name for name in expected if name not in files.shapes]
   extra = [name for name in files.shapes if name not in expected and not name.endswith(names.IGNORED)]
   if missing or extra:
     raise ValueError(
-      f"tensor {(missing or extra)[0]} is {'missing' if missing else 'unknown'}"
-      f" ({len(missing)} missing, {len(extra)} unknown): config.json and the safetensors do not belong together"
+      f"{folder if missing else files.file_of(extra[0])}: tensor {(missing or extra)[0]} is"
+      f" {'missing' if missing else 'unknown'} ({len(missing)} missing, {len(extra)} unknown):"
+      " config.json and the safetensors do not belong together"
     )
-  vocabulary = [known[path] for path in (("embedding",), ("head",)) if path in known]
-  rows = files.shapes[vocabulary[0]][0]
   for name, shape in expected.items():
     found = files.shapes[name]
-    if name in vocabulary and rows <= shape[0]:
+    if name in vocabulary and rows < shape[0]:  # the network's vocabulary has grown
       shape = (rows, *shape[1:])
     if found != shape:
       raise ValueError(f"{files.file_of(name)}: tensor {name} has shape {found}, config.json asks for {shape}")
-  return rows
 
 
 def _fill(files: TensorFiles, tensors: list[str], path: names.Path, leaf: Any, placement: Any, quantized: str) -> Any:
@@ -149,7 +151,7 @@ def _fill(files: TensorFiles, tensors: list[str], path: names.Path, leaf: Any, p
   for device in indices[0]:
     spans = [_spans(index[device], x.shape) for index, x in zip(indices, leaves, strict=True)]
     buffers = jax.tree.unflatten(structure, [_empty(x, span, device) for x, span in zip(leaves, spans, strict=True)])
-    write = _writer(device, leaf, stacked, transposed, quantized)
+    write = _writer(device, stacked, transposed, quantized if isinstance(leaf, Quantized) else "")
     for layer in range(*spans[0][0]) if stacked else (0,):
       for piece, start in _pieces(files, tensors[layer], spans[0][stacked:], transposed, isinstance(leaf, Quantized)):
         at = np.asarray((layer - spans[0][0][0] if stacked else 0, start), np.int32)
@@ -190,13 +192,14 @@ def _pieces(
     yield files.read(name, rows, *(slice(a, b) for a, b in rest)), start - first
 
 
-def _writer(device: Any, leaf: Any, stacked: bool, transposed: bool, quantized: str) -> Any:
-  """`(buffers, piece, (layer, start)) -> buffers`, donated."""
+@functools.cache
+def _writer(device: Any, stacked: bool, transposed: bool, quantized: str) -> Any:
+  """`(buffers, piece, (layer, start)) -> buffers`, donated; parameters of one shape share a program."""
   here = SingleDeviceSharding(device)
 
   def write(buffers: Any, piece: jax.Array, at: jax.Array) -> Any:
     value = piece.T if transposed else piece
-    encoded = quantize.quantize(value, quantized) if isinstance(leaf, Quantized) else value
+    encoded = quantize.quantize(value, quantized) if quantized else value
 
     def put(buffer: jax.Array, part: jax.Array) -> jax.Array:
       place = [at[1] * 0] * part.ndim

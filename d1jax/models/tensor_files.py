@@ -41,6 +41,8 @@ class TensorFiles:
     for path in files:
       with _opened(path) as file:
         for name in list(file.keys()):
+          if name in self._files:
+            raise ValueError(f"{path}: tensor {name} is in {self._files[name]}, too; fetch both again")
           self._files[name] = path
           part = file.get_slice(name)
           self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
@@ -93,6 +95,6 @@ def _damage(path: Path) -> str | None:
       header = json.loads(file.read(length))
     end = os.path.getsize(path) - 8 - length
     cut = [n for n, entry in header.items() if n != "__metadata__" and entry["data_offsets"][1] > end]
-  except (OSError, ValueError, KeyError, TypeError):
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return None
   return f"tensor {cut[0]} is truncated" if cut else None

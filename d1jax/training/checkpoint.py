@@ -145,3 +145,8 @@ class Checkpoints:
 def with_placements(abstract: Any, placements: Any) -> Any:
   """Shapes and dtypes with the placement that a restore is to use."""
   return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placements)
+
+
+def with_placement(abstract: Any, placement: Any) -> Any:
+  """The same with one placement for every leaf."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement), abstract)

@@ -21,6 +21,7 @@ from d1jax.models.lora import LoraSpec
 from d1jax.parallel import mesh as meshes
 from d1jax.pretrained import Source, build_denoiser, inspect
 from d1jax.tasks import Record, Task
+from d1jax.tasks.common import check_choice
 from d1jax.training import optimizer as optimizers
 from d1jax.training.weights import Weights
 
@@ -207,6 +208,7 @@ def build(
     devices: default: all of them.
   """
   task = build_task(config)
+  check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
   source = inspect(Path(config.model.pretrained)) if config.model.pretrained else None
   tokenizer = source.tokenizer if source else None
   if tokenizer_files is not None:

@@ -22,6 +22,7 @@ from d1jax.rl.grading import Graded, grade
 from d1jax.rl.update import UpdateMetrics, UpdateSpec, update
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
 from d1jax.training import dump
+from d1jax.training.checkpoint import with_placement
 from d1jax.training.experiment import Experiment, Texts
 
 SHOWN = ("reward", "loss", "tokens_per_second")
@@ -132,8 +133,8 @@ class Programs:
     gap = jnp.abs(logits(merge_for_rollout(trainable, frozen)) - logits(merge(trainable, frozen)))
     return {"merge_gap_mean": jnp.mean(gap), "merge_gap_max": jnp.max(gap)}
 
-  def compile(self) -> None:
-    """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
+  def lowering(self, width: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Functions that lower the rollout and the update for prompts of `width` tokens, from shapes alone."""
     experiment = self._experiment
     weights = experiment.weights
     state = weights.abstract_state(self._optimizer)
@@ -141,20 +142,24 @@ class Programs:
     rows = self._rows // self._chunks
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=experiment.by_row)
     rewards = jax.ShapeDtypeStruct((self._rows,), jnp.float32, sharding=experiment.by_row)
-    for width in experiment.buckets:
-      prompts = (row(width), row(width, dtype=jnp.bool_), row(), row())
-      iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=experiment.replicated)
-      lowered = self._rollout.lower(state.trainable, base, prompts, state.key, iteration)
-      rollout = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=experiment.by_row),
-        lowered.out_info,
-      )
-      chunks = (rollout,) * self._chunks
-      self.compiled[width] = Compiled(
-        lowered.compile(),
-        self._update.lower(state, frozen, chunks, rewards).compile(),
-        self._gap.lower(state.trainable, base, rollout).compile() if weights.merges else None,
-      )
+    iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=experiment.replicated)
+    prompts = (row(width), row(width, dtype=jnp.bool_), row(), row())
+    arguments = (state.trainable, base, prompts, state.key, iteration)
+    rollout = with_placement(jax.eval_shape(self._rollout_program, *arguments), experiment.by_row)
+    chunks = (rollout,) * self._chunks
+    return lambda: self._rollout.lower(*arguments), lambda: self._update.lower(state, frozen, chunks, rewards)
+
+  def compile(self) -> None:
+    """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
+    weights = self._experiment.weights
+    for width in self._experiment.buckets:
+      rollout, update = (lower() for lower in self.lowering(width))
+      gap = None
+      if weights.merges:
+        trainable = weights.abstract_state(self._optimizer).trainable
+        chunk = with_placement(rollout.out_info, self._experiment.by_row)
+        gap = self._gap.lower(trainable, weights.abstract_frozen(), chunk).compile()
+      self.compiled[width] = Compiled(rollout.compile(), update.compile(), gap)
 
   def place(self, prompts: pipeline.PromptBatch, iteration: int) -> tuple[list[Prompts], jax.Array]:
     """Puts a batch of prompts, in chunks, and the iteration's number where the rollout takes them."""

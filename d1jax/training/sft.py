@@ -126,8 +126,13 @@ def _report(config: ConfigDict, name: str, found: Demonstrations) -> None:
       f"{name}: {'cut' if config.truncate else 'left out'} {too_long} of {count} answers longer than {longest} tokens"
     )
   used, computed = padding(*found, config.prompt_buckets, config.completion_buckets, truncate=config.truncate)
+  if not used:
+    raise ValueError(
+      f"none of {count} demonstrations fits sft.prompt_buckets={config.prompt_buckets} and"
+      f" sft.completion_buckets={config.completion_buckets}: raise them"
+    )
   if config.data:
-    print(f"{name}: {used:,} tokens in buckets of {computed:,} ({used / max(computed, 1):.0%} used)")
+    print(f"{name}: {used:,} tokens in buckets of {computed:,} ({used / computed:.0%} used)")
 
 
 class Steps:

@@ -17,6 +17,7 @@ from d1jax.diffusion.sampler import sample
 from d1jax.models.transformer import TransformerSize, build
 from d1jax.parallel.mesh import (
   MESH_AXES,
+  RULES,
   batch_ways,
   constrainer,
   make_mesh,
@@ -30,16 +31,6 @@ from d1jax.state import Frozen, TrainState, create
 from d1jax.training import optimizer as optimizers
 from tests import toy
 
-RULES = {
-  "batch": ("data", "fsdp"),
-  "length": None,
-  "vocab": "tensor",
-  "embed": "fsdp",
-  "heads": "tensor",
-  "mlp": "tensor",
-  "norm": None,
-  "layers": None,
-}
 SIZE = TransformerSize(vocab=16, embed=16, heads=4, mlp=32, layers=2, rope_theta=100.0)
 OPTIMIZER = optimizers.build(
   learning_rate=1e-3, steps=10, warmup_steps=0, decay="constant", b1=0.9, b2=0.99, weight_decay=0.1, max_grad_norm=1.0

@@ -30,7 +30,8 @@ class Counting:
 
   prompt = demonstration = baseline = cluster = records
 
-  def grade(self, text, record):
+  def grade(self, text, record, protocol):
+    assert protocol in ("strict", "d1")
     return Grade({"length": float(len(text)), "hit": 0.5 * (record["letter"] in text)}, {"hit": (1, 1)})
 
 
@@ -49,3 +50,9 @@ def test_a_reward_is_the_sum_of_its_components_on_prefill_and_text():
   np.testing.assert_array_equal(graded.rewards, [3.5, 4.5, 5.5])
   assert graded.rewards.dtype == np.float32
   assert [g.components["hit"] for g in graded.grades] == [0.5, 0.5, 0.5]
+
+
+def test_only_the_protocol_of_d1_sees_what_lies_behind_the_stop():
+  rows = [{"letter": "a"}] * 3, [""] * 3, COMPLETION, KEPT
+  assert grade(Counting(), Letters(), *rows, "strict").texts == ["ab.", "d.", "abcd"]
+  assert grade(Counting(), Letters(), *rows, "d1").texts == ["ab.c", "d.aa", "abcd"]

@@ -17,6 +17,7 @@ from d1jax.training import dump, grpo, recipe
 from d1jax.training import experiment as experiments
 from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
+from d1jax.training.workdir import read_tokenizer
 from tests.jobs import load, small
 
 
@@ -123,13 +124,10 @@ def test_any_mesh_can_go_on(finished, tmp_path):
 def test_a_dumped_rollout_replays_to_the_same_state(finished):
   """Checkpoint 2, the rollout of iteration 2 (counted from 0) and the one after: together they give checkpoint 4."""
   workdir, config, _ = finished
-  experiment = experiments.build(config, (workdir / "tokenizer.model").read_bytes())
+  experiment = experiments.build(config, read_tokenizer(workdir))
   optimizer = experiment.optimizer(config.grpo, config.grpo.steps)
-  abstract = experiment.abstract_state(optimizer)
+  abstract = experiment.weights.abstract_state(optimizer)
   checkpoints = Checkpoints(workdir / "checkpoints" / "grpo")
-  sft = Checkpoints(workdir / "checkpoints" / "sft")
-  sft_abstract = experiment.abstract_state(experiment.optimizer(config.sft, config.sft.steps))
-  reference = sft.restore(sft.best_step(), sft_abstract).state.trainable
   state = checkpoints.restore(2, abstract).state
   programs = grpo.Programs(experiment, optimizer)
   programs.compile()
@@ -138,7 +136,7 @@ def test_a_dumped_rollout_replays_to_the_same_state(finished):
     halves = [
       jax.tree.map(lambda x, i=i: jax.device_put(np.split(x, 2)[i], experiment.by_row), dumped.rollout) for i in (0, 1)
     ]
-    state, _, advantages = programs.update(state, Frozen({}, reference), tuple(halves), dumped.rewards)
+    state, _, advantages = programs.update(state, Frozen({}, {}), tuple(halves), dumped.rewards)
     np.testing.assert_array_equal(advantages, dumped.advantages)
     assert dumped.rollout.completion.shape == (16, 18)
     assert len(dumped.texts) == 16
@@ -150,7 +148,7 @@ def test_checkpoints_say_all_that_is_needed(finished):
   metadata = Checkpoints(workdir / "checkpoints" / "grpo").metadata(4)
   assert metadata["data"] == {"next_index": 4}
   assert metadata["config"]["grpo"]["learning_rate"] == config.grpo.learning_rate
-  assert metadata["tokenizer"]
+  assert metadata["base"] is None  # every weight is trained
   assert metadata["seconds"] > 0
 
 
@@ -219,11 +217,18 @@ def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
     ({"rollout__diffusion_steps": 0}, "diffusion_steps=0"),
     ({"rollout__temperature": -1.0}, "temperature=-1.0"),
     ({"rollout__remasking": "hight"}, "remasking='hight' is unknown"),
-    ({"rollout__completion_length": 9, "rollout__block_length": 9}, "no demonstration fits"),
-    ({"data__prompt_buckets": (20,)}, "every validation prompt is longer than prompt_buckets"),
+    ({"sft__completion_buckets": (9,)}, "none of 16 demonstrations fits"),
+    ({"sft__completion_buckets": (18, 9)}, "ascending"),
+    ({"lora__rank": 4}, "sft.steps=120 with adapters"),
+    ({"lora__rank": 4, "sft__steps": 0, "lora__targets": ("q_proj", "ff_proj")}, "ff_proj match no projection"),
+    ({"model__quantize": "nf4"}, "set lora.rank"),
+    ({"model__size": "llada_8b"}, "--config.model.pretrained=FOLDER"),
+    ({"model__pretrained": "/nowhere"}, "/nowhere/config.json is missing"),
+    ({"task__protocol": "lax"}, "unknown protocol 'lax'"),
+    ({"data__prompt_buckets": (20,)}, "every test prompt is longer than prompt_buckets"),
     ({"task__name": "sodoku"}, "unknown task 'sodoku'"),
     ({"task__style": "wordy"}, "unknown style 'wordy'"),
-    ({"model__size": "huge"}, "model.size='huge' is unknown; known: tiny, llada_8b"),
+    ({"model__size": "huge"}, "model.size='huge' is unknown; known: tiny, llada_8b, dream_7b"),
     ({"model__dtype": "float99"}, "model.dtype='float99' is unknown"),
     ({"tokenizer__model_type": "words"}, "tokenizer.model_type='words' is unknown"),
     ({"grpo__steps": 0}, r"grpo\.steps is 0"),

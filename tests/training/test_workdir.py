@@ -4,7 +4,7 @@ import pytest
 
 from d1jax.errors import RunError
 from d1jax.training import workdir as workdirs
-from d1jax.training.workdir import claim, flatten, holds_run, may_change, write_atomically
+from d1jax.training.workdir import claim, flatten, holds_run, may_change, read_tokenizer, write_atomically
 
 CONFIG = {
   "seed": 0,
@@ -29,7 +29,7 @@ def changed(name: str, value) -> dict:
   return config
 
 
-MODEL = b"tokenizer"
+FILES = {"tokenizer.json": b"{}", "config.json": b"the model's own"}
 
 
 def test_a_new_folder_holds_no_run_and_is_not_touched(tmp_path):
@@ -39,10 +39,15 @@ def test_a_new_folder_holds_no_run_and_is_not_touched(tmp_path):
 
 def test_a_claim_makes_the_folder_with_configuration_and_tokenizer(tmp_path):
   folder = tmp_path / "deep" / "run"
-  claim(folder, CONFIG, MODEL)
+  claim(folder, CONFIG, FILES)
   assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
-  assert (folder / "tokenizer.model").read_bytes() == MODEL
+  assert read_tokenizer(folder) == FILES
   assert len(list(folder.iterdir())) == 2
+
+
+def test_a_tokenizer_is_looked_for_in_a_work_directory(tmp_path):
+  with pytest.raises(RunError, match="inside the work directory"):
+    read_tokenizer(tmp_path)
 
 
 def test_the_configuration_comes_last(tmp_path, monkeypatch):
@@ -51,13 +56,13 @@ def test_the_configuration_comes_last(tmp_path, monkeypatch):
 
   monkeypatch.setattr(workdirs, "write_json", fail)
   with pytest.raises(OSError, match="No space"):
-    claim(tmp_path, CONFIG, MODEL)
-  assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
+    claim(tmp_path, CONFIG, FILES)
+  assert [p.name for p in tmp_path.iterdir()] == ["tokenizer"]
   assert not holds_run(tmp_path, CONFIG)
 
 
 def test_the_same_config_may_go_on(tmp_path):
-  claim(tmp_path, CONFIG, MODEL)
+  claim(tmp_path, CONFIG, FILES)
   assert holds_run(tmp_path, CONFIG)
 
 
@@ -74,7 +79,7 @@ def test_the_same_config_may_go_on(tmp_path):
   ],
 )
 def test_placement_totals_and_logging_may_change(tmp_path, name, value):
-  claim(tmp_path, CONFIG, MODEL)
+  claim(tmp_path, CONFIG, FILES)
   assert holds_run(tmp_path, changed(name, value))
 
 
@@ -90,7 +95,7 @@ def test_placement_totals_and_logging_may_change(tmp_path, name, value):
   ],
 )
 def test_anything_else_is_another_run_and_named(tmp_path, name, value):
-  claim(tmp_path, CONFIG, MODEL)
+  claim(tmp_path, CONFIG, FILES)
   with pytest.raises(RunError, match=rf"{name} was .*, now .*--config.workdir") as caught:
     holds_run(tmp_path, changed(name, value))
   assert str(tmp_path) in str(caught.value)
@@ -99,13 +104,13 @@ def test_anything_else_is_another_run_and_named(tmp_path, name, value):
 
 
 def test_a_field_that_is_gone_is_named(tmp_path):
-  claim(tmp_path, CONFIG, MODEL)
+  claim(tmp_path, CONFIG, FILES)
   with pytest.raises(RunError, match=r"grpo\.beta was 0\.04, now None"):
     holds_run(tmp_path, {k: v for k, v in CONFIG.items() if k != "grpo"})
 
 
 def test_many_differences_are_cut_short(tmp_path):
-  claim(tmp_path, {f"f{i}": 0 for i in range(5)}, MODEL)
+  claim(tmp_path, {f"f{i}": 0 for i in range(5)}, FILES)
   with pytest.raises(RunError, match=r"f0 was 0, now 1, f1 was 0, now 1, f2 was 0, now 1, \.\.\."):
     holds_run(tmp_path, {f"f{i}": 1 for i in range(5)})
 
@@ -115,7 +120,7 @@ def test_a_file_in_the_way_is_a_run_error(tmp_path):
   for folder in (tmp_path / "file", tmp_path / "file" / "run"):
     assert not holds_run(folder, CONFIG)
     with pytest.raises(RunError, match="cannot be written"):
-      claim(folder, CONFIG, MODEL)
+      claim(folder, CONFIG, FILES)
 
 
 @pytest.mark.parametrize(

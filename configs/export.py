@@ -1,0 +1,17 @@
+"""A run's result as a folder for PyTorch: `--config=configs/export.py --config.checkpoint=DIR --config.output=DIR`."""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+  """The configuration of an export."""
+  c = config_dict.ConfigDict()
+  c.mode = "export"
+  c.checkpoint = config_dict.placeholder(str)  # a work directory or a checkpoint's folder
+  c.pretrained = config_dict.placeholder(str)  # instead: a downloaded model and
+  c.adapter = config_dict.placeholder(str)  # a PEFT adapter to merge into it
+  c.output = config_dict.placeholder(str)  # a new folder
+  c.form = "model"  # or "adapter": a PEFT folder of a run's adapters alone
+  c.mesh = dict(data=1, fsdp=-1, tensor=1)
+  c.cpu_devices = 1
+  return c
