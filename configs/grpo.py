@@ -33,7 +33,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     heads="tensor",
     kv_heads="tensor",
     mlp="tensor",
-    rank=None,
+    adapter=("tensor", "fsdp"),  # the long axis of an adapter, where it is not embed
     norm=None,
     layers=None,
   )

@@ -124,11 +124,11 @@ def init(key: Key[Array, ""], spec: LoraSpec, shapes: Params) -> Params:
 
 
 def axes(spec: LoraSpec, network_axes: Params) -> Params:
-  """The logical axes of an adapter tree."""
+  """The logical axes of an adapter tree: each side is cut along its long axis, `embed` or `adapter`."""
 
   def make(named: tuple[str, str, str], _: int) -> Adapter:
-    layers, inner, outer = named
-    return Adapter((layers, inner, "rank"), (layers, "rank", outer), spec.alpha / spec.rank, spec.dropout)
+    layers, inner, outer = (name if name in ("layers", "embed") else "adapter" for name in named)
+    return Adapter((layers, inner, None), (layers, None, outer), spec.alpha / spec.rank, spec.dropout)
 
   return _each_target(spec, network_axes["blocks"], make)
 

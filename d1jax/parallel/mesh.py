@@ -26,7 +26,7 @@ RULES: Rules = {
   "heads": "tensor",
   "kv_heads": "tensor",
   "mlp": "tensor",
-  "rank": None,
+  "adapter": ("tensor", "fsdp"),
   "norm": None,
   "layers": None,
 }

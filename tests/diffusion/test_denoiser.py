@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.diffusion.denoiser import predicts_itself
+from d1jax.diffusion.denoiser import predicts_itself, predicts_next
 from tests import toy
 
 
@@ -22,6 +22,11 @@ def test_forbidden_ids_have_no_probability_and_the_others_keep_their_logits():
 def test_lladas_positions_predict_themselves():
   hidden = jnp.arange(24.0).reshape(2, 4, 3)
   np.testing.assert_array_equal(predicts_itself(hidden, jnp.asarray([2, 0])), hidden[:, [2, 0]])
+
+
+def test_a_shifted_position_is_predicted_by_its_neighbour():
+  hidden = jnp.arange(24.0).reshape(2, 4, 3)
+  np.testing.assert_array_equal(predicts_next(hidden, jnp.asarray([3, 1])), hidden[:, [2, 0]])
 
 
 @pytest.mark.parametrize(

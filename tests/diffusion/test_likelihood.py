@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -187,3 +188,25 @@ def test_prompt_masks_and_corruption_share_no_draws():
   a = np.asarray(mask_prompt(KEY, ids, prompt, jnp.ones((2000, 1), bool), 0.5, toy.MASK)[:, 0] == toy.MASK)
   b = np.asarray(corrupt(KEY, ids, prompt, toy.MASK).time < 0.5)
   assert abs((a == b).mean() - 0.5) < 0.05
+
+
+def test_dropout_keys_belong_to_samples_and_places_not_to_the_padding():
+  seen = []
+
+  def encode(params, tokens, valid, dropout=None):
+    seen.append(None if dropout is None else np.asarray(jax.random.key_data(dropout)))
+    return toy.encode(params, tokens, valid)
+
+  denoiser = dataclasses.replace(toy.DENOISER, encode=encode)
+  completion = jnp.full((2, 4), 5, jnp.int32)
+
+  def loss(ids, width, **keys):
+    prompt, valid = toy.prompts([2, 2], width)
+    denoising_loss(denoiser, PARAMS, prompt, valid, completion, jnp.ones((2, 4)), jnp.asarray(ids), KEY, **keys)
+    return seen[-1]
+
+  assert loss([7, 9], 3) is None
+  narrow, wide = (loss([7, 9], width, dropout_key=KEY) for width in (3, 5))
+  assert narrow.shape[:2] == (2, 7)
+  np.testing.assert_array_equal(narrow, wide[:, 2:])
+  np.testing.assert_array_equal(loss([9, 7], 3, dropout_key=KEY), narrow[::-1])

@@ -1,0 +1,36 @@
+"""Complete small folders in the layout of the Hugging Face hub: weights, configuration, tokenizer."""
+
+import json
+from pathlib import Path
+
+from tests.data.folders import small_files
+from tests.data.folders import write_llada_tokenizer as write_real_tokenizer
+from tests.models import folders
+
+SIZES = dict(vocab=264, embed=64, heads=2, kv_heads=2, head_size=32, mlp=128, layers=2)
+IDS = {"mask_token_id": 261, "eos_token_id": 258, "pad_token_id": 258}
+
+
+def write(folder: Path, family: str = "llada", *, dtype: str = "bfloat16", **sizes: int) -> Path:
+  """A model of 0.1M parameters whose tokenizer reads bytes."""
+  folders.write(folder, family, dtype=dtype, shards=2, **(SIZES | sizes))
+  ids = IDS if family in ("llada", "dream") else {k: v for k, v in IDS.items() if k != "mask_token_id"}
+  for name, content in small_files().items():
+    if name != "config.json":
+      (folder / name).write_bytes(content)
+  _name_ids(folder, ids)
+  return folder
+
+
+def write_20m(folder: Path) -> Path:
+  """A LLaDA of 21M parameters, random weights, with a real vocabulary (see `write_llada_tokenizer`)."""
+  sizes = dict(vocab=49424, embed=192, heads=3, kv_heads=3, head_size=64, mlp=576, layers=4)
+  folders.write(folder, "llada", dtype="bfloat16", shards=4, **sizes)
+  _name_ids(folder, write_real_tokenizer(folder))
+  return folder
+
+
+def _name_ids(folder: Path, ids: dict[str, int]) -> None:
+  path = folder / "config.json"
+  config = json.loads(path.read_text())
+  path.write_text(json.dumps({k: v for k, v in config.items() if not k.endswith("_token_id")} | ids))
