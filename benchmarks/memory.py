@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # nothing is run on a chip, so processes need not take turns
 
 import jax
 import numpy as np

@@ -61,7 +61,8 @@ def inspect(folder: Path) -> Source:
   source = Source(folder, description, tokenizer, ids)
   if ids.vocab > source.size.vocab:
     raise ValueError(
-      f"{folder}: the tokenizer has {ids.vocab} ids, the embedding {source.size.vocab} rows: they do not belong together"
+      f"{folder}: the tokenizer has {ids.vocab} ids, the embedding {source.size.vocab} rows:"
+      " these files are of two models"
     )
   return source
 

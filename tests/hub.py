@@ -23,8 +23,8 @@ def write(folder: Path, family: str = "llada", *, dtype: str = "bfloat16", **siz
 
 
 def write_20m(folder: Path) -> Path:
-  """A LLaDA of 21M parameters, random weights, with a real vocabulary (see `write_llada_tokenizer`)."""
-  sizes = dict(vocab=49424, embed=192, heads=3, kv_heads=3, head_size=64, mlp=576, layers=4)
+  """A LLaDA of 20M parameters, random weights, with a real vocabulary (see `write_llada_tokenizer`)."""
+  sizes = dict(vocab=49424, embed=128, heads=2, kv_heads=2, head_size=64, mlp=1024, layers=16)
   folders.write(folder, "llada", dtype="bfloat16", shards=4, **sizes)
   _name_ids(folder, write_real_tokenizer(folder))
   return folder

@@ -10,9 +10,9 @@ A file has one schema, which the fields of its first line tell; further fields a
 
 import hashlib
 import json
+import logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ SYSTEM_PROMPT = (
 )
 """d1's instruction for fine-tuning, to the letter; its RL prompt differs."""
 
+_log = logging.getLogger(__name__)
 _BOXED = re.compile(r"\\boxed\s*\{")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
@@ -169,7 +170,7 @@ def read(path: str | os.PathLike[str]) -> list[Demonstration]:
     raise ValueError(f"{path}: none of {len(rows)} rows has a final answer (\\boxed{{...}}); give another file")
   if len(found) < len(rows):
     left_out = f"{len(rows) - len(found)} of {len(rows)} rows"
-    warnings.warn(f"{path}: left out {left_out} without a final answer (\\boxed{{...}})", stacklevel=2)
+    _log.warning("%s: left out %s without a final answer (\\boxed{...})", path, left_out)
   return found
 
 

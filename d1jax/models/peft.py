@@ -83,7 +83,8 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
     raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported: it changes the base")
   for name, expected in {**FIXED, **OTHERS}.items():
     value = config.get(name, expected)
-    if value != expected and (value or expected):
+    is_empty = value is None or value is False or value in ({}, [])
+    if value != expected and (expected or not is_empty):
       raise ValueError(f"{path}: {name}={value!r} is not supported, only {expected!r}")
   files = TensorFiles(folder, f"{WEIGHTS}.index.json", WEIGHTS)
   shapes, layers = jax.eval_shape(network.init, jax.random.key(0))["blocks"], network.size.layers
@@ -93,7 +94,7 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
   targets = []
   for target, (part, weight) in PROJECTIONS.items():
     module = PREFIX + _module(spelled, target)
-    if f"{module.format(0)}.lora_A.weight" not in files.shapes:
+    if not any(f"{module.format(i)}.lora_{side}.weight" in files.shapes for i in range(layers) for side in "AB"):
       continue
     inner, outer = shapes[part][weight].shape[1:]
     stacks = []
@@ -107,8 +108,10 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
       unread -= set(tensors)
     tree.setdefault(part, {})[weight] = Adapter(stacks[0], stacks[1], alpha / rank, dropout)
     targets.append(target)
-  if unread or not targets:
-    raise ValueError(f"{folder / WEIGHTS}: {min(unread, default='no tensor')} belongs to no projection of the network")
+  if unread:
+    raise ValueError(f"{folder / WEIGHTS}: {min(unread)} belongs to no projection of the network")
+  if not targets:
+    raise ValueError(f"{folder / WEIGHTS} holds no tensors of an adapter")
   return LoraSpec(rank, alpha, dropout, tuple(targets)), {"blocks": tree}
 
 

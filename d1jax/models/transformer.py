@@ -99,8 +99,6 @@ PRESETS = {  # vocab: at least; a run takes more where its tokenizer needs it
     qkv_bias=True,
   ),
 }
-LLADA_MASK_ID = 126336
-"""The mask token of LLaDA-8B's own tokenizer."""
 
 
 class Transformer(nnx.Module):

@@ -85,6 +85,25 @@ def shardings(mesh: Mesh, rules: Rules, axes: Any) -> Any:
   return jax.tree.map(lambda a: sharding(mesh, rules, *a), axes, is_leaf=lambda a: isinstance(a, tuple))
 
 
+def check_divides(abstract: Any, placements: Any) -> None:
+  """Raises a ValueError that names the first array whose axes the mesh does not divide.
+
+  Args:
+    abstract: shapes.
+    placements: a NamedSharding for each.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(abstract)
+  for (path, x), placement in zip(leaves, jax.tree.leaves(placements), strict=True):
+    try:
+      placement.shard_shape(x.shape)
+    except ValueError:
+      mesh = ", ".join(f"{axis}={size}" for axis, size in placement.mesh.shape.items())
+      raise ValueError(
+        f"a mesh of {mesh} does not divide {jax.tree_util.keystr(path)}, {x.shape} cut along {placement.spec}:"
+        " change the mesh or the rules"
+      ) from None
+
+
 def constrainer(mesh: Mesh, rules: Rules) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
   """`constrain(x, axes)` for a model: the one way that it states where an activation lives."""
   return lambda x, axes: jax.lax.with_sharding_constraint(x, sharding(mesh, rules, *axes))

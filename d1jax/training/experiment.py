@@ -238,4 +238,5 @@ def build(
     shift=source.description.shift if source else 0,
   )
   weights = Weights(network, mesh, rules, config.seed, source, spec, config.model.quantize, dtype)
+  weights.check()
   return Experiment(config, task, tokenizer, denoiser, weights, SamplerSpec(**config.rollout))

@@ -73,6 +73,12 @@ class Weights:
     axes = lora.quantized_axes(self.network.axes) if self.quantized else self.network.axes
     return meshes.shardings(self.mesh, self.rules, axes)
 
+  def check(self) -> None:
+    """Raises a ValueError when the mesh does not divide some weight."""
+    meshes.check_divides(jax.eval_shape(self._init, self.key), self.trainable_placement)
+    if self.lora:
+      meshes.check_divides(pretrained.abstract(self.network, self.base_dtype, self.quantized), self.base_placement)
+
   def frozen_placement(self, *, with_reference: bool = False) -> Frozen:
     """The placements of what is not trained; a reference beside the base exists in full fine-tuning only."""
     return Frozen(self.base_placement, self.trainable_placement if with_reference and not self.lora else {})

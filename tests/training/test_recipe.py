@@ -210,6 +210,7 @@ def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
   ("changes", "message"),
   [
     ({"mesh__tensor": 3}, "does not fit 8 devices"),
+    ({"mesh__data": 1, "mesh__tensor": 8, "model__overrides__mlp": 60}, r"does not divide \['blocks'\]\['mlp'\]"),
     ({"sft__batch_size": 12}, r"sft\.batch_size is 12, .*use a multiple of 8"),
     ({"grpo__num_generations": 3}, "prompts_per_iteration x num_generations is 12"),
     ({"grpo__rollout_chunks": 4}, r"grpo\.rollout_chunks=4 parts"),
