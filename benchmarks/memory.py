@@ -53,7 +53,13 @@ def load(chips: int, changes: dict[str, Any]) -> ConfigDict:
   spec.loader.exec_module(module)
   config = module.get_config("llada_8b")
   parts = config.grpo.prompts_per_iteration * config.grpo.num_generations // (ROWS_A_CHIP * chips)
-  fields = {"model.dtype": "bfloat16", "grpo.accumulation": parts, "grpo.rollout_chunks": parts, **changes}
+  fields = {
+    "model.dtype": "bfloat16",
+    "data.prompt_buckets": (200,),
+    "grpo.accumulation": parts,
+    "grpo.rollout_chunks": parts,
+    **changes,
+  }
   for field, value in fields.items():
     config.update_from_flattened_dict({field: value})
   return config

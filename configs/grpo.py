@@ -124,13 +124,14 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     dump_every=0,  # iterations between dumped rollouts; 0: none
     **ADAM,
   )
-  c.evaluation = dict(batch_size=96)
+  # Prompts of evaluations; those of training are in data.prompt_buckets.
+  c.evaluation = dict(batch_size=96, prompt_buckets=(256, 512, 1024, 2048))
 
   presets = {
     "llada_8b": (),
     "tiny": (_tiny,),
     "smoke": (_tiny, _smoke),
-    "sudoku": (),
+    "sudoku": (_sudoku,),
     "countdown": (_countdown,),
     "gsm8k": (_gsm8k,),
     "math": (_math,),
@@ -189,7 +190,7 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     logits_chunk=config_dict.placeholder(int),
     validate_every=50,
   )
-  c.evaluation.batch_size = 128
+  c.evaluation.update(batch_size=128, prompt_buckets=(33,))
 
 
 def _smoke(c: config_dict.ConfigDict) -> None:
@@ -201,11 +202,16 @@ def _smoke(c: config_dict.ConfigDict) -> None:
   c.evaluation.batch_size = 88
 
 
+def _sudoku(c: config_dict.ConfigDict) -> None:
+  if c.task.style != "terse":
+    c.data.prompt_buckets = (256,)  # all of d1's Sudoku prompts are longer than its 200 tokens
+
+
 def _countdown(c: config_dict.ConfigDict) -> None:
   c.task.name = "countdown"
   c.task.sizes.update(validation=200, test=400)
   if c.task.style == "terse":
-    c.data.prompt_buckets = c.sft.prompt_buckets = (24,)
+    c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (24,)
     c.sft.completion_buckets = (24,)
     c.rollout.update(completion_length=24, block_length=24)
   else:

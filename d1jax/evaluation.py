@@ -101,7 +101,7 @@ class Evaluator:
     order = np.arange(count * self._batch_size, dtype=np.int32)
     # Every batch has the width of the largest bucket in use, so that one program serves all.
     longest = max(len(p) for p in texts.prompts)
-    width = min(b for b in experiment.buckets if b >= longest)
+    width = min(b for b in experiment.config.evaluation.prompt_buckets if b >= longest)
     tokens, valid = pad_left([texts.prompts[i % rows] for i in order], width, experiment.tokenizer.pad_id)
     by_batch = lambda x: x.reshape(count, self._batch_size, *x.shape[1:])
     self._batches = [

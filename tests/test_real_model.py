@@ -21,6 +21,7 @@ COMMON = (
   "--config.task.sizes.test=4",
   "--config.evaluation.batch_size=4",
   "--config.data.prompt_buckets=(512,)",
+  "--config.evaluation.prompt_buckets=(512,)",
   "--config.lora.rank=4",
 )
 

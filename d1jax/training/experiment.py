@@ -59,11 +59,6 @@ class Experiment:
   sampler: SamplerSpec
 
   @property
-  def buckets(self) -> tuple[int, ...]:
-    """The prompt lengths that are compiled."""
-    return tuple(self.config.data.prompt_buckets)
-
-  @property
   def ways(self) -> int:
     """Over how many devices a batch is split."""
     return meshes.batch_ways(self.weights.mesh, self.weights.rules)
@@ -78,21 +73,27 @@ class Experiment:
     """The placement of a batch: rows over the batch axis."""
     return meshes.sharding(self.weights.mesh, self.weights.rules, "batch")
 
+  def buckets(self, split: str) -> tuple[str, tuple[int, ...]]:
+    """The prompt lengths that are compiled for a split, and the field that says so."""
+    if split == "train":
+      return "data.prompt_buckets", tuple(self.config.data.prompt_buckets)
+    if split == "demonstrations":
+      return "sft.prompt_buckets", tuple(self.config.sft.prompt_buckets)
+    return "evaluation.prompt_buckets", tuple(self.config.evaluation.prompt_buckets)
+
   def texts(self, split: str) -> Texts:
     """The records of a split whose prompts fit a bucket; the others are left out and counted."""
     records = list(self.task.records(split))
     style = self.config.task.style
     asked = [self.task.prompt(r, style) for r in records]
     prompts = [self.tokenizer.prompt(messages, prefill) for messages, prefill in asked]
-    keep = [i for i, ids in enumerate(prompts) if len(ids) <= max(self.buckets)]
+    field, buckets = self.buckets(split)
+    keep = [i for i, ids in enumerate(prompts) if len(ids) <= max(buckets)]
     if len(keep) < len(records):
-      print(
-        f"{split}: left out {len(records) - len(keep)} of {len(records)} prompts longer than {max(self.buckets)} tokens"
-      )
+      print(f"{split}: left out {len(records) - len(keep)} of {len(records)} prompts longer than {max(buckets)} tokens")
     if not keep:
-      raise ValueError(
-        f"every {split} prompt is longer than prompt_buckets={self.buckets}: raise config.data.prompt_buckets"
-      )
+      shortest = min(map(len, prompts), default=0)
+      raise ValueError(f"every {split} prompt is longer than {field}={buckets}, the shortest {shortest}: raise it")
     return Texts([records[i] for i in keep], [prompts[i] for i in keep], [asked[i][1] for i in keep])
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:

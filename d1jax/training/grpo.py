@@ -152,7 +152,7 @@ class Programs:
   def compile(self) -> None:
     """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
     weights = self._experiment.weights
-    for width in self._experiment.buckets:
+    for width in self._experiment.buckets("train")[1]:
       rollout, update = (lower() for lower in self.lowering(width))
       gap = None
       if weights.merges:
@@ -267,7 +267,7 @@ def advancer(
     seed=experiment.config.seed,
     prompts_per_batch=config.prompts_per_iteration,
     num_generations=config.num_generations,
-    buckets=experiment.buckets,
+    buckets=experiment.buckets("train")[1],
     pad_id=experiment.tokenizer.pad_id,
     position=position,
   )

@@ -29,6 +29,7 @@ FIELDS = {
   "lora.alpha": 8.0,
   "lora.dropout": 0.1,
   "data.prompt_buckets": (80,),
+  "evaluation.prompt_buckets": (80,),
   "sft.prompt_buckets": (80,),
   "sft.completion_buckets": (20,),
   "sft.steps": 6,

@@ -226,7 +226,11 @@ def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
     ({"model__size": "llada_8b"}, "--config.model.pretrained=FOLDER"),
     ({"model__pretrained": "/nowhere"}, "/nowhere/config.json is missing"),
     ({"task__protocol": "lax"}, "unknown protocol 'lax'"),
-    ({"data__prompt_buckets": (20,)}, "every test prompt is longer than prompt_buckets"),
+    (
+      {"data__prompt_buckets": (20,)},
+      r"every train prompt is longer than data.prompt_buckets=\(20,\), the shortest 33",
+    ),
+    ({"evaluation__prompt_buckets": (20,)}, "every test prompt is longer than evaluation.prompt_buckets"),
     ({"task__name": "sodoku"}, "unknown task 'sodoku'"),
     ({"task__style": "wordy"}, "unknown style 'wordy'"),
     ({"model__size": "huge"}, "model.size='huge' is unknown; known: tiny, llada_8b, dream_7b"),

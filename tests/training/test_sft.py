@@ -36,7 +36,7 @@ def job(root, workdir, **changes):
     "sft__validate_every": 4,
     "tokenizer__vocab_size": 512,
     "task__style": "d1",
-    "data__prompt_buckets": (900,),
+    "evaluation__prompt_buckets": (900,),
   }
   return small(workdir, "sft", **(fields | changes))
 
