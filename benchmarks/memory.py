@@ -34,8 +34,8 @@ ROWS_A_CHIP = 6
 """Rows of a micro-batch on each chip: d1's, on each of its GPUs."""
 
 TRAININGS: dict[str, dict[str, Any]] = {
-  "full, float32": {"lora.rank": 0, "model.quantize": None},
-  "LoRA, bfloat16 base": {"model.quantize": None},
+  "full, float32": {"lora.rank": 0, "model.quantize": "none"},
+  "LoRA, bfloat16 base": {"model.quantize": "none"},
   "LoRA, int8 base": {"model.quantize": "int8"},
   "LoRA, NF4 base": {"model.quantize": "nf4"},
   "LoRA on all seven, NF4 base": {"model.quantize": "nf4", "lora.targets": ALL},

@@ -53,7 +53,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPUs
     remat=True,
     unroll=1,  # layers the scan unrolls
-    quantize="nf4",  # how the base under adapters is kept: int8, nf4, or None for `dtype`
+    quantize="nf4",  # how the base under adapters is kept: int8, nf4, or none for `dtype`
   )
   # Adapters; rank 0 trains every weight instead.
   c.lora = dict(rank=128, alpha=64.0, dropout=0.05, targets=("q_proj", "k_proj", "v_proj", "up_proj"))
@@ -153,7 +153,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 def _tiny(c: config_dict.ConfigDict) -> None:
   """A model of 0.2M parameters that learns 4x4 Sudoku in minutes on two cores; chosen on the validation grids."""
   c.mesh.update(data=-1, fsdp=1)
-  c.model.update(size="tiny", remat=False, unroll=3, quantize=config_dict.placeholder(str))
+  c.model.update(size="tiny", remat=False, unroll=3, quantize="none")
   c.lora.update(rank=0, dropout=0.0, targets=PROJECTIONS)
   c.data.prompt_buckets = (33,)
   c.task.update(style="terse", protocol="strict")
@@ -215,6 +215,7 @@ def _countdown(c: config_dict.ConfigDict) -> None:
     c.sft.completion_buckets = (24,)
     c.rollout.update(completion_length=24, block_length=24)
   else:
+    c.task.options.numbers = (3, 3)
     c.grpo.update(steps=625, num_iterations=8)
 
 

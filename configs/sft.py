@@ -26,7 +26,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 
 
 def _llada_8b(c: config_dict.ConfigDict) -> None:
-  c.model.quantize = config_dict.placeholder(str)
+  c.model.quantize = "none"
   c.lora.update(alpha=256.0, targets=("q_proj", "k_proj", "v_proj"))
   c.sft.update(
     data="s1k/s1k.jsonl",

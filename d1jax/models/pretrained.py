@@ -93,7 +93,7 @@ def read(
     tensors = names.tensors_of(path, template, network.size.layers)
     filled = _fill(files, tensors, path, leaf, placement, quantized or "")
     if path in (("embedding",), ("head",)) and rows < network.size.vocab:
-      filled = _with_new_rows(filled, rows, placement, axis=int(path == ("head",)))
+      filled = _with_new_rows(filled, rows, _mean_row(files, tensors[0]), placement, axis=int(path == ("head",)))
     params = _set(params, path, filled)
   return params
 
@@ -213,10 +213,18 @@ def _writer(device: Any, stacked: bool, transposed: bool, quantized: str) -> Any
   return jax.jit(write, in_shardings=here, out_shardings=here, donate_argnums=0)
 
 
-def _with_new_rows(w: jax.Array, rows: int, placement: Sharding, axis: int) -> jax.Array:
+def _mean_row(files: TensorFiles, name: str) -> np.ndarray:
+  """The mean of a tensor's rows, summed on the host in the order of the file: the same bits whatever the devices."""
+  rows, width = files.shapes[name]
+  step = max(1, PIECE // (8 * width))
+  starts = range(0, rows, step)
+  total = sum(files.read(name, slice(i, min(i + step, rows))).astype(np.float64).sum(0) for i in starts)
+  return np.asarray(total / rows, np.float32)
+
+
+def _with_new_rows(w: jax.Array, rows: int, mean: np.ndarray, placement: Sharding, axis: int) -> jax.Array:
   def extend(w: jax.Array) -> jax.Array:
-    mean = jnp.sum(w.astype(jnp.float32), axis=axis, keepdims=True) / rows  # the new rows are zero
     is_new = jax.lax.broadcasted_iota(jnp.int32, w.shape, axis) >= rows
-    return jnp.where(is_new, mean.astype(w.dtype), w)
+    return jnp.where(is_new, jnp.expand_dims(jnp.asarray(mean, w.dtype), axis), w)
 
   return jax.jit(extend, in_shardings=placement, out_shardings=placement, donate_argnums=0)(w)

@@ -18,6 +18,7 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.models import transformer
 from d1jax.models.lora import LoraSpec
+from d1jax.models.quantize import KINDS
 from d1jax.parallel import mesh as meshes
 from d1jax.pretrained import Source, build_denoiser, inspect
 from d1jax.tasks import Record, Task
@@ -219,8 +220,10 @@ def build(
   elif tokenizer is None:
     tokenizer = train_tokenizer(task, config.task.style, **config.tokenizer)
   spec = _lora_spec(config)
-  if config.model.quantize and spec is None:
-    raise ValueError(f"model.quantize={config.model.quantize!r} stores a frozen base: set lora.rank to train adapters")
+  check_choice("model.quantize", config.model.quantize, ("none", *KINDS))
+  quantized = None if config.model.quantize == "none" else config.model.quantize
+  if quantized and spec is None:
+    raise ValueError(f"model.quantize={quantized!r} stores a frozen base: set lora.rank to train adapters")
   devices = jax.devices() if devices is None else devices
   mesh, rules = meshes.make_mesh(config.mesh.to_dict(), devices), config.rules.to_dict()
   dtype = compute_dtype(config.model.dtype, devices[0].platform)
@@ -238,6 +241,6 @@ def build(
     known_ids=tokenizer.vocab,
     shift=source.description.shift if source else 0,
   )
-  weights = Weights(network, mesh, rules, config.seed, source, spec, config.model.quantize, dtype)
+  weights = Weights(network, mesh, rules, config.seed, source, spec, quantized, dtype)
   weights.check()
   return Experiment(config, task, tokenizer, denoiser, weights, SamplerSpec(**config.rollout))

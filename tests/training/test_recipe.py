@@ -223,6 +223,7 @@ def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
     ({"lora__rank": 4}, "sft.steps=120 with adapters"),
     ({"lora__rank": 4, "sft__steps": 0, "lora__targets": ("q_proj", "ff_proj")}, "ff_proj match no projection"),
     ({"model__quantize": "nf4"}, "set lora.rank"),
+    ({"model__quantize": "None"}, "unknown model.quantize 'None'; choose one of: none, int8, nf4"),
     ({"model__size": "llada_8b"}, "--config.model.pretrained=FOLDER"),
     ({"model__pretrained": "/nowhere"}, "/nowhere/config.json is missing"),
     ({"task__protocol": "lax"}, "unknown protocol 'lax'"),
