@@ -10,6 +10,7 @@ def get_config() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.mode = "eval"
   c.checkpoint = config_dict.placeholder(str)
+  c.pretrained = config_dict.placeholder(str)  # where the folder that the run started from is now; None: where it was
   c.split = "test"
   c.temperatures = (0.0, 1.0)  # 0 is greedy
   c.seed = 0  # of the sampled completions

@@ -8,8 +8,8 @@ def get_config() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.mode = "export"
   c.checkpoint = config_dict.placeholder(str)  # a work directory or a checkpoint's folder
-  c.pretrained = config_dict.placeholder(str)  # instead: a downloaded model and
-  c.adapter = config_dict.placeholder(str)  # a PEFT adapter to merge into it
+  c.adapter = config_dict.placeholder(str)  # instead: a PEFT adapter, to merge into `pretrained`
+  c.pretrained = config_dict.placeholder(str)  # the adapter's base; or where a run's base is now, None: where it was
   c.output = config_dict.placeholder(str)  # a new folder
   c.form = "model"  # or "adapter": a PEFT folder of a run's adapters alone
   c.mesh = dict(data=1, fsdp=-1, tensor=1)

@@ -22,7 +22,7 @@ from d1jax.rl.grading import Graded, grade
 from d1jax.state import Frozen, merge_for_rollout
 from d1jax.tasks import Record, Task
 from d1jax.training.checkpoint import Checkpoints
-from d1jax.training.experiment import Experiment, Texts, build
+from d1jax.training.experiment import Experiment, Texts, build, of_checkpoint
 from d1jax.training.weights import check_base
 from d1jax.training.workdir import read_tokenizer, versions, write_atomically, write_json
 
@@ -167,8 +167,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   folder = find_checkpoint(Path(config.checkpoint))
   checkpoints = Checkpoints(folder.parent)
   metadata = checkpoints.metadata(int(folder.name))
-  trained = ConfigDict(metadata["config"])
-  trained.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
+  trained = of_checkpoint(metadata["config"], config)
   with input_checked():
     experiment = build(trained, read_tokenizer(folder.parent.parent.parent))
     texts = experiment.texts(config.split)

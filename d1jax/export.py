@@ -46,8 +46,7 @@ def run(config: ConfigDict) -> Path:
 def _from_checkpoint(folder: Path, output: Path, config: ConfigDict) -> None:
   checkpoints = Checkpoints(folder.parent)
   metadata = checkpoints.metadata(int(folder.name))
-  trained = ConfigDict(metadata["config"])
-  trained.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
+  trained = experiments.of_checkpoint(metadata["config"], config)
   experiment = experiments.build(trained, read_tokenizer(folder.parent.parent.parent))
   weights, section = experiment.weights, trained[folder.parent.name]
   abstract = weights.abstract_state(experiment.optimizer(section, section.steps))

@@ -143,6 +143,15 @@ def compute_dtype(name: str, platform: str) -> Any:
   return jnp.dtype(name)
 
 
+def of_checkpoint(trained: Mapping[str, Any], now: ConfigDict) -> ConfigDict:
+  """A checkpoint's configuration on the devices, and with the pretrained folder where it is, `now`."""
+  config = ConfigDict(trained)
+  config.update(mesh=now.mesh, cpu_devices=now.cpu_devices)
+  if now.pretrained is not None:
+    config.model.pretrained = now.pretrained
+  return config
+
+
 def check_batches(config: ConfigDict, ways: int) -> None:
   """Raises a ValueError when a batch does not divide into parts over the devices that share it, or a stage is empty."""
   batches = [("sft.batch_size", config.sft.batch_size, "sft.accumulation", config.sft.accumulation)]

@@ -4,6 +4,8 @@ A weight depends on its name and the seed alone, so that the PyTorch script and 
 """
 
 import json
+import os
+import unittest
 import zlib
 from pathlib import Path
 from typing import Any
@@ -328,3 +330,22 @@ def write(
   }
   (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
   return weights
+
+
+def hub() -> Path:
+  """The real models' config.json and indices of tensors, in the data folder.
+
+  Raises:
+    SkipTest: there is no such folder.
+  """
+  root = Path(os.environ.get("D1JAX_DATA", Path(__file__).parents[2] / "../shared/data")).resolve()
+  if not (root / "tokenizers" / "llada8b" / "model.safetensors.index.json").is_file():
+    raise unittest.SkipTest(f"no tokenizers in the data folder {root}; set D1JAX_DATA to one (see its README)")
+  return root / "tokenizers"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+  """Changes keys of a folder's config.json; `...` takes one away."""
+  path = folder / "config.json"
+  config = json.loads(path.read_text(encoding="utf-8")) | changes
+  path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}), encoding="utf-8")

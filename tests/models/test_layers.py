@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,115 @@ def test_attention_is_a_softmax_over_valid_keys_on_both_sides():
   expected = np.einsum("bnqk,bknh->bqnh", share, v)
   found = layers.plain_attention(*(jnp.asarray(x) for x in (q, k, v, valid)))
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_heads_are_heads_with_repeated_keys_and_values():
+  """Query head n reads key-value head n // (N / K)."""
+  attend = jax.jit(layers.plain_attention)
+  q, k, v = random(2, 5, 6, 4), random(2, 5, 2, 4, seed=1), random(2, 5, 2, 4, seed=2)
+  valid = np.asarray([[False, True, True, True, True], [True] * 5])
+  grouped = attend(*(jnp.asarray(x) for x in (q, k, v, valid)))
+  repeated = attend(*(jnp.asarray(x) for x in (q, np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2), valid)))
+  np.testing.assert_allclose(grouped, repeated, rtol=1e-6, atol=1e-6)
+  tiled = layers.plain_attention(
+    *(jnp.asarray(x) for x in (q, np.tile(k, (1, 1, 3, 1)), np.tile(v, (1, 1, 3, 1)), valid))
+  )
+  assert np.abs(np.asarray(grouped - tiled)).mean() > 0.05, "the order of the heads is of no account here"
+
+
+def attention_of(**options):
+  """A layer of embed 8 with two heads of 6, one key-value head, its biases far from zero."""
+  defaults = dict(kv_heads=1, bias=False, theta=100.0, scaling=None)
+  layer = layers.SelfAttention(8, 2, head_dim=6, **{**defaults, **options}, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  if layer.bias:
+    for seed, name in enumerate(("query_bias", "key_bias", "value_bias")):
+      getattr(layer, name)[...] = jnp.asarray(random(*getattr(layer, name).shape, seed=seed))
+  return layer
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_projects_adds_biases_turns_and_mixes(bias):
+  layer = attention_of(bias=bias)
+  x, valid = jnp.asarray(random(2, 5, 8)), jnp.ones((2, 5), bool)
+
+  def heads(name, count):
+    y = np.asarray(x) @ np.asarray(getattr(layer, name)[...])
+    y = y + np.asarray(getattr(layer, f"{name}_bias")[...]) if bias else y
+    return jnp.asarray(y.reshape(2, 5, count, 6))
+
+  q, k, v = turned(heads("query", 2), 100.0), turned(heads("key", 1), 100.0), heads("value", 1)
+  mixed = np.asarray(layers.plain_attention(q, k, v, valid)).reshape(2, 5, 12)
+  expected = mixed @ np.asarray(layer.out[...])
+  graph, weights = nnx.split(layer)
+  found = jax.jit(lambda weights: nnx.merge(graph, weights)(x, valid, layers.plain_attention))(weights)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_start_at_zero_and_only_where_they_are_asked_for():
+  rngs = nnx.Rngs(0)
+  options = dict(kv_heads=1, head_dim=6, theta=100.0, scaling=None, dtype=jnp.float32, rngs=rngs)
+  without, with_biases = (layers.SelfAttention(8, 2, bias=bias, **options) for bias in (False, True))
+  names = {"query_bias", "key_bias", "value_bias"}
+  assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(with_biases))} - {
+    path[0] for path, _ in nnx.to_flat_state(nnx.state(without))
+  } == names
+  assert not any(getattr(with_biases, name)[...].any() for name in names)
+
+
+def transformers_llama3(inv_freq, factor, low_freq_factor, high_freq_factor, old_context_len):
+  """`_compute_llama3_parameters` of transformers' modeling_rope_utils.py, with numpy in the place of torch."""
+  low_freq_wavelen = old_context_len / low_freq_factor
+  high_freq_wavelen = old_context_len / high_freq_factor
+
+  wavelen = 2 * math.pi / inv_freq
+  # wavelen < high_freq_wavelen: do nothing
+  # wavelen > low_freq_wavelen: divide by factor
+  inv_freq_llama = np.where(wavelen > low_freq_wavelen, inv_freq / factor, inv_freq)
+  # otherwise: interpolate between the two, using a smooth factor
+  smooth_factor = (old_context_len / wavelen - low_freq_factor) / (high_freq_factor - low_freq_factor)
+  smoothed_inv_freq = (1 - smooth_factor) * inv_freq_llama / factor + smooth_factor * inv_freq_llama
+  is_medium_freq = ~(wavelen < high_freq_wavelen) * ~(wavelen > low_freq_wavelen)
+  return np.where(is_medium_freq, smoothed_inv_freq, inv_freq_llama)
+
+
+@pytest.mark.parametrize(
+  ("half", "theta", "scaling"),
+  [
+    (64, 5e5, layers.RopeScaling(8.0, 1.0, 4.0, 8192)),  # Llama 3.1
+    (32, 5e5, layers.RopeScaling(32.0, 1.0, 4.0, 8192)),  # Llama 3.2
+    (8, 100.0, layers.RopeScaling(8.0, 1.0, 4.0, 40)),
+    (16, 1e4, layers.RopeScaling(4.0, 2.0, 3.0, 500)),
+  ],
+)
+def test_scaled_frequencies_are_those_of_transformers(half, theta, scaling):
+  plain = 1.0 / theta ** (np.arange(0, 2 * half, 2, dtype=np.float64) / (2 * half))
+  np.testing.assert_allclose(layers.rotary_frequencies(half, theta), plain, rtol=2e-6)
+  expected = transformers_llama3(
+    plain, scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length
+  )
+  share = expected / plain
+  assert share[0] == 1.0
+  assert share[-1] == pytest.approx(1 / scaling.factor)
+  assert ((share > 1.001 / scaling.factor) & (share < 0.999)).any(), "no frequency is in the smooth part"
+  np.testing.assert_allclose(layers.rotary_frequencies(half, theta, scaling), expected, rtol=1e-5)
+
+
+def test_keys_are_folded_token_by_token():
+  keys = jax.random.split(jax.random.key(0), (2, 3))
+  folded = layers.fold_tokens(keys, 5)
+  for b in range(2):
+    for i in range(3):
+      expected = jax.random.key_data(jax.random.fold_in(keys[b, i], 5))
+      np.testing.assert_array_equal(jax.random.key_data(folded[b, i]), expected)
+  assert layers.fold_tokens(None, 5) is None
+
+
+def test_a_product_with_an_array_is_in_the_compute_type_and_drops_nothing():
+  x, w = random(2, 3, 4), random(4, 5, seed=1)
+  keys = jax.random.split(jax.random.key(0), (2, 3))
+  found = layers.project(jnp.asarray(w), jnp.asarray(x), jnp.float32, keys)
+  np.testing.assert_allclose(found, x @ w, rtol=1e-6, atol=1e-6)
+  assert layers.project(jnp.asarray(w), jnp.asarray(x, jnp.bfloat16), jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_gated_mlp():

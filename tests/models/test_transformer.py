@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.models import transformer
+from d1jax.models import layers
 from d1jax.models.transformer import PRESETS, TransformerSize, build, parameter_count
 
 SIZE = TransformerSize(vocab=11, embed=16, heads=2, mlp=24, layers=3, rope_theta=50.0)
@@ -59,7 +59,7 @@ def value_and_grad(network, params, batch):
   return value_and_grad_of(network, params, batch)
 
 
-def llada(params, tokens, valid, size):
+def llada(params, tokens, valid, size, frequency=None):
   """LLaDA's forward pass in plain numpy, one row, layer and head at a time."""
 
   def norm(x, scale):
@@ -67,8 +67,8 @@ def llada(params, tokens, valid, size):
 
   def turn(x):  # [L, H]: cos and sin are over [angles, angles], the halves swapped with a minus
     half = x.shape[1] // 2
-    frequency = 1.0 / size.rope_theta ** (np.arange(0, x.shape[1], 2) / x.shape[1])
-    angles = np.outer(np.arange(x.shape[0]), frequency)
+    plain = 1.0 / size.rope_theta ** (np.arange(0, x.shape[1], 2) / x.shape[1])
+    angles = np.outer(np.arange(x.shape[0]), plain if frequency is None else frequency)
     angles = np.concatenate([angles, angles], axis=1)
     swapped = np.concatenate([-x[:, half:], x[:, :half]], axis=1)
     return x * np.cos(angles) + swapped * np.sin(angles)
@@ -106,7 +106,6 @@ def test_llada_8b_has_its_8015581184_parameters():
 def test_llada_8b_has_its_sizes():
   size = PRESETS["llada_8b"]
   assert (size.rope_theta, size.norm_eps, size.embed // size.heads) == (5e5, 1e-5, 128)
-  assert transformer.LLADA_MASK_ID == 126336 < size.vocab
 
 
 def test_forward_is_lladas(logits, params, batch):
@@ -241,4 +240,112 @@ def test_constraints_and_attention_are_injected(params, batch):
 @pytest.mark.parametrize("sizes", [{"heads": 3}, {"embed": 18, "heads": 2}, {"embed": 10, "heads": 2}])
 def test_sizes_without_even_heads_are_refused(sizes):
   with pytest.raises(ValueError, match="even head size"):
+    dataclasses.replace(SIZE, **sizes)
+
+
+def test_dream_7b_has_its_7615616512_parameters():
+  assert parameter_count(build(PRESETS["dream_7b"], dtype=jnp.bfloat16)) == 7_615_616_512
+
+
+def test_dream_7b_has_its_sizes():
+  size = PRESETS["dream_7b"]
+  assert (size.rope_theta, size.norm_eps, size.head_size, size.key_value_heads) == (1e6, 1e-6, 128, 4)
+  assert (size.qkv_bias, size.tied, size.rope_scaling) == (True, False, None)
+  shapes = jax.eval_shape(build(size).init, jax.random.key(0))["blocks"]["attention"]
+  assert (shapes["query"].shape, shapes["key"].shape) == ((28, 3584, 3584), (28, 3584, 512))
+  assert (shapes["query_bias"].shape, shapes["value_bias"].shape) == ((28, 3584), (28, 512))
+  assert "out_bias" not in shapes
+
+
+GROUPED = dataclasses.replace(SIZE, heads=4, kv_heads=2, head_dim=6, qkv_bias=True)
+
+
+def test_grouped_heads_are_a_network_with_repeated_keys_and_values(batch):
+  """Of other sizes than embed / heads, with biases: the same network with each key-value head written out."""
+  network = build(GROUPED)
+  whole = build(dataclasses.replace(GROUPED, kv_heads=4))
+  rng = np.random.default_rng(3)
+  draw = lambda leaf: jnp.asarray(0.4 * rng.normal(size=leaf.shape), jnp.float32)
+  params = jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0)))
+
+  def repeat(name, w):
+    if not name.startswith(("key", "value")):
+      return w
+    return jnp.repeat(w.reshape(*w.shape[:-1], 2, 6), 2, axis=-2).reshape(*w.shape[:-1], 24)
+
+  attention = {name: repeat(name, w) for name, w in params["blocks"]["attention"].items()}
+  wide = {**params, "blocks": {**params["blocks"], "attention": attention}}
+  assert jax.tree.map(jnp.shape, wide) == jax.tree.map(
+    jnp.shape, jax.eval_shape(whole.init, jax.random.key(0))
+  )  # fmt: skip
+  keep = np.asarray(batch[1])
+  found, expected = (np.asarray(logits_of(n)(p, *batch))[keep] for n, p in ((network, params), (whole, wide)))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  without = {name: w * (0 if "bias" in name else 1) for name, w in params["blocks"]["attention"].items()}
+  params = {**params, "blocks": {**params["blocks"], "attention": without}}
+  assert np.abs(np.asarray(logits_of(network)(params, *batch))[keep] - found).mean() > 0.01
+
+
+def test_a_tied_head_is_the_transposed_embedding(logits, params, batch):
+  network = build(dataclasses.replace(SIZE, tied=True))
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  assert "head" not in shapes
+  assert "head" not in network.axes
+  tied = {name: leaf for name, leaf in params.items() if name != "head"}
+  assert jax.tree.structure(tied) == jax.tree.structure(shapes)
+  found = logits_of(network)(tied, *batch)
+  np.testing.assert_allclose(found, logits({**params, "head": params["embedding"].T}, *batch), rtol=1e-6, atol=1e-6)
+
+
+def test_a_tied_embedding_gets_the_gradient_of_both_uses(params, batch):
+  tied = {name: leaf for name, leaf in params.items() if name != "head"}
+  _, gradient = value_and_grad_of(build(dataclasses.replace(SIZE, tied=True)), tied, batch)
+  _, apart = value_and_grad_of(build(SIZE), {**tied, "head": tied["embedding"].T}, batch)
+  expected = np.asarray(apart["embedding"]) + np.asarray(apart["head"]).T
+  np.testing.assert_allclose(gradient["embedding"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_scaling_reaches_every_layer(params, batch):
+  scaling = layers.RopeScaling(8.0, 1.0, 4.0, 6)
+  scaled = build(dataclasses.replace(SIZE, rope_scaling=scaling))
+  tokens, valid = batch
+  stretched = np.asarray(layers.rotary_frequencies(4, SIZE.rope_theta, scaling))
+  assert (stretched < np.asarray(layers.rotary_frequencies(4, SIZE.rope_theta))).any()
+  found = logits_of(scaled)(params, tokens, valid)
+  expected = llada(params, tokens, valid, SIZE, frequency=stretched)
+  keep = np.asarray(valid)
+  np.testing.assert_allclose(np.asarray(found)[keep], expected[keep], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_every_product_of_every_layer_and_token_gets_a_key_of_its_own(params, batch, monkeypatch, remat):
+  seen = []
+  original = layers.project
+
+  def spy(w, x, dtype, dropout=None):
+    assert dropout.shape == x.shape[:2]
+    jax.debug.callback(lambda words: seen.append(np.asarray(words)), jax.random.key_data(dropout))
+    return original(w, x, dtype, dropout)
+
+  monkeypatch.setattr(layers, "project", spy)
+  tokens, valid = batch
+  keys = jax.random.split(jax.random.key(0), tokens.shape)
+  build(SIZE, remat=remat).encode(params, tokens, valid, keys).block_until_ready()
+  jax.effects_barrier()
+  assert len(seen) == 7 * SIZE.layers
+  words = np.concatenate([found.reshape(-1, found.shape[-1]) for found in seen])
+  assert len({tuple(row) for row in words.tolist()}) == 7 * SIZE.layers * tokens.size
+
+
+def test_keys_drop_nothing_of_plain_weights(network, params, batch):
+  keys = jax.random.split(jax.random.key(0), batch[0].shape)
+  encode = jax.jit(network.encode)
+  np.testing.assert_array_equal(encode(params, *batch, keys), encode(params, *batch))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "named"), [({"kv_heads": 3}, "kv_heads=3 does not divide heads=2"), ({"head_dim": 5}, "head_dim=5 is odd")]
+)
+def test_heads_that_do_not_fit_are_refused(sizes, named):
+  with pytest.raises(ValueError, match=named):
     dataclasses.replace(SIZE, **sizes)

@@ -253,6 +253,23 @@ def test_an_adapter_folder_merges_to_the_same_model(sft, folder, tmp_path):
     assert a.read(name).tobytes() == b.read(name).tobytes(), name
 
 
+def test_a_base_that_has_moved_is_named(sft, folder, tmp_path):
+  workdir = shutil.copytree(sft[0], tmp_path / "run")
+  moved = shutil.copytree(folder, tmp_path / "moved")
+  for step in (workdir / "checkpoints" / "sft").iterdir():
+    if step.name.isdigit():
+      for path in step.rglob("*"):
+        if path.is_file() and str(folder).encode() in path.read_bytes():
+          path.write_bytes(path.read_bytes().replace(str(folder).encode(), b"/gone"))
+  target = export_config(checkpoint=workdir, output=tmp_path / "out")
+  with pytest.raises(RunError, match=r"/gone/config\.json is missing"):
+    export.run(target)
+  config = eval_config(workdir)
+  config.pretrained = target.pretrained = str(moved)
+  assert evaluation.run(config)["results"]["greedy"]["n"] == 8
+  assert TensorFiles(export.run(target)).shapes == TensorFiles(folder).shapes
+
+
 def test_a_quantised_run_is_exported_on_the_dense_base(folder, tmp_path):
   config = job("sft", folder, tmp_path / "run", model__quantize="nf4", sft__steps=3)
   recipe.run(config)
