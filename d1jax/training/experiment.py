@@ -143,13 +143,13 @@ def compute_dtype(name: str, platform: str) -> Any:
   return jnp.dtype(name)
 
 
-def of_checkpoint(trained: Mapping[str, Any], now: ConfigDict) -> ConfigDict:
-  """A checkpoint's configuration on the devices, and with the pretrained folder where it is, `now`."""
-  config = ConfigDict(trained)
-  config.update(mesh=now.mesh, cpu_devices=now.cpu_devices)
-  if now.pretrained is not None:
-    config.model.pretrained = now.pretrained
-  return config
+def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
+  """A checkpoint's configuration, with the devices and the place of the pretrained folder that `config` names."""
+  restored = ConfigDict(trained)
+  restored.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
+  if config.pretrained is not None:
+    restored.model.pretrained = config.pretrained
+  return restored
 
 
 def check_batches(config: ConfigDict, ways: int) -> None:

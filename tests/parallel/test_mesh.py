@@ -256,7 +256,7 @@ def test_a_placement_follows_the_rules():
 
 
 def test_an_axis_without_a_rule_is_named():
-  with pytest.raises(ValueError, match="logical axis 'experts' has no rule; rules name: batch, embed"):
+  with pytest.raises(ValueError, match="logical axis 'experts' has no rule; rules name: adapter, batch, embed"):
     sharding(mesh_of(1, 1, 1), RULES, "batch", "experts")
   with pytest.raises(ValueError, match="'experts'"):
     constrainer(mesh_of(1, 1, 1), RULES)(jnp.zeros((2, 2)), ("batch", "experts"))
