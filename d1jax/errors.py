@@ -76,12 +76,12 @@ def input_checked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(stage: str, micro_batch: str) -> Iterator[None]:
+def explained(stage: str, remedy: str) -> Iterator[None]:
   """Turns failures of the machine into a `RunError`; other exceptions pass.
 
   Args:
     stage: what was running.
-    micro_batch: the option to try when device memory runs out, e.g. `--config.grpo.accumulation=4`.
+    remedy: what to try when device memory runs out, e.g. `smaller micro-batches: --config.grpo.accumulation=4`.
   """
   try:
     yield
@@ -95,5 +95,5 @@ def explained(stage: str, micro_batch: str) -> Iterator[None]:
         " it goes on from the last checkpoint"
       ) from error
     if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
-      raise OutOfMemoryError(f"{stage}: device memory ran out; try smaller micro-batches: {micro_batch}") from error
+      raise OutOfMemoryError(f"{stage}: device memory ran out; try {remedy}") from error
     raise

@@ -80,12 +80,7 @@ def read(
   Raises:
     ValueError: a tensor is missing, unknown, misshaped or truncated; the message names it.
   """
-  files = TensorFiles(folder)
-  scheme = names.scheme_of(files.shapes)
-  shapes = jax.eval_shape(network.init, jax.random.key(0))
-  known = {path: scheme.get(path, ".".join(path)) for path in _paths(shapes)}
-  rows = families.describe(folder).size.vocab
-  _check(folder, files, known, shapes, network.size.layers, rows)
+  files, known, rows = check(folder, network)
   whole = abstract(network, dtype, quantized)
   params = whole
   for path, template in known.items():
@@ -115,10 +110,20 @@ def _set(tree: Params, path: names.Path, leaf: Any) -> Params:
   return {**tree, name: _set(tree[name], tuple(rest), leaf) if rest else leaf}
 
 
-def _check(
-  folder: Path, files: TensorFiles, known: Mapping[names.Path, str], shapes: Params, layers: int, rows: int
-) -> None:
-  """Compares the files with what the network needs; `rows` is the vocabulary that the folder states."""
+def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Path, str], int]:
+  """Compares a folder's tensors with what a network needs, from the headers of its files.
+
+  Returns:
+    The files, the name of each parameter's tensor (`{}` for the layer), and the rows of the stored vocabulary.
+
+  Raises:
+    ValueError: a tensor is missing, unknown, misshaped or truncated; the message names it.
+  """
+  files = TensorFiles(folder)
+  scheme = names.scheme_of(files.shapes)
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  known = {path: scheme.get(path, ".".join(path)) for path in _paths(shapes)}
+  rows, layers = families.describe(folder).size.vocab, network.size.layers
   expected: dict[str, tuple[int, ...]] = {}
   for path, template in known.items():
     shape = _get(shapes, path).shape[path[0] == "blocks" :]
@@ -139,6 +144,7 @@ def _check(
       shape = (rows, *shape[1:])
     if found != shape:
       raise ValueError(f"{files.file_of(name)}: tensor {name} has shape {found}, config.json asks for {shape}")
+  return files, known, rows
 
 
 def _fill(files: TensorFiles, tensors: list[str], path: names.Path, leaf: Any, placement: Any, quantized: str) -> Any:

@@ -97,8 +97,9 @@ class Recipe:
     folder = self.workdir / "checkpoints" / name
     checkpoints = Checkpoints(folder)
     abstract = self.experiment.weights.abstract_state(optimizer)
-    metadata = {"config": self.config.to_dict(), "base": self.experiment.weights.base_fingerprint}
-    with explained(name, f"--config.{name}.accumulation={2 * section.accumulation}"):
+    with explained("reading the base", "--config.model.quantize=nf4, or more devices"):
+      metadata = {"config": self.config.to_dict(), "base": self.experiment.weights.base_fingerprint}
+    with explained(name, f"smaller micro-batches: --config.{name}.accumulation={2 * section.accumulation}"):
       start = checkpoints.restore_latest(abstract)
       if start:
         with input_checked():
@@ -179,7 +180,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
       print(report.summary(results, workdir))
       return results
   began = time.monotonic()
-  with Interrupts() as interrupts, explained("run", "--config.evaluation.batch_size=64"):
+  with Interrupts() as interrupts, explained("run", "smaller batches: --config.evaluation.batch_size=64"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
     claim(workdir, config.to_dict(), recipe.experiment.tokenizer.files)

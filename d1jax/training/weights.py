@@ -74,7 +74,9 @@ class Weights:
     return meshes.shardings(self.mesh, self.rules, axes)
 
   def check(self) -> None:
-    """Raises a ValueError when the mesh does not divide some weight."""
+    """Raises a ValueError when the mesh does not divide some weight, or the folder lacks one."""
+    if self.source is not None:
+      pretrained.check(self.source.folder, self.network)
     meshes.check_divides(jax.eval_shape(self._init, self.key), self.trainable_placement)
     if self.lora:
       meshes.check_divides(pretrained.abstract(self.network, self.base_dtype, self.quantized), self.base_placement)

@@ -144,6 +144,16 @@ def test_adapters_of_another_base_are_refused(sft, folder, tmp_path):
     recipe.run(job("sft", stranger, workdir))
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_damaged_folder_is_one_line_before_anything_is_written(folder, tmp_path, rank):
+  damaged = shutil.copytree(folder, tmp_path / "damaged")
+  shard = damaged / "model-00002-of-00002.safetensors"
+  shard.write_bytes(shard.read_bytes()[:-100])
+  with pytest.raises(RunError, match=r"model-00002-of-00002.safetensors cannot be read \(tensor .* is truncated\)"):
+    recipe.run(job("grpo", damaged, tmp_path / "run", lora__rank=rank))
+  assert not (tmp_path / "run").exists()
+
+
 def test_the_reference_is_the_base_and_rollouts_are_merged(tuned):
   workdir, config, results = tuned
   records = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]

@@ -162,7 +162,7 @@ def test_a_wrong_command_line_is_one_line(arguments, message):
 
 def test_device_memory_that_runs_out_names_the_micro_batch():
   said = pytest.raises(OutOfMemoryError, match=r"grpo: device memory ran out.*--config\.grpo\.accumulation=4")
-  with said, explained("grpo", "--config.grpo.accumulation=4"):
+  with said, explained("grpo", "smaller micro-batches: --config.grpo.accumulation=4"):
     jax.jit(lambda: jnp.zeros((1 << 46,), jnp.int8))().block_until_ready()
 
 
