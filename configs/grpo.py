@@ -116,7 +116,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     scale_rewards=False,  # divide advantages by the group's standard deviation
     aggregation="token",
     learning_rate=3e-6,
-    warmup_steps=1,
+    warmup_steps=500,
     decay="constant",
     max_grad_norm=0.2,
     logits_chunk=16,
@@ -216,14 +216,14 @@ def _countdown(c: config_dict.ConfigDict) -> None:
     c.rollout.update(completion_length=24, block_length=24)
   else:
     c.task.options.numbers = (3, 3)
-    c.grpo.update(steps=625, num_iterations=8)
+    c.grpo.update(steps=625, num_iterations=8, warmup_steps=120)
 
 
 def _gsm8k(c: config_dict.ConfigDict) -> None:
   c.task.name = "gsm8k"
   c.task.sizes.update(demonstrations=8000, train=8000, validation=200, test=1319)
   if c.task.style != "terse":
-    c.grpo.update(steps=642, num_iterations=12)
+    c.grpo.update(steps=642, num_iterations=12, warmup_steps=6)
 
 
 def _math(c: config_dict.ConfigDict) -> None:
@@ -231,4 +231,4 @@ def _math(c: config_dict.ConfigDict) -> None:
   c.task.name = "math"
   c.task.sizes.update(demonstrations=12000, train=12000, test=500)
   if c.task.style != "terse":
-    c.grpo.steps = 550
+    c.grpo.update(steps=550, warmup_steps=9)
