@@ -1,4 +1,4 @@
-"""The numbers marked so come from running d1's own functions (commit 837888f) on the same texts."""
+"""The numbers marked so come from running d1's functions, retyped from a public copy of them, on the same texts."""
 
 import collections
 import gzip
@@ -37,10 +37,10 @@ def test_gsm8k_on_published_generations(data_root):
   golds = ["none" if row["ground_truth"] is None else f"{row['ground_truth']:g}" for _, row in rows]
   paid = [d1_rewards.gsm8k(text, gold) for (text, _), gold in zip(rows, golds, strict=True)]
   counts = [reward["xmlcount"] for reward in paid]
-  assert sum(counts) / len(counts) == pytest.approx(0.12324424778761, abs=1e-12)  # by d1's own functions
+  assert sum(counts) / len(counts) == pytest.approx(0.12324424778761, abs=1e-12)  # by d1's functions
   assert sum(count < 0 for count in counts) == 95  # 8 %
   totals = {name: sum(reward[name] for reward in paid) for name in paid[0] if name != "xmlcount"}
-  # By d1's own functions.
+  # By d1's functions.
   assert totals == {"soft_format": 0.0, "strict_format": 0.0, "int": 2.0, "correctness": 6.0}
   assert not any(text.endswith("</answer>\n") for text, _ in rows)
 
@@ -134,7 +134,7 @@ def test_math_on_published_generations(data_root):
   paid = [d1_rewards.hendrycks_math(text, f"\\boxed{{{row['ground_truth']}}}") for text, row in rows]
   # 130 of 500 are right, the 26.00 that d1 reports.
   assert sum(reward["correctness"] for reward in paid) == 2 * 130
-  assert collections.Counter(reward["format"] for reward in paid) == {0.75: 477, 0.25: 23}  # by d1's own functions
+  assert collections.Counter(reward["format"] for reward in paid) == {0.75: 477, 0.25: 23}  # by d1's functions
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_unbox_of_odd_solutions():
 def test_countdown_on_published_generations(data_root):
   rows = generations(data_root, "countdown")
   paid = collections.Counter(d1_rewards.countdown(text, *row["ground_truth"]) for text, row in rows)
-  assert paid == {0.1: 243, 0.0: 12, 1.0: 1}  # by d1's own functions; its answers stand in boxes
+  assert paid == {0.1: 243, 0.0: 12, 1.0: 1}  # by d1's functions; its answers stand in boxes
 
 
 @pytest.mark.parametrize(
