@@ -6,7 +6,6 @@ PEFT keeps them. A PEFT adapter that was trained elsewhere is merged the same wa
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -58,7 +57,8 @@ def _from_checkpoint(folder: Path, output: Path, config: ConfigDict) -> None:
   params = trainable
   if weights.lora is not None:
     # The same base as it is stored, so that nothing but the adapters' own matrices changes.
-    dense = dataclasses.replace(weights, quantized=None, base_dtype=_stored_dtype(weights))
+    dtype = export.widest(TensorFiles(weights.source.folder)) if weights.source else weights.base_dtype
+    dense = dataclasses.replace(weights, quantized=None, base_dtype=dtype)
     params = merge_for_rollout(trainable, dense.frozen)
   source = weights.source.folder if weights.source else None
   tokenizer = experiment.tokenizer
@@ -76,8 +76,7 @@ def _from_checkpoint(folder: Path, output: Path, config: ConfigDict) -> None:
 
 def _from_adapter(base: Path, adapter: Path, output: Path) -> None:
   ids = inspect(base).ids
-  dtype = export.DTYPES[next(iter(TensorFiles(base).dtypes.values()))]
-  loaded = pretrained.load(base, dtype, rows=ids.mask_id + 1)
+  loaded = pretrained.load(base, export.widest(TensorFiles(base)), rows=ids.mask_id + 1)
   _, tree = peft.load(adapter, loaded.network)
   params = lora.merged(lora.overlay(loaded.params, tree))
   token_ids = {"mask_token_id": ids.mask_id, "eos_token_id": ids.stop_ids[0], "pad_token_id": ids.pad_id}
@@ -92,9 +91,3 @@ def _save_adapter(output: Path, adapter: Params, weights: Weights) -> None:
   source = weights.source.folder if weights.source else None
   scheme = names.scheme_of(TensorFiles(source).shapes) if source else names.LLADA
   peft.save(output, adapter, weights.lora, base=str(source or ""), scheme=scheme)
-
-
-def _stored_dtype(weights: Weights) -> Any:
-  if weights.source is None:
-    return weights.base_dtype
-  return export.DTYPES[next(iter(TensorFiles(weights.source.folder).dtypes.values()))]

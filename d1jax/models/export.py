@@ -28,6 +28,12 @@ SHARD = 2 * 2**30
 DTYPES: Mapping[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
+def widest(files: TensorFiles) -> Any:
+  """The dtype in which every tensor of a folder is held without loss."""
+  found = set(files.dtypes.values())
+  return DTYPES[found.pop()] if len(found) == 1 else np.float32
+
+
 def export(
   folder: Path,
   params: Params,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
 
 import d1jax
 from d1jax import evaluation, export
@@ -261,6 +262,20 @@ def test_an_adapter_folder_merges_to_the_same_model(sft, folder, tmp_path):
   assert a.shapes == b.shapes
   for name in a.shapes:
     assert a.read(name).tobytes() == b.read(name).tobytes(), name
+
+
+def test_a_weight_of_a_wider_type_than_the_others_keeps_its_bits(sft, folder, tmp_path):
+  mixed = shutil.copytree(folder, tmp_path / "mixed")
+  name = "model.transformer.ln_f.weight"
+  shard = TensorFiles(mixed).file_of(name)
+  tensors = load_file(shard)
+  tensors[name] = np.linspace(1, 2, tensors[name].size, dtype=np.float32)  # not bfloat16's numbers
+  save_file(tensors, shard)
+  adapter = export.run(export_config(checkpoint=sft[0], output=tmp_path / "adapter", form="adapter"))
+  target = export.run(export_config(pretrained=mixed, adapter=adapter, output=tmp_path / "out"))
+  assert {TensorFiles(target).dtypes[n] for n in TensorFiles(target).shapes} == {"F32", "BF16"}
+  for untouched in (name, "model.transformer.wte.weight"):
+    assert TensorFiles(target).read(untouched).tobytes() == TensorFiles(mixed).read(untouched).tobytes()
 
 
 def test_a_base_that_has_moved_is_named(sft, folder, tmp_path):
