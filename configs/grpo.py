@@ -78,6 +78,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     temperature=0.9,
     cfg_scale=0.0,
     remasking="low_confidence",
+    early_exit=False,  # end a batch once all its rows have; not under the protocol d1, which reads on
   )
 
   # Supervised fine-tuning before diffu-GRPO; 0 steps: none. d1's values are in configs/sft.py.

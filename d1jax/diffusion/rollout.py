@@ -18,6 +18,8 @@ class SamplerSpec:
     temperature: of the draws; 0 takes the argmax. Confidence is never tempered.
     cfg_scale: w of classifier-free guidance, l_un + (w + 1)(l_cond - l_un); 0 is none.
     remasking: `low_confidence` reveals the most probable proposals first, `random` in random order.
+    early_exit: stop after a block once every row of the batch has a stop id; what is left becomes the first stop id.
+      Up to and including each row's first stop id the tokens are the same.
   """
 
   completion_length: int
@@ -26,6 +28,7 @@ class SamplerSpec:
   temperature: float = 0.9
   cfg_scale: float = 0.0
   remasking: str = "low_confidence"
+  early_exit: bool = False
 
   def __post_init__(self) -> None:
     if min(self.block_length, self.completion_length) < 1 or self.completion_length % self.block_length:
@@ -51,6 +54,12 @@ class SamplerSpec:
   def steps_per_block(self) -> int:
     """Denoising steps of one block."""
     return self.diffusion_steps // self.blocks
+
+  def forward_passes(self, last_step: int) -> int:
+    """The forward passes of a batch whose last token was committed at this step, counted from 0; two each if guided."""
+    per_block = min(self.steps_per_block, self.block_length)  # a step that reveals nothing is not taken
+    blocks = last_step // per_block + 1 if self.early_exit else self.blocks
+    return blocks * per_block * (2 if self.cfg_scale else 1)
 
 
 class Rollout(NamedTuple):

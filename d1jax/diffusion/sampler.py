@@ -117,8 +117,22 @@ def sample(
   shape = (batch, spec.completion_length)
   masks = jnp.full(shape, denoiser.mask_id, prompt.dtype)
   canvas = _Canvas(jnp.concatenate([prompt, masks], axis=1), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-  canvas = jax.lax.fori_loop(0, spec.blocks * counts.size, step, canvas)
-  completion = canvas.tokens[:, prompt_length:]
+  total = spec.blocks * counts.size
+  if spec.early_exit and denoiser.stop_ids:
+    stops = jnp.asarray(denoiser.stop_ids, prompt.dtype)
+
+    def goes_on(carry: tuple[Int[Array, ""], _Canvas]) -> Bool[Array, ""]:
+      index, canvas = carry
+      ended = jnp.all(jnp.any(jnp.isin(canvas.tokens[:, prompt_length:], stops), axis=1))
+      return (index < total) & ~((index % counts.size == 0) & ended)
+
+    advance = lambda carry: (carry[0] + 1, step(*carry))
+    _, canvas = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), canvas))
+    completion = canvas.tokens[:, prompt_length:]
+    completion = jnp.where(completion == denoiser.mask_id, denoiser.stop_ids[0], completion)
+  else:
+    canvas = jax.lax.fori_loop(0, total, step, canvas)
+    completion = canvas.tokens[:, prompt_length:]
   mask = up_to_stop(completion, denoiser.stop_ids)
   return Rollout(
     sample_id,

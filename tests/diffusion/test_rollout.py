@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +25,16 @@ def test_blocks_and_steps():
   spec = SamplerSpec(completion_length=256, diffusion_steps=128, block_length=32)
   assert (spec.blocks, spec.steps_per_block) == (8, 16)
   assert (spec.temperature, spec.cfg_scale, spec.remasking) == (0.9, 0.0, "low_confidence")
+
+
+def test_forward_passes_count_the_blocks_that_were_computed():
+  spec = SamplerSpec(completion_length=12, diffusion_steps=6, block_length=4)
+  assert [spec.forward_passes(step) for step in (0, 1, 5)] == [6, 6, 6]
+  early = dataclasses.replace(spec, early_exit=True)
+  assert [early.forward_passes(step) for step in (0, 1, 2, 3, 5)] == [2, 2, 4, 4, 6]
+  assert dataclasses.replace(early, cfg_scale=1.0).forward_passes(2) == 8
+  # A block of 4 tokens takes 4 steps at most.
+  assert SamplerSpec(12, 30, 4).forward_passes(11) == 12
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,52 @@ def test_the_completion_mask_stops_at_the_first_stop_id():
   assert 0 < stopped < 64, "the fixture should have rows of both kinds"
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
+def test_an_early_exit_changes_nothing_up_to_the_stop(schedule, cfg_scale):
+  spec = spec_of(schedule, 0.9, cfg_scale, "low_confidence")
+  often = dataclasses.replace(toy.DENOISER, stop_ids=(2, 3, 4, 5, 6))
+  whole = default_run(spec, denoiser=often)
+  early = default_run(dataclasses.replace(spec, early_exit=True), denoiser=often)
+  assert not whole.completion_mask.all(), "the fixture should stop somewhere"
+  np.testing.assert_array_equal(early.completion_mask, whole.completion_mask)
+  kept = whole.completion_mask
+  for name in ("completion", "reveal_step", "reveal_logp"):
+    np.testing.assert_array_equal(getattr(early, name)[kept], getattr(whole, name)[kept])
+  assert not (early.completion == toy.MASK).any()
+
+
+def test_an_early_exit_waits_for_the_last_row_and_saves_the_blocks_behind():
+  calls = []
+
+  def counted(params, tokens, valid):
+    jax.debug.callback(lambda: calls.append(1))
+    return toy.encode(params, tokens, valid)
+
+  counting = dataclasses.replace(toy.DENOISER, encode=counted)
+  lured = dataclasses.replace(counting, unembed=lambda p, h: toy.unembed(p, h).at[..., toy.STOP].add(40.0))
+  spec = dataclasses.replace(SPEC, early_exit=True)
+  found = default_run(spec, denoiser=lured)
+  jax.effects_barrier()
+  assert len(calls) == spec.steps_per_block == spec.forward_passes(int(found.reveal_step.max()))
+  assert (found.completion == toy.STOP).all()
+  calls.clear()
+  # One row that never stops keeps the batch going.
+  stubborn = dataclasses.replace(
+    counting, unembed=lambda p, h: toy.unembed(p, h).at[1:, ..., toy.STOP].add(40.0).at[0, ..., toy.STOP].add(-40.0)
+  )
+  found = default_run(spec, denoiser=stubborn)
+  jax.effects_barrier()
+  assert len(calls) == spec.diffusion_steps == spec.forward_passes(int(found.reveal_step.max()))
+  assert found.completion_mask.all(axis=1).tolist() == [True, False, False, False]
+
+
+def test_an_early_exit_without_stop_ids_never_comes():
+  never = dataclasses.replace(toy.DENOISER, stop_ids=())
+  spec = dataclasses.replace(SPEC, early_exit=True)
+  np.testing.assert_array_equal(default_run(spec, denoiser=never).completion, default_run(SPEC).completion)
+
+
 def test_an_absent_stop_id_leaves_the_mask_full():
   never = dataclasses.replace(toy.DENOISER, stop_ids=())
   assert default_run(SPEC, denoiser=never).completion_mask.all()
