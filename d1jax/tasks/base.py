@@ -20,10 +20,13 @@ class Grade:
   Attributes:
     components: named rewards; the reward of a completion is their sum.
     metrics: named (numerator, denominator) pairs, pooled over a split by adding both.
+    answer: what was read from the text, in a normal form (equal answers are equal texts), by which several samples
+      of one question vote; None without an answer.
   """
 
   components: Mapping[str, float]
   metrics: Mapping[str, tuple[int | float, int | float]]
+  answer: str | None = None
 
   @property
   def reward(self) -> float:
@@ -48,7 +51,8 @@ class Task(Protocol):
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
     """Return the chat messages and the text that the completion starts with (often empty).
 
-    Styles: `d1` is d1's training prompt to the letter, `terse` a few tokens for small models.
+    Styles: `d1` is d1's training prompt to the letter, `d1_eval` that of its evaluation (whose answers start with
+    `<reasoning>`), `terse` a few tokens for small models.
     """
     ...
 
@@ -68,7 +72,7 @@ class Task(Protocol):
     """Grade a completion; any string gets a finite score, nothing raises or is executed.
 
     Protocols: `strict` pays what is right; `d1` pays d1's RL rewards to the letter, one component
-    a function. The metrics are the same under both, so that runs can be compared. An unknown
-    protocol is a ValueError.
+    a function. The metrics of `strict` are there under both, so that runs can be compared; `d1` adds
+    `d1_accuracy`, the verdict of d1's evaluation. An unknown protocol is a ValueError.
     """
     ...

@@ -1,21 +1,28 @@
 """What the tasks share: names of splits, styles and protocols, checks of fields, answer tags, strict line files."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from d1jax.tasks.base import DataError
+from d1jax.tasks.base import DataError, Record
 
 SPLITS: Sequence[str] = ("demonstrations", "train", "validation", "test")
 """The splits of every task; a split's place here is the number that seeds its draws."""
 
-STYLES: Sequence[str] = ("d1", "terse")
-"""The prompt styles of every task."""
+STYLES: Sequence[str] = ("d1", "d1_eval", "terse")
+"""The prompt styles of every task: d1's training prompts, d1's evaluation prompts, a few tokens for small models."""
 
 PROTOCOLS: Sequence[str] = ("strict", "d1")
 """The grading protocols of every task: `strict` is right, `d1` pays what d1's RL rewards pay, quirks included."""
+
+ACCURACY: Mapping[str, str] = {"strict": "solved", "d1": "d1_accuracy"}
+"""The metric that is a protocol's accuracy; `d1_accuracy`, by d1's evaluation parser, exists under `d1` alone."""
+
+PREFILL = "<reasoning>"
+"""How d1's evaluation starts every answer."""
 
 SYSTEM_PROMPT = "\nRespond in the following format:\n<reasoning>\n...\n</reasoning>\n<answer>\n...\n</answer>\n"
 """d1's RL instruction, which it puts at the start of the user turn."""
@@ -66,9 +73,10 @@ def check_root(task: str, root: object, otherwise: str = ", or None to generate"
     raise ValueError(f"{task} root is {root!r}; give the data folder's path{otherwise}")
 
 
-def tagged(reasoning: str, answer: str) -> str:
-  """Write a completion in the format that d1's prompts ask for."""
-  return f"<reasoning>\n{reasoning}\n</reasoning>\n{_OPEN}\n{answer}\n{_CLOSE}"
+def tagged(reasoning: str, answer: str, style: str = "d1") -> str:
+  """Write a completion in the format that d1's prompts ask for; in the style `d1_eval`, what follows the prefill."""
+  text = f"{PREFILL}\n{reasoning}\n</reasoning>\n{_OPEN}\n{answer}\n{_CLOSE}"
+  return text.removeprefix(PREFILL) if style == "d1_eval" else text
 
 
 def final_answer(text: str) -> str:
@@ -137,22 +145,29 @@ def read_lines(root: str, name: str, otherwise: str = ", or set root to None to 
   return lines
 
 
-def parse_object(place: str, line: str, fields: Mapping[str, str]) -> dict[str, Any]:
-  """Parse one JSON object that has at least the given fields.
+def check_fields(place: str, row: object, fields: Mapping[str, str]) -> dict[str, Any]:
+  """Return a row that is an object with at least the given fields, or raise a DataError.
 
   Args:
-    place: the file and line that a DataError names.
-    line: the text.
+    place: the file and line that the error names.
+    row: what was read there.
     fields: required names, each with what a row shows there, such as `{"nums": "[...]"}`.
   """
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError):
-    raise DataError(f"{place}: {line[:40]!r} is not JSON, expected one object a line") from None
   if not isinstance(row, dict) or not fields.keys() <= row.keys():
     shown = ", ".join(f'"{name}": {value}' for name, value in fields.items())
-    raise DataError(f"{place}: expected {{{shown}}}, got {line[:60]!r}")
+    raise DataError(f"{place}: expected {{{shown}}}, got {str(row)[:60]!r}")
   return row
+
+
+def split_hash(records: Sequence[Record]) -> str:
+  """Hash the content of a split: the sha256, in hex, of its records as canonical JSON, one a line.
+
+  The order of the records matters, the order of a record's fields does not.
+  """
+  digest = hashlib.sha256()
+  for record in records:
+    digest.update(json.dumps(dict(record), sort_keys=True, separators=(",", ":")).encode() + b"\n")
+  return digest.hexdigest()
 
 
 def take_rows(name: str, split: str, rows: Sequence[_Row], count: int) -> Sequence[_Row]:
