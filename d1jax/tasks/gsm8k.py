@@ -3,14 +3,26 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
-from d1jax.tasks import common, d1_rewards, latex, questions, rationals
+from d1jax.tasks import common, d1_evaluation, d1_rewards, latex, questions, rationals
 from d1jax.tasks.base import DataError, Grade, Message, Record
 
 FILE = "gsm8k/train.jsonl"
 TEST_FILE = "gsm8k/test.jsonl"
 
+_EVALUATION = (
+  "You are a math expert. You will be given a question to solve. Solve it step by step. "
+  "Wrap the final answer in a \\boxed{}. \n"
+  "Respond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n"
+  "<answer>\n\\boxed{...}\n</answer>"
+)
 _GOLD = "####"
+_OPEN_BOX = re.compile(r"\\?boxed\s*\{")
+_WORD = r"[A-Za-z][A-Za-z.'/-]+"
+_QUANTITY = re.compile(
+  rf"(?:[A-Za-z]+\s*=)?(.*?)(?:\s+({_WORD}(?:\s+{_WORD}){{0,3}})(?:\^[23]|[\u00b2\u00b3])?\.?)?", re.DOTALL
+)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -19,12 +31,13 @@ class Gsm8k:
   """The GSM8K task; records are `{"question": "...", "solution": "...", "answer": "1,080"}`.
 
   Records are read: `validation` is one training question in twenty, chosen by a hash of its text; the others are both
-  `train` and `demonstrations` (their solutions are what supervised fine-tuning learns). Prompts and grades need no
-  files.
+  `train` and `demonstrations` (their solutions are what supervised fine-tuning learns). None of these is a question of
+  `test`. Prompts and grades need no files.
 
   Attributes:
     seed: of no effect, nothing is drawn.
-    root: the data folder with `gsm8k/train.jsonl` and, for the split `test` alone, `gsm8k/test.jsonl`.
+    root: the data folder with `gsm8k/train.jsonl` and, for the split `test` alone, `gsm8k/test.jsonl`; Parquet, a
+      clone of `openai/gsm8k` in the folder, or "hub" to download that (`tables.read`) serve as well.
     sizes: records per split, defaults for those not named: 400 for validation, else all. A file may
       have fewer (all are taken) but not none.
   """
@@ -49,21 +62,28 @@ class Gsm8k:
     )
 
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
-    """Return one user turn and no prefill: d1's text to the letter, or the question alone (`terse`)."""
+    """Return one user turn and a prefill: d1's texts to the letter, or the question alone (`terse`).
+
+    `d1` and `terse` have no prefill, `d1_eval` has `<reasoning>`.
+    """
     common.check_choice("style", style, common.STYLES)
     question = record["question"]
+    if style == "d1_eval":
+      return [{"role": "user", "content": f"{_EVALUATION}\n\n{question}"}], common.PREFILL
     content = f"{common.SYSTEM_PROMPT}\n\n{question}" if style == "d1" else question
     return [{"role": "user", "content": content}], ""
 
   def demonstration(self, record: Record, style: str) -> str:
-    """Write the reference solution, without its calculator marks, and the number, tagged in both styles."""
-    common.check_choice("style", style, common.STYLES)
-    return common.tagged(record["solution"], record["answer"])
+    """Write the reference solution, without its calculator marks, and the number, tagged in all styles.
+
+    In the style `d1_eval`, what follows the prefill; the number stands in a box and has no commas, which end a number
+    for d1's evaluation.
+    """
+    return _format(record["solution"], record["answer"], style)
 
   def baseline(self, record: Record, style: str) -> str:
     """Write the most frequent answer of the training questions."""
-    common.check_choice("style", style, common.STYLES)
-    return common.tagged("I guess.", "4")
+    return _format("I guess.", "4", style)
 
   def cluster(self, record: Record) -> str:
     """Name the question."""
@@ -74,28 +94,54 @@ class Gsm8k:
 
     Components of `strict`: `correct`, 2.0 when it equals the gold as an exact number (`2,125`, `$2125`, `2125.0` and
     `2125.` are one); `number`, 0.5 when it is a number; `format`, up to 1.0 (`common.format_score`). Components of
-    `d1`: `xmlcount`, `soft_format`, `strict_format`, `int`, `correctness` (`d1_rewards.gsm8k`). Metrics, the same
-    under both: `solved` and `well_formed` (a number).
+    `d1`: `xmlcount`, `soft_format`, `strict_format`, `int`, `correctness` (`d1_rewards.gsm8k`). Metrics: `solved` and
+    `well_formed` (a number), the same under both; under `d1` also `d1_accuracy` (`d1_evaluation.gsm8k`).
     """
     common.check_choice("protocol", protocol, common.PROTOCOLS)
-    answer = common.final_answer(text)
-    box = latex.last_box(answer)
-    value = rationals.parse(answer if box is None else box)
-    solved = value is not None and value == rationals.parse(record["answer"])
+    value, gold = _read(text), record["answer"]
+    solved = value is not None and gold is not None and value == rationals.parse(gold)
+    metrics = {"solved": (int(solved), int(gold is not None)), "well_formed": (int(value is not None), 1)}
     if protocol == "d1":
       components = d1_rewards.gsm8k(text, record["answer"])
+      metrics["d1_accuracy"] = (int(d1_evaluation.gsm8k(text, d1_evaluation.gsm8k_gold(gold))), 1)
     else:
       components = {
         "correct": 2.0 * solved,
         "number": 0.5 * (value is not None),
         "format": common.format_score(text),
       }
-    return Grade(components, {"solved": (int(solved), 1), "well_formed": (int(value is not None), 1)})
+    return Grade(components, metrics, None if value is None else str(value))
 
 
-def _parse(place: str, line: str) -> Record:
+def _read(text: str) -> Fraction | None:
+  r"""Read the number that a completion answers with: all of its last box, of its answer block, or of itself.
+
+  It may have one name in front (`x = 5`) and a unit of up to four words behind. A box that an answer block leaves open
+  ends with the block. A second number makes the answer none.
+  """
+  answer = common.final_answer(text)
+  box = latex.last_box(answer)
+  answer = (answer if box is None else box).strip()
+  if len(answer) > rationals.MOST_CHARACTERS:
+    return None
+  opened = _OPEN_BOX.match(answer) if box is None and len(answer) < len(text.strip()) else None
+  if opened is not None:
+    is_closed = answer.count("}") == answer.count("{")
+    answer = answer[opened.end() :].removesuffix("}" if is_closed else "")
+  found = _QUANTITY.fullmatch(rationals.unquoted(answer))
+  return rationals.parse(found[1]) if found is not None and rationals.is_unit(found[2] or "") else None
+
+
+def _format(reasoning: str, answer: str, style: str) -> str:
+  common.check_choice("style", style, common.STYLES)
+  if style == "d1_eval":
+    answer = f"\\boxed{{{answer.replace(',', '')}}}"
+  return common.tagged(reasoning, answer, style)
+
+
+def _parse(place: str, found: object) -> Record:
   """Check every rule of one row and return its record."""
-  row = common.parse_object(place, line, {"question": '"..."', "answer": f'"... {_GOLD} 7"'})
+  row = common.check_fields(place, found, {"question": '"..."', "answer": f'"... {_GOLD} 7"'})
   questions.check_texts(place, row, ("question", "answer"))
   solution, *golds = row["answer"].split(_GOLD)
   if len(golds) != 1:

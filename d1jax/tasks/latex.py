@@ -1,18 +1,8 @@
-r"""LaTeX answers: what stands in `\boxed{}`, and whether two answers are the same."""
+r"""LaTeX answers: what stands in `\boxed{}`, and the string normaliser of MATH's graders."""
 
 import re
-from fractions import Fraction
-
-from d1jax.tasks import rationals
-
-MOST_CHARACTERS = 1000
-"""Longer answers equal nothing; the longest of MATH has 159 characters."""
 
 _TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_FRACTION = re.compile(r"(-?)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}")
-# Words with something behind them, such as `\text{ or } 3`, where a unit would have nothing, or an exponent.
-_INNER_WORDS = re.compile(r"\\text\{ ([^{}]*)\}(?!\s*(?:\^\{?[23]\}?)?\s*$)")
-_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\{([^{}]*)\}")
 
 # What MATH's normaliser replaces before and after it cuts the units.
 _FIRST = (
@@ -20,8 +10,6 @@ _FIRST = (
   *((r"\left", ""), (r"\right", ""), (r"^{\circ}", ""), (r"^\circ", ""), (r"\$", "")),
 )
 _THEN = ((r"\%", ""), (" .", " 0."), ("{.", "{0."))
-# What the strict comparison replaces before.
-_MARKS = ((r"\,", ""), (r"\;", ""), (r"\:", ""), ("{,}", ","), (r"\$", ""), ("$", ""), (r"\%", ""), ("%", ""))
 
 
 def last_box(text: str) -> str | None:
@@ -29,17 +17,21 @@ def last_box(text: str) -> str | None:
 
   Of nested boxes the innermost counts; `\{` and `\}` are no braces. Linear time.
   """
-  pending: list[tuple[int, bool]] = []
-  last, inside = -1, None
+  if r"\boxed" not in text:
+    return None
+  pending: list[int] = []  # Where boxes start, and -1 for other braces.
+  last, end = -1, -1
   for token in _TOKEN.finditer(text):
     word = token[0]
-    if word == "}":
-      start, is_box = pending.pop() if pending else (-1, False)
-      if is_box and start > last:
-        last, inside = start, text[start : token.start()]
-    elif word.endswith("{") and word != r"\{":
-      pending.append((token.end(), word != "{"))
-  return inside
+    if word == "{":
+      pending.append(-1)
+    elif word == "}":
+      start = pending.pop() if pending else -1
+      if start > last:
+        last, end = start, token.start()
+    elif len(word) > 2:
+      pending.append(token.end())
+  return None if last < 0 else text[last:end]
 
 
 def normalize(text: str) -> str:
@@ -68,20 +60,6 @@ def normalize(text: str) -> str:
   text = _brace_roots(text).replace(" ", "")
   text = _brace_fractions(text)
   return r"\frac{1}{2}" if text == "0.5" else _stack_slash(text)
-
-
-def is_same(answer: str, gold: str) -> bool:
-  r"""Tell whether an answer is the gold answer: equal once normalised, or equal as exact rationals.
-
-  Beside what `normalize` does, `$`, `%`, thin blanks, full stops at the end and `\text{}` around the whole are
-  dropped, and `\frac{1}{2}`, `1/2`, `0.50` are one number, as are `1,000` and `1000`. A unit is dropped at the end
-  alone: `3 \text{ or } 4` is not 3.
-  """
-  if len(answer) > MOST_CHARACTERS:
-    return False
-  left, right = _plain(answer), _plain(gold)
-  value = _rational(left)
-  return bool(left) and (left == right or (value is not None and value == _rational(right)))
 
 
 def _brace_roots(text: str) -> str:
@@ -113,26 +91,3 @@ def _stack_slash(text: str) -> str:
   # Python refuses, with a ValueError too, to read thousands of digits.
   numbers = int(above), int(below[0])
   return r"\frac{{{}}}{{{}}}".format(*numbers) if text == "{}/{}".format(*numbers) else text
-
-
-def _plain(text: str) -> str:
-  for old, new in _MARKS:
-    text = text.replace(old, new)
-  text = text.strip().rstrip(".").strip()
-  text = _INNER_WORDS.sub(r"\1", text)
-  words = _WORDS.fullmatch(text)
-  text = words[1].strip() if words else text
-  try:
-    return normalize(text)
-  except ValueError:
-    return "".join(text.split())
-
-
-def _rational(text: str) -> Fraction | None:
-  found = _FRACTION.fullmatch(text)
-  if found is None:
-    return rationals.parse(text)
-  if len(text) > rationals.MOST_CHARACTERS or not int(found[3]):
-    return None
-  value = Fraction(int(found[2]), int(found[3]))
-  return -value if found[1] else value

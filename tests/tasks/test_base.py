@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d1jax.tasks import PROTOCOLS, SPLITS, STYLES, TASKS, Grade, Task, build
+from d1jax.tasks.common import ACCURACY
 
 RECORDS = {
   "sudoku": {"puzzle": "0204032001400402", "solution": "1234432121433412"},
@@ -17,15 +19,48 @@ RECORDS = {
   "math": {"problem": "Find $q$.", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "answer": "\\frac{1}{2}"},
 }
 ATTACKS = [
-  *("", "\0", "\ud800", "\N{COMBINING ACUTE ACCENT}" * 50_000, " " * 100_000, "\n" * 100_000),
+  *("", "\0", "\ud800", "\N{COMBINING ACUTE ACCENT}" * 50_000, " " * 100_000, "\n" * 100_000, "\0\ud800" * 20_000),
   *("99**98**97", "99//98//97", "99*98*97" * 20_000, "-" * 100_000 + "97", "97" + "/98" * 50_000, "9" * 100_000),
   *("(" * 100_000, "(" * 50_000 + ")" * 50_000, "{" * 100_000, "}" * 100_000, "\\" * 100_001, "=" * 100_000),
+  # Markers, also in markers.
   *("<answer>" * 20_000, "</answer>" * 20_000, "<reasoning>" * 20_000, "</reasoning><answer>" * 10_000),
   *("</reasoning>" + " " * 100_000, "\n<answer>\n" * 10_000, "\n</answer>\n" * 10_000, "." * 100_000),
   *("\\boxed{" * 20_000, "\\boxed{" * 20_000 + "}" * 20_000, "\\boxed " * 20_000, "\\fbox{" * 20_000),
+  *("<answer>\\boxed{" * 5_000 + "}</answer>" * 5_000, "</answer><answer>" * 6_000, "\\boxed{\0\ud800}"),
+  *("<answer><answer>\\boxed{x}</answer>" * 3_000, "<ans<answer>wer>" * 6_000, "\\bo\\boxed{xed{" * 6_000),
+  # LaTeX that is long, deep or odd.
   *("\\frac" * 20_000, "\\frac12" * 20_000, "\\sqrt" * 20_000, "\\text{ " * 20_000, "\\text{ x}" * 20_000),
+  *(
+    "\\frac{" * 20_000 + "1" + "}{2}" * 20_000,
+    "\\frac{" * 100 + "1" + "}{2}" * 100,
+    "^{" * 30_000,
+    "\\sqrt[" * 20_000,
+  ),
+  *("2" + "^{2" * 60 + "}" * 60, "\\sqrt[" * 99 + "3]{2}" * 99, "\\sin" * 40 + "x", "x" * 180, "x+" * 90 + "x"),
+  *("\\begin{pmatrix}" * 5_000, "\\begin{pmatrix}" + "1&" * 450 + "\\end{pmatrix}", "\\cup" * 200, "\\pm" * 300),
+  *(
+    "\\begin{pmatrix}" + "1\\\\" * 300 + "\\end{pmatrix}",
+    "(1,(2," * 100,
+    "1," * 400 + "1",
+    "," * 900,
+    "\\pm 1," * 120,
+  ),
+  *("(" * 400 + "1,2" + ")" * 400, "(" * 8 + "x" + ")" * 8, "\\{" * 300 + "x" + "\\}" * 300, "\\{1,2" * 150, "$" * 900),
+  *("=" * 900, "x=" * 400, "\\text{" * 150, "\\text{a}" * 120, "{,}" * 300, "\\left" * 180, "\\frac" + "{9}" * 300),
+  *(" " * 900 + "x", "1 " * 450, "a " * 450, "\\text{ or }" * 90, "a,and " * 150, "1,111" * 18, "5 " + "a." * 45),
+  # Numbers and functions that would take long.
   *("0." + "0" * 100_000 + "1", "1" + ",111" * 30_000, "9" * 4000 + "/" + "9" * 4000, "1/0", "1e999999", "-0"),
-  *("__import__('os').abort()", "٣" * 100_000, "²" * 100_000, "9" * 90 + "/" + "9" * 9, "\\frac{1}{0}"),
+  *("10^{10^{10}}", "10^{10^{10^{10}}}", "9^9^9^9", "100!!!", "99!" * 60, "(99!)!", "9^{99!}", "17^9!", "1E999999999"),
+  *("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}^{99999}", "\\operatorname{eye}(99999)", "\\binom{10^9}{10^8}"),
+  *(
+    "\\sum_{n=1}^{\\infty} \\frac{1}{n^s}",
+    "\\prod_{k=1}^{10^9} k",
+    "\\int_0^\\infty e^{-x^{x^x}} dx",
+    "\\lim_{x \\to 0} x",
+  ),
+  *("٣" * 100_000, "²" * 100_000, "9" * 90 + "/" + "9" * 9, "\\frac{1}{0}", "9" * 900, "$" * 49 + "x" + "$" * 49),
+  # What would be seen if it ran.
+  *("__import__('os').abort()", "print(1)", "exec('import this')", "\\__import__('os').abort()", "breakpoint()"),
 ]
 WRAPPERS = [
   "{}",
@@ -71,30 +106,57 @@ def test_every_task_is_one(name):
   assert RECORDS.keys() == TASKS.keys()
 
 
+def cpu_seconds(task, text, record, protocol) -> float:
+  """CPU time of this process; the process behind MATH bounds itself."""
+  start = time.process_time()
+  check(task.grade(text, record, protocol))
+  return time.process_time() - start
+
+
 @each_task
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_attacks_are_graded_quickly(name, protocol):
+def test_attacks_are_graded_quickly_and_nothing_is_run(name, protocol, capfd):
   task, record = build(name), RECORDS[name]
+  task.grade("\\boxed{\\sqrt{2}}", record, protocol)
+  modules = set(sys.modules)
   for attack in ATTACKS:
     for wrapper in WRAPPERS:
-      start = time.process_time()
-      grade = task.grade(wrapper.format(attack, attack), record, protocol)
-      # Measured: below 0.1 s. What takes quadratic time needs a minute.
-      assert time.process_time() - start < 5, (attack[:20], wrapper)
-      check(grade)
-      assert grade.metrics["solved"][0] == 0, (attack[:20], wrapper)
+      text = wrapper.format(attack, attack)
+      seconds = cpu_seconds(task, text, record, protocol)
+      # Measured: 0.04 s at most.
+      assert seconds < 0.1 or cpu_seconds(task, text, record, protocol) < 0.1, (attack[:20], wrapper)
+      assert task.grade(text, record, protocol).metrics["solved"][0] == 0, (attack[:20], wrapper)
+  assert set(sys.modules) == modules
+  assert capfd.readouterr() == ("", "")
 
 
 @each_task
 @given(st.text() | st.lists(st.sampled_from(PIECES) | st.text(max_size=3)).map("".join))
 def test_any_string_gets_a_finite_grade(name, text):
   task, record = build(name), RECORDS[name]
-  grades = [task.grade(text, record, protocol=protocol) for protocol in PROTOCOLS]
-  for grade in grades:
-    check(grade)
+  strict, d1 = (task.grade(text, record, protocol=protocol) for protocol in PROTOCOLS)
+  check(strict)
+  check(d1)
   # What is right does not depend on what is paid, and strict is the default.
-  assert grades[0].metrics == grades[1].metrics
-  assert task.grade(text, record) == grades[0]
+  assert {**d1.metrics, **strict.metrics} == d1.metrics
+  assert d1.metrics.keys() - strict.metrics.keys() == {ACCURACY["d1"]}
+  assert strict.answer == d1.answer
+  assert task.grade(text, record) == strict
+
+
+@each_task
+def test_answers_are_normal_forms(name):
+  task = build(name)
+  pairs = {
+    "sudoku": ("1234 4321 2143 3412", "<answer>\n1234432121433412\n</answer>", "123443212143341"),
+    "countdown": ("97 * 98/99", "\\boxed{97*98/99}", "97*98/"),
+    "gsm8k": ("\\boxed{$1,004.0}", "<answer>1004 apples</answer>", "no 1 knows 2"),
+    "math": ("\\boxed{\\left(0.5,\\frac{6}{2}\\right)}", "(\\dfrac12, 3)", " "),
+  }
+  answers = {"sudoku": "1234432121433412", "countdown": "97*98/99", "gsm8k": "1004", "math": "(1/2,3)"}
+  for protocol in PROTOCOLS:
+    read = [task.grade(text, RECORDS[name], protocol).answer for text in pairs[name]]
+    assert read == [answers[name], answers[name], None]
 
 
 @each_task
@@ -111,8 +173,10 @@ def test_a_demonstration_earns_more_than_the_baseline(name, style):
     assert best.metrics["solved"] == best.metrics["well_formed"] == (1, 1)
     assert guess.metrics["solved"] == (0, 1)
     assert guess.metrics["well_formed"] == (1, 1)
-    # d1 pays nothing without tags for Countdown and Sudoku.
-    assert best.reward > guess.reward or (protocol == "d1" and style == "terse" and best.reward == 0)
+    if protocol == "d1" and style == "d1_eval":  # d1's rewards know nothing of boxes, its evaluation does.
+      assert best.metrics["d1_accuracy"][0] > guess.metrics["d1_accuracy"][0]
+    else:  # d1 pays nothing without tags for Countdown and Sudoku.
+      assert best.reward > guess.reward or (protocol == "d1" and style == "terse" and best.reward == 0)
 
 
 @each_task

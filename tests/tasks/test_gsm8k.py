@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from d1jax.tasks import DataError, Gsm8k, rationals
+from d1jax.tasks import PROTOCOLS, DataError, Gsm8k, rationals
+from d1jax.tasks.common import ACCURACY
 
 RECORD = {"question": "How many?", "solution": "Half of 2,160 is 1,080.", "answer": "1,080"}
 
@@ -90,12 +91,23 @@ def test_prompts():
   content = Path(__file__).with_name("d1_gsm8k_prompt.txt").read_text()
   assert Gsm8k().prompt(RECORD, "d1") == ([{"role": "user", "content": content}], "")
   assert Gsm8k().prompt(RECORD, "terse") == ([{"role": "user", "content": "How many?"}], "")
+  content = Path(__file__).with_name("d1_eval_gsm8k_prompt.txt").read_text()
+  assert Gsm8k().prompt(RECORD, "d1_eval") == ([{"role": "user", "content": content}], "<reasoning>")
 
 
 def test_demonstration():
   text = "<reasoning>\nHalf of 2,160 is 1,080.\n</reasoning>\n<answer>\n1,080\n</answer>"
   assert Gsm8k().demonstration(RECORD, "d1") == Gsm8k().demonstration(RECORD, "terse") == text
   assert Gsm8k().cluster(RECORD) == "How many?"
+
+
+def test_evaluation_demonstration_follows_the_prefill():
+  text = Gsm8k().demonstration(RECORD, "d1_eval")
+  assert text == "\nHalf of 2,160 is 1,080.\n</reasoning>\n<answer>\n\\boxed{1080}\n</answer>"
+  for protocol in PROTOCOLS:  # the box has no comma, which d1's parser takes for the end of a number
+    assert Gsm8k().grade("<reasoning>" + text, RECORD, protocol).metrics[ACCURACY[protocol]] == (1, 1)
+  assert Gsm8k().grade("<reasoning>" + text, RECORD).components == {"correct": 2.0, "number": 0.5, "format": 1.0}
+  assert Gsm8k().baseline(RECORD, "d1_eval") == "\nI guess.\n</reasoning>\n<answer>\n\\boxed{4}\n</answer>"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_demonstration():
       (answer, 1, 1) for answer in ("1080", "1,080", "$1,080.00", "1080.", "1080%", "\\boxed{1080}", "$\\boxed{1,080}$")
     ),
     *((answer, 1, 0) for answer in ("-1080", "1", "1080.5", "1/1080", "0", "9" * 100)),
-    *((answer, 0, 0) for answer in ("", "x", "1080 apples", "1080 1080", "2*540", "9" * 101, "\\boxed{}", "1080/0")),
+    *((answer, 0, 0) for answer in ("", "x", "1080 1080", "2*540", "9" * 101, "\\boxed{}", "1080/0")),
   ],
 )
 def test_strict_answers(answer, is_number, is_right):
@@ -114,6 +126,58 @@ def test_strict_answers(answer, is_number, is_right):
   assert grade.components["number"] == 0.5 * is_number
   assert grade.metrics == {"solved": (is_right, 1), "well_formed": (is_number, 1)}
   assert Gsm8k().grade(answer, RECORD).metrics == grade.metrics
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [
+    *(
+      "18 dollars",
+      "\\boxed{18\\text{ dollars}}",
+      "\\text{18}",
+      "18\\%",
+      "x = 18",
+      "Total = $18",
+      "18 sheets per month.",
+    ),
+    *("\\frac{36}{2}", "\\dfrac{18}1", "17 1/1", "**18**", "18 cm^2", "\\boxed{18", "\\boxed{18 miles", "boxed{18}"),
+  ],
+)
+def test_what_a_reader_takes_for_the_number(answer):
+  assert Gsm8k().grade(f"<answer>\n{answer}\n</answer>", {"answer": "18"}).metrics["solved"] == (1, 1)
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [
+    *(
+      "18 or 19",
+      "18 and 19 dollars",
+      "not 17, 18",
+      "17 18",
+      "18 million",
+      "18 dozen",
+      "18:00",
+      "18-18",
+      "18x",
+      "18 x",
+    ),
+    *("The answer is 18.", "18 is what I get in the end", "x = y = 18", "\\boxed{}18", "\\boxed{17} 18", "1 8", "+-18"),
+  ],
+)
+def test_a_number_among_others_or_in_a_sentence_is_no_answer(answer):
+  assert Gsm8k().grade(f"<answer>\n{answer}\n</answer>", {"answer": "18"}).metrics["solved"] == (0, 1)
+
+
+def test_a_box_that_the_end_of_a_completion_leaves_open_is_no_answer():
+  for text in ("\\boxed{18", "<answer>\n\\boxed{18", "boxed{18}"):
+    assert Gsm8k().grade(text, {"answer": "18"}).metrics["well_formed"] == (0, 1)
+
+
+def test_without_a_gold_nothing_is_known():
+  grade = Gsm8k().grade("18", {"answer": None})
+  assert grade.metrics == {"solved": (0, 0), "well_formed": (1, 1)}
+  assert (grade.components["correct"], grade.answer) == (0.0, "18")
 
 
 def test_negative_and_decimal_golds():
@@ -136,4 +200,4 @@ def test_d1_components_are_named_after_its_functions():
   grade = Gsm8k().grade("<reasoning>a</reasoning><answer>$1,080</answer>", RECORD, "d1")
   wanted = {"xmlcount": 0.0, "soft_format": 0.5, "strict_format": 0.0, "int": 0.0, "correctness": 0.0}
   assert grade.components == wanted
-  assert grade.metrics == {"solved": (1, 1), "well_formed": (1, 1)}
+  assert grade.metrics == {"solved": (1, 1), "well_formed": (1, 1), "d1_accuracy": (0, 1)}

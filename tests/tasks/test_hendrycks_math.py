@@ -24,9 +24,10 @@ def records(data_root):
 
 
 def test_the_files_are_read_whole(records, data_root):
-  assert (len(records["train"]), len(records["validation"])) == (11_399, 599)  # two of 12,000 have an empty box
+  # Two of 12,000 have an empty box, two others come twice but for their blanks.
+  assert (len(records["train"]), len(records["validation"])) == (11_397, 599)
   problems = {record["problem"] for split in ("train", "validation") for record in records[split]}
-  assert len(problems) == 11_998
+  assert len(problems) == 11_996
   assert records["demonstrations"] == records["train"]
   assert len(HendrycksMath(root=data_root).records("validation")) == 400
   extra = {json.loads(line)["problem"] for line in (Path(data_root) / "math/train_extra.jsonl").open()}
@@ -67,9 +68,16 @@ def test_bad_rows(tmp_path, change, message):
     with pytest.raises(DataError) as error:
       HendrycksMath(root=root).records(split)
     assert str(error.value).startswith(f"math/{name}.jsonl {message}")
-  missing = {key: value for key, value in RECORD.items() if key != "answer"}
-  with pytest.raises(DataError, match=r'line 1: expected {"problem": "\.\.\.", "solution": .*"answer": "\.\.\."}'):
+  missing = {key: value for key, value in RECORD.items() if key != "solution"}
+  with pytest.raises(DataError, match=r'line 1: expected {"problem": "\.\.\.", "solution": "\.\.\."}'):
     HendrycksMath(root=write_rows(tmp_path, missing)).records("train")
+
+
+def test_rows_without_the_field_answer_have_what_they_box(tmp_path):
+  bare = {key: value for key, value in RECORD.items() if key != "answer"}
+  empty = {"problem": "Why?", "solution": "So \\boxed{}."}
+  root = write_rows(tmp_path, bare, empty, name="test")
+  assert HendrycksMath(root=root).records("test") == (RECORD,)
 
 
 def test_bad_rows_of_the_extra_file_are_located(tmp_path):
@@ -83,7 +91,7 @@ def test_rows_without_any_answer_are_left_out_and_logged(tmp_path, caplog):
   blank = {**RECORD, "answer": " \\frac{1}{2}\n", "level": "Level 1"}
   root = write_rows(tmp_path, empty, blank, name="test")
   assert HendrycksMath(root=root).records("test") == (RECORD,)
-  assert "left out 1 rows without an answer and 0 repeated" in caplog.text
+  assert "left out 1 rows without an answer, 0 repeated ones and 0 test questions" in caplog.text
 
 
 def test_no_root_is_an_error_that_says_what_to_do():
@@ -96,9 +104,13 @@ def test_prompts_and_demonstration():
   content = Path(__file__).with_name("d1_math_prompt.txt").read_text()
   assert task.prompt(RECORD, "d1") == ([{"role": "user", "content": content}], "")
   assert task.prompt(RECORD, "terse") == ([{"role": "user", "content": "Find $q$."}], "")
+  content = Path(__file__).with_name("d1_eval_math_prompt.txt").read_text()
+  assert task.prompt(RECORD, "d1_eval") == ([{"role": "user", "content": content}], "<reasoning>")
   answer = "<answer>\n\\boxed{\\frac{1}{2}}\n</answer>"
   text = f"<reasoning>\nClearly $q=\\boxed{{\\frac{{1}}{{2}}}}$.\n</reasoning>\n{answer}"
   assert task.demonstration(RECORD, "d1") == task.demonstration(RECORD, "terse") == text
+  assert "<reasoning>" + task.demonstration(RECORD, "d1_eval") == text
+  assert task.baseline(RECORD, "d1_eval") == "\nI guess.\n</reasoning>\n<answer>\n\\boxed{2}\n</answer>"
   assert task.cluster(RECORD) == "Find $q$."
 
 
@@ -126,6 +138,18 @@ def test_strict_answers(answer, has_box, is_right):
   assert (grade.components["correct"], grade.components["box"]) == (2.0 * is_right, 0.5 * has_box)
   assert grade.metrics == {"solved": (is_right, 1), "well_formed": (has_box, 1)}
   assert HendrycksMath().grade(answer, RECORD).metrics == grade.metrics
+
+
+def test_equivalent_answers_are_right_and_copied_ones_wrong():
+  record = {"problem": "Factor $9x^2+3x$.", "solution": "\\boxed{3x(3x+1)}", "answer": "3x(3x+1)"}
+  graded = {text: HendrycksMath().grade(f"\\boxed{{{text}}}", record) for text in ("3x(1+3x)", "9x^2 + 3x", "3x + 1")}
+  assert [grade.metrics["solved"] for grade in graded.values()] == [(1, 1), (0, 1), (0, 1)]
+  assert [grade.answer for grade in graded.values()] == ["3x(1+3x)", "9x^2+3x", "3x+1"]
+
+
+def test_without_a_gold_nothing_is_known():
+  grade = HendrycksMath().grade("\\boxed{0.5}", {**RECORD, "answer": None})
+  assert (grade.metrics["solved"], grade.components["correct"], grade.answer) == ((0, 0), 0.0, "1/2")
 
 
 def test_strict_format_is_earned_by_many_lines():
