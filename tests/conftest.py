@@ -5,6 +5,7 @@ always. Set `XLA_FLAGS=--xla_backend_optimization_level=2` to test what a user r
 """
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -31,3 +32,12 @@ install_import_hook([f"d1jax.{room}" for room in ROOMS], f"{typechecker.__name__
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices() -> None:
   assert jax.device_count() == 8, "another JAX was initialised before tests/conftest.py"
+
+
+@pytest.fixture(scope="session")
+def data_root() -> str:
+  default = Path(__file__).parents[1] / "../shared/data"
+  root = Path(os.environ.get("D1JAX_DATA", default)).resolve()
+  if not (root / "sudoku/train.csv").is_file():
+    pytest.skip(f"no data folder at {root}; set D1JAX_DATA to one (see its README)")
+  return str(root)

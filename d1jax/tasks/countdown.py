@@ -5,15 +5,17 @@ import functools
 import hashlib
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from d1jax.tasks import arithmetic, common, d1_rewards
+from d1jax.tasks import arithmetic, common, d1_evaluation, d1_rewards, held_out, latex, tables
 from d1jax.tasks.base import DataError, Grade, Message, Record
 
 FILE = "countdown/train.jsonl"
+TEST_FILE = "countdown/test.jsonl"
 DEFAULT_SIZES = {"demonstrations": 2000, "train": 8000, "validation": 400, "test": 1000}
 
 _INSTRUCTION = (
@@ -24,6 +26,19 @@ _INSTRUCTION = (
   "number. For example, if the numbers are [2, 3, 4] and the target is 5, a valid answer is: "
   "<answer>\n2*4-3\n</answer>"
 )
+# d1 has no blank between "}" and "Respond".
+_EVALUATION = (
+  "Using only the provided numbers, create an arithmetic expression that evaluates to exactly the provided target "
+  "number. You may use the operations +, -, *, and / as needed, but each number must be used exactly once. Think "
+  "step-by-step. After reasoning, provide only your final expression inside \\boxed{} tags without including an equals "
+  "sign or the target number. For example: \\boxed{a + b * c}"
+  "Respond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n"
+  "<answer>\n\\boxed{...}\n</answer>"
+)
+
+_SIGNS = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"))
+_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_LIST = re.compile(r"[0-9]{1,9}(, ?[0-9]{1,9})*")
 
 # How many tenths of all multisets of numbers a split owns.
 _TENTHS = ("test", "validation", "demonstrations", "demonstrations", *["train"] * 6)
@@ -42,13 +57,16 @@ class Countdown:
   """The Countdown task; records are `{"nums": [3, 25, 7], "target": 68, "expression": "..."}`.
 
   A hash of the sorted numbers decides the split, so that no multiset of numbers occurs in two
-  splits, whatever the seeds and sizes. Problems of a split are distinct, and a larger size keeps
-  the records of a smaller one.
+  splits, whatever the seeds and sizes; those of d1's published test problems (`held_out`) are all
+  for `test`. Problems of a split are distinct, and a larger size keeps the records of a smaller one.
 
   Attributes:
     seed: seeds the draws of generated problems.
-    root: a data folder with `countdown/train.jsonl`, or None to generate. Records read from it
-      have no `expression`: the demonstration searches for one.
+    root: a data folder with `countdown/train.jsonl`, or None to generate; Parquet, a clone of
+      `Jiayi-Pan/Countdown-Tasks-3to4` in the folder, or "hub" to download that (`tables.read`)
+      serve as well. Records read from it have no `expression`: the demonstration searches for one.
+      Where `countdown/test.jsonl` exists, in the same fields or in d1's (`{"input": "30,100,93",
+      "output": "23"}`), it is the split `test`, and no other split has numbers of it.
     sizes: records per split, defaults for those not named. A file may have fewer (all are taken)
       but not none.
     numbers: the range (first, last) of how many numbers a problem has, drawn uniformly. Rows of a
@@ -82,20 +100,23 @@ class Countdown:
     common.check_choice("split", split, self.splits)
     count = self.sizes[split]
     if self.root is not None:
-      rows = _read(self.root, split, self.numbers)
-      return common.take_rows(FILE, split, rows, count)
+      name = TEST_FILE if split == "test" and tables.exists(self.root, TEST_FILE) else FILE
+      return common.take_rows(name, split, _read(self.root, name, split, self.numbers), count)
     drawn = _draw(split, self.seed, count, self.numbers, self.largest, self.targets)
     return tuple({"nums": list(nums), "target": target, "expression": expression} for nums, target, expression in drawn)
 
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
-    """Return one user turn and no prefill.
+    """Return one user turn and a prefill, `<reasoning>` in the style `d1_eval` and else none.
 
-    `d1` is its text to the letter, `terse` the numbers and the target as words: `3 25 7 = 68`. In
-    terse answers too every number, operator and parenthesis is a word, so a vocabulary of the
-    numbers and eight signs is enough; digits are never split, `2 5` is not 25.
+    `d1` and `d1_eval` are d1's texts to the letter, `terse` the numbers and the target as words:
+    `3 25 7 = 68`. In terse answers too every number, operator and parenthesis is a word, so a
+    vocabulary of the numbers and eight signs is enough; digits are never split, `2 5` is not 25.
     """
     common.check_choice("style", style, common.STYLES)
     nums, target = list(record["nums"]), record["target"]
+    if style == "d1_eval":
+      question = f"Numbers: {nums}\nTarget: {target}"
+      return [{"role": "user", "content": f"{_EVALUATION}\n\n{question}"}], common.PREFILL
     if style == "d1":
       content = common.SYSTEM_PROMPT + _INSTRUCTION.format(nums=nums, target=target)
     else:
@@ -103,7 +124,10 @@ class Countdown:
     return [{"role": "user", "content": content}], ""
 
   def demonstration(self, record: Record, style: str) -> str:
-    """Write an expression that reaches the target; a DataError when there is none."""
+    """Write an expression that reaches the target; a DataError when there is none.
+
+    In the style `d1_eval` it stands in a box, and the text is what follows the prefill.
+    """
     nums, target = record["nums"], record["target"]
     expression = record.get("expression") or arithmetic.solve(nums, target)
     if expression is None:
@@ -122,29 +146,50 @@ class Countdown:
     return _key(record["nums"])
 
   def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
-    """Grade the last answer block, or the whole text, with a parser of its own.
+    r"""Grade the last answer block, or the whole text: its last `\boxed{}`, or all of it, must be an expression.
+
+    LaTeX's `\times`, `\cdot`, `\div` and `\frac{}{}` are read; an equation is no expression.
 
     Components of `strict`: `correct`, 1.0 when the expression uses exactly the given numbers and
     equals the target; `well_formed`, 0.1 when it uses exactly the numbers but misses. Component of
-    `d1`: `countdown`. Metrics, the same under both: `solved` and `well_formed` (exactly the
-    numbers, hit or miss). A division by zero is not well formed.
+    `d1`: `countdown`. Metrics: `solved` and `well_formed` (exactly the numbers, hit or miss), the same
+    under both; under `d1` also `d1_accuracy` (`d1_evaluation.countdown`). A division by zero is not well formed.
     """
     common.check_choice("protocol", protocol, common.PROTOCOLS)
-    parsed = arithmetic.evaluate(common.final_answer(text))
+    expression = _expression(common.final_answer(text))
+    parsed = arithmetic.evaluate(expression)
     well_formed = parsed is not None and sorted(parsed[1]) == sorted(record["nums"])
     solved = parsed is not None and well_formed and parsed[0] == record["target"]
+    metrics = {"solved": (int(solved), 1), "well_formed": (int(well_formed), 1)}
     if protocol == "d1":
       components = {"countdown": d1_rewards.countdown(text, record["nums"], record["target"])}
+      metrics["d1_accuracy"] = (int(d1_evaluation.countdown(text, record["nums"], record["target"])), 1)
     else:
       components = {"correct": float(solved), "well_formed": 0.1 if well_formed and not solved else 0.0}
-    return Grade(components, {"solved": (int(solved), 1), "well_formed": (int(well_formed), 1)})
+    return Grade(components, metrics, None if parsed is None else "".join(expression.split()))
 
 
 def _format(reasoning: str, expression: str, style: str) -> str:
   common.check_choice("style", style, common.STYLES)
-  if style == "d1":
-    return common.tagged(reasoning, expression)
-  return " ".join(arithmetic.words(expression))
+  if style == "terse":
+    return " ".join(arithmetic.words(expression))
+  return common.tagged(reasoning, f"\\boxed{{{expression}}}" if style == "d1_eval" else expression, style)
+
+
+def _expression(answer: str) -> str:
+  """Return the last box of an answer, or all of it, with its LaTeX signs and fractions as plain ones."""
+  if "\\" not in answer:
+    return answer
+  box = latex.last_box(answer)
+  text = answer if box is None else box
+  if len(text) > arithmetic.MOST_CHARACTERS:
+    return text
+  for sign, plain in _SIGNS:
+    text = text.replace(sign, plain)
+  found = 1
+  while found:
+    text, found = _FRACTION.subn(r"((\1)/(\2))", text)
+  return text
 
 
 def _key(nums: Sequence[int]) -> str:
@@ -154,6 +199,8 @@ def _key(nums: Sequence[int]) -> str:
 def _owner(nums: Sequence[int]) -> str:
   """Name the split that a multiset of numbers belongs to."""
   digest = hashlib.sha256(_key(nums).encode()).digest()
+  if digest[:8].hex() in held_out.listed("countdown"):
+    return "test"
   return _TENTHS[int.from_bytes(digest[:8], "big") % len(_TENTHS)]
 
 
@@ -203,26 +250,35 @@ def _draw(
   return tuple(drawn)
 
 
-def _read(root: str, split: str, numbers: tuple[int, int]) -> Sequence[Record]:
-  """Read the split's rows in the order of the file, each problem once."""
-  lines = common.read_lines(root, FILE)
-  rows = [_parse(f"{FILE} line {number}", line) for number, line in enumerate(lines, start=1)]
+def _read(root: str, name: str, split: str, numbers: tuple[int, int]) -> Sequence[Record]:
+  """Read the split's rows in the order of a file, each problem once; all rows of the test file are one split."""
+  rows = [_parse(place, row) for place, row in tables.read(root, name)]
   fitting = [row for row in rows if numbers[0] <= len(row["nums"]) <= numbers[1]]
-  distinct = {(_key(row["nums"]), row["target"]): row for row in reversed(fitting)}
-  if len(distinct) < len(rows):
+  distinct: dict[tuple[str, int], Record] = {}
+  for row in fitting:
+    distinct.setdefault((_key(row["nums"]), row["target"]), row)
+  asked: set[str] = set()
+  if name == FILE and tables.exists(root, TEST_FILE):
+    asked = {_key(_parse(place, row)["nums"]) for place, row in tables.read(root, TEST_FILE)}
+  kept = [row for row in distinct.values() if _key(row["nums"]) not in asked]
+  if len(kept) < len(rows):
     _log.warning(
-      "%s: left out %d problems without %d to %d numbers and %d repeated ones",
-      FILE,
+      "%s: left out %d problems without %d to %d numbers, %d repeated ones and %d with numbers of %s",
+      name,
       len(rows) - len(fitting),
       *numbers,
       len(fitting) - len(distinct),
+      len(distinct) - len(kept),
+      TEST_FILE,
     )
-  return tuple(row for row in reversed(distinct.values()) if _owner(row["nums"]) == split)
+  return tuple(row for row in kept if name == TEST_FILE or _owner(row["nums"]) == split)
 
 
-def _parse(place: str, line: str) -> dict[str, Any]:
+def _parse(place: str, found: object) -> dict[str, Any]:
   """Check every rule of one row and return it; other keys are dropped."""
-  row = common.parse_object(place, line, {"nums": "[...]", "target": "..."})
+  if isinstance(found, dict) and "input" in found and "nums" not in found:
+    found = _of_d1(place, found)
+  row = common.check_fields(place, found, {"nums": "[...]", "target": "..."})
   nums, target = row["nums"], row["target"]
   if not isinstance(nums, list) or not all(type(n) is int and n > 0 for n in nums):
     raise DataError(f"{place}: nums is {str(nums)[:60]}, expected a list of positive integers")
@@ -231,3 +287,13 @@ def _parse(place: str, line: str) -> dict[str, Any]:
   if type(target) is not int:
     raise DataError(f"{place}: target is {str(target)[:60]!r}, expected an integer")
   return {"nums": nums, "target": target}
+
+
+def _of_d1(place: str, found: dict[str, Any]) -> dict[str, Any]:
+  """Turn a row of d1's test file into one of ours."""
+  row = common.check_fields(place, found, {"input": '"30,100,93"', "output": '"23"'})
+  for field, example in (("input", "30,100,93"), ("output", "23")):
+    value = str(row[field])
+    if not _LIST.fullmatch(value) or (field == "output" and "," in value):
+      raise DataError(f"{place}: {field} is {value[:40]!r}, expected a text such as {example!r}")
+  return {"nums": [int(number) for number in str(row["input"]).split(",")], "target": int(row["output"])}

@@ -1,11 +1,11 @@
-"""Question sets in line files: which rows are for training, validation and test, and in which order."""
+"""Question sets: which rows are for training, validation and test, and in which order."""
 
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-from d1jax.tasks import common
+from d1jax.tasks import common, held_out, tables
 from d1jax.tasks.base import DataError, Record
 
 EVERYTHING = 1_000_000
@@ -36,56 +36,64 @@ def read(
   *,
   files: Sequence[str],
   key: str,
-  parse: Callable[[str, str], Record | None],
+  parse: Callable[[str, Any], Record | None],
 ) -> Sequence[Record]:
   """Read the first `count` records of a split, each question once.
 
   `test` is the last of the files, in its order. The others are the training files; `validation` is the part that
   `is_validation` names, `train` and `demonstrations` are both the rest, all in the order of their hashes, so that the
-  first records are a fair sample although the files may be sorted by subject.
+  first records are a fair sample although the files may be sorted by subject. They hold no question of the test file,
+  where there is one, and none that `held_out` lists. Questions are the same if `held_out.normalize` makes them so.
 
   Args:
-    task: the name for messages.
-    root: the data folder; None is a ValueError.
+    task: the name for messages and in the list of held-out questions.
+    root: a data folder or `tables.HUB`; None is a ValueError.
     split: one of `common.SPLITS`.
     count: at most so many records; fewer are no error, none are a DataError.
-    files: names under `root`: the training file, further ones that may be missing, the test file.
+    files: names that `tables.read` knows: the training file, further ones that may be missing, the test file.
     key: the field of a record that holds the question.
-    parse: makes a record of a line (place, line), or None to leave it out.
+    parse: makes a record of a row (place, row), or None to leave it out.
   """
   common.check_choice("split", split, common.SPLITS)
   wanted = files[-1] if split == "test" else files[0]
   if root is None:
     raise ValueError(
-      f"{task} root is None, but its questions are read from a file; "
-      f"set root (config.data.root) to the folder that holds {wanted}"
+      f"{task} root is None, but its questions are read from a file; set root (config.data.root) to the folder that "
+      f"holds {wanted}, or to {tables.HUB!r} to download them"
     )
   if not count:
     return ()
-  rest = () if split == "test" else [name for name in files[1:-1] if (Path(root) / name).is_file()]
-  rows: list[Record] = []
-  lines = 0
-  for name in (wanted, *rest):
-    for number, line in enumerate(common.read_lines(root, name, ""), start=1):
-      lines += 1
-      row = parse(f"{name} line {number}", line)
-      rows += [] if row is None else [row]
+
+  def rows_of(name: str) -> list[Record | None]:
+    return [parse(place, row) for place, row in tables.read(root, name, "")]
+
+  def question(record: Record) -> str:
+    return held_out.normalize(record[key])
+
+  rest = [] if split == "test" else [name for name in files[1:-1] if tables.exists(root, name)]
+  rows = [row for name in (wanted, *rest) for row in rows_of(name)]
+  usable = [row for row in rows if row is not None]
   distinct: dict[str, Record] = {}
-  for row in rows:
-    distinct.setdefault(row[key], row)
-  if len(distinct) < lines:
+  for row in usable:
+    distinct.setdefault(question(row), row)
+  asked: set[str] = set()
+  if split != "test":
+    asked = {text for text in distinct if held_out.fingerprint(text) in held_out.listed(task)}
+    if tables.exists(root, files[-1]):
+      asked |= {question(row) for row in rows_of(files[-1]) if row is not None}
+  kept = [row for text, row in distinct.items() if text not in asked]
+  if len(kept) < len(rows):
     _log.warning(
-      "%s: left out %d rows without an answer and %d repeated ones",
+      "%s: left out %d rows without an answer, %d repeated ones and %d test questions",
       wanted,
-      lines - len(rows),
-      len(rows) - len(distinct),
+      len(rows) - len(usable),
+      len(usable) - len(distinct),
+      len(distinct) - len(kept),
     )
-  if split == "test":
-    records = list(distinct.values())
-  else:
-    kept = [question for question in distinct if is_validation(question) == (split == "validation")]
-    records = [distinct[question] for question in sorted(kept, key=digest)]
-  return tuple(common.take_rows(wanted, split, records, count))
+  if split != "test":
+    kept = [row for row in kept if is_validation(row[key]) == (split == "validation")]
+    kept.sort(key=lambda row: digest(row[key]))
+  return tuple(common.take_rows(wanted, split, kept, count))
 
 
 def check_texts(place: str, row: Mapping[str, object], names: Sequence[str], blank: Sequence[str] = ()) -> None:

@@ -5,7 +5,7 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 
-from d1jax.tasks import common, d1_rewards, sudoku_grids, sudoku_puzzles
+from d1jax.tasks import common, d1_evaluation, d1_rewards, sudoku_grids, sudoku_puzzles, tables
 from d1jax.tasks.base import Grade, Message, Record
 
 DEFAULT_SIZES = {"demonstrations": 4000, "train": 20000, "validation": 400, "test": 880}
@@ -48,15 +48,19 @@ _DIGITS = frozenset("0123456789")
 class Sudoku:
   """The 4x4 Sudoku task; records are `{"puzzle": 16 digits, 0 = empty, "solution": 16 digits}`.
 
-  Every puzzle has one solution. The 88 held-out grids are solutions in `test` only, 40 others in
-  `validation` only; the remaining 160 are shared by `demonstrations` and `train`, which have no
-  puzzle in common. Splits depend on nothing but seed, clues and their own size, and a larger size
+  Every puzzle has one solution, but for those of a test file. The 88 held-out grids are solutions
+  in `test` only, 40 others in `validation` only; the remaining 160 are shared by `demonstrations`
+  and `train`, which have no puzzle in common. d1's published test puzzles (`held_out`) are in none
+  of these three. Splits depend on nothing but seed, clues and their own size, and a larger size
   keeps the records of a smaller one.
 
   Attributes:
     seed: seeds the draws of generated puzzles.
-    root: a data folder with `sudoku/train.csv`, or None to generate. Rows are sorted into the
-      splits by solution; `test` is generated when the file has no row with a held-out solution.
+    root: a data folder with `sudoku/train.csv`, or None to generate, as does "hub", where there are
+      no puzzles. Rows are sorted into the splits by solution; `test` is generated when the file has
+      no row with a held-out solution. Where `sudoku/test.csv` exists, such as d1's, it is the split
+      `test`, whatever its solutions: a puzzle of it is in no other split, and may have several
+      solutions, each of which solves it (`cell_accuracy` knows the one that is stored).
     sizes: records per split, defaults for those not named. A file may have fewer (all are taken)
       but not none.
     clues: the range (first, last) from which the number of clues of a generated puzzle is drawn
@@ -83,9 +87,10 @@ class Sudoku:
     common.check_choice("split", split, self.splits)
     count = self.sizes[split]
     codes: Sequence[int] = ()
-    if self.root is not None:
-      codes = sudoku_puzzles.read(self.root, split)
-    if self.root is None or (split == "test" and not codes):
+    root = None if self.root == tables.HUB else self.root
+    if root is not None:
+      codes = sudoku_puzzles.read(root, split)
+    if root is None or (split == "test" and not codes):
       codes = sudoku_puzzles.draw(split, self.seed, count, self.clues)
     else:
       codes = common.take_rows(sudoku_puzzles.FILE, split, codes, count)
@@ -93,22 +98,22 @@ class Sudoku:
     return tuple({"puzzle": puzzle, "solution": solution} for puzzle, solution in pairs)
 
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
-    """Return one user turn and no prefill.
+    """Return one user turn and a prefill, `<reasoning>` in the style `d1_eval` and else none.
 
-    `d1` is its text to the letter. `terse` is the 16 clues and then the names of the 16 cells,
-    `1003...abcdefghijklmnop`; the 16 digits of the answer follow. So each cell's clue, name and
-    answer stand at fixed distances, and a model with relative positions can tell which cell it is
-    looking at.
+    `d1` and `d1_eval` are d1's text to the letter, the same for both. `terse` is the 16 clues and
+    then the names of the 16 cells, `1003...abcdefghijklmnop`; the 16 digits of the answer follow.
+    So each cell's clue, name and answer stand at fixed distances, and a model with relative
+    positions can tell which cell it is looking at.
     """
     common.check_choice("style", style, common.STYLES)
     puzzle = record["puzzle"]
     content = puzzle + _CELL_NAMES
-    if style == "d1":
+    if style != "terse":
       content = f"{SUDOKU_SYSTEM_PROMPT}\n\nSolve the following Sudoku puzzle: {puzzle}\n"
-    return [{"role": "user", "content": content}], ""
+    return [{"role": "user", "content": content}], common.PREFILL if style == "d1_eval" else ""
 
   def demonstration(self, record: Record, style: str) -> str:
-    """Write the solution: tagged after a line of reasoning (`d1`), or 16 digits (`terse`)."""
+    """Write the solution: tagged after a line of reasoning, or 16 digits (`terse`); `d1_eval` follows the prefill."""
     return _format(
       "The clues leave one grid in which every row, column and 2x2 box holds 1 to 4 once.",
       record["solution"],
@@ -131,13 +136,14 @@ class Sudoku:
     to 4 once and change no clue; `solved`, 1.0 when all do. Component of `d1`: `sudoku`, the share
     of empty cells filled as in the solution. Metrics, the same under both: `solved`;
     `cell_accuracy`, empty cells filled as in the solution over empty cells; `well_formed`, 16
-    digits 1 to 4.
+    digits 1 to 4. Under `d1` also `d1_accuracy`, cells again (`d1_evaluation.sudoku`).
     """
     common.check_choice("protocol", protocol, common.PROTOCOLS)
     grade = _strict(text, record)
     if protocol == "d1":
       paid = d1_rewards.sudoku(text, record["puzzle"], record["solution"])
-      grade = dataclasses.replace(grade, components={"sudoku": paid})
+      cells = d1_evaluation.sudoku(text, record["puzzle"], record["solution"])
+      grade = dataclasses.replace(grade, components={"sudoku": paid}, metrics={**grade.metrics, "d1_accuracy": cells})
     return grade
 
 
@@ -146,7 +152,7 @@ def _strict(text: str, record: Record) -> Grade:
   puzzle, solution = record["puzzle"], record["solution"]
   empty = puzzle.count("0")
   if len(answer) != 16 or not _DIGITS.issuperset(answer):
-    return _grade(0, 0, empty, 0)
+    return _grade(0, 0, empty, 0, None)
   right = 0
   kept = []
   for given, wanted, digit in zip(puzzle, solution, answer, strict=True):
@@ -157,10 +163,10 @@ def _strict(text: str, record: Record) -> Grade:
       kept.append(digit if digit == given else "0")
   satisfied = sum([unit(kept) in _COMPLETE for unit in _UNITS])
   well_formed = not answer.strip("1234")
-  return _grade(satisfied, right, empty, int(well_formed))
+  return _grade(satisfied, right, empty, int(well_formed), answer)
 
 
-def _grade(satisfied: int, right: int, empty: int, well_formed: int) -> Grade:
+def _grade(satisfied: int, right: int, empty: int, well_formed: int, answer: str | None) -> Grade:
   solved = int(satisfied == len(_UNITS))
   return Grade(
     {"constraints": satisfied / len(_UNITS), "solved": float(solved)},
@@ -169,9 +175,10 @@ def _grade(satisfied: int, right: int, empty: int, well_formed: int) -> Grade:
       "cell_accuracy": (right, empty),
       "well_formed": (well_formed, 1),
     },
+    answer,
   )
 
 
 def _format(reasoning: str, answer: str, style: str) -> str:
   common.check_choice("style", style, common.STYLES)
-  return common.tagged(reasoning, answer) if style == "d1" else answer
+  return answer if style == "terse" else common.tagged(reasoning, answer, style)

@@ -10,6 +10,8 @@ import itertools
 
 import numpy as np
 
+from d1jax.tasks import held_out
+
 CELLS = 16
 MASKS = 1 << CELLS
 
@@ -90,6 +92,19 @@ def in_split(split: str, codes: np.ndarray) -> np.ndarray:
     is_demonstration = (mixed >> np.uint64(40)) % np.uint64(4) == 0
     member &= is_demonstration if split == "demonstrations" else ~is_demonstration
   return member
+
+
+@functools.cache
+def published_codes() -> np.ndarray:
+  """List the codes of d1's published test puzzles, ascending: one for each of a puzzle's solutions."""
+  puzzles = held_out.listed("sudoku")
+  fitting = ((puzzle, grid) for puzzle in puzzles for grid in GRIDS if is_solution(puzzle, grid))
+  return np.array(sorted(encode(puzzle, grid) for puzzle, grid in fitting), dtype=np.int64)
+
+
+def is_solution(puzzle: str, grid: str) -> bool:
+  """Tell whether a filled grid keeps the clues of a puzzle."""
+  return all(clue in ("0", digit) for clue, digit in zip(puzzle, grid, strict=True))
 
 
 def grid_puzzles(split: str, grid: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from d1jax.tasks import common, sudoku_grids
 from d1jax.tasks.base import DataError
 
 FILE = "sudoku/train.csv"
+TEST_FILE = "sudoku/test.csv"
 HEADER = "Puzzle,Solution"
 
 _log = logging.getLogger(__name__)
@@ -19,6 +21,9 @@ _log = logging.getLogger(__name__)
 @functools.lru_cache(maxsize=16)
 def draw(split: str, seed: int, count: int, clues: tuple[int, int]) -> tuple[int, ...]:
   """Draw `count` distinct puzzles of a split; a smaller count gives the start of a larger one.
+
+  With one number of clues, `train` is an exactly uniform draw without replacement: it starts a random permutation of
+  all the split's puzzles with that many clues. d1's published test puzzles are taken out of the permutation.
 
   A lane is a set of grids; lanes take turns, so that each gives as many puzzles as the others.
   `train` is one lane with all its grids, the other splits have a lane a grid. A lane keeps a
@@ -32,6 +37,8 @@ def draw(split: str, seed: int, count: int, clues: tuple[int, int]) -> tuple[int
     codes = np.concatenate([sudoku_grids.grid_puzzles(split, int(grid)) for grid in some])
     found = sudoku_grids.clue_counts()[codes % sudoku_grids.MASKS]
     piles = [rng.permutation(codes[found == k]) for k in range(clues[0], clues[1] + 1)]
+    if split != "test":
+      piles = [pile[~np.isin(pile, sudoku_grids.published_codes())] for pile in piles]
     lanes.append([pile[:count][::-1].tolist() for pile in piles])
   available = sum(len(pile) for lane in lanes for pile in lane)
   if count > available:
@@ -53,26 +60,38 @@ def read(root: str, split: str) -> Sequence[int]:
   """Read the split's puzzles of `root/sudoku/train.csv` in the order of the file, each once.
 
   A row that breaks the format or the rules is a DataError that names its line. Puzzles with
-  several solutions (one might be a held-out grid) and repeated ones are left out and logged.
+  several solutions (one might be a held-out grid) and repeated ones are left out and logged, and in
+  all splits but `test` d1's published test puzzles and those of `root/sudoku/test.csv`. That file,
+  where there is one, is all of the split `test`, its puzzles with several solutions included.
   """
-  lines = common.read_lines(root, FILE)
-  if lines[0] != HEADER:
-    raise DataError(f"{FILE} line 1: the header is {lines[0][:80]!r}, expected {HEADER!r}")
-  rows = [_parse(f"{FILE} line {number}", line) for number, line in enumerate(lines[1:], start=2)]
-  every = np.array(rows, dtype=np.int64)
-  masks = every % sudoku_grids.MASKS
-  codes = every[sudoku_grids.unique_masks()[every >> sudoku_grids.CELLS, masks]]
-  distinct = list(dict.fromkeys(codes.tolist()))
-  ambiguous, repeated = len(every) - len(codes), len(codes) - len(distinct)
-  if ambiguous or repeated:
+  tested = _read(root, TEST_FILE) if (Path(root) / TEST_FILE).exists() else None
+  if split == "test" and tested is not None:
+    if not tested.size:
+      raise DataError(f"{TEST_FILE}: the file has no puzzles; add some, or take it away to generate them")
+    return tuple(dict.fromkeys(tested.tolist()))
+  every = _read(root, FILE)
+  codes = every[sudoku_grids.unique_masks()[every >> sudoku_grids.CELLS, every % sudoku_grids.MASKS]]
+  kept = distinct = np.array(list(dict.fromkeys(codes.tolist())), dtype=np.int64)
+  if split != "test":
+    kept = distinct[~np.isin(distinct, np.append(sudoku_grids.published_codes(), [] if tested is None else tested))]
+  if len(kept) < len(every):
     _log.warning(
-      "%s: left out %d puzzles with several solutions and %d repeated ones",
+      "%s: left out %d puzzles with several solutions, %d repeated ones and %d test puzzles",
       FILE,
-      ambiguous,
-      repeated,
+      len(every) - len(codes),
+      len(codes) - len(distinct),
+      len(distinct) - len(kept),
     )
-  codes = np.array(distinct, dtype=np.int64)
-  return tuple(codes[sudoku_grids.in_split(split, codes)].tolist())
+  return tuple(kept[sudoku_grids.in_split(split, kept)].tolist())
+
+
+def _read(root: str, name: str) -> np.ndarray:
+  """Read all rows of a file as codes."""
+  lines = common.read_lines(root, name)
+  if lines[0] != HEADER:
+    raise DataError(f"{name} line 1: the header is {lines[0][:80]!r}, expected {HEADER!r}")
+  rows = [_parse(f"{name} line {number}", line) for number, line in enumerate(lines[1:], start=2)]
+  return np.array(rows, dtype=np.int64)
 
 
 def _parse(place: str, line: str) -> int:

@@ -110,7 +110,7 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown split 'eval'; .*train, validation, test"):
       task.records("eval")
     for method in (task.prompt, task.demonstration, task.baseline):
-      with pytest.raises(ValueError, match="unknown style 'd2'; choose one of: d1, terse"):
+      with pytest.raises(ValueError, match="unknown style 'd2'; choose one of: d1, d1_eval, terse"):
         method(record, "d2")
 
 
@@ -191,6 +191,32 @@ def test_missing_empty_and_binary_files(tmp_path, task, name):
   path.write_bytes(b"ab\xff")
   with pytest.raises(DataError, match=f"{name}: byte 2 is not UTF-8"):
     task(root=str(tmp_path)).records("train")
+
+
+def test_a_completion_follows_the_prefill_of_evaluations():
+  whole = "<reasoning>\nwhy\n</reasoning>\n<answer>\n7\n</answer>"
+  assert common.tagged("why", "7") == whole
+  assert common.PREFILL + common.tagged("why", "7", "d1_eval") == whole
+
+
+def test_check_fields():
+  row = {"a": 1, "b": None, "c": 3}
+  assert common.check_fields("here", row, {"a": "1", "b": "2"}) is row
+  for bad in ({"a": 1}, [1, 2], None, "a b"):
+    with pytest.raises(DataError, match=r'^here: expected {"a": 1, "b": "x"}, got ') as error:
+      common.check_fields("here", bad, {"a": "1", "b": '"x"'})
+    assert str(bad) in str(error.value)
+
+
+def test_split_hash_is_of_the_content_in_order():
+  records = [{"nums": [3, 25], "target": 68}, {"question": "Was\u00df?\ud800", "answer": None}]
+  # sha256 of the two lines of JSON, computed by sha256sum.
+  assert common.split_hash(records) == "cd0da098c46d4ef7c84601745d3b22aaea3596afcaa38d5ac9cc2eae20546a62"
+  assert common.split_hash([dict(reversed(record.items())) for record in records]) == common.split_hash(records)
+  assert common.split_hash(tuple(records)) == common.split_hash(records)
+  assert common.split_hash([{**records[0], "nums": (3, 25)}, records[1]]) == common.split_hash(records)
+  changed = [records[::-1], records[:1], [*records, {}], [{**records[0], "nums": [325]}, records[1]], []]
+  assert len({common.split_hash(other) for other in (records, *changed)}) == 6
 
 
 def test_reward_is_the_sum_of_components():

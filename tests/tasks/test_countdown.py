@@ -1,12 +1,16 @@
 import collections
+import dataclasses
 import functools
+import itertools
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from d1jax.tasks import Countdown, DataError, arithmetic
 
@@ -82,6 +86,56 @@ def test_draws_are_deterministic_and_grow_at_the_end(split):
   assert generated(split, seed=1)[:20] != generated(split)[:20]
 
 
+def reachable(nums: tuple[int, ...]) -> set[int]:
+  """What the public rule makes of numbers in any order: a plain search over sets of values."""
+  if len(nums) == 1:
+    return {nums[0]}
+  found = set()
+  for i, j in itertools.permutations(range(len(nums)), 2):
+    a, b = nums[i], nums[j]
+    rest = [n for k, n in enumerate(nums) if k not in (i, j)]
+    values = {a + b, a * b, abs(a - b), *([a // b] if b and a % b == 0 else [])}
+    found |= {value for made in values for value in reachable((*rest, made))}
+  return found
+
+
+def all_problems(task: Countdown, split: str) -> set:
+  """Everything that can be drawn: as many problems as the error says that there are."""
+  with pytest.raises(DataError, match=r"only \d+ problems") as error:
+    dataclasses.replace(task, sizes={split: 10_000}).records(split)
+  count = int(re.search(r"only (\d+) problems", str(error.value))[1])
+  return problems(dataclasses.replace(task, sizes={split: count}).records(split))
+
+
+@pytest.mark.parametrize(("numbers", "largest"), [((2, 2), 12), ((3, 3), 5)])
+def test_exactly_the_problems_of_the_rule_can_be_drawn(numbers, largest):
+  targets = range(20, 25)
+  wanted = {
+    (nums, target)
+    for nums in itertools.combinations_with_replacement(range(1, largest + 1), numbers[0])
+    for target in targets
+    if target in reachable(nums)
+  }
+  task = Countdown(numbers=numbers, largest=largest, targets=(20, 24))
+  assert set.union(*(all_problems(task, split) for split in SIZES)) == wanted
+
+
+def test_the_draw_has_the_weights_of_the_rule():
+  # The target first, uniformly; then the numbers in their order, uniformly among those that reach it.
+  small = Countdown(numbers=(2, 2), largest=6, targets=(4, 7), sizes={"train": 1})
+  counts: collections.Counter = collections.Counter()
+  for seed in range(3000):
+    (record,) = dataclasses.replace(small, seed=seed).records("train")
+    counts[*record["nums"], record["target"]] += 1
+  owned = {nums for nums, _ in all_problems(dataclasses.replace(small, targets=(1, 36)), "train")}
+  pairs = [pair for pair in itertools.product(range(1, 7), repeat=2) if tuple(sorted(pair)) in owned]
+  reaching = {target: [pair for pair in pairs if target in reachable(pair)] for target in range(4, 8)}
+  wanted = {(*pair, target): 3000 / 4 / len(found) for target, found in reaching.items() for pair in found}
+  assert counts.keys() == wanted.keys()
+  statistic = sum((counts[key] - expected) ** 2 / expected for key, expected in wanted.items())
+  assert stats.chi2.sf(statistic, len(wanted) - 1) > 1e-5
+
+
 def test_options_shape_the_problems():
   task = Countdown(numbers=(2, 2), largest=9, targets=(5, 8), sizes={"train": 20})
   for record in task.records("train"):
@@ -138,7 +192,7 @@ def test_rows_are_filtered_kept_in_order_and_logged(tmp_path, data_root, caplog)
   five = {"nums": [1, 2, 3, 4, 5], "target": 9}
   root = write_rows(tmp_path, first, again, five)
   assert list(Countdown(root=root).records("train")) == [first]
-  assert "1 problems without 3 to 4 numbers and 1 repeated" in caplog.text
+  assert "left out 1 problems without 3 to 4 numbers, 1 repeated ones and 0 with numbers of" in caplog.text
   with pytest.raises(DataError, match=r"train.jsonl: no usable row .* 'test'"):
     Countdown(root=root).records("test")
 
@@ -152,14 +206,56 @@ def test_demonstrations_of_read_problems_are_searched(data_root):
     task.demonstration({"nums": [1, 1], "target": 50}, "d1")
 
 
+D1_ROWS = [{"input": "30,100,93", "output": "23"}, {"input": "3, 25, 7", "output": "68"}]
+
+
+def test_d1s_test_file_is_the_test_split_and_no_other_has_its_numbers(tmp_path, caplog):
+  rows = [{"nums": [a, 2, 3], "target": 9} for a in range(1, 60)]
+  root = write_rows(tmp_path, *rows, {"nums": [7, 3, 25], "target": 99}, {"nums": [93, 30, 100], "target": 23})
+  before = {split: multisets(Countdown(root=root).records(split)) for split in SIZES}
+  lines = [json.dumps(row) for row in [*D1_ROWS, {**D1_ROWS[0], "output": 23}, rows[0]]]
+  (tmp_path / "countdown/test.jsonl").write_text("\n".join(lines) + "\n")
+  task = Countdown(root=root)
+  wanted = [{"nums": [30, 100, 93], "target": 23}, {"nums": [3, 25, 7], "target": 68}, rows[0]]
+  assert list(task.records("test")) == wanted
+  assert "test.jsonl: left out 0 problems without 3 to 4 numbers, 1 repeated ones and 0 with" in caplog.text
+  for split in ("demonstrations", "train", "validation"):
+    assert multisets(task.records(split)) == before[split] - multisets(wanted)
+  assert "train.jsonl: left out 0 problems without 3 to 4 numbers, 0 repeated ones and 3 with" in caplog.text
+  demonstration = task.demonstration(wanted[0], "d1_eval")
+  assert task.grade("<reasoning>" + demonstration, wanted[0]).metrics["solved"] == (1, 1)
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    ({"input": "30,100,93"}, 'expected {"input": "30,100,93", "output": "23"}'),
+    ({"input": "30;100", "output": "23"}, "input is '30;100', expected a text such as '30,100,93'"),
+    ({"input": [30, 100], "output": "23"}, r"input is '\[30, 100\]', expected a text"),
+    ({"input": "30,100,93", "output": "2,3"}, "output is '2,3', expected a text such as '23'"),
+    ({"input": "30,100,93", "output": "9" * 5000}, "output is '9999"),
+    ({"input": "٣,1", "output": "3"}, "input is"),
+    ({"input": "0,1", "output": "3"}, r"nums is \[0, 1\], expected a list of positive"),
+    ({"input": "1", "output": "3"}, "nums has 1 numbers, expected 2 to 6"),
+  ],
+  ids=str,
+)
+def test_bad_rows_of_d1s_test_file(tmp_path, row, message):
+  root = write_rows(tmp_path, {"nums": [3, 25, 7], "target": 68})
+  (tmp_path / "countdown/test.jsonl").write_text(json.dumps(D1_ROWS[0]) + "\n" + json.dumps(row) + "\n")
+  for split in ("train", "test"):
+    with pytest.raises(DataError, match=f"^countdown/test.jsonl line 2: {message}"):
+      Countdown(root=root).records(split)
+
+
 # Prompts and completions.
 
 
-def test_d1_prompt_is_verbatim():
-  messages, prefill = Countdown().prompt({"nums": (3, 25, 7), "target": 68}, "d1")
-  assert prefill == ""
-  content = Path(__file__).with_name("d1_countdown_prompt.txt").read_text()
-  assert messages == [{"role": "user", "content": content}]
+@pytest.mark.parametrize(("style", "prefill"), [("d1", ""), ("d1_eval", "<reasoning>")])
+def test_d1_prompts_are_verbatim(style, prefill):
+  content = Path(__file__).with_name(f"{style}_countdown_prompt.txt").read_text()
+  prompt = Countdown().prompt({"nums": (3, 25, 7), "target": 68}, style)
+  assert prompt == ([{"role": "user", "content": content}], prefill)
 
 
 def test_terse_style():
@@ -177,12 +273,15 @@ def test_d1_completions_and_cluster():
   assert demonstration.endswith("\n</reasoning>\n<answer>\n25*3-7\n</answer>")
   assert Countdown().baseline(RECORD, "d1").endswith("<answer>\n3+25+7\n</answer>")
   assert Countdown().cluster(RECORD) == "3 7 25"
+  boxed = demonstration.removeprefix("<reasoning>").replace("\n25*3-7\n", "\n\\boxed{25*3-7}\n")
+  assert Countdown().demonstration(RECORD, "d1_eval") == boxed
+  assert Countdown().baseline(RECORD, "d1_eval").endswith("<answer>\n\\boxed{3+25+7}\n</answer>")
 
 
 # Grades.
 
 
-@pytest.mark.parametrize("style", ["d1", "terse"])
+@pytest.mark.parametrize("style", ["d1", "d1_eval", "terse"])
 def test_demonstrations_earn_everything(style):
   task = Countdown()
   for record in generated("demonstrations"):
@@ -200,7 +299,21 @@ def test_demonstrations_earn_everything(style):
     ("25+3+7", 0.1),
     ("3/7/25", 0.1),
     ("25*3-7=68", 0.0),
-    ("\\boxed{25*3-7}", 0.0),
+    (r"\boxed{25*3-7}", 1.0),
+    (r"So it is $\boxed{ 25 \times 3 - 7 }$.", 1.0),
+    (r"\boxed{3} or \boxed{25\cdot3-7}", 1.0),
+    (r"25\cdot3-7", 1.0),
+    (r"\boxed{25 \div 3 - 7}", 0.1),
+    (r"\boxed{\frac{25}{3} \times 7}", 0.1),
+    (r"\boxed{25*3-7} or \boxed{3}", 0.0),
+    (r"\boxed{25*3-7=68}", 0.0),
+    (r"\boxed{25*3-7} = 68", 1.0),
+    (r"\boxed{25*3-7", 0.0),
+    (r"\boxed{}", 0.0),
+    (r"\boxed{\frac{25}{1/3}-7}", 0.0),
+    (r"\boxed{25\times\times3-7}", 0.0),
+    (r"\boxed{\frac25{3}*7}", 0.0),
+    (r"\boxed{25\sqrt{3}-7}", 0.0),
     ("68", 0.0),
     ("68+25*0", 0.0),
     ("75-7", 0.0),
@@ -220,6 +333,13 @@ def test_answers(answer, reward):
     grade = Countdown().grade(text, RECORD)
     assert grade.reward == reward
     assert grade.metrics == {"solved": (int(reward == 1), 1), "well_formed": (int(reward > 0), 1)}
+
+
+def test_fractions_of_latex_divide_what_is_in_them():
+  assert Countdown().grade(r"\boxed{\frac{25-7}{3}}", {"nums": [3, 25, 7], "target": 6}).reward == 1.0
+  assert (
+    Countdown().grade(r"\boxed{7-\dfrac{\tfrac{24}{2}}{6-3}}", {"nums": [24, 2, 3, 6, 7], "target": 3}).reward == 1.0
+  )
 
 
 def test_repeated_numbers_count():

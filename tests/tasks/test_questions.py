@@ -8,8 +8,7 @@ from d1jax.tasks import DataError, questions
 FILES = ("toy/train.jsonl", "toy/extra.jsonl", "toy/test.jsonl")
 
 
-def parse(place: str, line: str):
-  row = json.loads(line)
+def parse(place: str, row: dict):
   if row.get("bad"):
     raise DataError(f"{place}: bad")
   return None if row.get("left out") else {**row, "place": place}
@@ -61,6 +60,31 @@ def test_order_and_other_rows_do_not_move_a_question(root, tmp_path):
   assert 0 < len(after) < len(before)
 
 
+@pytest.mark.parametrize("split", ["demonstrations", "train", "validation"])
+def test_no_other_split_has_a_question_of_the_test_file(split, root, tmp_path, caplog):
+  before = texts(read(root, split))
+  leaked = [before[0], before[1].upper(), before[2].replace(" ", " \n ")]
+  with (tmp_path / FILES[2]).open("a") as file:
+    file.write("".join(json.dumps({"question": text}) + "\n" for text in leaked))
+  assert texts(read(root, split)) == before[3:]
+  assert "left out 0 rows without an answer, 0 repeated ones and 3 test questions" in caplog.text
+  assert texts(read(root, "test"))[-3:] == leaked
+  with (tmp_path / FILES[2]).open("a") as file:
+    file.write('{"bad": 1}\n')
+  with pytest.raises(DataError, match=r"^toy/test\.jsonl line 24: bad"):
+    read(root, split)
+  (tmp_path / FILES[2]).unlink()
+  assert texts(read(root, split)) == before
+
+
+def test_questions_that_differ_in_blanks_and_case_are_one(root, tmp_path):
+  with (tmp_path / FILES[1]).open("a") as file:
+    file.write('{"question": "HOW many is  7?"}\n')
+  both = texts(read(root, "train")) + texts(read(root, "validation"))
+  assert len(both) == 1300
+  assert "How many is 7?" in both
+
+
 def test_a_further_file_may_be_missing_and_the_others_not(root, tmp_path):
   (tmp_path / FILES[1]).unlink()
   assert len(read(root, "train")) + len(read(root, "validation")) == 1000
@@ -75,7 +99,7 @@ def test_a_further_file_may_be_missing_and_the_others_not(root, tmp_path):
 
 @pytest.mark.parametrize(("split", "name"), [("train", "train"), ("validation", "train"), ("test", "test")])
 def test_no_root_names_the_file_and_the_option(split, name):
-  message = rf"toy root is None, .*set root \(config.data.root\) to the folder that holds toy/{name}.jsonl"
+  message = rf"toy root is None, .*set root \(config.data.root\) to the folder that holds toy/{name}.jsonl, or to 'hub'"
   with pytest.raises(ValueError, match=message):
     read(None, split)
 
@@ -90,7 +114,7 @@ def test_rows_are_left_out_counted_and_located(root, tmp_path, caplog):
   records = read(root, "test")
   assert records == ({"question": "a", "n": 1, "place": "toy/test.jsonl line 1"}, records[1])
   assert records[1]["question"] == "b"
-  assert "left out 1 rows without an answer and 1 repeated ones" in caplog.text
+  assert "left out 1 rows without an answer, 1 repeated ones and 0 test questions" in caplog.text
   with path.open("a") as file:
     file.write(json.dumps({"bad": 1}) + "\n")
   with pytest.raises(DataError, match=r"^toy/test\.jsonl line 5: bad"):

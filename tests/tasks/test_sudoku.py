@@ -221,7 +221,7 @@ def test_ambiguous_and_repeated_rows_are_left_out_and_logged(tmp_path, caplog):
   (split,) = [s for s in splits if sudoku_grids.in_split(s, encode_good())[0]]
   with caplog.at_level(logging.WARNING):
     assert list(Sudoku(root=root).records(split)) == [RECORD]
-  assert "1 puzzles with several solutions and 1 repeated" in caplog.text
+  assert "1 puzzles with several solutions, 1 repeated ones and 0 test puzzles" in caplog.text
 
 
 def encode_good():
@@ -231,11 +231,10 @@ def encode_good():
 # Prompts and completions.
 
 
-def test_d1_prompt_is_verbatim():
-  messages, prefill = Sudoku().prompt(RECORD, "d1")
-  assert prefill == ""
-  content = Path(__file__).with_name("d1_sudoku_prompt.txt").read_text()
-  assert messages == [{"role": "user", "content": content}]
+@pytest.mark.parametrize(("style", "prefill"), [("d1", ""), ("d1_eval", "<reasoning>")])
+def test_d1_prompts_are_verbatim(style, prefill):
+  content = Path(__file__).with_name(f"{style}_sudoku_prompt.txt").read_text()
+  assert Sudoku().prompt(RECORD, style) == ([{"role": "user", "content": content}], prefill)
 
 
 def test_terse_style():
@@ -251,6 +250,8 @@ def test_d1_completions():
   ending = "\n</reasoning>\n<answer>\n4321123434122143\n</answer>"
   assert Sudoku().demonstration(RECORD, "d1").endswith(ending)
   assert Sudoku().baseline(RECORD, "d1").endswith("<answer>\n1321113114112111\n</answer>")
+  for write in (Sudoku().demonstration, Sudoku().baseline):
+    assert "<reasoning>" + write(RECORD, "d1_eval") == write(RECORD, "d1")
   assert Sudoku().cluster(RECORD) == RECORD["solution"]
 
 

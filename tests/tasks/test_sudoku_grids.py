@@ -1,8 +1,9 @@
+import collections
 import itertools
 
 import numpy as np
 
-from d1jax.tasks import sudoku_grids
+from d1jax.tasks import held_out, sudoku_grids
 
 # shared/data/README.md: clue sets with one solution, by number of clues.
 UNIQUE = {
@@ -14,6 +15,8 @@ UNIQUE = {
   9: 2_958_336,
   10: 2_204_928,
 }
+# The others, as plain enumeration has them (`test_unique_masks_are_those_of_plain_enumeration`).
+UNIQUE |= {11: 1_239_552, 12: 522_624, 13: 161_280, 14: 34_560, 15: 4_608, 16: 288}
 
 
 def test_grids_are_all_and_in_order():
@@ -46,8 +49,36 @@ def test_unique_masks_have_the_published_counts():
   assert table.sum() == 13_579_680
   counts = np.bincount(sudoku_grids.clue_counts(), table.sum(axis=0))
   assert not counts[:4].any()
-  assert {clues: counts[clues] for clues in UNIQUE} == UNIQUE
-  assert counts[16] == 288
+  assert {clues: counts[clues] for clues in range(4, 17)} == UNIQUE
+  assert sum(UNIQUE.values()) == 13_579_680  # 13,579,392 with an empty cell
+
+
+def test_unique_masks_are_those_of_plain_enumeration():
+  # A mask tells a grid from all others exactly when no other grid has the same digits there.
+  digits = np.array([list(map(int, grid)) for grid in sudoku_grids.GRIDS])
+  powers = 4 ** np.arange(16)
+  for mask in range(sudoku_grids.MASKS):
+    shown = (digits - 1) @ (powers * (mask >> np.arange(16) & 1))
+    _, place, counts = np.unique(shown, return_inverse=True, return_counts=True)
+    assert (sudoku_grids.unique_masks()[:, mask] == (counts[place] == 1)).all()
+
+
+def test_published_puzzles_are_known_by_all_their_solutions():
+  codes = sudoku_grids.published_codes()
+  pairs = [sudoku_grids.decode(int(code)) for code in codes]
+  assert {puzzle for puzzle, _ in pairs} == held_out.listed("sudoku")
+  assert sorted(set(codes.tolist())) == codes.tolist()
+  solutions = collections.Counter(puzzle for puzzle, _ in pairs)
+  unique = sudoku_grids.unique_masks()[codes >> 16, codes & 0xFFFF]
+  assert [solutions[puzzle] == 1 for puzzle, _ in pairs] == unique.tolist()
+  # shared/research: 63 of d1's 256 puzzles have 2 to 4 solutions.
+  assert sum(count > 1 for count in solutions.values()) == 63
+  assert max(solutions.values()) == 4
+
+
+def test_is_solution():
+  assert sudoku_grids.is_solution("0321003004002100", "4321123434122143")
+  assert not sudoku_grids.is_solution("0322003004002100", "4321123434122143")
 
 
 def test_clue_counts():
