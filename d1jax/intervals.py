@@ -1,10 +1,11 @@
-"""95% intervals for shares whose observations come in clusters."""
+"""95% intervals: of shares whose observations come in clusters, over seeds, of paired differences; pass@k."""
 
 import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 Z = 1.959963984540054
 """The 97.5% point of the standard normal distribution."""
@@ -26,6 +27,34 @@ class Share(NamedTuple):
   n: int
 
 
+class Mean(NamedTuple):
+  """A mean of one value a seed.
+
+  Attributes:
+    value: the mean.
+    interval: ends of its 95% interval; None for one seed, which says nothing about others.
+    n: number of seeds.
+  """
+
+  value: float
+  interval: tuple[float, float] | None
+  n: int
+
+
+class Difference(NamedTuple):
+  """A difference of two shares with its 95% interval, in [-1, 1].
+
+  Attributes:
+    difference: second minus first.
+    low: lower end of the interval.
+    high: its upper end.
+  """
+
+  difference: float
+  low: float
+  high: float
+
+
 def wilson(share: float, n: float) -> tuple[float, float]:
   """Wilson's score interval of a share of n independent observations; n need not be whole."""
   centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
@@ -45,11 +74,10 @@ def clustered(numerators: Sequence[float], denominators: Sequence[float], cluste
     denominators: one an observation, positive in sum.
     clusters: one an observation.
   """
-  names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
-  index = np.asarray([names[name] for name in clusters], int)
+  index = _numbered(clusters)
   top = np.bincount(index, np.asarray(numerators, float))
   bottom = np.bincount(index, np.asarray(denominators, float))
-  total, count = bottom.sum(), len(names)
+  total, count = bottom.sum(), len(bottom)
   if not total > 0:
     raise ValueError(f"the denominators of {len(numerators)} observations add up to {total}")
   share = float(top.sum() / total)
@@ -60,3 +88,85 @@ def clustered(numerators: Sequence[float], denominators: Sequence[float], cluste
     effective = min(share * (1 - share) / variance + 1, total) if variance > 0 else total
   low, high = wilson(share, effective)
   return Share(share, low, high, len(numerators))
+
+
+def over_seeds(values: Sequence[float]) -> Mean:
+  """The mean of shares, one a seed, with Student's t interval cut to [0, 1].
+
+  The seeds are the observations here: the interval says where the mean over many seeds would lie on these questions.
+
+  Raises:
+    ValueError: no values.
+  """
+  if not values:
+    raise ValueError("no values to average: give one a seed")
+  mean, count = float(np.mean(values)), len(values)
+  if count == 1:
+    return Mean(mean, None, 1)
+  half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1)) / math.sqrt(count)
+  return Mean(mean, (max(mean - half, 0.0), min(mean + half, 1.0)), count)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+  """McNemar's exact two-sided p value (Biometrics 12, 1947) for two systems on the same questions.
+
+  Args:
+    only_first: pairs that the first alone has right.
+    only_second: pairs that the second alone has right. Pairs on which both agree do not matter.
+
+  Returns:
+    The probability of a split at least as uneven if either side were as likely; 1 without a pair.
+  """
+  count = only_first + only_second
+  return float(stats.binomtest(only_first, count).pvalue) if count else 1.0
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Difference:
+  """The difference of two shares over the same questions, treating clusters, not pairs, as independent.
+
+  Agresti and Min's interval (Statistics in Medicine 24, 2005: Wald's after half a pair is added to each cell of the
+  2x2 table) at the number of independent pairs that have the variance seen between clusters, as in `clustered`; one a
+  cluster where all pairs differ alike and no variance can be seen.
+
+  Args:
+    first: 0 or 1 a pair.
+    second: 0 or 1 a pair.
+    clusters: one a pair.
+
+  Raises:
+    ValueError: no pairs.
+  """
+  if not len(first) == len(second) == len(clusters) > 0:
+    raise ValueError(f"{len(first)}, {len(second)} outcomes and {len(clusters)} clusters: give one of each a pair")
+  change = np.asarray(second, float) - np.asarray(first, float)
+  pairs, mean, square = len(change), float(np.mean(change)), float(np.mean(change**2))
+  sums = np.bincount(_numbered(clusters), change - mean)
+  count, spread = len(sums), square - mean**2
+  effective = float(count)
+  if count > 1 and spread > 0:
+    variance = count / (count - 1) * float(np.sum(sums**2)) / pairs**2
+    effective = min(spread / variance + 1, pairs) if variance > 0 else pairs
+  centre = effective * mean / (effective + 2)
+  half = Z * math.sqrt(((effective * square + 1) / (effective + 2) - centre**2) / (effective + 2))
+  return Difference(mean, max(centre - half, -1.0), min(centre + half, 1.0))
+
+
+def pass_at(n: int, correct: int, k: int) -> float:
+  """The probability that k of a question's n samples, drawn without replacement, hold a correct one.
+
+  The unbiased estimator of pass@k of Chen et al. 2021 (arXiv 2107.03374), 1 - C(n - correct, k) / C(n, k), in whole
+  numbers up to one division: exact but for its rounding.
+
+  Raises:
+    ValueError: unless 0 <= correct <= n and 1 <= k <= n.
+  """
+  if not (0 <= correct <= n and 1 <= k <= n):
+    raise ValueError(f"pass@{k} of {correct} correct in {n} samples: correct lies in 0..n and k in 1..n")
+  ways = math.comb(n, k)
+  return (ways - math.comb(n - correct, k)) / ways
+
+
+def _numbered(clusters: Sequence[Hashable]) -> np.ndarray:
+  """Clusters as numbers from 0, in the order in which they come."""
+  numbers = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+  return np.asarray([numbers[name] for name in clusters], int)
