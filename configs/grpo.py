@@ -1,20 +1,42 @@
 """d1's recipe: masked SFT, then diffu-GRPO, then evaluation.
 
 `--config=configs/grpo.py:WORDS`, words separated by commas: a size (`tiny`, the default; `smoke`; `llada_8b`) and a
-task (`sudoku`, the default; `countdown`, `gsm8k`, `math`). Any field can be set on the command line:
-`--config.grpo.learning_rate=1e-4`. `llada_8b` is d1's diffu-GRPO on a downloaded model, `--config.model.pretrained`;
-docs/d1.md sets each of its values beside d1's.
+task (`sudoku`, the default; `countdown`, `gsm8k`, `math`), or several, which are mixed. Any field can be set on the
+command line: `--config.grpo.learning_rate=1e-4`. `llada_8b` is d1's diffu-GRPO on a downloaded model,
+`--config.model.pretrained`; docs/d1.md sets each of its values beside d1's.
 """
 
 from ml_collections import config_dict
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
+
+# Fields that in a mix have the largest value of its tasks.
+LARGEST = dict(
+  data=("prompt_buckets",),
+  rollout=("completion_length", "block_length"),
+  sft=("prompt_buckets", "completion_buckets"),
+  grpo=("steps", "num_iterations", "warmup_steps"),
+  evaluation=("prompt_buckets",),
+)
+
 ADAM = dict(b1=0.9, b2=0.99, weight_decay=0.1)
 
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the preset words."""
+  chosen = dict.fromkeys(word for word in words.split(",") if word)
+  unknown = [word for word in chosen if word not in SIZES + TASKS]
+  if unknown:
+    raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(SIZES + TASKS)}")
+  sizes = [word for word in chosen if word in SIZES] or ["tiny"]
+  tasks = [word for word in chosen if word in TASKS] or ["sudoku"]
+  if len(sizes) > 1:
+    raise ValueError(f"preset words {', '.join(sizes)} exclude each other: name one of {', '.join(SIZES)}")
+  if len(tasks) > 1:
+    return _mix({task: get_config(f"{sizes[0]},{task}") for task in sorted(tasks)})
+
   c = config_dict.ConfigDict()
   c.mode = "grpo"
   c.seed = 0
@@ -64,10 +86,12 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.data = dict(root=config_dict.placeholder(str), prompt_buckets=(200,))
   c.task = dict(
     name="sudoku",
+    module=config_dict.placeholder(str),  # the Python file of a task of your own, in place of `name`
+    mix=config_dict.ConfigDict(),  # several tasks: how often prompts are drawn from each, by name
     style="d1",
     protocol="d1",  # of the rewards; evaluations are strict
-    sizes=dict(demonstrations=64, train=20000, validation=400, test=880),
-    options=config_dict.ConfigDict(),
+    sizes=dict(demonstrations=64, train=20000, validation=400, test=880),  # of each task
+    options=config_dict.ConfigDict(),  # of the task; in a mix by the task's name
   )
 
   # d1's rollouts.
@@ -111,6 +135,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     num_iterations=8,  # mu
     accumulation=2,  # micro-batches an optimiser step
     rollout_chunks=2,  # parts of a rollout; one is graded while the next is computed
+    grading_workers=8,  # processes that grade; 0: the run's own
     epsilon=0.5,
     beta=0.04,
     p_mask_prompt=0.15,
@@ -137,17 +162,22 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     "gsm8k": (_gsm8k,),
     "math": (_math,),
   }
-  sizes, tasks = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
-  chosen = [word for word in words.split(",") if word]
-  for kind in (sizes, tasks):
-    named = [word for word in chosen if word in kind] or [kind[0]]
-    if len(named) > 1:
-      raise ValueError(f"preset words {', '.join(named)} exclude each other: name one of {', '.join(kind)}")
-    for apply in presets[named[0]]:
-      apply(c)
-  unknown = [word for word in chosen if word not in presets]
-  if unknown:
-    raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join((*sizes, *tasks))}")
+  for apply in (*presets[sizes[0]], *presets[tasks[0]]):
+    apply(c)
+  return c
+
+
+def _mix(parts: dict[str, config_dict.ConfigDict]) -> config_dict.ConfigDict:
+  """Several tasks, drawn from equally often, with room for the longest; other fields do not depend on the task."""
+  c = next(iter(parts.values()))
+  c.task.name = "+".join(parts)
+  c.task.mix = dict.fromkeys(parts, 1.0)
+  c.task.options = {name: part.task.options for name, part in parts.items() if part.task.options}
+  for split in c.task.sizes:
+    c.task.sizes[split] = max(part.task.sizes[split] for part in parts.values())
+  for section, fields in LARGEST.items():
+    for field in fields:
+      c[section][field] = max(part[section][field] for part in parts.values())
   return c
 
 
@@ -181,6 +211,7 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     num_iterations=1,
     accumulation=4,
     rollout_chunks=4,
+    grading_workers=0,
     beta=0.0,
     p_mask_prompt=0.0,
     learning_rate=6e-4,

@@ -25,6 +25,13 @@ class PromptBatch(NamedTuple):
   record: Int[np.ndarray, "B"]
 
 
+class Part(NamedTuple):
+  """Records that are drawn `weight` times as often as those of a part with weight 1, whatever their number."""
+
+  chosen: Sequence[int]
+  weight: float
+
+
 def bucket_for(length: int, buckets: Sequence[int]) -> int | None:
   """The smallest bucket that holds `length` tokens, None when none does."""
   return min((b for b in buckets if b >= length), default=None)
@@ -74,12 +81,13 @@ def prompt_batch(
   return PromptBatch(sample_id, sample_id // num_generations, tokens, valid, record)
 
 
-def _order(choices: Sequence[int], *, seed: int, batch_size: int) -> Any:
-  """An endless Grain dataset of batches of record indices, reshuffled every epoch; batch k is a function of (seed,
-  k).
+def _order(parts: Sequence[Part], *, seed: int, batch_size: int) -> Any:
+  """An endless Grain dataset of batches of record indices, each part reshuffled every epoch; batch k is a function of
+  (seed, k).
   """
-  dataset = grain.MapDataset.source(list(choices)).seed(seed).shuffle().repeat()
-  return dataset.batch(batch_size, drop_remainder=True)
+  streams = [grain.MapDataset.source(list(part.chosen)).seed(seed).shuffle().repeat() for part in parts]
+  mixed = grain.MapDataset.mix(streams, [part.weight for part in parts]) if len(parts) > 1 else streams[0]
+  return mixed.batch(batch_size, drop_remainder=True)
 
 
 def start(dataset: Any, position: int) -> Iterator[Any]:
@@ -98,8 +106,13 @@ def prompt_batches(
   buckets: Sequence[int],
   pad_id: int,
   position: int = 0,
+  parts: Sequence[Part] = (),
 ) -> Iterator[PromptBatch]:
   """An endless stream of prompt batches, from batch `position` on. Prompts that fit no bucket never come.
+
+  Of several parts each has the order that it has alone. They alternate as evenly as their weights allow, by a rule and
+  not by chance: every stretch of the stream holds them in their proportions. Weights count in hundredths of the
+  smallest one.
 
   Args:
     prompts: token ids of every record.
@@ -109,11 +122,18 @@ def prompt_batches(
     buckets: allowed prompt lengths.
     pad_id: fills the left.
     position: the batch to start at.
+    parts: disjoint parts of the records to mix; none: all records are one.
   """
+  usable = set(fitting(prompts, buckets))
+  parts = parts or [Part(range(len(prompts)), 1.0)]
+  order = _order(
+    [part._replace(chosen=[i for i in part.chosen if i in usable]) for part in parts],
+    seed=seed,
+    batch_size=prompts_per_batch,
+  )
 
   def assemble(index: int, chosen: np.ndarray) -> PromptBatch:
     first = index * prompts_per_batch * num_generations
     return prompt_batch(prompts, [int(i) for i in chosen], first, num_generations, buckets, pad_id)
 
-  order = _order(fitting(prompts, buckets), seed=seed, batch_size=prompts_per_batch)
   return start(order.map_with_index(assemble), position)

@@ -27,16 +27,20 @@ from d1jax.training import optimizer as optimizers
 from d1jax.training.weights import Weights
 
 TOKENIZER_SAMPLE = 2000
-"""Records whose texts train the tokenizer."""
+"""Records of each task and split whose texts train the tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-  """Records of one split with their tokenised prompts and the given starts of their answers, which end the prompts."""
+  """Records of one split with their tokenised prompts and the given starts of their answers, which end the prompts.
+
+  `left_out` counts those whose prompts fit no bucket.
+  """
 
   records: list[Record]
   prompts: list[list[int]]
   prefills: list[str]
+  left_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +86,16 @@ class Experiment:
       return "sft.prompt_buckets", tuple(self.config.sft.prompt_buckets)
     return "evaluation.prompt_buckets", tuple(self.config.evaluation.prompt_buckets)
 
-  def texts(self, split: str) -> Texts:
-    """The records of a split whose prompts fit a bucket; the others are left out and counted."""
+  def texts(self, split: str, start: str | None = None) -> Texts:
+    """The records of a split whose prompts fit a bucket; the others are left out and counted.
+
+    Answers start as the style of the prompts has it, or with `start`.
+    """
     records = list(self.task.records(split))
     style = self.config.task.style
     asked = [self.task.prompt(r, style) for r in records]
-    prompts = [self.tokenizer.prompt(messages, prefill) for messages, prefill in asked]
+    prefills = [prefill if start is None else start for _, prefill in asked]
+    prompts = [self.tokenizer.prompt(turns, start) for (turns, _), start in zip(asked, prefills, strict=True)]
     field, buckets = self.buckets(split)
     keep = [i for i, ids in enumerate(prompts) if len(ids) <= max(buckets)]
     if len(keep) < len(records):
@@ -95,7 +103,10 @@ class Experiment:
     if not keep:
       shortest = min(map(len, prompts), default=0)
       raise ValueError(f"every {split} prompt is longer than {field}={buckets}, the shortest {shortest}: raise it")
-    return Texts([records[i] for i in keep], [prompts[i] for i in keep], [asked[i][1] for i in keep])
+    if isinstance(self.task, tasks.Mixture):
+      self.task.parts([records[i] for i in keep])  # each has some
+    left_out = len(records) - len(keep)
+    return Texts([records[i] for i in keep], [prompts[i] for i in keep], [prefills[i] for i in keep], left_out)
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
@@ -114,24 +125,30 @@ class Experiment:
 def train_tokenizer(task: Task, style: str, *, model_type: str, vocab_size: int) -> Tokenizer:
   """Trains the tokenizer on prompts and answers of training records."""
   texts: list[str] = []
-  for split in ("demonstrations", "train"):
-    for record in task.records(split)[:TOKENIZER_SAMPLE]:
-      messages, prefill = task.prompt(record, style)
-      texts += [m["content"] for m in messages] + [prefill, task.demonstration(record, style)]
+  for one in task.tasks.values() if isinstance(task, tasks.Mixture) else [task]:
+    for split in ("demonstrations", "train"):
+      for record in one.records(split)[:TOKENIZER_SAMPLE]:
+        messages, prefill = one.prompt(record, style)
+        texts += [m["content"] for m in messages] + [prefill, one.demonstration(record, style)]
   model = tokenizers.train_sentencepiece(filter(None, texts), model_type=model_type, vocab_size=vocab_size)
   return tokenizers.SentencePieceTokenizer(model)
 
 
 def build_task(config: ConfigDict) -> Task:
-  """The task that the configuration names."""
-  options = config.task.options.to_dict()
-  return tasks.build(
-    config.task.name,
-    seed=config.seed,
-    root=config.data.root,
-    sizes=config.task.sizes.to_dict(),
-    **options,
-  )
+  """The task that the configuration names, or its mix of tasks."""
+  section, weights = config.task, config.task.mix.to_dict()
+  sizes, options = section.sizes.to_dict(), section.options.to_dict()
+  if not weights:
+    return tasks.build(
+      section.name, seed=config.seed, root=config.data.root, sizes=sizes, module=section.module, **options
+    )
+  mixed = tasks.build_mix(weights, seed=config.seed, root=config.data.root, sizes=sizes, options=options)
+  if section.name != mixed.name or section.module is not None:
+    raise ValueError(
+      f"task.mix is of {mixed.name}, but task.name={section.name} and task.module={section.module}: a mix has the"
+      " sorted names of its tasks, joined by +, and no module"
+    )
+  return mixed
 
 
 def compute_dtype(name: str, platform: str) -> Any:
@@ -220,6 +237,11 @@ def build(
   """
   task = build_task(config)
   check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
+  sampler = SamplerSpec(**config.rollout)
+  if sampler.early_exit and config.task.protocol == "d1":
+    raise ValueError(
+      "rollout.early_exit ends completions at their stop id, but task.protocol=d1 reads on: turn one off"
+    )
   source = inspect(Path(config.model.pretrained)) if config.model.pretrained else None
   tokenizer = source.tokenizer if source else None
   if tokenizer_files is not None:
@@ -252,4 +274,4 @@ def build(
   )
   weights = Weights(network, mesh, rules, config.seed, source, spec, quantized, dtype)
   weights.check()
-  return Experiment(config, task, tokenizer, denoiser, weights, SamplerSpec(**config.rollout))
+  return Experiment(config, task, tokenizer, denoiser, weights, sampler)

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ from d1jax.data import pipeline
 from d1jax.diffusion.likelihood import one_step
 from d1jax.diffusion.rollout import Rollout
 from d1jax.diffusion.sampler import sample
+from d1jax.errors import RunError
 from d1jax.parallel.mesh import place
 from d1jax.rl.advantage import group_relative
-from d1jax.rl.grading import Graded, grade
+from d1jax.rl.grading import Graded, Grader, WorkersDiedError, graded_texts
 from d1jax.rl.update import UpdateMetrics, UpdateSpec, update
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
+from d1jax.tasks import Mixture
 from d1jax.training import dump
 from d1jax.training.checkpoint import with_placement
 from d1jax.training.experiment import Experiment, Texts
@@ -47,10 +49,16 @@ class Compiled(NamedTuple):
 
 
 class Programs:
-  """The compiled programs of an iteration, compiled for every prompt bucket before the first one."""
+  """The programs of an iteration, compiled for every prompt bucket before the first one, and the grader between them.
+
+  Attributes:
+    grader: whose workers, if any, end with `with programs.grader:`.
+    compiled: the programs of each prompt bucket.
+  """
 
   def __init__(self, experiment: Experiment, optimizer: optax.GradientTransformation):
     config = experiment.config.grpo
+    self.grader = Grader(experiment.task, config.grading_workers)
     self._experiment = experiment
     self._optimizer = optimizer
     self._num_generations = config.num_generations
@@ -192,38 +200,50 @@ class Programs:
 
 
 def grade_chunks(
-  experiment: Experiment, texts: Texts, record: np.ndarray, chunks: tuple[Rollout, ...]
+  experiment: Experiment, grader: Grader, texts: Texts, record: np.ndarray, chunks: tuple[Rollout, ...]
 ) -> tuple[Rollout, Graded, float]:
   """Grades each chunk while the next one is computed.
 
   Returns:
     The whole rollout on the host, its grades, and the moment (`time.perf_counter`) at which the last chunk was there.
+
+  Raises:
+    RunError: the grader's workers died twice over a chunk.
   """
-  fetched, graded, arrived = [], [], 0.0
+  protocol = experiment.config.task.protocol
+  fetched, written, pending, arrived = [], [], [], 0.0
   for chunk, rows in zip(chunks, np.split(record, len(chunks)), strict=True):
     host = jax.device_get(chunk)
     arrived = time.perf_counter()
-    records, prefills = [texts.records[i] for i in rows], [texts.prefills[i] for i in rows]
+    prefills = [texts.prefills[i] for i in rows]
+    said = graded_texts(experiment.tokenizer, prefills, host.completion, host.completion_mask, protocol)
     fetched.append(host)
-    graded.append(
-      grade(
-        experiment.task,
-        experiment.tokenizer,
-        records,
-        prefills,
-        host.completion,
-        host.completion_mask,
-        experiment.config.task.protocol,
-      )
-    )
+    written += said
+    pending.append(grader.submit(said, [texts.records[i] for i in rows], protocol))
+  try:
+    grades = [grade for wait in pending for grade in wait()]
+  except WorkersDiedError as error:
+    raise RunError(f"{error}. It is --config.grpo.grading_workers") from error
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
-  rewards = np.concatenate([g.rewards for g in graded])
-  whole = Graded([t for g in graded for t in g.texts], [x for g in graded for x in g.grades], rewards)
-  return rollout, whole, arrived
+  return rollout, Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32)), arrived
 
 
-def summarise(graded: Graded, rollout: Rollout, metrics: UpdateMetrics, num_generations: int) -> dict[str, float]:
-  """Host numbers of one iteration; task metrics are pooled over the batch."""
+def summarise(
+  graded: Graded, rollout: Rollout, metrics: UpdateMetrics, num_generations: int, tasks: Sequence[str]
+) -> dict[str, float]:
+  """Host numbers of one iteration.
+
+  Args:
+    graded: the batch.
+    rollout: the batch, on the host.
+    metrics: of the update.
+    num_generations: rows of a group.
+    tasks: the task of each row, where several are mixed; none otherwise.
+
+  Returns:
+    `reward`, and `TASK/reward` for each of several tasks; `reward/COMPONENT`, a mean over the rows that have it; the
+    tasks' metrics, pooled over the batch, but for those that no row counts for; the numbers of rollout and update.
+  """
   groups = graded.rewards.reshape(-1, num_generations)
   mask = rollout.completion_mask
   values = {
@@ -233,11 +253,14 @@ def summarise(graded: Graded, rollout: Rollout, metrics: UpdateMetrics, num_gene
     "entropy": float(-(rollout.reveal_logp * mask).sum() / mask.sum()),
     "completion_length": float(mask.sum(axis=1).mean()),
   }
-  for name in graded.grades[0].components:
-    values[f"reward/{name}"] = float(np.mean([g.components[name] for g in graded.grades]))
-  for name in graded.grades[0].metrics:
-    top, bottom = np.sum([g.metrics[name] for g in graded.grades], axis=0)
-    values[name] = float(top / max(bottom, 1))
+  for task in dict.fromkeys(tasks):
+    values[f"{task}/reward"] = float(graded.rewards[np.asarray(tasks) == task].mean())
+  for name in dict.fromkeys(name for grade in graded.grades for name in grade.components):
+    values[f"reward/{name}"] = float(np.mean([g.components[name] for g in graded.grades if name in g.components]))
+  for name in dict.fromkeys(name for grade in graded.grades for name in grade.metrics):
+    top, bottom = np.sum([g.metrics[name] for g in graded.grades if name in g.metrics], axis=0)
+    if bottom:
+      values[name] = float(top / bottom)
   for name, value in metrics._asdict().items():
     values[name] = float(np.min(value) if name == "finite" else np.mean(value))
   return values
@@ -261,7 +284,9 @@ def advancer(
     position: the iteration to start at.
     workdir: where rollouts are dumped, every `grpo.dump_every` iterations.
   """
-  config = experiment.config.grpo
+  config, task = experiment.config.grpo, experiment.task
+  parts = [pipeline.Part(*part) for part in task.parts(texts.records)] if isinstance(task, Mixture) else []
+  names = [record["task"] for record in texts.records] if parts else []
   batches = pipeline.prompt_batches(
     texts.prompts,
     seed=experiment.config.seed,
@@ -270,6 +295,7 @@ def advancer(
     buckets=experiment.buckets("train")[1],
     pad_id=experiment.tokenizer.pad_id,
     position=position,
+    parts=parts,
   )
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
@@ -277,13 +303,14 @@ def advancer(
     placed = programs.place(batch, iteration)
     rolling = time.perf_counter()
     chunks = programs.rollout(state, frozen, *placed)
-    host_rollout, graded, arrived = grade_chunks(experiment, texts, batch.record, chunks)
+    host_rollout, graded, arrived = grade_chunks(experiment, programs.grader, texts, batch.record, chunks)
     updating = time.perf_counter()
     state, metrics, advantages = programs.update(state, frozen, chunks, graded.rewards)
     host_metrics = jax.device_get(metrics)
     compiled = (arrived - rolling) + (time.perf_counter() - updating)
     gap = programs.merge_gap(state, frozen, chunks[0]) if iteration % config.validate_every == 0 else {}
-    values = gap | summarise(graded, host_rollout, host_metrics, config.num_generations)
+    tasks = [names[i] for i in batch.record] if names else []
+    values = gap | summarise(graded, host_rollout, host_metrics, config.num_generations, tasks)
     if config.dump_every and iteration % config.dump_every == 0:
       dump.write(workdir / "rollouts", iteration, host_rollout, graded, jax.device_get(advantages))
     return state, values | {"compiled_seconds": compiled, "tokens": float(host_rollout.completion.size)}

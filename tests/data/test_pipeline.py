@@ -3,13 +3,13 @@ import itertools
 import numpy as np
 import pytest
 
-from d1jax.data.pipeline import bucket_for, fitting, pad_left, prompt_batch, prompt_batches
+from d1jax.data.pipeline import Part, bucket_for, fitting, pad_left, prompt_batch, prompt_batches
 
 PAD = 0
 PROMPTS = [[10 + i] * (1 + i % 6) for i in range(23)]
 
 
-def stream(position=0, *, prompts=PROMPTS, buckets=(4, 8), prompts_per_batch=5, num_generations=3, seed=7):
+def stream(position=0, *, prompts=PROMPTS, buckets=(4, 8), prompts_per_batch=5, num_generations=3, seed=7, parts=()):
   return prompt_batches(
     prompts,
     seed=seed,
@@ -18,6 +18,7 @@ def stream(position=0, *, prompts=PROMPTS, buckets=(4, 8), prompts_per_batch=5, 
     buckets=buckets,
     pad_id=PAD,
     position=position,
+    parts=parts,
   )
 
 
@@ -111,3 +112,61 @@ def test_a_row_is_what_its_record_says_and_its_id_is_its_place_in_the_run():
       assert (tokens[~valid] == PAD).all()
       assert not valid[: (~valid).sum()].any(), "padding on the left"
     assert batch.prompt.shape[1] == bucket_for(max(len(PROMPTS[i]) for i in batch.record), (4, 8))
+
+
+FIRST, SECOND = range(9), range(9, 23)
+
+# What the stream has always been; numbers that were published depend on it.
+FROZEN = [
+  *([7, 9, 0, 8, 14], [20, 17, 6, 10, 22], [3, 19, 5, 2, 4], [16, 21, 18, 11, 12]),
+  *([15, 13, 1, 6, 12], [20, 13, 17, 14, 22], [19, 8, 3, 5, 0], [11, 2, 9, 1, 21]),
+]
+
+
+@pytest.mark.parametrize("parts", [(), [Part(range(23), 0.3)]])
+def test_the_stream_of_one_part_is_the_one_it_always_was(parts):
+  assert order_of(stream(parts=parts), 8).reshape(8, 5).tolist() == FROZEN
+
+
+@pytest.mark.parametrize(("weights", "share"), [((1, 1), 1 / 2), ((3, 1), 3 / 4), ((0.1, 0.3), 1 / 4), ((2, 5), 2 / 7)])
+def test_every_stretch_of_a_mix_holds_its_parts_in_proportion(weights, share):
+  order = order_of(stream(parts=[Part(FIRST, weights[0]), Part(SECOND, weights[1])]), 200)
+  assert order.size == 1000
+  drawn = np.cumsum(order < 9)
+  exact = share * np.arange(1, 1001)
+  assert np.abs(drawn - exact).max() <= 1
+
+
+def test_each_part_of_a_mix_has_the_order_that_it_has_alone():
+  parts = [Part(FIRST, 1), Part(SECOND, 2)]
+  mixed = order_of(stream(parts=parts), 60)
+  for part in parts:
+    alone = order_of(stream(parts=[part]), 60)
+    own = mixed[np.isin(mixed, part.chosen)]
+    assert len(own) >= 100
+    np.testing.assert_array_equal(own, alone[: len(own)])
+
+
+def test_parts_may_be_of_any_number_and_leave_records_out():
+  parts = [Part([0], 1), Part([5, 4], 1), Part([20, 21, 22], 2)]
+  order = order_of(stream(parts=parts), 8)
+  assert {int(i) for i in order} == {0, 4, 5, 20, 21, 22}
+  assert [int(np.isin(order, part.chosen).sum()) for part in parts] == [10, 10, 20]
+
+
+def test_the_parts_of_a_mix_leave_out_what_does_not_fit():
+  order = order_of(stream(buckets=(2, 4), parts=[Part(FIRST, 1), Part(SECOND, 1)]), 40)
+  assert {int(i) for i in order} == {i for i, p in enumerate(PROMPTS) if len(p) <= 4}
+
+
+@pytest.mark.parametrize("position", [1, 4, 17])
+def test_a_mix_goes_on_at_a_position(position):
+  parts = [Part(FIRST, 1), Part(SECOND, 2.5)]
+  walked = take(stream(parts=parts), position + 3)[position:]
+  for a, b in zip(take(stream(position, parts=parts), 3), walked, strict=True):
+    assert_same(a, b)
+
+
+def test_a_mix_without_records_of_a_part_is_an_error():
+  with pytest.raises(ValueError, match="positive length"):
+    stream(parts=[Part(FIRST, 1), Part([], 1)])

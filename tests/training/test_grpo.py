@@ -1,0 +1,175 @@
+import os
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from d1jax.diffusion.rollout import Rollout
+from d1jax.errors import RunError
+from d1jax.rl.grading import Graded, Grader
+from d1jax.rl.update import UpdateMetrics
+from d1jax.tasks import Grade
+from d1jax.training import experiment as experiments
+from d1jax.training import grpo, recipe
+from d1jax.training.metrics import read_records
+from tests import jobs
+from tests.jobs import small
+
+UPDATE = UpdateMetrics(*(np.asarray([1.0, 3.0], np.float32) for _ in range(5)), np.asarray([True, False]))
+
+
+def made_up(rows, completion_length=6, seed=0):
+  """A rollout of made-up ids on the host; every mask is true up to a length of its own."""
+  rng = np.random.default_rng(seed)
+  completion = rng.integers(3, 9, (rows, completion_length)).astype(np.int32)
+  mask = np.arange(completion_length) < rng.integers(1, completion_length + 1, (rows, 1))
+  zeros = np.zeros((rows, completion_length), np.float32)
+  ids = np.arange(rows, dtype=np.int32)
+  return Rollout(ids, ids // 2, completion, mask, completion, mask, zeros.astype(np.int32), zeros - 0.5)
+
+
+def graded(*grades):
+  return Graded(["?"] * len(grades), list(grades), np.asarray([g.reward for g in grades], np.float32))
+
+
+def test_metrics_are_pooled_and_components_averaged():
+  batch = graded(
+    Grade({"right": 1.0, "format": 0.5}, {"solved": (1, 1), "cells": (2, 8)}),
+    Grade({"right": 0.0, "format": 0.5}, {"solved": (0, 1), "cells": (1, 2)}),
+    Grade({"right": 0.0, "format": 0.0}, {"solved": (0, 1), "cells": (0, 0)}),
+    Grade({"right": 0.0, "format": 0.0}, {"solved": (1, 1), "cells": (3, 5)}),
+  )
+  values = grpo.summarise(batch, made_up(4), UPDATE, 2, [])
+  assert (values["reward"], values["reward/right"], values["reward/format"]) == (0.5, 0.25, 0.25)
+  assert (values["solved"], values["cells"]) == (0.5, 6 / 15)
+  assert (values["reward_std"], values["no_signal"]) == (0.25, 0.5)
+  assert (values["loss"], values["finite"], values["entropy"]) == (2.0, 0.0, 0.5)
+  assert values["completion_length"] == made_up(4).completion_mask.sum() / 4
+
+
+def test_rows_of_several_tasks_count_where_they_have_something_to_say():
+  batch = graded(
+    Grade({"grid": 1.0}, {"solved": (1, 1), "a/solved": (1, 1), "cells": (3, 4)}),
+    Grade({"sum": 0.25, "format": 0.25}, {"solved": (0, 1), "b/solved": (0, 1), "extra": (0, 0)}),
+    Grade({"grid": 0.5}, {"solved": (0, 1), "a/solved": (0, 1), "cells": (1, 4)}),
+    Grade({"sum": 0.75, "format": 0.0}, {"solved": (1, 1), "b/solved": (1, 1), "extra": (0, 0)}),
+  )
+  values = grpo.summarise(batch, made_up(4), UPDATE, 2, ["a", "b", "a", "b"])
+  assert (values["reward"], values["a/reward"], values["b/reward"]) == (0.6875, 0.75, 0.625)
+  assert (values["reward/grid"], values["reward/sum"], values["reward/format"]) == (0.75, 0.5, 0.125)
+  assert (values["solved"], values["a/solved"], values["b/solved"], values["cells"]) == (0.5, 0.5, 0.5, 0.5)
+  assert "extra" not in values, "no row counts for it"
+
+
+class Recording(Grader):
+  """Notes what is asked for, in its order."""
+
+  def __init__(self, task):
+    super().__init__(task, 0)
+    self.events = []
+
+  def submit(self, texts, records, protocol):
+    number = len(self.events)
+    self.events.append(("submitted", len(texts), protocol))
+    wait = super().submit(texts, records, protocol)
+
+    def waiting():
+      self.events.append(("waited for", number))
+      return wait()
+
+    return waiting
+
+
+@pytest.mark.parametrize("protocol", ["strict", "d1"])
+def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol):
+  experiment = experiments.build(small(tmp_path, task__protocol=protocol), None)
+  texts, grader = experiment.texts("train"), Recording(experiment.task)
+  chunks = tuple(made_up(4, completion_length=18, seed=seed) for seed in range(3))
+  record = np.asarray([5, 5, 0, 0, 9, 9, 1, 1, 2, 2, 3, 3], np.int32)
+  rollout, found, _ = grpo.grade_chunks(experiment, grader, texts, record, jax.device_put(chunks))
+  assert grader.events == [("submitted", 4, protocol)] * 3 + [("waited for", n) for n in range(3)]
+  np.testing.assert_array_equal(rollout.completion, np.concatenate([c.completion for c in chunks]))
+  for row, (text, index) in enumerate(zip(found.texts, record, strict=True)):
+    ids = rollout.completion[row][rollout.completion_mask[row] | (protocol == "d1")]
+    assert text == texts.prefills[index] + experiment.tokenizer.decode_all([ids.tolist()])[0]
+    assert found.grades[row] == experiment.task.grade(text, texts.records[index], protocol)
+    assert found.rewards[row] == np.float32(found.grades[row].reward)
+
+
+def test_workers_change_no_number(tmp_path):
+  runs = [recipe.run(small(tmp_path / str(n), grpo__grading_workers=n, grpo__steps=3)) for n in (0, 2)]
+  assert runs[0]["params_fingerprint"] == runs[1]["params_fingerprint"]
+  assert runs[0]["after"] == runs[1]["after"]
+  timed = {"seconds", "compiled_share", "tokens_per_second", "elapsed"}
+  here, pooled = (read_records(tmp_path / str(n) / "metrics.jsonl") for n in (0, 2))
+  assert [{k: v for k, v in r.items() if k not in timed} for r in here] == [
+    {k: v for k, v in r.items() if k not in timed} for r in pooled
+  ]
+  assert any(r["stage"] == "grpo" and r["reward_std"] > 0 for r in pooled)
+
+
+def test_a_wrong_number_of_workers_claims_no_folder(tmp_path):
+  with pytest.raises(RunError, match="-2 grading workers: give 0"):
+    recipe.run(small(tmp_path / "run", grpo__grading_workers=-2))
+  assert not (tmp_path / "run").exists()
+
+
+DEADLY = """
+import multiprocessing, os
+from d1jax.tasks.sudoku import Sudoku
+
+class Deadly(Sudoku):
+  name = "deadly"
+
+  def grade(self, text, record, protocol="strict"):
+    if multiprocessing.parent_process() is not None:
+      os._exit(3)
+    return super().grade(text, record, protocol)
+
+build = Deadly
+"""
+
+
+def test_workers_that_die_again_and_again_end_the_job_with_one_line(tmp_path):
+  (tmp_path / "deadly.py").write_text(DEADLY)
+  changes = {"task__module": str(tmp_path / "deadly.py"), "sft__steps": 0, "grpo__grading_workers": 1}
+  with pytest.raises(
+    RunError, match=r"grade deadly died twice .*: use fewer workers, .*grpo\.grading_workers$"
+  ) as caught:
+    recipe.run(small(tmp_path / "run", **changes))
+  assert "\n" not in str(caught.value)
+
+
+def running():
+  """The processes that run, with their parents; one that has ended and that nobody has asked about does not."""
+  found = {}
+  for path in Path("/proc").glob("[0-9]*/stat"):
+    try:
+      state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+      continue
+    if state != "Z":
+      found[int(path.parent.name)] = int(parent)
+  return found
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_all_processes_stops_the_job_as_one_to_the_job_does(tmp_path, number, code):
+  """As a terminal sends Ctrl-C, and some schedulers SIGTERM."""
+  changes = {"sft__steps": 5, "sft__validate_every": 5, "grpo__steps": 400, "grpo__validate_every": 400}
+  process = jobs.start(*jobs.flags(tmp_path, **changes, grpo__grading_workers=2))
+  jobs.wait_for(tmp_path, "grpo", 3, process)
+  workers = [pid for pid, parent in running().items() if parent == process.pid]
+  assert len(workers) >= 2
+  for pid in (*workers, process.pid):
+    os.kill(pid, number)
+  exit_code, _, err = jobs.finish(process)
+  assert exit_code == code, err
+  assert f"{number.name}: saved at grpo iteration" in err
+  end = time.monotonic() + 20
+  while set(workers) & running().keys():
+    assert time.monotonic() < end, "processes are left behind"
+    time.sleep(0.02)
