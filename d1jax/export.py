@@ -10,7 +10,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from d1jax.errors import RunError, input_checked
-from d1jax.evaluation import find_checkpoint
+from d1jax.evaluation.subject import find_checkpoint
 from d1jax.models import export, lora, names, peft, pretrained
 from d1jax.models.tensor_files import TensorFiles
 from d1jax.models.transformer import Params

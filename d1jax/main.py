@@ -24,9 +24,9 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
 
     return recipe.run
   if config.mode == "eval":
-    from d1jax import evaluation
+    from d1jax.evaluation import command
 
-    return evaluation.run
+    return command.run
   if config.mode == "export":
     from d1jax import export
 

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from d1jax.evaluation import Evaluation, table
+from d1jax.evaluation.evaluator import Evaluation, tables
 from d1jax.training.metrics import read_records
 
 SMOOTHING = 20
@@ -40,9 +40,9 @@ def summary(results: Mapping[str, Any], workdir: Path) -> str:
   rows[" + ".join(stages)] = results["after"]
   seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
   lines = [
-    f"Held-out split of {results['config']['task']['name']}, greedy:",
+    f"Held-out split of {results['task']}, greedy:",
     "",
-    table(rows),
+    tables(rows),
     "",
     "Sample completions:",
   ]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from d1jax.evaluation import table
+from d1jax.evaluation.evaluator import table, tables
 from d1jax.report import smoothed, summary
 
 ROW = {
@@ -21,6 +21,18 @@ def test_a_row_shows_shares_in_percent_with_their_intervals():
   assert len(head) == len(rule) == len(row)
 
 
+def test_mixed_tasks_have_a_table_each():
+  mixed = ROW | {"n": 88}
+  for task, n in (("sudoku", 60), ("countdown", 28)):
+    mixed |= {f"{task}/solved": 0.25, f"{task}/solved_interval": [0.0, 0.5], f"{task}/solved_n": n}
+  first, second = tables({"an arm": mixed}).split("\n\n")
+  assert first.splitlines()[0] == "sudoku:"
+  assert first.splitlines()[-1].split() == ["an", "arm", "25.0%", "[0.0,", "50.0]", "60"]
+  assert second.splitlines()[0] == "countdown:"
+  assert second.splitlines()[-1].split()[-1] == "28"
+  assert tables({"an arm": ROW}) == table({"an arm": ROW})
+
+
 def test_the_summary_names_arms_samples_and_files(tmp_path):
   results = {
     "baseline": ROW | {"solved": 0.0},
@@ -28,11 +40,11 @@ def test_the_summary_names_arms_samples_and_files(tmp_path):
     "after": ROW | {"solved": 0.75},
     "seconds": {"sft": 10.4, "grpo": 99.6, "this_invocation": 120.0},
     "samples": [{"record": {"puzzle": "1", "solution": "2"}, "completion": "3", "reward": 0.0, "solved": False}],
-    "config": {"task": {"name": "sudoku"}},
+    "task": "sudoku",
     "checkpoint": "some/folder",
   }
   text = summary(results, tmp_path)
-  for part in ("constant answer", "SFT + diffu-GRPO", "75.0%", "'3'  wrong", "sft 10 s, grpo 100 s", "some/folder"):
+  for part in ("Held-out split of sudoku", "constant answer", "SFT + diffu-GRPO", "75.0%", "'3'  wrong", "sft 10 s, grpo 100 s", "some/folder"):
     assert part in text
   assert "solution" not in text
   del results["seconds"]["sft"]

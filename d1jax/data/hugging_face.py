@@ -109,6 +109,11 @@ class HuggingFaceTokenizer:
     shown = [[i for i in row if 0 <= i < self._size and i not in self._silent] for row in rows]
     return self._tokenizer.decode_batch(shown, skip_special_tokens=True)
 
+  def decode_raw(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of rows of ids with special tokens spelled out; ids beyond the tokenizer vanish."""
+    known = [[i for i in row if 0 <= i < self._size] for row in rows]
+    return self._tokenizer.decode_batch(known, skip_special_tokens=False)
+
   @functools.cached_property
   def _literal(self) -> Backend:
     """A copy that reads special tokens as the characters they are made of."""

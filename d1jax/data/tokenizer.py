@@ -44,6 +44,10 @@ class Tokenizer(Protocol):
     """The texts of rows of ids, without special tokens and ids beyond the tokenizer; never raises."""
     ...
 
+  def decode_raw(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of rows of ids with special tokens spelled out, as d1's evaluation reads them; never raises."""
+    ...
+
 
 def load(path: Path) -> Tokenizer | None:
   """Makes the tokenizer of a folder in the form of Hugging Face; nothing is fetched and no code of it is run.
@@ -179,6 +183,10 @@ class SentencePieceTokenizer:
     """The texts of rows of ids; control tokens, the mask among them, vanish, as do ids beyond the model."""
     known = [[i for i in row if 0 <= i < self._size and i not in self._silent] for row in rows]
     return self._processor.decode(known) if known else []  # SentencePiece takes no rows for one empty row
+
+  def decode_raw(self, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The same as `decode_all`: a SentencePiece model spells out no special token."""
+    return self.decode_all(rows)
 
   def _encode(self, text: str) -> list[int]:
     ids: list[int] = self._processor.encode(text)

@@ -12,18 +12,28 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from d1jax import evaluation, report
+from d1jax import report
 from d1jax.errors import RunError, explained, input_checked
-from d1jax.evaluation import Evaluation, Evaluator
+from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator, baseline
 from d1jax.fingerprint import fingerprint
 from d1jax.state import Params, TrainState
+from d1jax.tasks import split_hash
 from d1jax.training import experiment as experiments
 from d1jax.training import grpo, loop, sft
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.weights import check_base
-from d1jax.training.workdir import claim, flatten, holds_run, read_tokenizer, versions, write_json
+from d1jax.training.workdir import (
+  check_splits,
+  claim,
+  flatten,
+  holds_run,
+  read_tokenizer,
+  revision,
+  versions,
+  write_json,
+)
 
 VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
@@ -59,6 +69,7 @@ class Recipe:
     experiments.check_start(config)
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._test = self.experiment.texts("test")
+    self._completer = Completer(self.experiment)
     self._validators: dict[str, Callable[[Params], float]] = {}
     if config.sft.steps:
       self._demonstrations, held_out = sft.demonstrations(self.experiment)
@@ -70,10 +81,19 @@ class Recipe:
       self._train = self.experiment.texts("train")
       self._validators["grpo"] = self._by_accuracy()
 
+  def splits(self) -> dict[str, Any]:
+    """How many questions each split in use has, and a hash of their records."""
+    task = self.experiment.task
+    names = ["test", "validation", *(["train"] if self.config.mode == "grpo" else [])]
+    if self.config.sft.steps and not self.config.sft.data:
+      names.append("demonstrations")
+    found = {name: task.records(name) for name in names}
+    return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
+
   def evaluator(self, texts: experiments.Texts) -> Callable[[Params], Evaluation]:
     """A greedy evaluation of what is trained, together with its frozen base."""
     sampler = dataclasses.replace(self.experiment.sampler, temperature=0.0)
-    evaluator = Evaluator(self.experiment, texts, sampler, self.config.evaluation.batch_size)
+    evaluator = Evaluator(self._completer, self.experiment, texts, sampler, self.config.evaluation.batch_size)
     return lambda trainable: evaluator(trainable, self.experiment.weights.frozen)
 
   def _by_accuracy(self) -> Callable[[Params], float]:
@@ -145,7 +165,8 @@ class Recipe:
       return grpo.advancer(experiment, self._train, frozen, self._programs, position, self.workdir)
 
     fresh = functools.partial(experiment.weights.state_from, start, optimizer)
-    return self._run_stage("grpo", self.config.grpo, optimizer, fresh, advancer, grpo.SHOWN)
+    with self._programs.grader:
+      return self._run_stage("grpo", self.config.grpo, optimizer, fresh, advancer, grpo.SHOWN)
 
   def run(self) -> tuple[dict[str, Outcome], dict[str, Evaluation]]:
     """Runs the stages, then looks at the held-out split once.
@@ -168,7 +189,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """Runs the job that the configuration describes, or goes on with it, or reprints its table when it is finished.
 
   Returns:
-    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `baseline`, `params_fingerprint`,
+    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `task`, `baseline`, `params_fingerprint`,
     `seconds` by stage, `config`, `versions`, `checkpoint`.
   """
   workdir = Path(config.workdir)
@@ -183,9 +204,11 @@ def run(config: ConfigDict) -> dict[str, Any]:
   with Interrupts() as interrupts, explained("run", "smaller batches: --config.evaluation.batch_size=64"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
-    claim(workdir, config.to_dict(), recipe.experiment.tokenizer.files)
+      splits = recipe.splits()
+    check_splits(workdir, splits)
+    claim(workdir, config.to_dict(), recipe.experiment.tokenizer.files, splits)
     outcomes, evaluations = recipe.run()
-    results = _results(recipe, outcomes, evaluations, began)
+    results = _results(recipe, outcomes, evaluations, began) | {"splits": splits}
     write_json(finished, results)
   print(report.summary(results, workdir))
   return results
@@ -206,12 +229,13 @@ def _results(
     found.write(workdir / "completions" / f"{name}.jsonl")
   report.plot_learning_curves(workdir)
   task, records = recipe.experiment.task, evaluated["after"].records
-  baseline = evaluation.baseline(task, records, config.task.style)
+  constant = baseline(task, records, config.task.style)
   total = time.monotonic() - began
   seconds = {stage: round(outcome.seconds, 2) for stage, outcome in outcomes.items()}
   return {
     **{name: found.summary() for name, found in evaluated.items()},
-    "baseline": baseline.summary(),
+    "task": task.name,
+    "baseline": constant.summary(),
     "samples": report.samples(evaluated["after"]),
     "params_fingerprint": fingerprint(final.last),
     "base_fingerprint": recipe.experiment.weights.base_fingerprint,
@@ -221,4 +245,5 @@ def _results(
     "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     "config": config.to_dict(),
     "versions": versions(),
+    "revision": revision(),
   }

@@ -144,10 +144,13 @@ class Weights:
     abstract = jax.eval_shape(lambda key: state.create(self._init, optimizer, key, key), self.key)
     return with_placements(abstract, self.state_placement(optimizer))
 
-  def start(self) -> Params:
-    """What is trained, before any training: read from the folder, drawn, or fresh adapters."""
+  def start(self, dtype: Any = jnp.float32) -> Params:
+    """What is trained, before any training: read from the folder, drawn, or fresh adapters.
+
+    Training wants float32; a whole model that is only to be evaluated may be read in another dtype.
+    """
     if self.source is not None and self.lora is None:
-      return self._read(jnp.float32, self.trainable_placement, None)
+      return self._read(dtype, self.trainable_placement, None)
     purpose = keys.Purpose.ADAPTER if self.lora else keys.Purpose.INITIALISATION
     make = jax.jit(self._init, in_shardings=self.replicated, out_shardings=self.trainable_placement)
     return make(self._purpose_key(purpose))

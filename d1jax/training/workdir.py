@@ -4,6 +4,7 @@
 WORKDIR/
   config.json          the resolved configuration, the run's identity
   tokenizer/           the files of the tokenizer
+  splits.json          how many questions each split has, and a hash of them
   checkpoints/STAGE/   Orbax checkpoints of `sft` and `grpo`
   metrics.jsonl        one record an iteration; tensorboard/ holds the same
   rollouts/            dumped rollouts, when asked for
@@ -12,10 +13,12 @@ WORKDIR/
 ```
 """
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +33,14 @@ CHANGEABLE = (
   "sft.steps",
   "grpo.steps",
   "grpo.dump_every",
+  "grpo.grading_workers",
 )
 """Fields that may differ when a run goes on: placement, totals, logging. Anything else makes another run."""
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy")
+PACKAGES = (
+  *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy"),
+  *("scipy", "math-verify", "sympy"),
+)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -101,12 +108,29 @@ def read_tokenizer(workdir: Path) -> dict[str, bytes]:
   return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def claim(workdir: Path, config: dict[str, Any], tokenizer_files: Mapping[str, bytes]) -> None:
+def check_splits(workdir: Path, splits: Mapping[str, Any]) -> None:
+  """Raises a RunError when a run that goes on would meet other questions than it began with."""
+  path = workdir / "splits.json"
+  if not path.exists():
+    return
+  old = json.loads(path.read_text(encoding="utf-8"))
+  differing = [name for name in splits if old.get(name, splits[name]) != splits[name]]
+  if differing:
+    raise RunError(
+      f"the questions of {', '.join(differing)} are not those that {workdir} began with (did a file under data.root"
+      " change?); restore them, or use --config.workdir=... for a new run"
+    )
+
+
+def claim(
+  workdir: Path, config: dict[str, Any], tokenizer_files: Mapping[str, bytes], splits: Mapping[str, Any]
+) -> None:
   """Makes the folder this run's own. The configuration comes last: where it is, the rest is."""
   try:
     (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files.items():
       write_atomically(workdir / "tokenizer" / name, content)
+    write_json(workdir / "splits.json", splits)
     write_json(workdir / "config.json", config)
   except (NotADirectoryError, FileExistsError, PermissionError) as error:
     raise RunError(
@@ -117,3 +141,22 @@ def claim(workdir: Path, config: dict[str, Any], tokenizer_files: Mapping[str, b
 def versions() -> dict[str, str]:
   """Versions of Python and of the packages that decide numbers."""
   return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+
+
+def revision() -> dict[str, str | None]:
+  """Which code ran: a hash over the package's files, and the commit of its repository (None outside of one)."""
+  package = Path(__file__).parents[1]
+  digest = hashlib.sha256()
+  for path in sorted(p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"):
+    digest.update(f"{path.relative_to(package).as_posix()}\n".encode() + path.read_bytes())
+
+  def git(*arguments: str) -> str:
+    asked = ["git", "-C", str(package), *arguments]
+    return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+  try:
+    git("ls-files", "--error-unmatch", "__init__.py")  # fails where another repository happens to hold the package
+    commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+  except (OSError, subprocess.SubprocessError):
+    commit = None
+  return {"commit": commit, "source": digest.hexdigest()}

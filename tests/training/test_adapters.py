@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 import d1jax
-from d1jax import evaluation, export
+from d1jax import export
 from d1jax.errors import RunError
+from d1jax.evaluation import command
 from d1jax.models import lora, peft
 from d1jax.models.lora import Adapter
 from d1jax.models.tensor_files import TensorFiles
@@ -180,13 +181,13 @@ def test_a_quantised_base_trains_unmerged(folder, tmp_path, kind):
   experiment, restored = state_of(tmp_path / kind, "grpo", config)
   added = merge_for_rollout(restored.state.trainable, experiment.weights.frozen)
   assert isinstance(added["blocks"]["mlp"]["up"], lora.Adapted)
-  shown = evaluation.run(eval_config(tmp_path / kind))
-  assert shown["results"]["greedy"]["n"] == 8
+  shown = command.run(eval_config(tmp_path / kind))
+  assert shown["arms"][0]["summary"]["n"] == 8
 
 
 def eval_config(workdir) -> ConfigDict:
   config = jobs.load("eval")
-  config.update(checkpoint=str(workdir), temperatures=(0.0,), batch_size=8)
+  config.update(checkpoint=str(workdir))
   return config
 
 
@@ -291,7 +292,7 @@ def test_a_base_that_has_moved_is_named(sft, folder, tmp_path):
     export.run(target)
   config = eval_config(workdir)
   config.pretrained = target.pretrained = str(moved)
-  assert evaluation.run(config)["results"]["greedy"]["n"] == 8
+  assert command.run(config)["arms"][0]["summary"]["n"] == 8
   assert TensorFiles(export.run(target)).shapes == TensorFiles(folder).shapes
 
 

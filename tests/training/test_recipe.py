@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from d1jax import evaluation
 from d1jax.errors import RunError
 from d1jax.fingerprint import fingerprint
 from d1jax.state import Frozen
@@ -18,7 +17,7 @@ from d1jax.training import experiment as experiments
 from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
 from d1jax.training.workdir import read_tokenizer
-from tests.jobs import load, small
+from tests.jobs import small
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +55,10 @@ def test_results_hold_what_they_promise(finished):
   assert results["config"] == config.to_dict()
   assert results["versions"]["jax"] == jax.__version__
   assert len(results["samples"]) == 5
+  assert len(results["revision"]["source"]) == 64
+  sizes = {name: split["n"] for name, split in results["splits"].items()}
+  assert sizes == {"demonstrations": 16, "train": 64, "validation": 16, "test": 24}
+  assert len({split["sha256"] for split in results["splits"].values()}) == 4
 
 
 def test_files_are_written(finished):
@@ -111,6 +114,20 @@ def test_another_config_is_refused_and_nothing_changes(finished):
   assert (workdir / "config.json").read_bytes() == before
 
 
+def test_other_questions_are_refused(finished, tmp_path):
+  """A data file that changed between two starts of a run."""
+  workdir, _, results = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  (tmp_path / "run" / "results.json").unlink()
+  path = tmp_path / "run" / "splits.json"
+  splits = json.loads(path.read_text())
+  assert splits == results["splits"]
+  splits["train"]["sha256"] = "0" * 64
+  path.write_text(json.dumps(splits))
+  with pytest.raises(RunError, match=r"the questions of train are not those that .* began with"):
+    recipe.run(small(tmp_path / "run", grpo__dump_every=1, grpo__steps=4))
+
+
 def test_any_mesh_can_go_on(finished, tmp_path):
   workdir, _, results = finished
   shutil.copytree(workdir, tmp_path / "moved")
@@ -155,28 +172,6 @@ def test_checkpoints_say_all_that_is_needed(finished):
 def test_of_equally_good_checkpoints_the_later_is_the_best(finished):
   _, _, results = finished
   assert results["best_iteration"] == {"sft": 120, "grpo": 4}  # nothing is solved: all are equal
-
-
-def test_eval_mode_agrees_with_the_final_table(finished, tmp_path, capsys):
-  workdir, _, results = finished
-  config = load("eval")
-  config.update(checkpoint=str(workdir), output=str(tmp_path), batch_size=16)
-  found = evaluation.run(config)["results"]
-  assert found["greedy"] == results["after"]
-  assert found["temperature 1"]["n"] == 24
-  assert len((tmp_path / "test_temperature_1.jsonl").read_text().splitlines()) == 24
-  assert "greedy" in capsys.readouterr().out
-  config.checkpoint = results["checkpoint"]
-  assert evaluation.run(config)["results"] == found
-
-
-def test_eval_of_nothing_is_an_error(tmp_path):
-  config = load("eval")
-  with pytest.raises(RunError, match=r"config\.checkpoint is not set"):
-    evaluation.run(config)
-  config.checkpoint = str(tmp_path)
-  with pytest.raises(RunError, match="no checkpoint in"):
-    evaluation.run(config)
 
 
 def test_sft_alone(tmp_path, capsys):

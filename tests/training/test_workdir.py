@@ -4,7 +4,15 @@ import pytest
 
 from d1jax.errors import RunError
 from d1jax.training import workdir as workdirs
-from d1jax.training.workdir import claim, flatten, holds_run, may_change, read_tokenizer, write_atomically
+from d1jax.training.workdir import (
+  check_splits,
+  claim,
+  flatten,
+  holds_run,
+  may_change,
+  read_tokenizer,
+  write_atomically,
+)
 
 CONFIG = {
   "seed": 0,
@@ -29,6 +37,7 @@ def changed(name: str, value) -> dict:
   return config
 
 
+SPLITS = {"train": {"n": 3, "sha256": "a"}, "test": {"n": 2, "sha256": "b"}}
 FILES = {"tokenizer.json": b"{}", "config.json": b"the model's own"}
 
 
@@ -39,10 +48,33 @@ def test_a_new_folder_holds_no_run_and_is_not_touched(tmp_path):
 
 def test_a_claim_makes_the_folder_with_configuration_and_tokenizer(tmp_path):
   folder = tmp_path / "deep" / "run"
-  claim(folder, CONFIG, FILES)
+  claim(folder, CONFIG, FILES, SPLITS)
   assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(CONFIG))
   assert read_tokenizer(folder) == FILES
-  assert len(list(folder.iterdir())) == 2
+  assert json.loads((folder / "splits.json").read_text()) == SPLITS
+  assert len(list(folder.iterdir())) == 3
+
+
+def test_a_run_meets_the_questions_that_it_began_with(tmp_path):
+  check_splits(tmp_path, SPLITS)  # nothing is known yet
+  claim(tmp_path, CONFIG, FILES, SPLITS)
+  check_splits(tmp_path, SPLITS)
+  check_splits(tmp_path, SPLITS | {"validation": {"n": 1, "sha256": "c"}})
+  with pytest.raises(RunError, match=r"the questions of test are not those that .*; restore them"):
+    check_splits(tmp_path, SPLITS | {"test": {"n": 2, "sha256": "x"}})
+
+
+def test_the_revision_is_a_hash_of_the_package_and_the_commit(tmp_path, monkeypatch):
+  found = workdirs.revision()
+  assert found == workdirs.revision()
+  assert len(found["source"]) == 64
+  package = tmp_path / "d1jax" / "training"
+  package.mkdir(parents=True)
+  monkeypatch.setattr(workdirs, "__file__", str(package / "workdir.py"))
+  lone = workdirs.revision()
+  assert lone["commit"] is None
+  (package / "workdir.py").write_text("1")
+  assert workdirs.revision()["source"] != lone["source"] != found["source"]
 
 
 def test_a_tokenizer_is_looked_for_in_a_work_directory(tmp_path):
@@ -56,13 +88,13 @@ def test_the_configuration_comes_last(tmp_path, monkeypatch):
 
   monkeypatch.setattr(workdirs, "write_json", fail)
   with pytest.raises(OSError, match="No space"):
-    claim(tmp_path, CONFIG, FILES)
+    claim(tmp_path, CONFIG, FILES, SPLITS)
   assert [p.name for p in tmp_path.iterdir()] == ["tokenizer"]
   assert not holds_run(tmp_path, CONFIG)
 
 
 def test_the_same_config_may_go_on(tmp_path):
-  claim(tmp_path, CONFIG, FILES)
+  claim(tmp_path, CONFIG, FILES, SPLITS)
   assert holds_run(tmp_path, CONFIG)
 
 
@@ -76,10 +108,11 @@ def test_the_same_config_may_go_on(tmp_path):
     ("sft.steps", 99),
     ("grpo.steps", 99),
     ("grpo.dump_every", 1),
+    ("grpo.grading_workers", 2),
   ],
 )
 def test_placement_totals_and_logging_may_change(tmp_path, name, value):
-  claim(tmp_path, CONFIG, FILES)
+  claim(tmp_path, CONFIG, FILES, SPLITS)
   assert holds_run(tmp_path, changed(name, value))
 
 
@@ -95,7 +128,7 @@ def test_placement_totals_and_logging_may_change(tmp_path, name, value):
   ],
 )
 def test_anything_else_is_another_run_and_named(tmp_path, name, value):
-  claim(tmp_path, CONFIG, FILES)
+  claim(tmp_path, CONFIG, FILES, SPLITS)
   with pytest.raises(RunError, match=rf"{name} was .*, now .*--config.workdir") as caught:
     holds_run(tmp_path, changed(name, value))
   assert str(tmp_path) in str(caught.value)
@@ -104,13 +137,13 @@ def test_anything_else_is_another_run_and_named(tmp_path, name, value):
 
 
 def test_a_field_that_is_gone_is_named(tmp_path):
-  claim(tmp_path, CONFIG, FILES)
+  claim(tmp_path, CONFIG, FILES, SPLITS)
   with pytest.raises(RunError, match=r"grpo\.beta was 0\.04, now None"):
     holds_run(tmp_path, {k: v for k, v in CONFIG.items() if k != "grpo"})
 
 
 def test_many_differences_are_cut_short(tmp_path):
-  claim(tmp_path, {f"f{i}": 0 for i in range(5)}, FILES)
+  claim(tmp_path, {f"f{i}": 0 for i in range(5)}, FILES, SPLITS)
   with pytest.raises(RunError, match=r"f0 was 0, now 1, f1 was 0, now 1, f2 was 0, now 1, \.\.\."):
     holds_run(tmp_path, {f"f{i}": 1 for i in range(5)})
 
@@ -120,7 +153,7 @@ def test_a_file_in_the_way_is_a_run_error(tmp_path):
   for folder in (tmp_path / "file", tmp_path / "file" / "run"):
     assert not holds_run(folder, CONFIG)
     with pytest.raises(RunError, match="cannot be written"):
-      claim(folder, CONFIG, FILES)
+      claim(folder, CONFIG, FILES, SPLITS)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,223 @@
+"""`--config=configs/eval.py`: completes and grades, goes on where it stopped, writes items, numbers and a page."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from d1jax import tasks
+from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.errors import explained, input_checked
+from d1jax.evaluation import generations, output, subject
+from d1jax.evaluation.evaluator import Completer, Evaluator, evaluation_key, grade_completions
+from d1jax.evaluation.items import Item, append, question_id
+from d1jax.evaluation.subject import Subject
+from d1jax.tasks import Task
+from d1jax.tasks.common import check_choice, check_integer
+from d1jax.training.experiment import Experiment, Texts
+from d1jax.training.interrupts import Interrupts
+
+ELSEWHERE = ("checkpoint", "pretrained", "chosen_beforehand", "output", "compare", "mesh", "cpu_devices")
+"""Fields that do not decide what is completed or how it is graded, or that the fingerprints stand for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One row of the table: a task at one length and temperature.
+
+  Attributes:
+    name: of its file of items.
+    experiment: with the arm's task and prompts.
+    texts: the questions.
+    sampler: how they are completed.
+    draws: (seed, sample) pairs; one when greedy.
+  """
+
+  name: str
+  experiment: Experiment
+  texts: Texts
+  sampler: SamplerSpec
+  draws: tuple[tuple[int, int], ...]
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+  """Evaluates, or grades `config.generations`; prints a table and JSON lines, writes the output folder.
+
+  Returns:
+    What `results.json` holds; see docs/evaluation.md.
+  """
+  with input_checked():
+    check_choice("protocol", config.protocol, tasks.PROTOCOLS)
+    if config.generations is not None:
+      return generations.run(config)
+    if config.protocol == "d1" and config.early_exit:
+      raise ValueError("early_exit ends completions at their stop id, but the protocol d1 reads on: leave it out")
+  with explained("evaluation", "smaller batches: --config.batch_size=8"):
+    found = subject.load(config)
+    with input_checked():
+      arms = list(_arms(config, found))
+    identity = _identity(config, found, arms)
+    folder = output.claim(Path(config.output) if config.output else None, found.home, identity)
+    with Interrupts() as interrupts:
+      _complete(config, found, arms, folder, interrupts)
+    rows = [
+      output.Row(
+        name=arm.name,
+        task=arm.experiment.task,
+        records=arm.texts.records,
+        style=arm.experiment.config.task.style,
+        sampler=arm.sampler,
+        length=arm.sampler.completion_length,
+        temperature=arm.sampler.temperature,
+        items=output.read_items(folder, arm.name),
+      )
+      for arm in arms
+    ]
+  return output.finish(config, folder, identity, rows)
+
+
+def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Path, interrupts: Interrupts) -> None:
+  """Runs every batch whose items are not all there yet."""
+  completer = Completer(found.experiment)
+  for arm in arms:
+    done = {(item.seed, item.sample, item.index) for item in output.read_items(folder, arm.name)}
+    batch_size = config.batch_size or found.experiment.config.evaluation.batch_size
+    evaluator = Evaluator(completer, arm.experiment, arm.texts, arm.sampler, batch_size)
+    for seed, sample in arm.draws:
+      for batch, rows in enumerate(evaluator.batches):
+        if all((seed, sample, row) in done for row in rows):
+          continue
+        completed = evaluator.complete(batch, evaluation_key(seed, sample), found.trainable, found.frozen)
+        records = [arm.texts.records[i] for i in completed.rows]
+        prefills = [arm.texts.prefills[i] for i in completed.rows]
+        task = arm.experiment.task
+        texts, grades = grade_completions(
+          task,
+          arm.experiment.tokenizer,
+          records,
+          prefills,
+          completed.completion,
+          completed.mask,
+          config.protocol,
+        )
+        tokens = completed.mask.sum(axis=1)
+        append(
+          output.items_path(folder, arm.name),
+          [
+            Item(
+              task=task.name,
+              length=arm.sampler.completion_length,
+              temperature=arm.sampler.temperature,
+              seed=seed,
+              sample=sample,
+              index=int(row),
+              question=question_id(record),
+              cluster=task.cluster(record),
+              record=record,
+              text=text,
+              answer=grade.answer,
+              reward=grade.reward,
+              metrics=grade.metrics,
+              tokens=int(count),
+              forward_passes=completed.forward_passes,
+              seconds=completed.seconds / len(records),
+            )
+            for row, record, text, grade, count in zip(completed.rows, records, texts, grades, tokens, strict=True)
+            if (seed, sample, int(row)) not in done
+          ],
+        )
+        print(f"{arm.name}  seed {seed}  sample {sample}  batch {batch + 1}/{len(evaluator.batches)}", flush=True)
+        if interrupts.pending:
+          raise interrupts.error(f"{arm.name} batch {batch + 1}")
+
+
+def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
+  """Every task at every length and temperature."""
+  trained = found.experiment.config
+  if config.questions is not None:
+    check_integer("questions", config.questions, 1)
+  for task in _tasks(config, trained):
+    own = ConfigDict(trained.to_dict())
+    own.task.style = config.style or trained.task.style
+    own.evaluation.prompt_buckets = tuple(config.prompt_buckets) or trained.evaluation.prompt_buckets
+    experiment = dataclasses.replace(found.experiment, config=own, task=task)
+    texts = experiment.texts(config.split, config.prefill)
+    output.check_accuracy(task, texts.records[0], own.task.style, config.protocol)
+    for sampler in _samplers(config, found.experiment.sampler):
+      greedy = sampler.temperature == 0 and sampler.remasking != "random"
+      draws = tuple((seed, sample) for seed in config.seeds for sample in range(config.samples))
+      name = f"{task.name}_{sampler.completion_length}_t{sampler.temperature:g}"
+      yield Arm(name, experiment, texts, sampler, draws[:1] if greedy else draws)
+
+
+def _samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
+  """The samplers of the lengths and temperatures; what is not set is as in the rollouts."""
+  if not config.temperatures or not config.seeds or config.samples < 1:
+    raise ValueError("temperatures, seeds and samples must name at least one each")
+  early_exit = config.protocol == "strict" if config.early_exit is None else config.early_exit
+  for length in config.lengths or (trained.completion_length,):
+    for temperature in config.temperatures:
+      per_step = config.tokens_per_step
+      yield SamplerSpec(
+        completion_length=length,
+        diffusion_steps=length // per_step if per_step else trained.diffusion_steps,
+        block_length=config.block_length or trained.block_length,
+        temperature=float(temperature),
+        cfg_scale=trained.cfg_scale if config.cfg_scale is None else config.cfg_scale,
+        remasking=config.remasking or trained.remasking,
+        early_exit=early_exit,
+      )
+
+
+def _tasks(config: ConfigDict, trained: ConfigDict) -> Iterator[Task]:
+  """The tasks that are asked for, or those of the checkpoint, which come with its sizes and options."""
+  section, options = trained.task, trained.task.options.to_dict()
+  own = {name: options.get(name, {}) for name in section.mix} or {section.name: options}
+  asked: list[tuple[str, str | None]] = [(name, None) for name in config.tasks]
+  if config.module is not None:
+    asked.append(("", config.module))
+  for name, module in asked or [(name, section.module) for name in own]:
+    is_own = name in own if module is None else module == section.module
+    sizes = section.sizes.to_dict() if is_own else {}
+    if config.questions is not None:
+      sizes[config.split] = config.questions
+    yield tasks.build(
+      name,
+      module=module,
+      seed=trained.seed if config.data_seed is None else config.data_seed,
+      root=config.data_root or trained.data.root,
+      sizes=sizes,
+      **(own.get(name, options) if is_own else {}),
+    )
+
+
+def _identity(config: ConfigDict, found: Subject, arms: Sequence[Arm]) -> dict[str, Any]:
+  """Everything that decides the completions and their grades."""
+  fields = {name: value for name, value in config.to_dict().items() if name not in ELSEWHERE}
+  return {
+    "subject": found.name,
+    "params_fingerprint": found.fingerprint,
+    "base_fingerprint": found.experiment.weights.base_fingerprint,
+    "questions": {arm.name: question_hashes(arm) for arm in arms},
+    "device": jax.devices()[0].device_kind,
+    "config": json.loads(json.dumps(fields)),
+  }
+
+
+def question_hashes(arm: Arm) -> Mapping[str, Any]:
+  """How many questions an arm has, and hashes over their records, prompts (token ids) and prefills."""
+  texts = arm.texts
+  asked = json.dumps([texts.prompts, texts.prefills])
+  return {
+    "n": len(texts.records),
+    "left_out": texts.left_out,
+    "records_sha256": tasks.split_hash(texts.records),
+    "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
+    "sampler": dataclasses.asdict(arm.sampler),
+    "style": arm.experiment.config.task.style,
+  }

@@ -1,0 +1,261 @@
+"""Completions of a fixed list of prompts under any weights, and their grades."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from d1jax import keys
+from d1jax.data.pipeline import bucket_for, pad_left
+from d1jax.data.tokenizer import Tokenizer
+from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.diffusion.sampler import sample
+from d1jax.intervals import Share, clustered
+from d1jax.parallel.mesh import place
+from d1jax.rl.grading import Graded, decode
+from d1jax.state import Frozen, merge_for_rollout
+from d1jax.tasks import Record, Task
+from d1jax.tasks.base import Grade
+from d1jax.training.experiment import Experiment, Texts
+from d1jax.training.workdir import write_atomically
+
+
+class Completed(NamedTuple):
+  """One batch of completions on the host.
+
+  Attributes:
+    rows: places in the list of prompts, one a row; repeats that only fill the batch are gone.
+    completion: token ids.
+    mask: true up to and including the first stop id.
+    forward_passes: of the network for the batch.
+    seconds: that the compiled program took.
+  """
+
+  rows: Int[np.ndarray, "B"]
+  completion: Int[np.ndarray, "B C"]
+  mask: Bool[np.ndarray, "B C"]
+  forward_passes: int
+  seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Graded completions of one split.
+
+  Attributes:
+    records: one a completion.
+    graded: texts and grades.
+    clusters: what is not independent.
+  """
+
+  records: Sequence[Record]
+  graded: Graded
+  clusters: Sequence[str]
+
+  def share(self, metric: str) -> Share:
+    """One metric pooled over the split, with its interval; completions without it are left out."""
+    found = [
+      (*g.metrics[metric], c) for g, c in zip(self.graded.grades, self.clusters, strict=True) if metric in g.metrics
+    ]
+    return clustered(*zip(*found, strict=True))
+
+  def summary(self) -> dict[str, Any]:
+    """All metrics as JSON: `NAME`, `NAME_interval`, and `n`; `NAME_n` where not all completions count."""
+    summary: dict[str, Any] = {}
+    for name in dict.fromkeys(name for grade in self.graded.grades for name in grade.metrics):
+      share = self.share(name)
+      summary |= {name: share.value, f"{name}_interval": [share.low, share.high]}
+      if share.n < len(self.records):
+        summary[f"{name}_n"] = share.n
+    return summary | {"n": len(self.records)}
+
+  def write(self, path: Path) -> None:
+    """One JSON line a completion."""
+    lines = [
+      json.dumps({"record": dict(record), "text": text, "reward": g.reward, "metrics": dict(g.metrics)})
+      for record, text, g in zip(self.records, self.graded.texts, self.graded.grades, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def evaluation(task: Task, records: Sequence[Record], texts: list[str], grades: list[Grade]) -> Evaluation:
+  """Graded completions with their clusters."""
+  rewards = np.asarray([grade.reward for grade in grades], np.float32)
+  return Evaluation(records, Graded(texts, grades, rewards), [task.cluster(record) for record in records])
+
+
+def baseline(task: Task, records: Sequence[Record], style: str, protocol: str = "strict") -> Evaluation:
+  """What a completion without a model earns: the task's constant answer."""
+  texts = [task.baseline(record, style) for record in records]
+  return evaluation(task, records, texts, [task.grade(t, r, protocol) for t, r in zip(texts, records, strict=True)])
+
+
+def grade_completions(
+  task: Task,
+  tokenizer: Tokenizer,
+  records: Sequence[Record],
+  prefills: Sequence[str],
+  completion: Int[np.ndarray, "B C"],
+  mask: Bool[np.ndarray, "B C"],
+  protocol: str,
+) -> tuple[list[str], list[Grade]]:
+  """The texts that were graded, and their grades.
+
+  `strict` reads the prefill and the text up to the first stop id. `d1` reads all tokens, special ones spelled out,
+  without the prefill, as d1's evaluation does; its grades have the metrics of `strict` too.
+  """
+  cut = [a + b for a, b in zip(prefills, decode(tokenizer, completion, mask), strict=True)]
+  strict = [task.grade(text, record) for text, record in zip(cut, records, strict=True)]
+  if protocol == "strict":
+    return cut, strict
+  raw = tokenizer.decode_raw([row.tolist() for row in completion])
+  return raw, both(strict, [task.grade(text, record, protocol) for text, record in zip(raw, records, strict=True)])
+
+
+def both(strict: Sequence[Grade], other: Sequence[Grade]) -> list[Grade]:
+  """Another protocol's grades, whose metrics that `strict` has too are those of `strict`."""
+  return [
+    dataclasses.replace(b, metrics={**b.metrics, **a.metrics}, answer=a.answer)
+    for a, b in zip(strict, other, strict=True)
+  ]
+
+
+class Completer:
+  """The compiled sampling programs of an experiment, one for each sampler and shape of a batch."""
+
+  def __init__(self, experiment: Experiment):
+    self._experiment = experiment
+    self._compiled: dict[tuple[SamplerSpec, int, int], Any] = {}
+
+  def program(self, spec: SamplerSpec, trainable: Any, frozen: Frozen, batch: Any) -> Any:
+    """Compiles for batches like this one, once."""
+    shape = (spec, *batch[0].shape)
+    if shape not in self._compiled:
+      experiment = self._experiment
+      weights, rows = experiment.weights, experiment.by_row
+      program = jax.jit(
+        functools.partial(_sample, experiment, spec),
+        in_shardings=(weights.trainable_placement, weights.frozen_placement(), experiment.replicated, rows, rows, rows),
+        out_shardings=rows,
+      )
+      key = place(jax.random.key(0), experiment.replicated)
+      self._compiled[shape] = program.lower(trainable, frozen, key, *batch).compile()
+    return self._compiled[shape]
+
+
+class Evaluator:
+  """Completes and grades a fixed list of prompts under any weights."""
+
+  def __init__(self, completer: Completer, experiment: Experiment, texts: Texts, sampler: SamplerSpec, batch_size: int):
+    """Prepares the batches.
+
+    Args:
+      completer: the programs; evaluators of one experiment share them.
+      experiment: network, task and mesh.
+      texts: the split.
+      sampler: how to complete; temperature 0 is greedy.
+      batch_size: rows a batch. Prompts of one bucket share batches; the last one of a bucket is filled up with repeats
+        that are not graded. `batches` lists the places of each batch's rows.
+    """
+    self._completer, self._experiment, self.texts, self._sampler = completer, experiment, texts, sampler
+    buckets = tuple(experiment.config.evaluation.prompt_buckets)
+    members: dict[int, list[int]] = {}
+    for row, prompt in enumerate(texts.prompts):
+      width = bucket_for(len(prompt), buckets)
+      if width is None:
+        raise ValueError(f"a prompt has {len(prompt)} tokens, evaluation.prompt_buckets={buckets} hold fewer: raise it")
+      members.setdefault(width, []).append(row)
+    ways = experiment.ways
+    self._width: list[int] = []
+    self.batches: list[list[int]] = []
+    self._size: list[int] = []
+    for width, rows in sorted(members.items()):
+      size = min(-(-batch_size // ways), -(-len(rows) // ways)) * ways
+      parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+      self.batches += parts
+      self._width += [width] * len(parts)
+      self._size += [size] * len(parts)
+
+  def complete(self, batch: int, key: jax.Array, trainable: Any, frozen: Frozen) -> Completed:
+    """Completes one batch; a row's draws depend on `key` and its place in the list alone."""
+    own, experiment, prompts = self.batches[batch], self._experiment, self.texts.prompts
+    rows = [own[i % len(own)] for i in range(self._size[batch])]
+    tokens, valid = pad_left([prompts[i] for i in rows], self._width[batch], experiment.tokenizer.pad_id)
+    placed = place((tokens, valid, np.asarray(rows, np.int32)), experiment.by_row)
+    program = self._completer.program(self._sampler, trainable, frozen, placed)
+    began = time.perf_counter()
+    completion, mask, last_step = jax.device_get(program(trainable, frozen, place(key, experiment.replicated), *placed))
+    seconds = time.perf_counter() - began
+    passes = self._sampler.forward_passes(int(last_step.max()))
+    return Completed(np.asarray(own), completion[: len(own)], mask[: len(own)], passes, seconds)
+
+  def __call__(self, trainable: Any, frozen: Frozen) -> Evaluation:
+    """Evaluates these weights strictly; the same weights always give the same completions."""
+    experiment, records = self._experiment, self.texts.records
+    task, key = experiment.task, evaluation_key(seed=0, sample=0)
+    found: dict[int, tuple[str, Grade]] = {}
+    for batch in range(len(self.batches)):
+      done = self.complete(batch, key, trainable, frozen)
+      own, prefills = [records[i] for i in done.rows], [self.texts.prefills[i] for i in done.rows]
+      graded = grade_completions(task, experiment.tokenizer, own, prefills, done.completion, done.mask, "strict")
+      found |= dict(zip(done.rows.tolist(), zip(*graded, strict=True), strict=True))
+    texts, grades = (list(x) for x in zip(*(found[i] for i in range(len(records))), strict=True))
+    return evaluation(task, records, texts, grades)
+
+
+def evaluation_key(seed: int, sample: int) -> jax.Array:
+  """The key of one sample of every prompt under one seed."""
+  return keys.purpose_key(jax.random.key(seed), keys.Purpose.EVALUATION, sample)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+  """Shares in percent with their 95% intervals, one row an arm."""
+  metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in next(iter(rows.values()))]
+  head = f"{'':<18}" + "".join(f"{name.replace('_', ' '):>14}{'95% interval':>17}" for name in metrics) + f"{'n':>7}"
+  lines = [head, "-" * len(head)]
+  for name, row in rows.items():
+    cells = ""
+    for metric in metrics:
+      low, high = row[f"{metric}_interval"]
+      cells += f"{100 * row[metric]:>13.1f}%" + f"[{100 * low:.1f}, {100 * high:.1f}]".rjust(17)
+    lines.append(f"{name:<18}{cells}{row['n']:>7}")
+  return "\n".join(lines)
+
+
+def tables(rows: Mapping[str, Mapping[str, Any]]) -> str:
+  """The table of a task; of several that were mixed, the table of each."""
+  first = next(iter(rows.values()))
+  tasks = dict.fromkeys(name.rpartition("/")[0] for name in first if "/" in name)
+  if not tasks:
+    return table(rows)
+  found = []
+  for task in tasks:
+    own = {
+      name: {k.removeprefix(f"{task}/"): v for k, v in row.items() if k.startswith(f"{task}/")}
+      for name, row in rows.items()
+    }
+    found.append(f"{task}:\n" + table({name: row | {"n": row["solved_n"]} for name, row in own.items()}))
+  return "\n\n".join(found)
+
+
+def _sample(
+  experiment: Experiment,
+  sampler: SamplerSpec,
+  trainable: Any,
+  frozen: Frozen,
+  key: jax.Array,
+  prompt: jax.Array,
+  valid: jax.Array,
+  sample_id: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  params = merge_for_rollout(trainable, frozen)
+  rollout = sample(experiment.denoiser, params, prompt, valid, sample_id, sample_id, key, spec=sampler)
+  return rollout.completion, rollout.completion_mask, rollout.reveal_step.max(axis=1)

@@ -1,0 +1,223 @@
+"""Completions in files, graded without a model: `--config.generations=PATH`.
+
+Layouts, each also gzipped: d1's JSON (`{"generations": [{"question", "generations", "ground_truth"}, ...],
+"gen_length", ...}`; a folder with one such file a process counts as one), the same rows as JSON lines, and JSON lines
+`{"record": {...}, "text": "..."}`, as evaluations write them (`seed`, `sample`, `length`, `temperature` may stand
+beside).
+"""
+
+import collections
+import dataclasses
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from d1jax import tasks
+from d1jax.evaluation import output
+from d1jax.evaluation.evaluator import both
+from d1jax.evaluation.items import Item, append, question_id
+from d1jax.tasks import DataError, Record, Task, d1_evaluation
+from d1jax.tasks.base import Grade
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+STOPS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>")
+"""How the stop tokens of LLaDA, Dream and Llama are spelled; what lies behind the first is not seen by `strict`."""
+
+STYLE = "d1_eval"
+"""Of the prompts behind d1's files, and of the constant answer that stands beside them."""
+
+_FIRST_STOP = re.compile("|".join(map(re.escape, STOPS)))
+_SPECIAL = re.compile(r"<\|[a-z_]+\|>")
+_PREFILL = "<reasoning>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """One completion of a file.
+
+  Attributes:
+    setup: what must be the same for completions that are counted together: the model and its settings.
+    record: what was asked.
+    raw: the text as it was written, special tokens included.
+    shown: the text up to the first stop, without special tokens, after its prefill.
+    length: completion tokens; 0 where that is not known.
+    temperature: of the draws.
+    seed: of the draws.
+    sample: which of the samples of its question.
+  """
+
+  setup: str
+  record: Record
+  raw: str
+  shown: str
+  length: int = 0
+  temperature: float = 0.0
+  seed: int = 0
+  sample: int = 0
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+  """Grades the completions of `config.generations`; prints a table and, last, one JSON line.
+
+  Raises:
+    ValueError: the path holds no completions, or they are not of one task; the message names file and line.
+  """
+  names = [*config.tasks, *([config.module] if config.module else [])]
+  if len(names) != 1:
+    raise ValueError(
+      f"{len(names)} tasks are named, but completions in files are graded by one:"
+      " say --config=configs/eval.py:tiny,gsm8k"
+    )
+  task = tasks.build(names[0], module=config.module)
+  path = Path(config.generations)
+  found = [g for g in read(path, task.name) if not config.lengths or g.length in config.lengths]
+  if not found:
+    raise DataError(f"{path}: no completion of length {', '.join(map(str, config.lengths))}")
+  arms: dict[str, list[Generation]] = {}
+  for generation in found[: config.questions]:
+    length = f"_{generation.length}" if generation.length else ""
+    arms.setdefault(f"{task.name}{length}_t{generation.temperature:g}", []).append(generation)
+  digest = hashlib.sha256(json.dumps([[g.record, g.raw] for g in found]).encode()).hexdigest()
+  identity = {
+    "subject": str(path),
+    "completions_sha256": digest,
+    "questions": {
+      name: {"n": len(arm), "records_sha256": tasks.split_hash([g.record for g in arm])} for name, arm in arms.items()
+    },
+    "config": {"tasks": [task.name], "protocol": config.protocol, "lengths": list(config.lengths)},
+  }
+  folder = output.claim(Path(config.output) if config.output else None, Path("runs") / "eval", identity)
+  rows = []
+  for name, arm in arms.items():
+    setups = sorted({g.setup for g in arm})
+    if len(setups) > 1:
+      raise DataError(f"{path}: completions of several models are mixed ({'; '.join(setups)}); name one file")
+    output.items_path(folder, name).unlink(missing_ok=True)
+    append(output.items_path(folder, name), _items(task, arm, config.protocol))
+    records = [g.record for g in arm]
+    first = arm[0]
+    rows.append(
+      output.Row(name, task, records, STYLE, None, first.length, first.temperature, output.read_items(folder, name))
+    )
+  return output.finish(config, folder, identity, rows)
+
+
+def read(path: Path, task: str) -> list[Generation]:
+  """The completions of a file, or of all files of a folder in the order of their names."""
+  if not path.exists():
+    raise DataError(f"{path}: not found; name a file of completions, or a folder of them")
+  files = [path]
+  if path.is_dir():
+    files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
+  found = [generation for file in files for generation in _read_file(file, task)]
+  if not found:
+    raise DataError(f"{path}: holds no completions; expected files that end in {', '.join(SUFFIXES)}")
+  return found
+
+
+def cut(text: str) -> str:
+  """What is behind the first stop token, and special tokens before it, taken off."""
+  stop = _FIRST_STOP.search(text)
+  return _SPECIAL.sub("", text[: stop.start()] if stop else text)
+
+
+def grade(task: Task, generation: Generation, protocol: str) -> Grade:
+  """The grade of one completion; under another protocol than `strict` it has the metrics of `strict` too."""
+  strict = task.grade(generation.shown, generation.record)
+  if protocol == "strict":
+    return strict
+  return both([strict], [task.grade(generation.raw, generation.record, protocol)])[0]
+
+
+def _read_file(path: Path, task: str) -> Iterator[Generation]:
+  try:
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+  except (OSError, EOFError, UnicodeDecodeError) as error:
+    raise DataError(f"{path}: cannot be read ({error}); fetch or write it again") from None
+  whole = _parse(text)
+  if isinstance(whole, dict) and isinstance(whole.get("generations"), list):
+    setup = {name: value for name, value in whole.items() if name not in ("generations", "metrics")}
+    length = whole.get("gen_length", 0)
+    for number, row in enumerate(whole["generations"]):
+      yield _generation(f"{path} generation {number}", row, task, json.dumps(setup, sort_keys=True), length)
+    return
+  for number, line in enumerate(text.split("\n"), start=1):
+    if line.strip():
+      yield _generation(f"{path} line {number}", _parse(line), task, "", 0)
+
+
+def _parse(text: str) -> Any:
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError):
+    return None
+
+
+def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Generation:
+  """Checks one row and reads it by the layout that its fields tell."""
+  if isinstance(row, dict) and isinstance(row.get("generations"), str):
+    try:
+      record = d1_evaluation.record(task, row)
+    except ValueError as error:
+      raise DataError(f"{place}: {error}") from None
+    raw = row["generations"]
+    return Generation(setup, record, raw, _PREFILL + cut(raw), length)
+  if not isinstance(row, dict) or not isinstance(row.get("record"), dict) or not isinstance(row.get("text"), str):
+    raise DataError(
+      f"{place}: expected the fields question, generations and ground_truth (d1's), or record and text; got"
+      f" {json.dumps(row)[:60]}"
+    )
+  if row.get("task", task) != task:
+    raise DataError(f"{place}: is a completion of the task {row['task']!r}, expected {task!r}")
+  raw = row["text"]
+  return Generation(
+    setup,
+    row["record"],
+    raw,
+    cut(raw),
+    int(row.get("length", length)),
+    float(row.get("temperature", 0.0)),
+    int(row.get("seed", 0)),
+    int(row.get("sample", 0)),
+  )
+
+
+def _items(task: Task, arm: Sequence[Generation], protocol: str) -> Iterator[Item]:
+  # The same question again is another sample where the file says so, and otherwise another item.
+  places: dict[tuple[str, int], int] = {}
+  seen: collections.Counter[tuple[str, int, int]] = collections.Counter()
+  for number, generation in enumerate(arm):
+    record = generation.record
+    question = question_id(record)
+    draw = (question, generation.seed, generation.sample)
+    index = places.setdefault((question, seen[draw]), len(places))
+    seen[draw] += 1
+    try:
+      output.check_accuracy(task, record, STYLE, protocol)  # asks more of a record than an empty completion does
+      found = grade(task, generation, protocol)
+      cluster = task.cluster(record)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+      shown = json.dumps(record)[:80]
+      raise DataError(f"completion {number}: {shown} is no record of {task.name} ({error!r})") from None
+    yield Item(
+      task=task.name,
+      length=generation.length,
+      temperature=generation.temperature,
+      seed=generation.seed,
+      sample=generation.sample,
+      index=index,
+      question=question,
+      cluster=cluster,
+      record=record,
+      text=generation.raw,
+      answer=found.answer,
+      reward=found.reward,
+      metrics=found.metrics,
+    )

@@ -1,0 +1,162 @@
+"""What an evaluation leaves in its folder, and what it prints.
+
+```
+FOLDER/
+  evaluation.json    what was evaluated, how, on which questions: the folder's identity
+  items/ARM.jsonl    one line a graded completion
+  results.json       the identity and all numbers
+  report.html        the same as a page, with plots and samples
+```
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.errors import RunError, input_checked
+from d1jax.evaluation import html, items, summary
+from d1jax.evaluation.evaluator import baseline
+from d1jax.evaluation.items import Item
+from d1jax.tasks import Record, Task
+from d1jax.tasks.common import ACCURACY
+from d1jax.training.workdir import revision, versions, write_atomically, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One row of the table.
+
+  Attributes:
+    name: of the file of items.
+    task: its grader.
+    records: the questions.
+    style: of their prompts.
+    sampler: how they were completed; None where that is not known.
+    length: completion tokens; 0 where that is not known.
+    temperature: of the draws.
+    items: the graded completions.
+  """
+
+  name: str
+  task: Task
+  records: Sequence[Record]
+  style: str
+  sampler: SamplerSpec | None
+  length: int
+  temperature: float
+  items: Sequence[Item]
+
+
+def claim(folder: Path | None, home: Path, identity: Mapping[str, Any]) -> Path:
+  """Makes a folder this evaluation's own, or finds that it is already; without a name, one that is named by content.
+
+  Raises:
+    RunError: the folder holds another evaluation.
+  """
+  content = json.dumps(identity, sort_keys=True)
+  folder = folder or home / hashlib.sha256(content.encode()).hexdigest()[:12]
+  known = folder / "evaluation.json"
+  if known.exists():
+    if json.loads(known.read_text(encoding="utf-8")) != json.loads(content):
+      raise RunError(f"{folder} holds another evaluation; name a new folder with --config.output=...")
+  else:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(known, identity)
+  for path in (folder / "items").glob("*.jsonl"):
+    items.mend(path)
+  return folder
+
+
+def check_accuracy(task: Task, record: Record, style: str, protocol: str) -> None:
+  """Raises a ValueError when a task has no such protocol, or no accuracy under it."""
+  grade = task.grade(task.baseline(record, style), record, protocol)
+  if ACCURACY[protocol] not in grade.metrics:
+    raise ValueError(
+      f"the task {task.name} has no metric {ACCURACY[protocol]!r}, the accuracy under the protocol {protocol}; it has"
+      f" {', '.join(grade.metrics)}"
+    )
+
+
+def items_path(folder: Path, arm: str) -> Path:
+  """The file of one arm's items."""
+  return folder / "items" / f"{arm}.jsonl"
+
+
+def read_items(folder: Path, arm: str) -> list[Item]:
+  """The items of one arm in the order of the questions; none where it has not begun."""
+  path = items_path(folder, arm)
+  found = items.read(path) if path.exists() else []
+  return sorted(found, key=lambda item: (item.seed, item.sample, item.index))
+
+
+def finish(config: ConfigDict, folder: Path, identity: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+  """Computes all numbers, writes `results.json` and `report.html`, and prints the table and a JSON line a row."""
+  accuracy = ACCURACY[config.protocol]
+  arms: list[dict[str, Any]] = []
+  for row in rows:
+    constant = baseline(row.task, row.records, row.style, config.protocol).share(accuracy)
+    arms.append(
+      {
+        "name": row.name,
+        "task": row.task.name,
+        "length": row.length,
+        "temperature": row.temperature,
+        "sampler": None if row.sampler is None else dataclasses.asdict(row.sampler),
+        "summary": _summary(row, accuracy),
+        "baseline": {"value": constant.value, "interval": [constant.low, constant.high]},
+      }
+    )
+  results = {
+    **identity,
+    "protocol": config.protocol,
+    **({} if config.generations else {"split": config.split}),
+    "arms": arms,
+    "compare": _compare(config, rows, accuracy) if config.compare else None,
+    "versions": versions(),
+    "revision": revision(),
+  }
+  write_json(folder / "results.json", results)
+  page = html.render(results, [item for row in rows for item in row.items])
+  write_atomically(folder / "report.html", page.encode())
+  print(f"{identity['subject']}, protocol {config.protocol}:\n\n{summary.table(arms)}\n")
+  for name, pair in (results["compare"] or {}).get("arms", {}).items():
+    print(f"against {config.compare}, {name}: {json.dumps(pair)}")
+  print(f"Items, numbers and a page to read: {folder}")
+  for row, arm in zip(rows, arms, strict=True):
+    share = arm["summary"]["accuracy"]
+    line = {
+      "task": row.task.name,
+      "protocol": config.protocol,
+      "accuracy": None if share is None else round(100 * share, 2),
+      "n": sum(item.metrics[accuracy][1] > 0 for item in row.items),
+    }
+    more = {"length": row.length, "temperature": row.temperature} if len(rows) > 1 else {}
+    print(json.dumps(line | more))
+  return results
+
+
+def _summary(row: Row, accuracy: str) -> dict[str, Any]:
+  with input_checked():
+    return summary.summarise(row.items, accuracy)
+
+
+def _compare(config: ConfigDict, rows: Sequence[Row], accuracy: str) -> dict[str, Any]:
+  """Every arm beside the arm of the same name of an earlier evaluation, which is the first of each pair."""
+  earlier = Path(config.compare)
+  known = earlier / "results.json"
+  if not known.exists():
+    raise RunError(f"config.compare={earlier} holds no finished evaluation (results.json); name its output folder")
+  old = json.loads(known.read_text(encoding="utf-8"))
+  if old["protocol"] != config.protocol:
+    raise RunError(
+      f"{earlier} was graded under the protocol {old['protocol']}, this evaluation under {config.protocol}"
+    )
+  with input_checked():
+    pairs = {row.name: summary.compare(read_items(earlier, row.name), row.items, accuracy) for row in rows}
+  return {"with": old["subject"], "params_fingerprint": old.get("params_fingerprint"), "arms": pairs}

@@ -1,0 +1,199 @@
+"""Pictures of an evaluation as SVG for a page: drawn by matplotlib, coloured by the page's style sheet."""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from d1jax.evaluation.items import Item
+from d1jax.evaluation.summary import verdict
+
+INK = {"ink": "#010101", "muted": "#020202", "rule": "#030303", "right": "#040404", "wrong": "#050505"}
+INK |= {f"line{i}": f"#06060{i}" for i in range(6)}
+"""Colours by name, each a value that stands in the SVG for the style sheet's `var(--NAME)`."""
+
+MARKERS = "os^Dvp"
+
+STYLE: dict[Any, Any] = {
+  "axes.edgecolor": INK["rule"],
+  "axes.labelcolor": INK["muted"],
+  "axes.spines.right": False,
+  "axes.spines.top": False,
+  "axes.grid": True,
+  "axes.grid.axis": "y",
+  "axes.axisbelow": True,
+  "font.size": 10,
+  "grid.color": INK["rule"],
+  "grid.linewidth": 0.6,
+  "legend.frameon": False,
+  "legend.fontsize": 9,
+  "svg.fonttype": "none",
+  "text.color": INK["ink"],
+  "text.parse_math": False,
+  "xtick.color": INK["muted"],
+  "ytick.color": INK["muted"],
+  "xtick.major.size": 0,
+  "ytick.major.size": 0,
+}
+
+
+class Plot(NamedTuple):
+  """One picture.
+
+  Attributes:
+    title: what it shows.
+    svg: an `<svg>` element without outside references; its colours are `var(--NAME)` of the names in `INK`.
+  """
+
+  title: str
+  svg: str
+
+
+def plots(arms: Sequence[Mapping[str, Any]], items: Sequence[Item], accuracy: str) -> list[Plot]:
+  """The pictures of every task; those that the evaluation has no numbers for are left out.
+
+  Args:
+    arms: as in `summary.columns`.
+    items: the graded completions.
+    accuracy: the name of the metric that is the accuracy.
+  """
+  found: list[Plot] = []
+  with matplotlib.rc_context(STYLE):
+    for task in dict.fromkeys(arm["task"] for arm in arms):
+      own = [arm for arm in arms if arm["task"] == task and arm["summary"]["accuracy"] is not None]
+      found += [
+        *_by_length(task, [arm for arm in own if arm["length"]]),
+        *_by_k(task, [arm for arm in own if "pass_at" in arm["summary"]]),
+        *_by_tokens(task, own, [item for item in items if item.task == task], accuracy),
+      ]
+  return found
+
+
+def _by_length(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
+  """Accuracy against generation length, one line a temperature, the constant answer dashed."""
+  lengths = sorted({arm["length"] for arm in arms})
+  if len(lengths) < 2:
+    return
+  figure, axes = _figure()
+  temperatures = sorted({arm["temperature"] for arm in arms})
+  for number, temperature in enumerate(temperatures):
+    line = sorted((arm for arm in arms if arm["temperature"] == temperature), key=lambda arm: arm["length"])
+    shift = 0.1 * (number - (len(temperatures) - 1) / 2)  # intervals side by side do not cover one another
+    places = [lengths.index(arm["length"]) + shift for arm in line]
+    shares = [(arm["summary"]["accuracy"], *arm["summary"]["accuracy_interval"]) for arm in line]
+    _line(axes, number, places, shares, f"temperature {temperature:g}")
+  constant = {lengths.index(arm["length"]): 100 * arm["baseline"]["value"] for arm in arms if arm["baseline"]}
+  if constant:
+    x, y = zip(*sorted(constant.items()), strict=True)
+    axes.plot(x, y, color=INK["muted"], linestyle=(0, (4, 3)), linewidth=1.2, label="constant answer")
+  axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+  axes.set(xlabel="generation length, tokens", ylabel="accuracy, %", xlim=(-0.4, len(lengths) - 0.6))
+  _stay_in_percent(axes)
+  yield _finish(figure, axes, f"{task}: accuracy by generation length")
+
+
+def _by_k(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
+  """Pass@k against k, one line an arm."""
+  if not arms:
+    return
+  figure, axes = _figure()
+  ticks = sorted({int(k) for arm in arms for k in arm["summary"]["pass_at"]})
+  for number, arm in enumerate(arms):
+    points = arm["summary"]["pass_at"]
+    shares = [(point["value"], *point["interval"]) for point in points.values()]
+    _line(axes, number, [int(k) for k in points], shares, _name(arm))
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(ticks, [str(k) for k in ticks])
+  axes.xaxis.set_minor_locator(NullLocator())
+  axes.set(xlabel="samples k", ylabel="pass@k, %")
+  _stay_in_percent(axes)
+  yield _finish(figure, axes, f"{task}: pass@k")
+
+
+def _by_tokens(task: str, arms: Sequence[Mapping[str, Any]], items: Sequence[Item], accuracy: str) -> Iterator[Plot]:
+  """Effective tokens of solved and of wrong completions: median, middle half, 5th to 95th percentile."""
+  bars = []
+  for row, arm in enumerate(arms):
+    own = [item for item in items if (item.length, item.temperature) == (arm["length"], arm["temperature"])]
+    for name, is_right, shift in (("right", True, -0.16), ("wrong", False, 0.16)):
+      tokens = [item.tokens for item in own if item.tokens is not None and verdict(item, accuracy) is is_right]
+      if tokens:
+        bars.append((row + shift, INK[name], np.percentile(tokens, (5, 25, 50, 75, 95))))
+  if not bars:
+    return
+  figure, axes = _figure(height=1.2 + 0.42 * len(arms))
+  for y, color, (low, first, median, third, high) in bars:
+    axes.plot([low, high], [y, y], color=color, linewidth=1.2)
+    axes.plot([first, third], [y, y], color=color, linewidth=6, solid_capstyle="butt", alpha=0.5)
+    axes.plot([median], [y], color=color, marker="o", markersize=5, linestyle="none")
+  for name, label in (("right", "solved"), ("wrong", "wrong")):
+    axes.plot([], [], color=INK[name], marker="o", markersize=5, linewidth=4, label=label)
+  axes.set_yticks(range(len(arms)), [_name(arm) for arm in arms])
+  axes.set(xlabel="effective tokens", xlim=(0, None), ylim=(len(arms) - 0.5, -0.5))
+  axes.grid(visible=False, axis="y")
+  axes.grid(visible=True, axis="x")
+  axes.spines.left.set_visible(False)
+  yield _finish(figure, axes, f"{task}: effective tokens, solved and wrong")
+
+
+def _name(arm: Mapping[str, Any]) -> str:
+  """An arm among those of its task."""
+  return ", ".join([*([f"length {arm['length']}"] if arm["length"] else []), f"temp. {arm['temperature']:g}"])
+
+
+def _figure(height: float = 3.1) -> tuple[Figure, Axes]:
+  figure = Figure(figsize=(4.6, height), layout="constrained")
+  figure.patch.set_visible(False)
+  axes = figure.add_subplot()
+  axes.patch.set_visible(False)
+  return figure, axes
+
+
+def _line(
+  axes: Axes, number: int, x: Sequence[float], shares: Sequence[tuple[float, float, float]], label: str
+) -> None:
+  """One line of (value, low, high) in percent."""
+  value, low, high = 100 * np.asarray(shares).T
+  color = INK[f"line{number % 6}"]
+  axes.errorbar(
+    x,
+    value,
+    yerr=np.maximum([value - low, high - value], 0),
+    color=color,
+    marker=MARKERS[number % 6],
+    markersize=5,
+    linewidth=1.6,
+    elinewidth=1.1,
+    capsize=2.5,
+    label=label,
+  )
+
+
+def _stay_in_percent(axes: Axes) -> None:
+  low, high = axes.get_ylim()
+  axes.set_ylim(max(low, -1), min(high, 101))
+
+
+def _finish(figure: Figure, axes: Axes, title: str) -> Plot:
+  """The picture as an element of a page: the same bytes for the same numbers, ids of its own, text as text."""
+  axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
+  buffer = io.StringIO()
+  # Ids are hashes with this salt; no date, no version, no outside names.
+  with matplotlib.rc_context({"svg.hashsalt": title}):
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+  text = buffer.getvalue()
+  box = re.findall(r'viewBox="[^"]*"', text)[0]
+  body = text[text.index(">", text.index("<svg")) + 1 :].strip()
+  body = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", body)  # names of groups, the same in every picture
+  body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
+  body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
+  for name, color in INK.items():
+    body = body.replace(color, f"var(--{name})")
+  return Plot(title, f'<svg class="plot" role="img" aria-label="{escape(title)}" {box}>{body}')
