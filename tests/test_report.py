@@ -44,7 +44,15 @@ def test_the_summary_names_arms_samples_and_files(tmp_path):
     "checkpoint": "some/folder",
   }
   text = summary(results, tmp_path)
-  for part in ("Held-out split of sudoku", "constant answer", "SFT + diffu-GRPO", "75.0%", "'3'  wrong", "sft 10 s, grpo 100 s", "some/folder"):
+  for part in (
+    "Held-out split of sudoku",
+    "constant answer",
+    "SFT + diffu-GRPO",
+    "75.0%",
+    "'3'  wrong",
+    "sft 10 s, grpo 100 s",
+    "some/folder",
+  ):
     assert part in text
   assert "solution" not in text
   del results["seconds"]["sft"]

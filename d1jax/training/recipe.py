@@ -189,8 +189,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """Runs the job that the configuration describes, or goes on with it, or reprints its table when it is finished.
 
   Returns:
-    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `task`, `baseline`, `params_fingerprint`,
-    `seconds` by stage, `config`, `versions`, `checkpoint`.
+    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `task`, `baseline`,
+    `params_fingerprint`, `seconds` by stage, `splits`, `config`, `versions`, `revision`, `checkpoint`.
   """
   workdir = Path(config.workdir)
   finished = workdir / "results.json"
