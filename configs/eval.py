@@ -15,7 +15,16 @@ SIZES = ("tiny", "llada_8b")
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the words."""
+  spec = importlib.util.spec_from_file_location("d1jax_grpo_config", Path(__file__).with_name("grpo.py"))
+  if spec is None or spec.loader is None:
+    raise ImportError("configs/grpo.py is missing")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  known = (*SIZES, *module.TASKS)
   chosen = [word for word in words.split(",") if word]
+  unknown = [word for word in chosen if word not in known]
+  if unknown:
+    raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(known)}")
   sizes = [word for word in chosen if word in SIZES] or [SIZES[0]]
   if len(sizes) > 1:
     raise ValueError(f"preset words {', '.join(sizes)} exclude each other: name one of {', '.join(SIZES)}")
@@ -60,11 +69,6 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.cpu_devices = 2
 
   # What a model's folder does not say.
-  spec = importlib.util.spec_from_file_location("d1jax_grpo_config", Path(__file__).with_name("grpo.py"))
-  if spec is None or spec.loader is None:
-    raise ImportError("configs/grpo.py is missing")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
   grpo = module.get_config("llada_8b")
   sections = ("seed", "rules", "model", "lora", "tokenizer", "data", "task", "rollout", "evaluation")
   c.bare = {name: grpo[name] for name in sections}

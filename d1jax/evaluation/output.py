@@ -126,7 +126,11 @@ def finish(config: ConfigDict, folder: Path, identity: Mapping[str, Any], rows: 
   write_atomically(folder / "report.html", page.encode())
   print(f"{identity['subject']}, protocol {config.protocol}:\n\n{summary.table(arms)}\n")
   for name, pair in (results["compare"] or {}).get("arms", {}).items():
-    print(f"against {config.compare}, {name}: {json.dumps(pair)}")
+    low, high = (f"{100 * end:+.1f}" for end in pair["interval"])
+    print(
+      f"{name} against {config.compare}: {100 * pair['difference']:+.1f} points [{low}, {high}],"
+      f" McNemar's p {pair['p']:.2g}, {pair['n']} pairs in {pair['clusters']} clusters"
+    )
   print(f"Items, numbers and a page to read: {folder}")
   for row, arm in zip(rows, arms, strict=True):
     share = arm["summary"]["accuracy"]

@@ -90,9 +90,9 @@ def compare(first: Sequence[Item], second: Sequence[Item], accuracy: str) -> dic
     accuracy: the name of a metric that is 0 or 1 an item; pairs of unknown answer are left out.
 
   Returns:
-    `n` pairs; how many `both`, `only_first`, `only_second` and `neither` have right; `p`, of McNemar's exact test;
-    `difference` of the accuracies, second minus first, with its `interval` over clusters; a `note` where pairs share
-    clusters, which McNemar's test does not know.
+    `n` pairs in so many `clusters`; how many `both`, `only_first`, `only_second` and `neither` have right; `p`, of
+    McNemar's exact test; `difference` of the accuracies, second minus first, with its `interval` over clusters; a
+    `note` where pairs share clusters, which McNemar's test does not know.
 
   Raises:
     ValueError: they did not answer the same questions, or the accuracy is not 0 or 1.
@@ -116,6 +116,7 @@ def compare(first: Sequence[Item], second: Sequence[Item], accuracy: str) -> dic
   change = paired_difference(before, after, clusters)
   found: dict[str, Any] = {
     "n": len(known),
+    "clusters": len(set(clusters)),
     "both": counts[1, 1],
     "only_first": counts[1, 0],
     "only_second": counts[0, 1],
@@ -124,9 +125,9 @@ def compare(first: Sequence[Item], second: Sequence[Item], accuracy: str) -> dic
     "difference": change.difference,
     "interval": [change.low, change.high],
   }
-  if len(set(clusters)) < len(known):
+  if found["clusters"] < len(known):
     found["note"] = (
-      f"The {len(known)} pairs come in {len(set(clusters))} clusters. McNemar's p takes the pairs as independent and is"
+      f"The {len(known)} pairs come in {found['clusters']} clusters. McNemar's p takes the pairs as independent and is"
       " too small where a cluster's pairs agree; the interval knows of the clusters."
     )
   return found

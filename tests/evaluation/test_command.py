@@ -264,6 +264,18 @@ def test_wrong_settings_are_one_line(finished, tmp_path, changes, message):
   assert not (tmp_path / "out" / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    ("tiny,chess", "unknown preset word 'chess'; known: tiny, llada_8b, sudoku"),
+    ("tiny,llada_8b", "exclude each other"),
+  ],
+)
+def test_words_that_make_no_sense_are_refused(words, message):
+  with pytest.raises(ValueError, match=message):
+    load("eval", words)
+
+
 def test_nothing_to_evaluate_is_an_error(tmp_path):
   with pytest.raises(RunError, match=r"nothing to evaluate: set config\.checkpoint"):
     command.run(load("eval"))

@@ -183,7 +183,7 @@ def test_a_subset_is_the_first_questions(tmp_path, capsys):
     ("a.jsonl", b'{"question": "q", "generations": "x"}\n', r"a.jsonl line 1: .*ground_truth"),
     ("a.jsonl", b'{"question": "q", "generations": "x", "ground_truth": "1"}\n', r"a.jsonl line 1: .*ground_truth"),
     ("a.jsonl.gz", b"not gzip", r"a.jsonl.gz: cannot be read"),
-    ("a.jsonl.gz", gzip.compress(b"x" * 99)[:-4], r"a.jsonl.gz: cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-4], r"a.jsonl.gz: cannot be read"),
     ("a.json", b"\xff\xfe", r"a.json: cannot be read"),
   ],
 )

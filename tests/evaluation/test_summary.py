@@ -192,12 +192,14 @@ def test_compare_counts_pairs():
     summarise(second, "solved")["accuracy"] - summarise(first, "solved")["accuracy"]
   )
   assert "note" not in found
+  assert found["clusters"] == found["n"]
 
 
 def test_compare_says_when_pairs_are_not_independent():
   found = compare(arm(20, 0.5, seeds=2, samples=2), arm(20, 0.7, seeds=2, samples=2), "solved")
   assert found["n"] == 80
   assert "80 pairs come in 20 clusters" in found["note"]
+  assert found["clusters"] == 20
 
 
 def test_compare_pairs_by_question_not_by_place():
