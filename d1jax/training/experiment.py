@@ -164,6 +164,8 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
   """A checkpoint's configuration, with the devices and the place of the pretrained folder that `config` names."""
   restored = ConfigDict(trained)
   restored.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
+  # What runs of 0.1 could not say yet.
+  restored.task = {"module": None, "mix": {}, **restored.task.to_dict()}
   if config.pretrained is not None:
     restored.model.pretrained = config.pretrained
   return restored

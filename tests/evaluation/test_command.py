@@ -8,6 +8,7 @@ import pytest
 
 from d1jax.errors import PreemptedError, RunError
 from d1jax.evaluation import command, evaluator, items, output
+from d1jax.training import experiment as experiments
 from d1jax.training import recipe
 from d1jax.training.interrupts import Interrupts
 from tests import hub
@@ -57,6 +58,17 @@ def test_greedy_agrees_with_the_final_table(finished, tmp_path, capsys):
   # One checkpoint's folder, the one that validation chose, is the same.
   again = evaluate(trained["checkpoint"], tmp_path)
   assert again["arms"] == results["arms"]
+
+
+def test_a_checkpoint_from_before_mixes_is_still_read(finished):
+  _, trained = finished
+  config = json.loads(json.dumps(trained["config"]))
+  for section, names in (("task", ("module", "mix")), ("rollout", ("early_exit",)), ("grpo", ("grading_workers",))):
+    for name in names:
+      del config[section][name]
+  restored = experiments.of_checkpoint(config, load("eval"))
+  assert experiments.build_task(restored).name == "sudoku"
+  assert experiments.of_checkpoint(trained["config"], load("eval")).task.to_dict() == trained["config"]["task"]
 
 
 def test_results_say_what_determines_them(finished, tmp_path):
