@@ -28,3 +28,8 @@ def listed(task: str) -> frozenset[str]:
   """Return what the list holds of a task; nothing of a task that it does not know."""
   pairs = (line.split() for line in FILE.read_text(encoding="ascii").splitlines())
   return frozenset(entry for name, entry in pairs if name == task)
+
+
+def is_listed(question: str) -> bool:
+  """Tell whether a question in words, of whatever source, is one of the list."""
+  return fingerprint(normalize(question)) in listed("gsm8k") | listed("math")

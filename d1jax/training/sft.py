@@ -21,6 +21,7 @@ from d1jax.diffusion.likelihood import denoising_loss
 from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.parallel.mesh import place
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
+from d1jax.tasks import held_out as held_out_questions
 from d1jax.training.experiment import Experiment
 
 
@@ -102,7 +103,11 @@ def demonstrations(experiment: Experiment) -> tuple[Demonstrations, Demonstratio
     _report(config.sft, "demonstrations", found)
     return found, None
   path = Path(config.data.root or "") / config.sft.data
-  sides = demonstration_files.split(demonstration_files.read(path), config.sft.held_out)
+  rows = demonstration_files.read(path)
+  kept = [row for row in rows if not held_out_questions.is_listed(row.question)]
+  if len(kept) < len(rows):
+    print(f"{path}: left out {len(rows) - len(kept)} of {len(rows)} demonstrations, which answer test questions")
+  sides = demonstration_files.split(kept, config.sft.held_out)
   found, held_out = (_tokenised(tokenizer, side) for side in sides)
   _report(config.sft, str(path), found)
   return found, held_out

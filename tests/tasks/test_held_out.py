@@ -112,3 +112,10 @@ def test_published_puzzles_never_train(questions, tmp_path, caplog):
     assert puzzles
     assert not puzzles & set(unique)
     assert "0 repeated ones and 193 test puzzles" in caplog.text
+
+
+def test_a_question_in_words_is_known_whatever_its_case_and_blanks(questions):
+  for name in ("gsm8k", "math"):
+    for row in questions[name][:50]:
+      assert held_out.is_listed(f"  {row['question'].upper()}\n"), name
+  assert not held_out.is_listed("What is 2 + 2?")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from d1jax.errors import RunError
+from d1jax.tasks import held_out
 from d1jax.training import experiment as experiments
 from d1jax.training import recipe, sft
 from d1jax.training.held_out import HeldOutLoss
@@ -55,6 +56,15 @@ def test_a_file_trains_in_buckets_and_validates_by_its_held_out_loss(root, tmp_p
   assert len(computed) == 2, "both buckets came"
 
 
+def test_demonstrations_of_test_questions_are_left_out(root, tmp_path, capsys, monkeypatch):
+  config = job(root, tmp_path, sft__held_out=0.0)
+  asked = held_out.fingerprint(held_out.normalize(ROWS[3]["question"].upper()))
+  monkeypatch.setattr(held_out, "listed", lambda task: frozenset([asked] if task == "math" else []))
+  found, _ = sft.demonstrations(experiments.build(config, None))
+  assert len(found.prompts) == len(ROWS) - 1
+  assert "left out 1 of 48 demonstrations, which answer test questions" in capsys.readouterr().out
+
+
 def test_every_pair_of_buckets_is_compiled_before_the_first_step(root, tmp_path):
   config = job(root, tmp_path, sft__prompt_buckets=(140, 160))
   experiment = experiments.build(config, None)
@@ -65,11 +75,11 @@ def test_every_pair_of_buckets_is_compiled_before_the_first_step(root, tmp_path)
 def test_the_held_out_loss_is_a_function_of_the_weights(root, tmp_path):
   config = job(root, tmp_path)
   experiment = experiments.build(config, None)
-  _, held_out = sft.demonstrations(experiment)
-  loss = HeldOutLoss(experiment, held_out)
+  _, validating = sft.demonstrations(experiment)
+  loss = HeldOutLoss(experiment, validating)
   weights = experiment.weights
   start = weights.start()
-  first, again = loss(start, weights.frozen), HeldOutLoss(experiment, held_out)(start, weights.frozen)
+  first, again = loss(start, weights.frozen), HeldOutLoss(experiment, validating)(start, weights.frozen)
   assert first == again
   # Uniform predictions: the loss a token is log V times the mean of masked / t, which is 1 in expectation.
   flat = {**start, "head": jax.tree.map(np.zeros_like, jax.device_get(start["head"]))}
