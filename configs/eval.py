@@ -5,7 +5,7 @@ takes lengths, steps and prompts from the checkpoint; `llada_8b`, d1's evaluatio
 of the checkpoint). docs/evaluation.md tells all of it.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 from ml_collections import config_dict
@@ -15,12 +15,8 @@ SIZES = ("tiny", "llada_8b")
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the words."""
-  spec = importlib.util.spec_from_file_location("d1jax_grpo_config", Path(__file__).with_name("grpo.py"))
-  if spec is None or spec.loader is None:
-    raise ImportError("configs/grpo.py is missing")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  known = (*SIZES, *module.TASKS)
+  recipe = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
+  known = (*SIZES, *recipe["TASKS"])
   chosen = [word for word in words.split(",") if word]
   unknown = [word for word in chosen if word not in known]
   if unknown:
@@ -69,7 +65,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.cpu_devices = 2
 
   # What a model's folder does not say.
-  grpo = module.get_config("llada_8b")
+  grpo = recipe["get_config"]("llada_8b")
   sections = ("seed", "rules", "model", "lora", "tokenizer", "data", "task", "rollout", "evaluation")
   c.bare = {name: grpo[name] for name in sections}
   c.bare.model.quantize = "none"
