@@ -10,6 +10,7 @@ from pathlib import Path
 
 from d1jax import tasks
 from d1jax.evaluation import generations
+from d1jax.evaluation.evaluator import grade_text
 from d1jax.intervals import Share, clustered
 from d1jax.tasks.base import Grade
 
@@ -37,7 +38,7 @@ def main() -> None:
   for name, file in FILES.items():
     task = tasks.build(name)
     found = generations.read(arguments.data / "generations" / f"{file}_{arguments.length}.jsonl.gz", name)
-    grades = [generations.grade(task, generation, "d1") for generation in found]
+    grades = [grade_text(task, g.record, g.shown, g.raw, "d1") for g in found]
     constant = [task.grade(task.baseline(g.record, generations.STYLE), g.record, "d1") for g in found]
     d1, strict = pooled(grades, "d1_accuracy"), pooled(grades, "solved")
     right = [(g.metrics["d1_accuracy"] == (1, 1), g.metrics["solved"] == (1, 1)) for g in grades]

@@ -112,20 +112,26 @@ def grade_completions(
   `strict` reads the prefill and the text up to the first stop id. `d1` reads all tokens, special ones spelled out,
   without the prefill, as d1's evaluation does; its grades have the metrics of `strict` too.
   """
-  cut = [a + b for a, b in zip(prefills, decode(tokenizer, completion, mask), strict=True)]
-  strict = [task.grade(text, record) for text, record in zip(cut, records, strict=True)]
+  shown = [a + b for a, b in zip(prefills, decode(tokenizer, completion, mask), strict=True)]
+  texts = shown if protocol == "strict" else tokenizer.decode_raw([row.tolist() for row in completion])
+  return texts, [grade_text(task, *row, protocol) for row in zip(records, shown, texts, strict=True)]
+
+
+def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) -> Grade:
+  """The grade of one completion; under another protocol than `strict` it has the metrics of `strict` too.
+
+  Args:
+    task: the grader.
+    record: what was asked.
+    shown: what `strict` reads: prefill and text up to the stop.
+    raw: what other protocols read.
+    protocol: of the grade.
+  """
+  strict = task.grade(shown, record)
   if protocol == "strict":
-    return cut, strict
-  raw = tokenizer.decode_raw([row.tolist() for row in completion])
-  return raw, both(strict, [task.grade(text, record, protocol) for text, record in zip(raw, records, strict=True)])
-
-
-def both(strict: Sequence[Grade], other: Sequence[Grade]) -> list[Grade]:
-  """Another protocol's grades, whose metrics that `strict` has too are those of `strict`."""
-  return [
-    dataclasses.replace(b, metrics={**b.metrics, **a.metrics}, answer=a.answer)
-    for a, b in zip(strict, other, strict=True)
-  ]
+    return strict
+  other = task.grade(raw, record, protocol)
+  return dataclasses.replace(other, metrics={**other.metrics, **strict.metrics}, answer=strict.answer)
 
 
 class Completer:

@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 
 from d1jax import tasks
 from d1jax.evaluation import output
-from d1jax.evaluation.evaluator import both
+from d1jax.evaluation.evaluator import grade_text
 from d1jax.evaluation.items import Item, append, question_id
 from d1jax.tasks import DataError, Record, Task, d1_evaluation
-from d1jax.tasks.base import Grade
+from d1jax.tasks.common import PREFILL
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 STOPS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>")
@@ -34,7 +34,6 @@ STYLE = "d1_eval"
 
 _FIRST_STOP = re.compile("|".join(map(re.escape, STOPS)))
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>")
-_PREFILL = "<reasoning>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +79,10 @@ def run(config: ConfigDict) -> dict[str, Any]:
   if not found:
     raise DataError(f"{path}: no completion of length {', '.join(map(str, config.lengths))}")
   arms: dict[str, list[Generation]] = {}
-  for generation in found[: config.questions]:
+  for generation in found:
     length = f"_{generation.length}" if generation.length else ""
     arms.setdefault(f"{task.name}{length}_t{generation.temperature:g}", []).append(generation)
+  arms = {name: arm[: config.questions] for name, arm in arms.items()}
   digest = hashlib.sha256(json.dumps([[g.record, g.raw] for g in found]).encode()).hexdigest()
   identity = {
     "subject": str(path),
@@ -127,14 +127,6 @@ def cut(text: str) -> str:
   return _SPECIAL.sub("", text[: stop.start()] if stop else text)
 
 
-def grade(task: Task, generation: Generation, protocol: str) -> Grade:
-  """The grade of one completion; under another protocol than `strict` it has the metrics of `strict` too."""
-  strict = task.grade(generation.shown, generation.record)
-  if protocol == "strict":
-    return strict
-  return both([strict], [task.grade(generation.raw, generation.record, protocol)])[0]
-
-
 def _read_file(path: Path, task: str) -> Iterator[Generation]:
   try:
     content = path.read_bytes()
@@ -145,6 +137,8 @@ def _read_file(path: Path, task: str) -> Iterator[Generation]:
   if isinstance(whole, dict) and isinstance(whole.get("generations"), list):
     setup = {name: value for name, value in whole.items() if name not in ("generations", "metrics")}
     length = whole.get("gen_length", 0)
+    if type(length) is not int:
+      raise DataError(f"{path}: gen_length is {length!r:.40}, expected the number of tokens of a completion")
     for number, row in enumerate(whole["generations"]):
       yield _generation(f"{path} generation {number}", row, task, json.dumps(setup, sort_keys=True), length)
     return
@@ -168,7 +162,7 @@ def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Gen
     except ValueError as error:
       raise DataError(f"{place}: {error}") from None
     raw = row["generations"]
-    return Generation(setup, record, raw, _PREFILL + cut(raw), length)
+    return Generation(setup, record, raw, PREFILL + cut(raw), length)
   if not isinstance(row, dict) or not isinstance(row.get("record"), dict) or not isinstance(row.get("text"), str):
     raise DataError(
       f"{place}: expected the fields question, generations and ground_truth (d1's), or record and text; got"
@@ -176,16 +170,18 @@ def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Gen
     )
   if row.get("task", task) != task:
     raise DataError(f"{place}: is a completion of the task {row['task']!r}, expected {task!r}")
-  raw = row["text"]
+  for name, kinds in (("length", (int,)), ("seed", (int,)), ("sample", (int,)), ("temperature", (int, float))):
+    if name in row and (type(row[name]) not in kinds or row[name] < 0):
+      raise DataError(f"{place}: {name} is {row[name]!r:.40}, expected a number of at least 0")
   return Generation(
-    setup,
-    row["record"],
-    raw,
-    cut(raw),
-    int(row.get("length", length)),
-    float(row.get("temperature", 0.0)),
-    int(row.get("seed", 0)),
-    int(row.get("sample", 0)),
+    setup=setup,
+    record=row["record"],
+    raw=row["text"],
+    shown=cut(row["text"]),
+    length=row.get("length", length),
+    temperature=float(row.get("temperature", 0.0)),
+    seed=row.get("seed", 0),
+    sample=row.get("sample", 0),
   )
 
 
@@ -201,7 +197,7 @@ def _items(task: Task, arm: Sequence[Generation], protocol: str) -> Iterator[Ite
     seen[draw] += 1
     try:
       output.check_accuracy(task, record, STYLE, protocol)  # asks more of a record than an empty completion does
-      found = grade(task, generation, protocol)
+      found = grade_text(task, record, generation.shown, generation.raw, protocol)
       cluster = task.cluster(record)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
       shown = json.dumps(record)[:80]

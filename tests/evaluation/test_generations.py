@@ -167,6 +167,9 @@ def test_a_subset_is_the_first_questions(tmp_path, capsys):
   d1_file(tmp_path / "a.json", ROWS)
   grade(tmp_path / "a.json", "countdown", tmp_path / "out", questions=1)
   assert last_line(capsys)["n"] == 1
+  d1_file(tmp_path / "b.json", ROWS, gen_length=256)
+  results = grade(tmp_path, "countdown", tmp_path / "two", questions=2)
+  assert [arm["summary"]["n"] for arm in results["arms"]] == [2, 2], "of each length"
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,9 @@ def test_a_subset_is_the_first_questions(tmp_path, capsys):
     ("a.jsonl", b'{"text": "x", "record": {}, "task": "gsm8k"}\n', "line 1: is a completion of the task 'gsm8k'"),
     ("a.jsonl", b'{"question": "q", "generations": "x"}\n', r"a.jsonl line 1: .*ground_truth"),
     ("a.jsonl", b'{"question": "q", "generations": "x", "ground_truth": "1"}\n', r"a.jsonl line 1: .*ground_truth"),
+    ("a.jsonl", b'{"text": "x", "record": {}, "sample": null}\n', "line 1: sample is None, expected a number"),
+    ("a.jsonl", b'{"text": "x", "record": {}, "length": "128"}\n', "line 1: length is '128', expected a number"),
+    ("a.json", b'{"generations": [], "gen_length": null}', "gen_length is None, expected the number of tokens"),
     ("a.jsonl.gz", b"not gzip", r"a.jsonl.gz: cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-4], r"a.jsonl.gz: cannot be read"),
     ("a.json", b"\xff\xfe", r"a.json: cannot be read"),
