@@ -81,7 +81,7 @@ def measure(network: Network, seed: int, batch: int, length: int) -> list[dict[s
   params = draw(network, seed)
   tokens = jax.random.randint(jax.random.key(seed + 1), (batch, length), 0, network.size.vocab)
   valid = jnp.ones(tokens.shape, bool)
-  logits = jax.jit(lambda p: network.unembed(p, network.encode(p, tokens, valid)))
+  logits = jax.jit(lambda p: network.encode(p, tokens, valid) @ network.head(p).astype(jnp.float32))
   exact = np.asarray(logits(params))
   counts = {"projections": sum(w.size for w in projections(params)), "network": transformer.parameter_count(network)}
   lines = []

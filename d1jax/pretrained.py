@@ -11,11 +11,12 @@ from jax.typing import DTypeLike
 from d1jax.data import folder as folders
 from d1jax.data import tokenizer as tokenizers
 from d1jax.data.tokenizer import Tokenizer
-from d1jax.diffusion.denoiser import Denoiser, predicts_itself, predicts_next
+from d1jax.diffusion.denoiser import Denoiser
 from d1jax.models import families, lora, pretrained, transformer
 from d1jax.models.families import Description
 from d1jax.models.transformer import Network, Params
 from d1jax.parallel import mesh as meshes
+from d1jax.parallel.attention import attention
 
 
 class Pretrained(NamedTuple):
@@ -68,7 +69,13 @@ def inspect(folder: Path) -> Source:
 
 
 def build_denoiser(
-  network: Network, *, mask_id: int, stop_ids: tuple[int, ...], known_ids: int, shift: int = 0
+  network: Network,
+  *,
+  mask_id: int,
+  stop_ids: tuple[int, ...],
+  known_ids: int,
+  shift: int = 0,
+  vocab_shards: int = 1,
 ) -> Denoiser:
   """The denoiser of a network; ids beyond `known_ids` have no meaning and are never drawn.
 
@@ -78,15 +85,19 @@ def build_denoiser(
     stop_ids: each ends a completion.
     known_ids: of the tokenizer.
     shift: see `families.Description`.
+    vocab_shards: over how many devices the vocabulary is cut.
   """
   return Denoiser(
     encode=network.encode,
-    unembed=network.unembed,
+    head=network.head,
     mask_id=mask_id,
     stop_ids=stop_ids,
     forbidden_ids=tuple({mask_id: None} | dict.fromkeys(range(known_ids, network.size.vocab))),
     vocab=network.size.vocab,
-    hidden_predicting=predicts_next if shift else predicts_itself,
+    shift=shift,
+    init_cache=network.init_cache,
+    encode_window=network.encode_window,
+    vocab_shards=vocab_shards,
   )
 
 
@@ -117,12 +128,18 @@ def from_pretrained(
   source = inspect(Path(folder))
   if mesh is None:
     mesh = meshes.make_mesh(dict.fromkeys(meshes.MESH_AXES, 1), meshes.first_device())
-  network = transformer.build(source.size, dtype=dtype, constrain=meshes.constrainer(mesh, rules))
+  constrain = meshes.constrainer(mesh, rules)
+  network = transformer.build(source.size, dtype=dtype, constrain=constrain, attention=attention(mesh, rules))
   axes = lora.quantized_axes(network.axes) if quantize else network.axes
   placements = meshes.shardings(mesh, rules, axes)
   params = pretrained.read(source.folder, network, dtype, placements, quantized=quantize)
   ids = source.ids
   denoiser = build_denoiser(
-    network, mask_id=ids.mask_id, stop_ids=ids.stop_ids, known_ids=ids.vocab, shift=source.description.shift
+    network,
+    mask_id=ids.mask_id,
+    stop_ids=ids.stop_ids,
+    known_ids=ids.vocab,
+    shift=source.description.shift,
+    vocab_shards=meshes.ways(mesh, rules, "vocab"),
   )
   return Pretrained(denoiser, params, source.tokenizer)

@@ -31,7 +31,7 @@ def hidden_and_logits(denoiser, params, tokens):
   valid = jnp.ones(tokens.shape, bool)
   positions = jnp.arange(2, tokens.shape[1])
   hidden = denoiser.encode(params, tokens, valid)
-  return hidden, denoiser.unembed(params, denoiser.hidden_predicting(hidden, positions))
+  return hidden, denoiser.logits(params, denoiser.hidden_predicting(hidden, positions))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +57,7 @@ def test_a_causal_family_predicts_the_next_token(folder_of, family, shift):
   denoiser, params, _ = d1jax.from_pretrained(folder_of[family], jnp.float32)
   tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 250)
   hidden, logits = hidden_and_logits(denoiser, params, tokens)
-  np.testing.assert_array_equal(logits, denoiser.unembed(params, hidden[:, 2 - shift : 9 - shift]))
+  np.testing.assert_array_equal(logits, denoiser.logits(params, hidden[:, 2 - shift : 9 - shift]))
 
 
 def test_attention_sees_both_ways_in_a_causal_start(folder_of):

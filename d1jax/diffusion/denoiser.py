@@ -13,16 +13,6 @@ Params = Any
 """A nested dict of arrays; what is in it is the network's business."""
 
 
-def predicts_itself(hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
-  """LLaDA's convention: hidden state i predicts token i."""
-  return jnp.take(hidden, positions, axis=1)
-
-
-def predicts_next(hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
-  """The convention of Dream and of every causal start: hidden state i predicts token i + 1."""
-  return jnp.take(hidden, positions - 1, axis=1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
   """A mask predictor p(x_0 | x_t) as pure functions.
@@ -30,22 +20,30 @@ class Denoiser:
   Attributes:
     encode: `(params, tokens[B L], valid[B L], dropout=None) -> hidden[B L D]`; `dropout` are keys [B L], one a token,
       of what supervised fine-tuning drops.
-    unembed: `(params, hidden[... D]) -> logits[... V]`, float32.
+    head: `params -> weight[D V]`, as it is stored: logits are the product of the last hidden states and its columns.
     mask_id: the token that stands for "not yet revealed".
     stop_ids: a completion ends with the first of these.
     forbidden_ids: tokens that are never drawn nor given probability: the mask, and ids beyond the tokenizer.
     vocab: the number of logits.
-    hidden_predicting: `(hidden, positions[W]) -> hidden[B W D]`, the states that predict those positions; the only
-      place that knows whether a position predicts itself.
+    shift: 0 where hidden state i predicts token i (LLaDA), 1 where it predicts token i + 1 (Dream, causal starts);
+      read by `hidden_predicting`, and by those who choose windows: theirs start `shift` rows earlier.
+    init_cache: `valid[B L] -> cache`, empty; None where a network has no cached form.
+    encode_window: `(params, tokens[B W], start, cache) -> (hidden[B W D], cache)`: encodes the positions from `start`
+      on, which attend to the cache with their own entries renewed. The window that covers the canvas is a refresh and
+      equals `encode`.
+    vocab_shards: over how many devices the head's columns are cut; tiles of the vocabulary take a part of each share.
   """
 
   encode: Callable[..., jax.Array]
-  unembed: Callable[..., jax.Array]
+  head: Callable[[Params], jax.Array]
   mask_id: int
   stop_ids: tuple[int, ...]
   forbidden_ids: tuple[int, ...]
   vocab: int
-  hidden_predicting: Callable[..., jax.Array] = predicts_itself
+  shift: int = 0
+  init_cache: Callable[..., Any] | None = None
+  encode_window: Callable[..., tuple[jax.Array, Any]] | None = None
+  vocab_shards: int = 1
 
   def __post_init__(self) -> None:
     for name in ("mask_id", "stop_ids", "forbidden_ids"):
@@ -55,10 +53,15 @@ class Denoiser:
     if self.mask_id not in self.forbidden_ids:
       raise ValueError(f"forbidden_ids={self.forbidden_ids} lacks the mask {self.mask_id}, which is never a prediction")
 
+  def hidden_predicting(self, hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
+    """The hidden states that predict these positions; the only place that knows whether a position predicts itself."""
+    return jnp.take(hidden, positions - self.shift, axis=1)
+
   def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits in float32 with the forbidden ids at minus infinity: the one density that is sampled, scored and
     trained.
     """
     forbidden = np.zeros(self.vocab, bool)
     forbidden[list(self.forbidden_ids)] = True
-    return jnp.where(forbidden, -jnp.inf, self.unembed(params, hidden).astype(jnp.float32))
+    head = self.head(params).astype(hidden.dtype)
+    return jnp.where(forbidden, -jnp.inf, jnp.matmul(hidden, head, preferred_element_type=jnp.float32))

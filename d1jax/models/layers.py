@@ -1,8 +1,8 @@
 """The pieces of a LLaDA block: RMSNorm, rotary embedding, attention, gated MLP.
 
-Shapes: B batch, L length, D embed, N heads, K key-value heads, H head size, F MLP width. Weights are stored [in, out],
-each with its logical axes beside it; they are cast to the compute dtype where they are used. A weight of a product may
-come in another form than an array: quantised (`d1jax.models.quantize`) or with a low-rank addition
+Shapes: B batch, L length, T queries, S keys, D embed, N heads, K key-value heads, H head size, F MLP width. Weights are
+stored [in, out], each with its logical axes beside it; they are cast to the compute dtype where they are used. A weight
+of a product may come in another form than an array: quantised (`d1jax.models.quantize`) or with a low-rank addition
 (`d1jax.models.lora`); `project` is the one place where that matters.
 """
 
@@ -16,13 +16,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 """States where an activation with these logical axes lives; the identity without a mesh."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(q[B L N H], k[B L K H], v[B L K H], valid[B L]) -> [B L N H]`, attending both ways to valid keys."""
+"""`(q[B T N H], k[B S K H], v[B S K H], valid[B S]) -> [B T N H]`: every query attends to all valid keys; T <= S."""
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""`(q[B L N H], k[B L K H], v[B L K H]) -> (mixed[B L N H], kept)`: what a layer does with the queries, keys and values
+of its input. `kept` is handed through: the cache with the keys and values in it, or None."""
 
 DropoutKeys = Key[Array, "B L"] | None
 """One key a token, or None where nothing is dropped (wherever log-probabilities meet)."""
@@ -35,11 +39,11 @@ def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 
 def plain_attention(
-  q: Float[Array, "B L N H"],
-  k: Float[Array, "B L K H"],
-  v: Float[Array, "B L K H"],
-  valid: Bool[Array, "B L"],
-) -> Float[Array, "B L N H"]:
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  valid: Bool[Array, "B S"],
+) -> Float[Array, "B T N H"]:
   """Full bidirectional attention, softmax in float32, padding keys masked; N / K queries share a key-value head."""
   return jax.nn.dot_product_attention(q, k, v, mask=valid[:, None, None, :])
 
@@ -96,12 +100,20 @@ def rotary_frequencies(half: int, theta: float, scaling: RopeScaling | None = No
   return kept * frequency + (1 - kept) * frequency / scaling.factor
 
 
-def rotary(x: Float[Array, "B L N H"], frequency: Float[Array, "half"]) -> Float[Array, "B L N H"]:
+def rotary(
+  x: Float[Array, "B L N H"], frequency: Float[Array, "half"], start: int | Int[Array, ""] = 0
+) -> Float[Array, "B L N H"]:
   """Rotary position embedding, half-split form, in float32 (Su et al. 2021; Llama's convention).
 
   Coordinate i of the first half is rotated with coordinate i of the second by the angle `position * frequency[i]`.
+
+  Args:
+    x: queries or keys.
+    frequency: radians a position.
+    start: position of the first row.
   """
-  angle = jnp.arange(x.shape[1], dtype=jnp.float32)[None, :, None, None] * frequency[None, None, None]
+  positions = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
+  angle = positions[None, :, None, None] * frequency[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -171,9 +183,19 @@ class SelfAttention(nnx.Module):
       self.value_bias = weight(rngs.params(), zeros, (shared,), ("kv_heads",))
 
   def __call__(
-    self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"], attention: Attention, dropout: DropoutKeys = None
-  ) -> Float[Array, "B L D"]:
-    """Attends to the valid positions."""
+    self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None
+  ) -> tuple[Float[Array, "B L D"], Any]:
+    """Mixes positions.
+
+    Args:
+      x: input at positions `start`, `start + 1`, ...
+      start: position of the first row.
+      attend: see `Attend`.
+      dropout: keys of what the projections drop.
+
+    Returns:
+      The output, and what `attend` kept.
+    """
 
     def heads(index: int, name: str) -> jax.Array:
       y = project(getattr(self, name).get_value(), x, self.dtype, fold_tokens(dropout, index))
@@ -182,9 +204,10 @@ class SelfAttention(nnx.Module):
       return y.reshape(*x.shape[:2], -1, self.head_dim)
 
     frequency = rotary_frequencies(self.head_dim // 2, self.theta, self.scaling)
-    q, k = rotary(heads(0, "query"), frequency), rotary(heads(1, "key"), frequency)
-    mixed = attention(q, k, heads(2, "value"), valid).reshape(*x.shape[:2], -1)
-    return project(self.out.get_value(), mixed, self.dtype, fold_tokens(dropout, 3))
+    q, k = (rotary(heads(index, name), frequency, start) for index, name in enumerate(("query", "key")))
+    mixed, kept = attend(q, k, heads(2, "value"))
+    out = project(self.out.get_value(), mixed.reshape(*x.shape[:2], -1), self.dtype, fold_tokens(dropout, 3))
+    return out, kept
 
 
 class Block(nnx.Module):
@@ -198,8 +221,9 @@ class Block(nnx.Module):
     self.mlp = GatedMlp(embed, mlp, dtype=dtype, rngs=rngs)
 
   def __call__(
-    self, x: Float[Array, "B L D"], valid: Bool[Array, "B L"], attention: Attention, dropout: DropoutKeys = None
-  ) -> Float[Array, "B L D"]:
-    """Maps the residual stream to the residual stream."""
-    x = x + self.attention(self.attention_norm(x), valid, attention, fold_tokens(dropout, 0))
-    return x + self.mlp(self.mlp_norm(x), fold_tokens(dropout, 1))
+    self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None
+  ) -> tuple[Float[Array, "B L D"], Any]:
+    """Maps the residual stream to the residual stream; arguments and results are those of `SelfAttention`."""
+    mixed, kept = self.attention(self.attention_norm(x), start, attend, fold_tokens(dropout, 0))
+    x = x + mixed
+    return x + self.mlp(self.mlp_norm(x), fold_tokens(dropout, 1)), kept

@@ -7,6 +7,8 @@ define the network; everything else sees pure functions of a nested dict of arra
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from d1jax.models.cache import Cache, empty, renewed
 from d1jax.models.layers import (
   Attention,
   Block,
@@ -102,7 +105,7 @@ PRESETS = {  # vocab: at least; a run takes more where its tokenizer needs it
 
 
 class Transformer(nnx.Module):
-  """Mask predictor; `encode` and `unembed` are apart, so that logits are computed only where they are wanted."""
+  """Mask predictor; `encode` and the head are apart, so that logits are computed only where they are wanted."""
 
   def __init__(
     self,
@@ -147,27 +150,60 @@ class Transformer(nnx.Module):
     self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], dropout: DropoutKeys = None
   ) -> Float[Array, "B L D"]:
     """The last hidden states, normalised."""
+
+    def attend(kept: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+      del layer
+      return self.attention(q, k, v, valid), kept
+
+    return self._layers(tokens, 0, attend, None, dropout)[0]
+
+  def encode_window(
+    self, tokens: Int[Array, "B W"], start: int | Int[Array, ""], cache: Cache
+  ) -> tuple[Float[Array, "B W D"], Cache]:
+    """The last hidden states of a window, whose keys and values are renewed in the cache.
+
+    Args:
+      tokens: of the window.
+      start: its position; one beyond L - W is taken for L - W, one below 0 for 0.
+      cache: is not used any more.
+    """
+    start = jnp.clip(start, 0, cache.valid.shape[1] - tokens.shape[1])
+
+    def attend(cache: Cache, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
+      cache, k, v = renewed(cache, layer, start, k, v, self.constrain)
+      return self.attention(q, k, v, cache.valid), cache
+
+    return self._layers(tokens, start, attend, cache)
+
+  def _layers(
+    self,
+    tokens: jax.Array,
+    start: int | jax.Array,
+    attend: Callable[..., tuple[jax.Array, Any]],
+    kept: Any,
+    dropout: DropoutKeys = None,
+  ) -> tuple[jax.Array, Any]:
+    """Embedding, blocks, final norm; `kept` goes from layer to layer through `attend(kept, layer, q, k, v)`."""
     residual = ("batch", "length", None)
     # The table is gathered over its embed axis first; otherwise XLA replicates the result of the look-up.
     table = self.constrain(self.embedding[...].astype(self.dtype), ("vocab", None))
     x = self.constrain(table[tokens], residual)
     block, weights = nnx.split(self.blocks)
 
-    def body(x: jax.Array, layer: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
-      weights, index = layer
-      keys = None if index is None else fold_tokens(dropout, index)
-      return self.constrain(nnx.merge(block, weights)(x, valid, self.attention, keys), residual), None
+    def body(carry: tuple[jax.Array, Any], layer: tuple[nnx.State, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
+      (x, kept), (weights, index) = carry, layer
+      mix = functools.partial(attend, kept, index)
+      x, kept = nnx.merge(block, weights)(x, start, mix, fold_tokens(dropout, index))
+      return (self.constrain(x, residual), kept), None
 
     if self.remat:  # prevent_cse=False is right only inside a scan
       body = jax.checkpoint(body, prevent_cse=False)
-    index = None if dropout is None else jnp.arange(self.layers)
-    x, _ = jax.lax.scan(body, x, (weights, index), unroll=self.unroll)
-    return self.final_norm(x)
+    (x, kept), _ = jax.lax.scan(body, (x, kept), (weights, jnp.arange(self.layers)), unroll=self.unroll)
+    return self.final_norm(x), kept
 
-  def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Logits in float32."""
-    head = self.embedding[...].T if self.tied else self.head[...]
-    return jnp.matmul(hidden, head.astype(self.dtype), preferred_element_type=jnp.float32)
+  def unembedding(self) -> Float[Array, "D V"]:
+    """The head's weight."""
+    return self.embedding[...].T if self.tied else self.head[...]
 
 
 class Network(NamedTuple):
@@ -178,14 +214,20 @@ class Network(NamedTuple):
   Attributes:
     init: `key -> params`, all float32.
     encode: `(params, tokens[B L], valid[B L], dropout=None) -> hidden[B L D]`; `dropout` are keys, one a token.
-    unembed: `(params, hidden[... D]) -> logits[... V]` in float32.
+    head: `params -> weight[D V]`, as stored; logits are `hidden @ head`.
+    init_cache: `valid[B L] -> cache`, empty: the first window covers the canvas.
+    encode_window: `(params, tokens[B W], start, cache) -> (hidden[B W D], cache)`: the positions from `start` on, which
+      attend to all of the cache; their own keys and values are renewed in it first. A start beyond L - W is taken for
+      L - W. The window that covers the canvas equals `encode`.
     axes: the tree of logical axes, a tuple of names a parameter.
     size: the sizes.
   """
 
   init: Any
   encode: Any
-  unembed: Any
+  head: Any
+  init_cache: Any
+  encode_window: Any
   axes: Params
   size: TransformerSize
 
@@ -236,10 +278,18 @@ def build(
   ) -> Float[Array, "B L D"]:
     return nnx.merge(graph, params).encode(tokens, valid, dropout)
 
-  def unembed(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    return nnx.merge(graph, params).unembed(hidden)
+  def head(params: Params) -> Float[Array, "D V"]:
+    return nnx.merge(graph, params).unembedding()
 
-  return Network(init, encode, unembed, nnx.to_pure_dict(axes), size)
+  def init_cache(valid: Bool[Array, "B L"]) -> Cache:
+    return empty(valid, size.layers, size.key_value_heads, size.head_size, dtype, constrain)
+
+  def encode_window(
+    params: Params, tokens: Int[Array, "B W"], start: int | Int[Array, ""], cache: Cache
+  ) -> tuple[Float[Array, "B W D"], Cache]:
+    return nnx.merge(graph, params).encode_window(tokens, start, cache)
+
+  return Network(init, encode, head, init_cache, encode_window, nnx.to_pure_dict(axes), size)
 
 
 def parameter_count(network: Network) -> int:

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -12,7 +13,7 @@ from d1jax.models import export, families, lora, pretrained, transformer
 from d1jax.models.lora import LoraSpec
 from d1jax.models.tensor_files import INDEX, SINGLE, TensorFiles
 from d1jax.parallel import mesh as meshes
-from tests.models import folders
+from tests.models import folders, forward
 
 OTHERS = {"tokenizer_config.json": b'{"a": 1}', "modeling_llada.py": b"# code\n", "README.md": b"\xff\x00"}
 
@@ -155,7 +156,7 @@ def test_a_network_from_no_folder_becomes_a_llada(tmp_path):
   assert again.description.size == size.__class__(**{**vars(size), "kv_heads": 2})
   tokens, valid = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.ones((2, 6), bool)
   logits = [
-    jax.jit(lambda p, n=n: n.unembed(p, n.encode(p, tokens, valid)))(p)
+    jax.jit(functools.partial(forward.logits, n))(p, tokens, valid)
     for n, p in ((network, params), (again.network, again.params))
   ]
   np.testing.assert_array_equal(*logits)

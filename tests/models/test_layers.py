@@ -50,6 +50,14 @@ def test_rotary_turns_coordinate_i_with_coordinate_i_plus_half(theta):
   np.testing.assert_allclose(turned(jnp.asarray(x), theta), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("start", [3, jnp.asarray(3)], ids=["static", "array"])
+def test_rotary_starts_where_it_is_told(start):
+  x = jnp.asarray(random(2, 7, 3, 8))
+  frequency = layers.rotary_frequencies(4, 100.0)
+  found = layers.rotary(x[:, 3:5], frequency, start)
+  np.testing.assert_array_equal(found, layers.rotary(x, frequency)[:, 3:5])
+
+
 def test_rotary_scores_depend_on_distance_alone():
   q, k = (jnp.broadcast_to(random(8, seed=s)[None, None, None], (1, 12, 1, 8)) for s in (0, 1))
   scores = np.asarray(jnp.einsum("bqnh,bknh->qk", turned(q, 100.0), turned(k, 100.0)))
@@ -79,6 +87,25 @@ def test_attention_is_a_softmax_over_valid_keys_on_both_sides():
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_fewer_queries_than_keys():
+  q, k, v = (jnp.asarray(random(2, 5, 4, 4, seed=s)) for s in range(3))
+  valid = jnp.asarray([[False, False, True, True, True], [True] * 5])
+  whole = layers.plain_attention(q, k, v, valid)
+  np.testing.assert_allclose(layers.plain_attention(q[:, 1:3], k, v, valid), whole[:, 1:3], rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_kept_is_handed_through_a_block():
+  attention = dict(heads=2, kv_heads=1, head_dim=6, bias=False, theta=100.0, scaling=None)
+  block = layers.Block(8, 12, **attention, eps=1e-5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  x = jnp.asarray(random(2, 3, 8))
+  _, (q, k, v) = block(x, 4, lambda q, k, v: (jnp.zeros_like(q), (q, k, v)))
+  assert (q.shape, k.shape, v.shape) == ((2, 3, 2, 6), (2, 3, 1, 6), (2, 3, 1, 6))
+  normed = block.attention_norm(x)
+  expected = (normed @ block.attention.key[...]).reshape(2, 3, 1, 6)
+  turned_from_4 = layers.rotary(expected, layers.rotary_frequencies(3, 100.0), 4)
+  np.testing.assert_allclose(k, turned_from_4, rtol=1e-5, atol=1e-6)
+
+
 def test_grouped_heads_are_heads_with_repeated_keys_and_values():
   """Query head n reads key-value head n // (N / K)."""
   attend = jax.jit(layers.plain_attention)
@@ -103,6 +130,10 @@ def attention_of(**options):
   return layer
 
 
+def attending(valid):
+  return lambda q, k, v: (layers.plain_attention(q, k, v, valid), None)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_attention_projects_adds_biases_turns_and_mixes(bias):
   layer = attention_of(bias=bias)
@@ -117,7 +148,7 @@ def test_attention_projects_adds_biases_turns_and_mixes(bias):
   mixed = np.asarray(layers.plain_attention(q, k, v, valid)).reshape(2, 5, 12)
   expected = mixed @ np.asarray(layer.out[...])
   graph, weights = nnx.split(layer)
-  found = jax.jit(lambda weights: nnx.merge(graph, weights)(x, valid, layers.plain_attention))(weights)
+  found = jax.jit(lambda weights: nnx.merge(graph, weights)(x, 0, attending(valid))[0])(weights)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -202,7 +233,7 @@ def test_weights_are_float32_whatever_the_compute_type():
   block = layers.Block(8, 12, **attention, eps=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(block))} == {jnp.dtype("float32")}
   x = jnp.asarray(random(1, 3, 8), jnp.bfloat16)
-  out = jax.eval_shape(lambda x: block(x, jnp.ones((1, 3), bool), layers.plain_attention), x)
+  out, _ = jax.eval_shape(lambda x: block(x, 0, attending(jnp.ones((1, 3), bool))), x)
   assert (out.shape, out.dtype) == (x.shape, jnp.bfloat16)
 
 

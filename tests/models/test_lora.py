@@ -18,6 +18,7 @@ from d1jax.parallel import mesh as meshes
 from d1jax.state import Frozen, TrainState, apply_gradients, create, merge, merge_for_rollout, reference
 from d1jax.training.checkpoint import Checkpoints, with_placements
 from tests import toy
+from tests.models import forward
 
 SIZE = transformer.TransformerSize(vocab=13, embed=64, heads=4, mlp=128, layers=2, rope_theta=50.0, kv_heads=2)
 SPEC = LoraSpec(rank=3, alpha=7.5)
@@ -33,7 +34,7 @@ def network():
 @pytest.fixture(scope="module")
 def logits(network):
   """Compiled once for every form of the parameters."""
-  return jax.jit(lambda params, keys=None: network.unembed(params, network.encode(params, TOKENS, VALID, keys)))
+  return jax.jit(lambda params, keys=None: forward.logits(network, params, TOKENS, VALID, keys))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,7 @@ def test_dropout_drops_inputs_of_the_adapter_alone_and_is_right_in_the_mean():
 
 
 def test_dropout_is_off_in_scoring(network, params):
-  denoiser = Denoiser(network.encode, network.unembed, toy.MASK, (toy.STOP,), toy.FORBIDDEN, toy.VOCAB)
+  denoiser = Denoiser(network.encode, network.head, toy.MASK, (toy.STOP,), toy.FORBIDDEN, toy.VOCAB)
   rollout, spec = toy.rollout(), SamplerSpec(completion_length=6, diffusion_steps=3, block_length=6)
 
   @jax.jit
@@ -308,7 +309,7 @@ def test_the_adapter_alone_gets_gradients(network, params, small):
 
   def loss(trainable, frozen):
     merged = merge(trainable, frozen)
-    return jnp.mean(network.unembed(merged, network.encode(merged, TOKENS, VALID)) ** 2)
+    return jnp.mean(forward.logits(network, merged, TOKENS, VALID) ** 2)
 
   assert reference(Frozen(small, {})) is small
   gradient = jax.jit(jax.grad(loss))(state.trainable, Frozen(small, {}))

@@ -1,5 +1,6 @@
 """Logits against PyTorch's, on goldens that tests/models/make_goldens.py made with transformers and peft."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from d1jax.models import lora, peft, pretrained
-from tests.models import folders
+from tests.models import folders, forward
 
 GOLDENS = Path(__file__).parent / "goldens"
 SCALARS = json.loads((GOLDENS / "scalars.json").read_text(encoding="utf-8"))
@@ -54,8 +55,9 @@ def golden_of(name):
 
 def errors(network, params, golden):
   """|logits - golden| at the valid positions; the golden's padding holds random tokens."""
-  run = jax.jit(lambda p, t, v: network.unembed(p, network.encode(p, t, v)))
-  logits = run(params, jnp.asarray(golden.tokens), jnp.asarray(golden.valid))
+  logits = jax.jit(functools.partial(forward.logits, network))(
+    params, jnp.asarray(golden.tokens), jnp.asarray(golden.valid)
+  )
   assert logits.dtype == jnp.float32
   return np.abs(np.asarray(logits) - golden.logits)[golden.valid]
 

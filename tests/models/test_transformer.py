@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 
 from d1jax.models import layers
 from d1jax.models.transformer import PRESETS, TransformerSize, build, parameter_count
+from tests.models import forward
 
 SIZE = TransformerSize(vocab=11, embed=16, heads=2, mlp=24, layers=3, rope_theta=50.0)
 
@@ -39,7 +41,7 @@ def batch():
 
 
 def logits_of(network):
-  return jax.jit(lambda p, t, v: network.unembed(p, network.encode(p, t, v)))
+  return jax.jit(functools.partial(forward.logits, network))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def logits(network):
 
 def value_and_grad_of(network, params, batch):
   def loss(params, tokens, valid):
-    return jnp.mean(network.unembed(params, network.encode(params, tokens, valid)) ** 2)
+    return jnp.mean(forward.logits(network, params, tokens, valid) ** 2)
 
   return jax.jit(jax.value_and_grad(loss))(params, *batch)
 

@@ -1,0 +1,81 @@
+"""Keys and values of every layer and position, kept from one pass of a rollout to the next.
+
+Neighbouring denoising steps differ in a few tokens. A window of the canvas is computed anew and attends to what the
+other positions had when they were last computed (the dual cache of Fast-dLLM, arXiv 2505.22618). The cache is carried
+through loops and written in place.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from d1jax.models.layers import Constrain
+
+AXES = ("layers", "batch", None, "kv_heads", None)
+"""Of keys and values. The canvas is never cut: a window may start anywhere."""
+
+
+class Cache(NamedTuple):
+  """What a window attends to. Shapes: B batch, L canvas, K key-value heads, H head size.
+
+  Attributes:
+    key: behind the rotary turn, in the compute dtype.
+    value: in the compute dtype.
+    valid: false at padding.
+  """
+
+  key: Float[Array, "layers B L K H"]
+  value: Float[Array, "layers B L K H"]
+  valid: Bool[Array, "B L"]
+
+
+def empty(
+  valid: Bool[Array, "B L"], layers: int, kv_heads: int, head_size: int, dtype: DTypeLike, constrain: Constrain
+) -> Cache:
+  """A cache of zeros; the first window must cover the canvas.
+
+  Args:
+    valid: false at padding.
+    layers: of the network.
+    kv_heads: K.
+    head_size: H.
+    dtype: of the products.
+    constrain: where it lives.
+  """
+  zeros = jnp.zeros((layers, *valid.shape, kv_heads, head_size), dtype)
+  return Cache(constrain(zeros, AXES), constrain(zeros, AXES), constrain(valid, ("batch", None)))
+
+
+def renewed(
+  cache: Cache,
+  layer: Int[Array, ""],
+  start: int | Int[Array, ""],
+  k: Float[Array, "B W K H"],
+  v: Float[Array, "B W K H"],
+  constrain: Constrain,
+) -> tuple[Cache, Float[Array, "B L K H"], Float[Array, "B L K H"]]:
+  """Writes a window of one layer, and reads that layer.
+
+  Args:
+    cache: is not used any more.
+    layer: its index.
+    start: position of the window's first row, at most L - W.
+    k: keys of the window.
+    v: values of the window.
+    constrain: where the cache lives.
+
+  Returns:
+    The cache, and the layer's keys and values of the whole canvas.
+  """
+
+  def write(stack: jax.Array, new: jax.Array) -> jax.Array:
+    return constrain(jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, start, 0, 0)), AXES)
+
+  cache = cache._replace(key=write(cache.key, k), value=write(cache.value, v))
+  if k.shape[1] == cache.valid.shape[1]:  # a refresh: what was written is all there is to read
+    return cache, k, v
+  read = lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+  return cache, read(cache.key), read(cache.value)
