@@ -1,6 +1,6 @@
-"""A network small enough to be written down twice: position-weighted averaging, one dense layer, a head."""
+"""A network small enough to be written down twice: position-weighted averaging, a dense layer, a head."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +21,40 @@ def params(seed: int = 0, scale: float = 1.5) -> dict[str, jax.Array]:
   return {n: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
 
 
-def encode(params: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-  """Hidden i: its own token and an average of all valid ones, weighted by their distance, unlike to both sides."""
-  x = params["table"][tokens]
-  distance = jnp.arange(tokens.shape[1])[:, None] - jnp.arange(tokens.shape[1])[None, :]
+class Cache(NamedTuple):
+  """What the two layers mix: each token's embedding, and what the first layer makes of it, which goes stale."""
+
+  inputs: tuple[jax.Array, ...]
+  valid: jax.Array
+
+
+def init_cache(valid: jax.Array) -> Cache:
+  empty = jnp.zeros((*valid.shape, EMBED), jnp.float32)
+  return Cache((empty, empty), valid)
+
+
+def encode_window(params: Any, tokens: jax.Array, start: Any, cache: Cache) -> tuple[jax.Array, Cache]:
+  """Hidden i, twice: its own and an average of all valid ones, weighted by their distance, unlike to both sides."""
+  x, inputs = params["table"][tokens], []
+  distance = (start + jnp.arange(tokens.shape[1]))[:, None] - jnp.arange(cache.valid.shape[1])[None, :]
   kernel = jnp.exp(-0.4 * jnp.abs(distance) + 0.05 * distance)
-  share = kernel[None] * valid[:, None, :]
+  share = kernel[None] * cache.valid[:, None, :]
   share = share / jnp.sum(share, axis=-1, keepdims=True)
-  return jnp.tanh(x + jnp.einsum("bij,bjd->bid", share, x) @ params["mix"])
+  for stale in cache.inputs:
+    inputs.append(jax.lax.dynamic_update_slice_in_dim(stale, x, start, axis=1))
+    x = jnp.tanh(x + jnp.einsum("bij,bjd->bid", share, inputs[-1]) @ params["mix"])
+  return x, Cache(tuple(inputs), cache.valid)
 
 
-def unembed(params: Any, hidden: jax.Array) -> jax.Array:
-  return hidden @ params["head"]
+def encode(params: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
+  return encode_window(params, tokens, 0, init_cache(valid))[0]
 
 
-DENOISER = Denoiser(encode, unembed, MASK, (STOP,), FORBIDDEN, VOCAB)
+def head(params: Any) -> jax.Array:
+  return params["head"]
+
+
+DENOISER = Denoiser(encode, head, MASK, (STOP,), FORBIDDEN, VOCAB, 0, init_cache, encode_window)
 
 
 def prompts(widths: list[int], length: int, seed: int = 1) -> tuple[jax.Array, jax.Array]:

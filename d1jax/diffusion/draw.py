@@ -2,31 +2,77 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+TILE = 64
+"""Vocabulary ids whose mass is summed together. Draws depend on it, so it never changes; the vocabularies of LLaDA
+(126,464) and Dream (152,064) are cut over 2, 4 and 8 devices at its multiples."""
 
 
 def log_prob(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
   """Log softmax(logits) at the given tokens, in float32."""
   logits = logits.astype(jnp.float32)
-  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
+  return _at(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _first_true(flags: Bool[Array, "*B N"]) -> Int[Array, "*B"]:
+  """The index of the first true entry of the last axis, the last one where there is none; faster than an argmax on a
+  CPU.
+  """
+  index = jax.lax.broadcasted_iota(jnp.int32, flags.shape, flags.ndim - 1)
+  return jnp.min(jnp.where(flags, index, flags.shape[-1] - 1), axis=-1)
+
+
+def _search(mass: Float[Array, "*B N"], cumulative: Float[Array, "*B N"], target: Float[Array, "*B"]) -> jax.Array:
+  """The first entry of positive mass whose cumulative mass exceeds `target`; where rounding leaves none, the last of
+  positive mass.
+  """
+  possible = mass > 0
+  beyond = possible & (cumulative > target[..., None])
+  last = mass.shape[-1] - 1 - _first_true(possible[..., ::-1])
+  return jnp.where(jnp.any(beyond, axis=-1), _first_true(beyond), last)
 
 
 def inverse_cdf(logits: Float[Array, "*B V"], uniform: Float[Array, "*B"]) -> Int[Array, "*B"]:
   """Draws from softmax(logits) by inverting its distribution function: the first token whose cumulative mass exceeds
   `uniform`.
 
-  A token of probability zero is never drawn, whatever the rounding of the cumulative sum.
+  Two searches: for the tile of `TILE` ids, in the cumulative sum over tiles, then for the token inside it. The
+  vocabulary may be sharded at the tiles' bounds without changing a draw. A token of probability zero is never drawn,
+  whatever the rounding of the cumulative sums.
 
   Args:
     logits: minus infinity forbids a token.
     uniform: in [0, 1).
   """
+  if logits.shape[-1] > TILE:
+    return _through_tiles(logits, uniform, 1.0)[0]
   mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
   cumulative = jnp.cumsum(mass, axis=-1)
-  beyond = (cumulative > uniform[..., None] * cumulative[..., -1:]) & (mass > 0)
-  drawn = jnp.argmax(beyond, axis=-1)
-  return jnp.where(jnp.any(beyond, axis=-1), drawn, jnp.argmax(mass, axis=-1)).astype(jnp.int32)
+  return _search(mass, cumulative, uniform * cumulative[..., -1])
+
+
+def _through_tiles(
+  logits: Float[Array, "*B V"], uniform: Float[Array, "*B"], temperature: float
+) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
+  """Draws from softmax(logits / temperature); returns the tokens and the logarithm of the softmax's denominator."""
+  top = jnp.max(logits, axis=-1) / temperature  # of the raw logits, which the confidence needs as well: one pass less
+  mass = jnp.exp(logits / temperature - top[..., None])
+  mass = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % TILE)])
+  tiles = mass.reshape(*mass.shape[:-1], -1, TILE)
+  tile_mass = jnp.sum(tiles, axis=-1)
+  cumulative = jnp.cumsum(tile_mass, axis=-1)
+  total = cumulative[..., -1]
+  target = uniform * total
+  tile = _search(tile_mass, cumulative, target)
+  before = jnp.where(tile > 0, _at(cumulative, tile - 1), 0.0)
+  inside = jnp.take_along_axis(tiles, tile[..., None, None], axis=-2)[..., 0, :]
+  token = tile * TILE + _search(inside, jnp.cumsum(inside, axis=-1), target - before)
+  return token, jnp.log(total) + top
+
+
+def _at(x: Float[Array, "*B N"], index: Int[Array, "*B"]) -> Float[Array, "*B"]:
+  return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
 
 
 def propose(
@@ -38,8 +84,11 @@ def propose(
     The tokens, and the log-probability that the tempered distribution gives them (0 at temperature 0).
   """
   if temperature == 0:
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    tokens = _first_true(logits == jnp.max(logits, axis=-1, keepdims=True))
     return tokens, jnp.zeros(tokens.shape, jnp.float32)
+  if logits.shape[-1] > TILE:
+    tokens, log_total = _through_tiles(logits, uniform, temperature)
+    return tokens, _at(logits, tokens) / temperature - log_total
   tempered = logits / temperature
   tokens = inverse_cdf(tempered, uniform)
   return tokens, log_prob(tempered, tokens)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -18,8 +19,23 @@ class SamplerSpec:
     temperature: of the draws; 0 takes the argmax. Confidence is never tempered.
     cfg_scale: w of classifier-free guidance, l_un + (w + 1)(l_cond - l_un); 0 is none.
     remasking: `low_confidence` reveals the most probable proposals first, `random` in random order.
-    early_exit: stop after a block once every row of the batch has a stop id; what is left becomes the first stop id.
-      Up to and including each row's first stop id the tokens are the same.
+    early_exit: rows that have a stop id cost nothing after the block that it is in, as far as whole batches, or halves
+      of long ones, have ended; what is left becomes the first stop id. Up to and including each row's first stop id
+      the tokens are the same.
+    cache: which keys and values are reused from the last refresh, a forward pass over the whole canvas: `none` (every
+      pass is one: exact); `prefix`, of what stands before the active block; `dual`, of everything outside it (both
+      Fast-dLLM, arXiv 2505.22618); `window`, of everything outside the block and its neighbours (dInfer,
+      arXiv 2510.08666).
+    refresh_every: steps from one refresh to the next; None: the first step of each block is the only one.
+    look_behind: tokens before the block that `window` computes anew at each step.
+    look_ahead: tokens behind the block that it does.
+    schedule: how many tokens a step reveals. `static`: as many as `diffusion_steps` asks for. `threshold`: those at
+      least `threshold` confident, `factor`: the n most confident, as long as the n-th is at least
+      1 - factor / (n + 1) confident; always one, at most `max_reveal` (both Fast-dLLM), until the block is full,
+      whatever `diffusion_steps` is.
+    threshold: of the schedule of that name.
+    factor: of the schedule of that name.
+    max_reveal: tokens a step, at most, where the schedule is not static.
   """
 
   completion_length: int
@@ -29,6 +45,14 @@ class SamplerSpec:
   cfg_scale: float = 0.0
   remasking: str = "low_confidence"
   early_exit: bool = False
+  cache: str = "none"
+  refresh_every: int | None = None
+  look_behind: int = 16
+  look_ahead: int = 16
+  schedule: str = "static"
+  threshold: float = 0.9
+  factor: float = 1.0
+  max_reveal: int = 4
 
   def __post_init__(self) -> None:
     if min(self.block_length, self.completion_length) < 1 or self.completion_length % self.block_length:
@@ -44,6 +68,30 @@ class SamplerSpec:
       raise ValueError(f"remasking={self.remasking!r} is unknown; known: low_confidence, random")
     if self.temperature < 0 or self.cfg_scale < 0:
       raise ValueError(f"temperature={self.temperature} and cfg_scale={self.cfg_scale} must not be negative")
+    self._check_cache()
+    self._check_schedule()
+
+  def _check_cache(self) -> None:
+    if self.cache not in ("none", "prefix", "dual", "window"):
+      raise ValueError(f"cache={self.cache!r} is unknown; known: none, prefix, dual, window")
+    if self.refresh_every is not None and self.cache == "none":
+      raise ValueError(f"refresh_every={self.refresh_every} needs a cache: set cache, or leave refresh_every out")
+    if self.refresh_every is not None and self.refresh_every < 1:
+      raise ValueError(f"refresh_every={self.refresh_every} must be at least 1, or None for once a block")
+    if min(self.look_behind, self.look_ahead) < 0:
+      raise ValueError(f"look_behind={self.look_behind} and look_ahead={self.look_ahead} must not be negative")
+
+  def _check_schedule(self) -> None:
+    if self.schedule not in ("static", "threshold", "factor"):
+      raise ValueError(f"schedule={self.schedule!r} is unknown; known: static, threshold, factor")
+    if self.schedule != "static" and self.remasking != "low_confidence":
+      raise ValueError(f"schedule={self.schedule!r} goes by confidence: use remasking='low_confidence' with it")
+    if not 0 < self.threshold <= 1:
+      raise ValueError(f"threshold={self.threshold} must be a probability, above 0 and at most 1")
+    if self.factor <= 0:
+      raise ValueError(f"factor={self.factor} must be positive")
+    if self.max_reveal < 1:
+      raise ValueError(f"max_reveal={self.max_reveal} must be at least 1")
 
   @property
   def blocks(self) -> int:
@@ -52,14 +100,19 @@ class SamplerSpec:
 
   @property
   def steps_per_block(self) -> int:
-    """Denoising steps of one block."""
-    return self.diffusion_steps // self.blocks
+    """The most denoising steps that a block takes: those of `diffusion_steps`, but never more than one a token; one a
+    token where confidence decides. Step s of block b is recorded as `b * steps_per_block + s`.
+    """
+    static = self.diffusion_steps // self.blocks
+    return min(static, self.block_length) if self.schedule == "static" else self.block_length
 
-  def forward_passes(self, last_step: int) -> int:
-    """The forward passes of a batch whose last token was committed at this step, counted from 0; two each if guided."""
-    per_block = min(self.steps_per_block, self.block_length)  # a step that reveals nothing is not taken
-    blocks = last_step // per_block + 1 if self.early_exit else self.blocks
-    return blocks * per_block * (2 if self.cfg_scale else 1)
+  def forward_passes(self, reveal_step: np.ndarray) -> int:
+    """The forward passes, full or windowed, that a batch took, by the recorded steps [B C] of all its rows; two each if
+    guided.
+    """
+    last = np.asarray(reveal_step).max(axis=0).reshape(self.blocks, self.block_length).max(axis=1)
+    taken = last + 1 - self.steps_per_block * np.arange(self.blocks)  # below 1 where a block was not reached
+    return int(np.maximum(taken, 0).sum()) * (2 if self.cfg_scale else 1)
 
 
 class Rollout(NamedTuple):

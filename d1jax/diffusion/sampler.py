@@ -4,60 +4,47 @@ Semantics are those of LLaDA's generate.py (arXiv 2502.09992) with the arithmeti
 at each step one proposal a masked position of the block, ranked by the untempered probability of the proposed token (or
 at random); the most confident are committed and never touched again. Forbidden ids, the mask among them, are never
 proposed.
+
+One loop serves all modes: a block is a number of periods, and a period is a pass over the whole canvas followed by
+passes over a window of it that reuse what the first has cached. In exact mode a period is one step.
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from d1jax import keys
+from d1jax.diffusion.blocks import Caches, Window, block_logits, check_cached, init_caches, window_of
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob, propose
 from d1jax.diffusion.rollout import Rollout, SamplerSpec, up_to_stop
-from d1jax.diffusion.schedule import reveal_counts
+from d1jax.diffusion.schedule import confident_count, rank_descending, reveal_counts
 
+COMPACT_FROM = 512
+"""Completions at least this long leave finished rows behind; shorter ones would gain less than the copies cost."""
+
+_HALVINGS = 3
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1
 
 
 class _Canvas(NamedTuple):
-  """The loop's carry."""
+  """What the loops write."""
 
   tokens: Int[Array, "B L"]
   reveal_step: Int[Array, "B C"]
   reveal_logp: Float[Array, "B C"]
 
 
-def rank_descending(scores: Float[Array, "B W"]) -> Int[Array, "B W"]:
-  """Each entry's rank in its row, 0 for the largest; ties go to the left."""
-  left = jnp.arange(scores.shape[1])
-  higher = scores[:, None, :] > scores[:, :, None]
-  tied = (scores[:, None, :] == scores[:, :, None]) & (left[None, None, :] < left[None, :, None])
-  return jnp.sum(higher | tied, axis=-1, dtype=jnp.int32)
+class _State(NamedTuple):
+  """The loops' carry."""
 
-
-def block_logits(
-  denoiser: Denoiser,
-  params: Params,
-  tokens: Int[Array, "B L"],
-  valid: Bool[Array, "B L"],
-  positions: Int[Array, "W"],
-  prompt_length: int,
-  cfg_scale: float,
-) -> Float[Array, "B W V"]:
-  """Logits of one block only, guided when `cfg_scale` is positive: l_un + (w + 1)(l_cond - l_un), the prompt masked for
-  l_un.
-  """
-  hidden = denoiser.encode(params, tokens, valid)
-  logits = denoiser.logits(params, denoiser.hidden_predicting(hidden, positions))
-  if not cfg_scale:
-    return logits
-  blind = tokens.at[:, :prompt_length].set(denoiser.mask_id)
-  hidden = denoiser.encode(params, blind, valid)
-  unguided = denoiser.logits(params, denoiser.hidden_predicting(hidden, positions))
-  # The forbidden ids are at minus infinity in both, where the difference is not a number.
-  return jnp.where(jnp.isneginf(logits), logits, unguided + (cfg_scale + 1) * (logits - unguided))
+  canvas: _Canvas
+  caches: Caches
 
 
 def sample(
@@ -70,8 +57,12 @@ def sample(
   key: Key[Array, ""],
   *,
   spec: SamplerSpec,
+  row_multiple: int = 1,
 ) -> Rollout:
-  """Completes prompts by denoising `spec.completion_length` masks in `spec.diffusion_steps` steps.
+  """Completes prompts by denoising `spec.completion_length` masks, block by block.
+
+  Compile time does not grow with the number of blocks, except with `cache="prefix"`, whose window has another width at
+  each block: there it does, and finished rows stay in their batch.
 
   Args:
     denoiser: the mask predictor.
@@ -82,65 +73,150 @@ def sample(
     group_id: recorded.
     key: of this iteration.
     spec: the sampler.
+    row_multiple: batches stay multiples of this when finished rows are left behind: the devices that share a batch.
+
+  Raises:
+    ValueError: the denoiser has no cached form, or no row to predict the first token from.
   """
+  check_cached(denoiser, spec)
   batch, prompt_length = prompt.shape
-  width = spec.block_length
-  counts = jnp.asarray(reveal_counts(width, spec.steps_per_block))
-  per_sample = keys.sample_keys(key, sample_id)
-  valid = jnp.concatenate([prompt_valid, jnp.ones((batch, spec.completion_length), bool)], axis=1)
-
-  def step(index: Int[Array, ""], canvas: _Canvas) -> _Canvas:
-    block, within = jnp.divmod(index, counts.size)
-    start = block * width
-    window = lambda x, offset=0: jax.lax.dynamic_slice_in_dim(x, offset + start, width, axis=1)
-    per_step = keys.fold(per_sample, index)
-    draw = lambda stream: window(keys.uniforms(keys.fold(per_step, stream), spec.completion_length))
-
-    tokens = window(canvas.tokens, prompt_length)
-    positions = prompt_length + start + jnp.arange(width)
-    logits = block_logits(denoiser, params, canvas.tokens, valid, positions, prompt_length, spec.cfg_scale)
-    proposal, logp = propose(logits, draw(_TOKEN_STREAM), spec.temperature)
-    confidence = draw(_ORDER_STREAM) if spec.remasking == "random" else log_prob(logits, proposal)
-    masked = tokens == denoiser.mask_id
-    chosen = masked & (rank_descending(jnp.where(masked, confidence, -jnp.inf)) < counts[within])
-
-    def write(x: jax.Array, new: jax.Array, offset: int = 0) -> jax.Array:
-      merged = jnp.where(chosen, new, window(x, offset))
-      return jax.lax.dynamic_update_slice_in_dim(x, merged, offset + start, axis=1)
-
-    return _Canvas(
-      write(canvas.tokens, proposal, prompt_length),
-      write(canvas.reveal_step, jnp.full_like(proposal, index)),
-      write(canvas.reveal_logp, logp),
-    )
-
+  if prompt_length < denoiser.shift:
+    raise ValueError("prompt has width 0, but this network predicts a token from the one before: pass one at least")
   shape = (batch, spec.completion_length)
   masks = jnp.full(shape, denoiser.mask_id, prompt.dtype)
   canvas = _Canvas(jnp.concatenate([prompt, masks], axis=1), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-  total = spec.blocks * counts.size
-  if spec.early_exit and denoiser.stop_ids:
-    stops = jnp.asarray(denoiser.stop_ids, prompt.dtype)
-
-    def goes_on(carry: tuple[Int[Array, ""], _Canvas]) -> Bool[Array, ""]:
-      index, canvas = carry
-      ended = jnp.all(jnp.any(jnp.isin(canvas.tokens[:, prompt_length:], stops), axis=1))
-      return (index < total) & ~((index % counts.size == 0) & ended)
-
-    advance = lambda carry: (carry[0] + 1, step(*carry))
-    _, canvas = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), canvas))
-    completion = canvas.tokens[:, prompt_length:]
+  valid = jnp.concatenate([prompt_valid, jnp.ones(shape, bool)], axis=1)
+  loop = _Loop(denoiser, params, spec, keys.sample_keys(key, sample_id), valid)
+  canvas = loop.run(canvas, jnp.int32(0), _batch_sizes(batch, row_multiple, spec))
+  completion = canvas.tokens[:, prompt_length:]
+  if loop.ends_early:
     completion = jnp.where(completion == denoiser.mask_id, denoiser.stop_ids[0], completion)
-  else:
-    canvas = jax.lax.fori_loop(0, total, step, canvas)
-    completion = canvas.tokens[:, prompt_length:]
   mask = up_to_stop(completion, denoiser.stop_ids)
-  return Rollout(
-    sample_id,
-    group_id,
-    prompt,
-    prompt_valid,
-    completion,
-    mask,
-    canvas.reveal_step,
-    canvas.reveal_logp,
-  )
+  steps, logps = canvas.reveal_step, canvas.reveal_logp
+  return Rollout(sample_id, group_id, prompt, prompt_valid, completion, mask, steps, logps)
+
+
+def _batch_sizes(batch: int, row_multiple: int, spec: SamplerSpec) -> list[int]:
+  """The whole batch, and the halves that it may shrink to; none for `prefix`, which compiles much as it is."""
+  sizes = [batch]
+  if spec.early_exit and spec.completion_length >= COMPACT_FROM and spec.cache != "prefix":
+    while len(sizes) <= _HALVINGS and sizes[-1] % (2 * row_multiple) == 0:
+      sizes.append(sizes[-1] // 2)
+  return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+  """The loops over blocks, periods and steps, of a batch of samples with these keys and valid positions."""
+
+  denoiser: Denoiser
+  params: Params
+  spec: SamplerSpec
+  keys: Key[Array, "B"]
+  valid: Bool[Array, "B L"]
+
+  @property
+  def ends_early(self) -> bool:
+    return self.spec.early_exit and bool(self.denoiser.stop_ids)
+
+  def run(self, canvas: _Canvas, block: Int[Array, ""], sizes: list[int]) -> _Canvas:
+    """Denoises the blocks from `block` on; where rows end early, until none goes on, in ever smaller batches."""
+    state = _State(canvas, init_caches(self.denoiser, self.valid, self.spec))
+    if not self.ends_early:
+      return jax.lax.fori_loop(0, self.spec.blocks, self.denoise, state).canvas
+    smaller = sizes[1] if len(sizes) > 1 else 0
+
+    def too_many(carry: tuple[Int[Array, ""], _State]) -> Bool[Array, ""]:
+      return (carry[0] < self.spec.blocks) & (jnp.sum(self.unfinished(carry[1].canvas)) > smaller)
+
+    advance = lambda carry: (carry[0] + 1, self.denoise(*carry))
+    block, (canvas, _) = jax.lax.while_loop(too_many, advance, (block, state))
+    if not smaller:
+      return canvas
+    kept = jnp.argsort(~self.unfinished(canvas), stable=True)[:smaller]
+    few = dataclasses.replace(self, keys=self.keys[kept], valid=self.valid[kept])
+    finished = few.run(jax.tree.map(lambda x: x[kept], canvas), block, sizes[1:])
+    return jax.tree.map(lambda everyone, rows: everyone.at[kept].set(rows), canvas, finished)
+
+  def unfinished(self, canvas: _Canvas) -> Bool[Array, "B"]:
+    """The rows that have no stop id yet; all, where rows do not end early."""
+    if not self.ends_early:
+      return jnp.ones(canvas.tokens.shape[0], bool)
+    stops = jnp.asarray(self.denoiser.stop_ids, canvas.tokens.dtype)
+    return ~jnp.any(jnp.isin(canvas.tokens[:, -self.spec.completion_length :], stops), axis=1)
+
+  def denoise(self, block: Int[Array, ""], state: _State) -> _State:
+    """Denoises one block, period by period."""
+    spec, steps = self.spec, self.spec.steps_per_block
+    static = spec.schedule == "static"
+    every = 1 if spec.cache == "none" else min(spec.refresh_every or steps, steps)
+    length = self.valid.shape[1]
+    start_of = lambda block: length - spec.completion_length + block * spec.block_length
+    alive = self.unfinished(state.canvas)
+
+    def repeat(count: int, body: Callable[[Any, _State], _State], state: _State) -> _State:
+      if static:
+        return jax.lax.fori_loop(0, count, body, state)
+
+      def goes_on(carry: tuple[Int[Array, ""], _State]) -> Bool[Array, ""]:
+        tokens = jax.lax.dynamic_slice_in_dim(carry[1].canvas.tokens, start_of(block), spec.block_length, axis=1)
+        return (carry[0] < count) & jnp.any((tokens == self.denoiser.mask_id) & alive[:, None])
+
+      return jax.lax.while_loop(goes_on, lambda carry: (carry[0] + 1, body(*carry)), (jnp.int32(0), state))[1]
+
+    def period(first: Int[Array, ""] | int, count: int, state: _State) -> _State:
+      state = self.step(block, first, alive, state, None)
+      if count == 1:
+        return state
+
+      def windowed(block: Int[Array, ""] | int, state: _State) -> _State:
+        window = window_of(spec, start_of(block), length, self.denoiser.shift)
+        return repeat(count - 1, lambda i, state: self.step(block, first + 1 + i, alive, state, window), state)
+
+      if spec.cache != "prefix":
+        return windowed(block, state)
+      return jax.lax.switch(block, [functools.partial(windowed, b) for b in range(spec.blocks)], state)
+
+    # A block that goes by confidence is full, at the latest, in the middle of its last period.
+    whole, rest = divmod(steps, every) if static else (-(-steps // every), 0)
+    state = repeat(whole, lambda p, state: period(p * every, every, state), state)
+    return period(whole * every, rest, state) if rest else state
+
+  def step(
+    self,
+    block: Int[Array, ""] | int,
+    within: Int[Array, ""] | int,
+    alive: Bool[Array, "B"],
+    state: _State,
+    window: Window | None,
+  ) -> _State:
+    """One denoising step of a block: proposes a token at each of its masks and commits the best."""
+    spec, canvas = self.spec, state.canvas
+    offset, index = block * spec.block_length, block * spec.steps_per_block + within
+    start = self.valid.shape[1] - spec.completion_length + offset
+    cut = lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, spec.block_length, axis=1)
+    per_step = keys.fold(self.keys, index)
+    draw = lambda stream: cut(keys.uniforms(keys.fold(per_step, stream), spec.completion_length), offset)
+
+    logits, caches = block_logits(
+      self.denoiser, self.params, canvas.tokens, self.valid, state.caches, start, spec=spec, window=window
+    )
+    proposal, logp = propose(logits, draw(_TOKEN_STREAM), spec.temperature)
+    confidence = draw(_ORDER_STREAM) if spec.remasking == "random" else log_prob(logits, proposal)
+    masked = cut(canvas.tokens, start) == self.denoiser.mask_id
+    rank = rank_descending(jnp.where(masked, confidence, -jnp.inf))
+    if spec.schedule == "static":
+      count = jnp.asarray(reveal_counts(spec.block_length, spec.steps_per_block))[within]
+    else:
+      count = confident_count(spec, confidence, rank, masked)[:, None]
+    chosen = masked & (rank < count) & alive[:, None]
+
+    def write(x: jax.Array, new: jax.Array, first: Int[Array, ""] | int) -> jax.Array:
+      return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(chosen, new, cut(x, first)), first, axis=1)
+
+    canvas = _Canvas(
+      write(canvas.tokens, proposal, start),
+      write(canvas.reveal_step, jnp.full_like(proposal, index), offset),
+      write(canvas.reveal_logp, logp, offset),
+    )
+    return _State(canvas, caches)

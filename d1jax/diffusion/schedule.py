@@ -1,6 +1,10 @@
-"""How many tokens each denoising step reveals."""
+"""How many tokens each denoising step reveals, and which."""
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from d1jax.diffusion.rollout import SamplerSpec
 
 
 def reveal_counts(masked: int, steps: int) -> np.ndarray:
@@ -17,3 +21,33 @@ def reveal_counts(masked: int, steps: int) -> np.ndarray:
   steps = min(steps, masked)
   base, remainder = divmod(masked, steps)
   return np.asarray([base + (i < remainder) for i in range(steps)], np.int32)
+
+
+def rank_descending(scores: Float[Array, "B W"]) -> Int[Array, "B W"]:
+  """Each entry's rank in its row, 0 for the largest; ties go to the left."""
+  left = jnp.arange(scores.shape[1])
+  higher = scores[:, None, :] > scores[:, :, None]
+  tied = (scores[:, None, :] == scores[:, :, None]) & (left[None, None, :] < left[None, :, None])
+  return jnp.sum(higher | tied, axis=-1, dtype=jnp.int32)
+
+
+def confident_count(
+  spec: SamplerSpec, log_confidence: Float[Array, "B W"], rank: Int[Array, "B W"], masked: Bool[Array, "B W"]
+) -> Int[Array, "B"]:
+  """How many tokens a row reveals under a confidence schedule (Fast-dLLM, arXiv 2505.22618, section 3.3): from 1 to
+  `spec.max_reveal`.
+
+  Args:
+    spec: `schedule` is `threshold` (those at least that confident) or `factor` (the most n such that each k-th most
+      confident, k <= n, is at least 1 - factor / (k + 1)).
+    log_confidence: log-probability of each proposal.
+    rank: of each masked entry among its row's, 0 for the most confident.
+    masked: what may be revealed.
+  """
+  confidence = jnp.exp(log_confidence)
+  if spec.schedule == "threshold":
+    count = jnp.sum(masked & (confidence >= spec.threshold), axis=1, dtype=jnp.int32)
+  else:
+    fails = masked & (confidence < 1 - spec.factor / (rank + 2))  # the entry of rank r is the k-th, k = r + 1
+    count = jnp.min(jnp.where(fails, rank, spec.block_length), axis=1)
+  return jnp.clip(count, 1, spec.max_reveal)

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.diffusion.denoiser import predicts_itself, predicts_next
 from tests import toy
 
 
@@ -12,21 +11,27 @@ def test_forbidden_ids_have_no_probability_and_the_others_keep_their_logits():
   params = toy.params()
   hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, toy.EMBED)), jnp.float32)
   found = np.asarray(toy.DENOISER.logits(params, hidden))
-  raw = np.asarray(toy.unembed(params, hidden))
+  raw = np.asarray(hidden @ toy.head(params))
   allowed = [i for i in range(toy.VOCAB) if i not in toy.FORBIDDEN]
   np.testing.assert_array_equal(found[..., allowed], raw[..., allowed])
   assert np.isneginf(found[..., list(toy.FORBIDDEN)]).all()
   assert found.dtype == np.float32
 
 
-def test_lladas_positions_predict_themselves():
-  hidden = jnp.arange(24.0).reshape(2, 4, 3)
-  np.testing.assert_array_equal(predicts_itself(hidden, jnp.asarray([2, 0])), hidden[:, [2, 0]])
+def test_the_head_is_cast_to_what_the_network_computes_in_and_logits_are_float32():
+  params = toy.params()
+  hidden = jnp.asarray(np.random.default_rng(0).normal(size=(3, toy.EMBED)), jnp.bfloat16)
+  found = toy.DENOISER.logits(params, hidden)
+  exact = np.asarray(hidden, np.float64) @ np.asarray(params["head"].astype(jnp.bfloat16), np.float64)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found[:, :11], exact[:, :11], rtol=1e-5, atol=1e-5)
 
 
-def test_a_shifted_position_is_predicted_by_its_neighbour():
+@pytest.mark.parametrize(("shift", "read"), [(0, [2, 1]), (1, [1, 0])])
+def test_a_position_is_predicted_by_itself_or_by_its_neighbour(shift, read):
   hidden = jnp.arange(24.0).reshape(2, 4, 3)
-  np.testing.assert_array_equal(predicts_next(hidden, jnp.asarray([3, 1])), hidden[:, [2, 0]])
+  found = dataclasses.replace(toy.DENOISER, shift=shift).hidden_predicting(hidden, jnp.asarray([2, 1]))
+  np.testing.assert_array_equal(found, hidden[:, read])
 
 
 @pytest.mark.parametrize(

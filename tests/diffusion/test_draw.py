@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,9 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from d1jax.diffusion.draw import inverse_cdf, log_prob, propose
+from d1jax.diffusion.draw import TILE, inverse_cdf, log_prob, propose
+from d1jax.parallel.mesh import RULES, make_mesh, sharding
+from tests.jaxprs import shapes
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 
@@ -120,3 +124,93 @@ def test_rounding_of_a_long_sum_draws_no_impossible_token():
 def test_a_single_possible_token_is_always_drawn():
   logits = jnp.full((100, 5), -jnp.inf).at[:, 3].set(-2e38)
   assert (np.asarray(inverse_cdf(logits, uniforms(100))) == 3).all()
+
+
+@pytest.mark.parametrize("size", [TILE + 1, 4 * TILE, 5 * TILE - 3])
+def test_a_draw_through_tiles_is_a_search_in_the_cumulative_sum(size):
+  logits, uniform = random_logits(10, 100, size).at[:, :, 7:90:3].set(-jnp.inf), uniforms(10, 100)
+  drawn = np.asarray(inverse_cdf(logits, uniform))
+  assert drawn.dtype == np.int32
+  probabilities = scipy.special.softmax(np.asarray(logits, np.float64), axis=-1)
+  exact = [
+    np.searchsorted(np.cumsum(probabilities[row]), float(uniform[row]), side="right") for row in np.ndindex(10, 100)
+  ]
+  # A uniform may fall between two roundings of a bound: about one draw in a million does.
+  np.testing.assert_array_equal(drawn.ravel(), exact)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_frequencies_through_tiles_are_the_tempered_softmax(temperature):
+  size, n = 2 * TILE + 9, 100_000
+  logits = random_logits(size, scale=1.0).at[TILE - 1 : TILE + 2].set(-jnp.inf)
+  drawn = jax.lax.map(lambda u: propose(logits, u, temperature)[0], uniforms(n, seed=2), batch_size=10_000)
+  expected = n * scipy.special.softmax(np.asarray(logits, np.float64) / temperature)
+  counts = np.bincount(drawn, minlength=size)
+  possible = expected > 0
+  assert not counts[~possible].any()
+  assert scipy.stats.chisquare(counts[possible], expected[possible]).pvalue > 0.01
+
+
+@pytest.mark.parametrize("only", [0, TILE - 1, TILE, 3 * TILE, 4 * TILE + 4])
+def test_a_single_possible_token_is_drawn_from_any_tile(only):
+  logits = jnp.full((100, 4 * TILE + 5), -jnp.inf).at[:, only].set(-2e38)
+  assert (np.asarray(inverse_cdf(logits, uniforms(100).at[0].set(BELOW_ONE))) == only).all()
+
+
+def test_u_zero_and_u_below_one_draw_the_ends_of_the_possible_tiles():
+  logits = jnp.full((2, 6 * TILE), -jnp.inf).at[:, TILE + 3 : 4 * TILE - 5].set(1.0)
+  assert inverse_cdf(logits, jnp.asarray([0.0, BELOW_ONE])).tolist() == [TILE + 3, 4 * TILE - 6]
+
+
+def test_roundings_of_tiles_that_disagree_draw_no_impossible_token(monkeypatch):
+  """Sums stick out by a rounding error where nothing was added, and a tile's mass is more than its tokens' sum."""
+  exact = jnp.cumsum
+
+  def bumped(x, axis):
+    wave = jnp.where(jnp.arange(x.shape[-1]) % 2 == 0, 1 + 1e-6, 1 - 1e-6)
+    return exact(x, axis=axis) * wave[None]
+
+  monkeypatch.setattr(jnp, "cumsum", bumped)
+  logits = jnp.where(jnp.arange(4 * TILE) % 3 == 0, 0.0, -jnp.inf).at[TILE : 2 * TILE].set(-jnp.inf)
+  uniform = jnp.concatenate([jnp.linspace(0, BELOW_ONE, 400), 1 / 3 + 1e-7 * jnp.arange(-5, 5)])
+  drawn = np.asarray(inverse_cdf(jnp.broadcast_to(logits[None], (410, 4 * TILE)), uniform))
+  assert (drawn % 3 == 0).all()
+  assert not ((drawn >= TILE) & (drawn < 2 * TILE)).any()
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+@pytest.mark.parametrize("vocab", [126464, 152064])
+def test_the_vocabularies_of_llada_and_dream_are_cut_between_tiles(vocab, shards):
+  assert vocab % (shards * TILE) == 0
+
+
+@pytest.mark.parametrize("shards", [2, 8])
+def test_a_sharded_vocabulary_draws_the_same_tokens(shards):
+  logits, uniform = random_logits(2, 100, 16 * TILE, scale=3.0), uniforms(2, 100)
+  mesh = make_mesh({"data": 1, "fsdp": 8 // shards, "tensor": shards})
+  cut, whole = sharding(mesh, RULES, None, None, "vocab"), sharding(mesh, RULES)
+  run = jax.jit(inverse_cdf, in_shardings=(cut, whole), out_shardings=whole)
+  np.testing.assert_array_equal(run(logits, uniform), jax.jit(inverse_cdf)(logits, uniform))
+
+
+def test_no_noise_is_drawn_for_each_entry_of_the_vocabulary():
+  """Beside the logits and their masses, what a draw computes is small; random bits come as one uniform a position."""
+  logits, uniform = random_logits(2, 3, 10 * TILE), uniforms(2, 3)
+  program = str(jax.make_jaxpr(functools.partial(propose, temperature=0.9))(logits, uniform))
+  assert "random" not in program
+  assert "threefry" not in program
+  assert (2, 3, 10) in shapes(functools.partial(propose, temperature=0.9), logits, uniform)
+
+
+@pytest.mark.parametrize("size", [9, 3 * TILE + 2])
+def test_greedy_ties_go_to_the_first(size):
+  logits = jnp.zeros((3, size)).at[1, 4:].set(2.0).at[2, size - 1].set(1.0)
+  assert propose(logits, uniforms(3), 0)[0].tolist() == [0, 4, size - 1]
+
+
+@pytest.mark.parametrize("size", [9, 3 * TILE + 2])
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_logits_that_are_not_numbers_draw_ids_of_the_vocabulary(size, temperature):
+  """A run that diverges gets as far as the check that says so."""
+  tokens, _ = propose(jnp.full((4, size), jnp.nan), uniforms(4), temperature)
+  assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < size)).all()

@@ -1,5 +1,3 @@
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,14 +25,28 @@ def test_blocks_and_steps():
   assert (spec.temperature, spec.cfg_scale, spec.remasking) == (0.9, 0.0, "low_confidence")
 
 
-def test_forward_passes_count_the_blocks_that_were_computed():
-  spec = SamplerSpec(completion_length=12, diffusion_steps=6, block_length=4)
-  assert [spec.forward_passes(step) for step in (0, 1, 5)] == [6, 6, 6]
-  early = dataclasses.replace(spec, early_exit=True)
-  assert [early.forward_passes(step) for step in (0, 1, 2, 3, 5)] == [2, 2, 4, 4, 6]
-  assert dataclasses.replace(early, cfg_scale=1.0).forward_passes(2) == 8
-  # A block of 4 tokens takes 4 steps at most.
-  assert SamplerSpec(12, 30, 4).forward_passes(11) == 12
+def test_a_block_has_no_more_steps_than_tokens():
+  assert SamplerSpec(12, 30, 4).steps_per_block == 4
+  # Where confidence decides, it may take a step a token, whatever `diffusion_steps` says.
+  assert SamplerSpec(12, 3, 4, schedule="threshold").steps_per_block == 4
+
+
+@pytest.mark.parametrize(
+  ("options", "steps", "passes"),
+  [
+    ({}, [[0, 1, 1, 0, 2, 2, 3, 3, 5, 5, 4, 4]], 6),
+    # The second block was reached by one row, the third by none.
+    ({"early_exit": True}, [[0, 1, 1, 0, 2, 2, 3, 3, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]], 4),
+    ({"early_exit": True, "cfg_scale": 1.0}, [[0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]], 4),
+    # Each block goes on until its slowest row is full: 2, 4 and 1 steps.
+    ({"schedule": "factor"}, [[0, 0, 0, 0, 4, 5, 6, 7, 8, 8, 8, 8], [1, 0, 1, 0, 4, 4, 4, 4, 8, 8, 8, 8]], 7),
+    ({"schedule": "threshold", "early_exit": True}, [[0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]], 3),
+  ],
+  ids=str,
+)
+def test_forward_passes_are_read_off_the_recorded_steps(options, steps, passes):
+  spec = SamplerSpec(completion_length=12, diffusion_steps=6, block_length=4, **options)
+  assert spec.forward_passes(np.asarray(steps)) == passes
 
 
 @pytest.mark.parametrize(
@@ -50,6 +62,17 @@ def test_forward_passes_count_the_blocks_that_were_computed():
     ({"remasking": "confidence"}, "remasking='confidence' is unknown; known: low_confidence, random"),
     ({"temperature": -0.1}, "temperature=-0.1"),
     ({"cfg_scale": -1.0}, "cfg_scale=-1.0"),
+    ({"cache": "full"}, "cache='full' is unknown; known: none, prefix, dual, window"),
+    ({"refresh_every": 2}, "refresh_every=2 needs a cache"),
+    ({"refresh_every": 0, "cache": "dual"}, "refresh_every=0 must be at least 1"),
+    ({"look_behind": -1}, "look_behind=-1 and look_ahead=16 must not be negative"),
+    ({"look_ahead": -2}, "look_ahead=-2"),
+    ({"schedule": "cosine"}, "schedule='cosine' is unknown; known: static, threshold, factor"),
+    ({"schedule": "threshold", "remasking": "random"}, "schedule='threshold' goes by confidence"),
+    ({"threshold": 0.0}, "threshold=0.0 must be a probability"),
+    ({"threshold": 1.1}, "threshold=1.1"),
+    ({"factor": 0.0}, "factor=0.0 must be positive"),
+    ({"max_reveal": 0}, "max_reveal=0 must be at least 1"),
   ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(options, message):

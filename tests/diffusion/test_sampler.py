@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from d1jax import keys
+from d1jax.diffusion import sampler
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
-from d1jax.diffusion.sampler import block_logits, rank_descending, sample
+from d1jax.diffusion.sampler import sample
 from tests import toy
+from tests.diffusion.naive import generate
 from tests.jaxprs import shapes
 
 KEY = jax.random.key(3)
@@ -42,63 +44,6 @@ def default_run(spec: SamplerSpec, length: int = 5, **changes) -> Rollout:
   return jax.device_get(run(spec=spec, **given))
 
 
-@jax.jit
-def all_logits(tokens: jax.Array, valid: jax.Array) -> jax.Array:
-  return toy.unembed(PARAMS, toy.encode(PARAMS, tokens, valid))
-
-
-def generate(prompt: np.ndarray, valid: np.ndarray, sample_id: int, spec: SamplerSpec):
-  """LLaDA's generate.py for one prompt, with the run's uniforms: a draw inverts the distribution function."""
-  before, length, width = len(prompt), spec.completion_length, spec.block_length
-  x = np.concatenate([prompt, np.full(length, toy.MASK)])
-  attend = np.concatenate([valid, np.ones(length, bool)])
-  prompt_index = np.arange(before + length) < before
-  reveal_step, reveal_logp = np.full(length, -1), np.full(length, np.nan)
-  sample_key = jax.random.fold_in(KEY, sample_id)
-
-  def forward(tokens):
-    return toy.allowed(np.asarray(all_logits(jnp.asarray(tokens[None]), jnp.asarray(attend[None])))[0])
-
-  counter = 0
-  for block in range(length // width):
-    start, end = before + block * width, before + (block + 1) * width
-    holes = int((x[start:end] == toy.MASK).sum())
-    steps = spec.diffusion_steps // (length // width)
-    transfer = [holes // steps + (1 if i < holes % steps else 0) for i in range(steps)]
-    for count in transfer:
-      if count == 0:
-        continue  # LLaDA pays a forward pass that changes nothing
-      step_key = jax.random.fold_in(sample_key, counter)
-      draw_u = np.asarray(jax.random.uniform(jax.random.fold_in(step_key, 0), (length,)))
-      order_u = np.asarray(jax.random.uniform(jax.random.fold_in(step_key, 1), (length,)))
-      logits = forward(x)
-      if spec.cfg_scale > 0:
-        blind = forward(np.where(prompt_index, toy.MASK, x))
-        with np.errstate(invalid="ignore"):
-          logits = toy.allowed(blind + (spec.cfg_scale + 1) * (logits - blind))
-      confidence, proposal, logp = (
-        np.full(before + length, -np.inf),
-        np.zeros(before + length, int),
-        np.zeros(before + length),
-      )
-      for i in range(before, end):
-        if x[i] != toy.MASK:
-          continue
-        if spec.temperature == 0:
-          proposal[i] = np.argmax(logits[i])
-        else:
-          tempered = toy.log_softmax(logits[i] / spec.temperature)
-          proposal[i] = np.searchsorted(np.cumsum(np.exp(tempered)), draw_u[i - before], side="right")
-          logp[i] = tempered[proposal[i]]
-        probability = np.exp(toy.log_softmax(logits[i]))[proposal[i]]
-        confidence[i] = probability if spec.remasking == "low_confidence" else order_u[i - before]
-      for i in np.argsort(-confidence, kind="stable")[:count]:
-        x[i] = proposal[i]
-        reveal_step[i - before], reveal_logp[i - before] = counter, logp[i]
-      counter += 1
-  return x, reveal_step, reveal_logp
-
-
 EVERY_WAY = [
   ("three blocks, remainder", temperature, cfg_scale, remasking)
   for temperature in (0.0, 0.9)
@@ -119,10 +64,10 @@ def test_token_for_token_lladas_loop(schedule, temperature, cfg_scale, remasking
   found = default_run(spec)
   prompt, valid = (np.asarray(x) for x in toy.prompts(WIDTHS, 5))
   for row, identity in enumerate(IDS):
-    x, step, logp = generate(prompt[row], valid[row], int(identity), spec)
-    np.testing.assert_array_equal(np.concatenate([found.prompt[row], found.completion[row]]), x)
-    np.testing.assert_array_equal(found.reveal_step[row], step)
-    np.testing.assert_allclose(found.reveal_logp[row], logp, rtol=1e-5, atol=1e-5)
+    path = generate(prompt[row], valid[row], int(identity), spec, KEY, PARAMS)
+    np.testing.assert_array_equal(np.concatenate([found.prompt[row], found.completion[row]]), path.canvas)
+    np.testing.assert_array_equal(found.reveal_step[row], path.reveal_step)
+    np.testing.assert_allclose(found.reveal_logp[row], path.reveal_logp, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -187,29 +132,95 @@ def test_an_early_exit_changes_nothing_up_to_the_stop(schedule, cfg_scale):
   assert not (early.completion == toy.MASK).any()
 
 
-def test_an_early_exit_waits_for_the_last_row_and_saves_the_blocks_behind():
-  calls = []
+class Stopping:
+  """A toy whose rows stop in a block that the first token of their prompt names: token 3 + n, block n.
 
-  def counted(params, tokens, valid):
-    jax.debug.callback(lambda: calls.append(1))
-    return toy.encode(params, tokens, valid)
+  An added hidden feature says yes or no, and the head makes it the stop id's logit. `rows` has the batch of each pass.
+  """
 
-  counting = dataclasses.replace(toy.DENOISER, encode=counted)
-  lured = dataclasses.replace(counting, unembed=lambda p, h: toy.unembed(p, h).at[..., toy.STOP].add(40.0))
+  def __init__(self, block_length: int) -> None:
+    self.rows: list[int] = []
+    self.block_length = block_length
+
+  def encode(self, params, tokens, valid):
+    jax.debug.callback(functools.partial(self.rows.append, tokens.shape[0]))
+    block = (jnp.arange(tokens.shape[1]) - 5) // self.block_length
+    wants = jnp.where(block[None] >= tokens[:, :1] - 3, 40.0, -40.0)
+    return jnp.concatenate([toy.encode(params, tokens, valid), wants[..., None]], axis=-1)
+
+  def head(self, params):
+    return jnp.concatenate([params["head"], jnp.eye(toy.VOCAB)[None, toy.STOP]])
+
+  def sample(self, spec: SamplerSpec, blocks: list[int], row_multiple: int = 1) -> Rollout:
+    """Samples a row for each of the blocks to stop in."""
+    self.rows.clear()
+    denoiser = dataclasses.replace(toy.DENOISER, encode=self.encode, head=self.head)
+    ids = jnp.arange(len(blocks), dtype=jnp.int32)
+    prompt, valid = toy.prompts([5] * len(blocks), 5)
+    prompt = prompt.at[:, 0].set(3 + jnp.asarray(blocks))
+    run = jax.jit(functools.partial(sample, denoiser, spec=spec, row_multiple=row_multiple))
+    found = jax.device_get(run(PARAMS, prompt, valid, ids, ids, KEY))
+    jax.effects_barrier()
+    return found
+
+
+@pytest.mark.parametrize(("blocks", "taken"), [([0, 0, 0, 0], 1), ([0, 1, 0, 0], 2), ([7, 0, 0, 0], 3)])
+def test_an_early_exit_waits_for_the_last_row_and_saves_the_blocks_behind(blocks, taken):
   spec = dataclasses.replace(SPEC, early_exit=True)
-  found = default_run(spec, denoiser=lured)
-  jax.effects_barrier()
-  assert len(calls) == spec.steps_per_block == spec.forward_passes(int(found.reveal_step.max()))
-  assert (found.completion == toy.STOP).all()
-  calls.clear()
-  # One row that never stops keeps the batch going.
-  stubborn = dataclasses.replace(
-    counting, unembed=lambda p, h: toy.unembed(p, h).at[1:, ..., toy.STOP].add(40.0).at[0, ..., toy.STOP].add(-40.0)
-  )
-  found = default_run(spec, denoiser=stubborn)
-  jax.effects_barrier()
-  assert len(calls) == spec.diffusion_steps == spec.forward_passes(int(found.reveal_step.max()))
-  assert found.completion_mask.all(axis=1).tolist() == [True, False, False, False]
+  stopping = Stopping(5)
+  found = stopping.sample(spec, blocks)
+  assert stopping.rows == [4] * (taken * spec.steps_per_block)
+  assert len(stopping.rows) == spec.forward_passes(found.reveal_step)
+  for tokens, step, logp, block in zip(found.completion, found.reveal_step, found.reveal_logp, blocks, strict=True):
+    assert not (tokens[: 5 * block] == toy.STOP).any()
+    assert (tokens[5 * block :] == toy.STOP).all()
+    # A row that has ended waits: what it gets does not depend on who it waits for.
+    assert (step[5 * (block + 1) :] == 0).all()
+    assert (logp[5 * (block + 1) :] == 0).all()
+
+
+LONG = SamplerSpec(completion_length=12, diffusion_steps=8, block_length=3, early_exit=True)
+STOPS = [0, 3, 0, 1, 7, 1, 0, 2]
+
+
+@pytest.fixture(scope="module")
+def together() -> Rollout:
+  stopping = Stopping(3)
+  found = stopping.sample(LONG, STOPS)
+  assert stopping.rows == [8] * 8, "completions as short as these stay together"
+  return found
+
+
+@pytest.mark.parametrize(("row_multiple", "batches"), [(1, [8, 8, 4, 2]), (4, [8, 8, 4, 4]), (8, [8, 8, 8, 8])])
+def test_finished_rows_of_long_completions_are_left_behind(monkeypatch, together, row_multiple, batches):
+  monkeypatch.setattr(sampler, "COMPACT_FROM", 12)
+  stopping = Stopping(3)
+  found = stopping.sample(LONG, STOPS, row_multiple)
+  assert stopping.rows == [rows for rows in batches for _ in range(2)]
+  assert len(stopping.rows) == LONG.forward_passes(found.reveal_step)
+  for a, b in zip(found[:-1], together[:-1], strict=True):
+    np.testing.assert_array_equal(a, b)
+  np.testing.assert_allclose(found.reveal_logp, together.reveal_logp, atol=1e-6)
+
+
+def test_what_is_kept_of_finished_rows_is_what_a_whole_run_draws(together):
+  whole = Stopping(3).sample(dataclasses.replace(LONG, early_exit=False), STOPS)
+  kept = together.completion_mask
+  np.testing.assert_array_equal(kept, whole.completion_mask)
+  np.testing.assert_array_equal(together.completion[kept], whole.completion[kept])
+
+
+def test_a_batch_is_halved_three_times_at_most(monkeypatch):
+  monkeypatch.setattr(sampler, "COMPACT_FROM", 12)
+  stopping = Stopping(3)
+  stopping.sample(LONG, [7] + [0] * 31)
+  assert stopping.rows == [32] * 2 + [4] * 6
+
+
+def test_rows_that_end_early_do_not_depend_on_the_others(together):
+  alone = Stopping(3).sample(LONG, STOPS[:3])
+  np.testing.assert_array_equal(alone.completion, together.completion[:3])
+  np.testing.assert_array_equal(alone.reveal_step, together.reveal_step[:3])
 
 
 def test_an_early_exit_without_stop_ids_never_comes():
@@ -226,10 +237,10 @@ def test_an_absent_stop_id_leaves_the_mask_full():
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
 def test_forbidden_ids_never_appear_however_large_their_logits(temperature, cfg_scale):
-  def shouting(params, hidden):
-    return toy.unembed(params, hidden).at[..., jnp.asarray(toy.FORBIDDEN)].set(1e4)
+  def shouting(params):  # of two opposite logits, one is large
+    return toy.head(params).at[:, jnp.asarray(toy.FORBIDDEN)].set(jnp.asarray([1e4, -1e4]))
 
-  loud = dataclasses.replace(toy.DENOISER, unembed=shouting)
+  loud = dataclasses.replace(toy.DENOISER, head=shouting)
   spec = spec_of("three blocks, remainder", temperature, cfg_scale, "low_confidence")
   found = default_run(spec, denoiser=loud)
   assert not np.isin(found.completion, toy.FORBIDDEN).any()
@@ -285,34 +296,9 @@ def test_greedy_does_not_depend_on_the_key():
 def test_logits_of_the_active_block_alone_exist():
   spec = SamplerSpec(12, 8, 3)
   prompt, valid = toy.prompts(WIDTHS, 5)
-  sampler = functools.partial(sample, toy.DENOISER, spec=spec)
-  found = shapes(sampler, PARAMS, prompt, valid, IDS, GROUPS, KEY)
+  found = shapes(functools.partial(sample, toy.DENOISER, spec=spec), PARAMS, prompt, valid, IDS, GROUPS, KEY)
   widths = {shape[-2] for shape in found if len(shape) == 3 and shape[-1] == toy.VOCAB}
   assert widths == {3}
-
-
-def test_guidance_is_extrapolation_from_the_blind_prompt():
-  prompt, valid = toy.prompts(WIDTHS, 5)
-  tokens = jnp.concatenate([prompt, jnp.full((4, 6), toy.MASK)], axis=1)
-  valid = jnp.concatenate([valid, jnp.ones((4, 6), bool)], axis=1)
-  positions = jnp.asarray([6, 7])
-  guided = functools.partial(block_logits, toy.DENOISER, PARAMS, positions=positions, prompt_length=5)
-  plain = np.asarray(guided(tokens=tokens, valid=valid, cfg_scale=0.0))
-  blind = np.asarray(guided(tokens=tokens.at[:, :5].set(toy.MASK), valid=valid, cfg_scale=0.0))
-  both = np.asarray(guided(tokens=tokens, valid=valid, cfg_scale=2.0))
-  assert np.isneginf(both[..., list(toy.FORBIDDEN)]).all()
-  keep = [i for i in range(toy.VOCAB) if i not in toy.FORBIDDEN]
-  np.testing.assert_allclose(both[..., keep], 3 * plain[..., keep] - 2 * blind[..., keep], rtol=1e-5, atol=1e-5)
-  raw = np.asarray(all_logits(tokens, valid))[:, 6:8]
-  np.testing.assert_allclose(plain[..., keep], raw[..., keep], rtol=1e-5, atol=1e-5)
-
-
-def test_ranks_descend_and_ties_go_left():
-  scores = jnp.asarray([[0.5, -jnp.inf, 0.7, 0.5, -jnp.inf], [0.0, 0.0, 0.0, 0.0, 1.0]])
-  assert rank_descending(scores).tolist() == [[1, 3, 0, 2, 4], [1, 2, 3, 4, 0]]
-  random = np.random.default_rng(0).integers(0, 6, (50, 9)).astype(np.float32)
-  expected = np.argsort(np.argsort(-random, axis=1, kind="stable"), axis=1)
-  np.testing.assert_array_equal(rank_descending(jnp.asarray(random)), expected)
 
 
 def test_the_uniforms_are_those_of_the_keys_module():
@@ -320,3 +306,31 @@ def test_the_uniforms_are_those_of_the_keys_module():
   per_step = keys.fold(keys.fold(keys.sample_keys(KEY, IDS), 4), 1)
   by_hand = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(KEY, int(IDS[2])), 4), 1)
   np.testing.assert_array_equal(keys.uniforms(per_step, 9)[2], jax.random.uniform(by_hand, (9,)))
+
+
+def test_new_data_compile_nothing_new():
+  traces = []
+
+  def noted(params, tokens, valid):
+    traces.append(tokens.shape)
+    return toy.encode(params, tokens, valid)
+
+  noting = dataclasses.replace(toy.DENOISER, encode=noted)
+  spec = dataclasses.replace(SPEC, early_exit=True)
+  first = default_run(spec, denoiser=noting)
+  before = list(traces)
+  prompt, valid = toy.prompts([2, 5, 1, 1], 5, seed=8)
+  second = default_run(
+    spec, denoiser=noting, prompt=prompt, valid=valid, ids=IDS + 9, key=jax.random.key(77), params=toy.params(1)
+  )
+  assert before
+  assert traces == before
+  assert (first.completion != second.completion).any()
+
+
+def test_a_shifted_network_needs_a_prompt():
+  shifted = dataclasses.replace(toy.DENOISER, shift=1)
+  none = jnp.zeros((4, 0), jnp.int32)
+  with pytest.raises(ValueError, match="prompt has width 0"):
+    default_run(SPEC, denoiser=shifted, prompt=none, valid=none.astype(bool))
+  assert default_run(SPEC, prompt=none, valid=none.astype(bool)).completion.shape == (4, 15)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,8 @@ import optax
 import pytest
 
 from d1jax.diffusion.likelihood import one_step
+from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.rl.trajectory import trajectory
 from d1jax.rl.update import UpdateSpec, inner_keys, update
 from d1jax.state import Frozen, TrainState, create
 from tests import toy
@@ -26,23 +29,23 @@ def start(step: int = 5) -> TrainState:
   return state._replace(step=jnp.int32(step), opt_state=opt_state)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "chunk"))
-def compiled(state, frozen, rollout, advantages, spec, chunk=None):
+@functools.partial(jax.jit, static_argnames=("spec", "tile"))
+def compiled(state, frozen, rollout, advantages, spec, tile=None):
   return update(
     state,
     frozen,
     rollout,
     advantages,
     denoiser=toy.DENOISER,
-    estimator=functools.partial(one_step, p_mask_prompt=P_MASK, chunk=chunk),
+    estimator=functools.partial(one_step, p_mask_prompt=P_MASK, tile=tile),
     sampler=toy.SPEC,
     optimizer=OPTIMIZER,
     spec=spec,
   )
 
 
-def run(spec: UpdateSpec, *, state=None, advantages=ADVANTAGES, rollout=ROLLOUT, chunk=None):
-  return compiled(start() if state is None else state, FROZEN, rollout, advantages, spec=spec, chunk=chunk)
+def run(spec: UpdateSpec, *, state=None, advantages=ADVANTAGES, rollout=ROLLOUT, tile=None):
+  return compiled(start() if state is None else state, FROZEN, rollout, advantages, spec=spec, tile=tile)
 
 
 @jax.jit
@@ -51,7 +54,7 @@ def completion_logps(params, prompt) -> jax.Array:
   r = ROLLOUT
   canvas = jnp.concatenate([prompt, jnp.full(r.completion.shape, toy.MASK)], axis=1)
   valid = jnp.concatenate([r.prompt_valid, jnp.ones(r.completion.shape, bool)], axis=1)
-  logits = toy.unembed(params, toy.encode(params, canvas, valid))[:, prompt.shape[1] :]
+  logits = (toy.encode(params, canvas, valid) @ toy.head(params))[:, prompt.shape[1] :]
   logits = jnp.where(jnp.isin(jnp.arange(toy.VOCAB), jnp.asarray(toy.FORBIDDEN))[None, None], -jnp.inf, logits)
   return jnp.take_along_axis(jax.nn.log_softmax(logits), r.completion[..., None], axis=-1)[..., 0]
 
@@ -149,9 +152,9 @@ def test_accumulation_changes_nothing(aggregation, parts):
   assert_close(split_metrics, metrics, 1e-6)
 
 
-def test_chunks_change_nothing():
+def test_tiles_change_nothing():
   spec = UpdateSpec(2, 2, 0.2, 0.1, "token")
-  (state, metrics), (expected, expected_metrics) = run(spec, chunk=2), run(spec)
+  (state, metrics), (expected, expected_metrics) = run(spec, tile=2), run(spec)
   assert_close(
     (state.trainable, state.opt_state, metrics), (expected.trainable, expected.opt_state, expected_metrics), 1e-6
   )
@@ -212,3 +215,101 @@ def test_a_reward_that_is_not_finite_changes_nothing(rubbish):
 def test_a_batch_that_micro_batches_do_not_divide_is_refused():
   with pytest.raises(ValueError, match="3 micro-batches do not divide a batch of 4 rows"):
     run(UpdateSpec(1, 3, 0.2, 0.0, "token"))
+
+
+WEIGHTED = UpdateSpec(1, 1, 0.2, 0.0, "token", recorded_states=True, importance_cap=1e6)
+ONE = SamplerSpec(completion_length=1, diffusion_steps=1, block_length=1, temperature=0.7)
+SGD = optax.sgd(1.0)
+
+
+def enumerated(sample_logp: jax.Array, rewards: jax.Array) -> tuple[Rollout, jax.Array]:
+  """All completions of one token, each once, as another distribution drew them; weighed by how often it would."""
+  tokens = jnp.arange(toy.VOCAB - len(toy.FORBIDDEN))
+  prompt, valid = toy.prompts([3] * tokens.size, 5, seed=6)
+  prompt = jnp.broadcast_to(prompt[:1], prompt.shape)
+  every, zeros = jnp.ones((tokens.size, 1), bool), jnp.zeros((tokens.size, 1), jnp.int32)
+  rollout = Rollout(tokens, zeros[:, 0], prompt, valid, tokens[:, None], every, zeros, sample_logp[:, None])
+  return rollout, tokens.size * jnp.exp(sample_logp) * rewards
+
+
+def one_token_logp(params, rollout) -> jax.Array:
+  """log p of each one-token completion under the tempered distribution, from the logits of its mask."""
+  canvas = jnp.concatenate([rollout.prompt, jnp.full_like(rollout.completion, toy.MASK)], axis=1)
+  valid = jnp.concatenate([rollout.prompt_valid, rollout.completion_mask], axis=1)
+  logits = toy.encode(params, canvas, valid)[0, -1] @ params["head"]
+  return jax.nn.log_softmax(jnp.where(jnp.arange(toy.VOCAB) < toy.MASK, logits, -jnp.inf) / ONE.temperature)[: toy.MASK]
+
+
+def weighted_update(spec, rollout, advantages, estimator=trajectory, frozen=FROZEN):
+  state = create(lambda _: toy.params(scale=0.7), SGD, jax.random.key(8), jax.random.key(0))
+  fixed = {"denoiser": toy.DENOISER, "estimator": estimator, "sampler": ONE, "optimizer": SGD, "spec": spec}
+  new, metrics = jax.jit(functools.partial(update, **fixed))(state, frozen, rollout, advantages)
+  step = jax.tree.map(lambda a, b: a - b, new.trainable, state.trainable)
+  return state.trainable, step, metrics
+
+
+@pytest.mark.parametrize("parts", [1, 11])
+@pytest.mark.parametrize("cap", [1e6, 1.2, None])
+def test_weights_make_the_gradient_that_of_the_policys_own_draws(cap, parts):
+  """By enumeration: the expected step from draws of another distribution q is the gradient of the mean reward under the
+  policy p; with a cap, of its part min(p, cap q); without weights it is another.
+  """
+  rng = np.random.default_rng(1)
+  sample_logp = jnp.asarray(np.log(rng.dirichlet(np.ones(11))), jnp.float32)
+  rewards = jnp.asarray(rng.normal(size=11), jnp.float32)
+  rollout, advantages = enumerated(sample_logp, rewards)
+  spec = dataclasses.replace(WEIGHTED, importance_cap=cap, accumulation=parts)
+  params, step, metrics = weighted_update(spec, rollout, advantages)
+  p, q = np.exp(one_token_logp(params, rollout)), np.exp(sample_logp)
+  assert 0.1 < (np.asarray(p) > 1.2 * q).mean() < 0.9, "the cap should cut some"
+  kept = q if cap is None else np.minimum(p, cap * q)
+  expected = jax.grad(lambda params: jnp.sum(kept * rewards * one_token_logp(params, rollout)))(params)
+  assert_close(step, expected, 1e-5)
+  of_policy = jax.grad(lambda params: jnp.sum(jnp.exp(one_token_logp(params, rollout)) * rewards))(params)
+  gap = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(step), jax.tree.leaves(of_policy), strict=True))
+  assert gap < 1e-5 if cap == 1e6 else gap > 1e-3
+  if cap is None:
+    assert metrics.effective_sample_size is None
+  else:
+    weights = kept / q
+    expected_share = weights.sum() ** 2 / (weights**2).sum() / 11
+    np.testing.assert_allclose(metrics.effective_sample_size, [expected_share], rtol=1e-5)
+
+
+def test_weights_are_of_the_policy_before_the_update_at_every_inner_step():
+  rng = np.random.default_rng(3)
+  rewards = jnp.asarray(rng.normal(size=11), jnp.float32)
+  rollout, advantages = enumerated(jnp.asarray(np.log(rng.dirichlet(np.ones(11))), jnp.float32), rewards)
+  _, _, metrics = weighted_update(dataclasses.replace(WEIGHTED, num_iterations=3), rollout, advantages)
+  assert (metrics.ratio_deviation[1:] > 1e-3).all(), "the policy moves"
+  np.testing.assert_allclose(metrics.effective_sample_size, metrics.effective_sample_size[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("recorded", "passes"), [(True, 1 + 1 + 3), (False, 2 + 3 + 3)])
+def test_recorded_states_are_scored_once_under_the_old_and_the_reference_policy(recorded, passes):
+  calls = []
+
+  def counting(denoiser, params, rollout, spec, key):
+    jax.debug.callback(lambda: calls.append(1))
+    return trajectory(denoiser, params, rollout, spec, key)
+
+  rollout, advantages = enumerated(jnp.full(11, -1.0), jnp.ones(11))
+  spec = UpdateSpec(3, 1, 0.2, 0.1, "token", recorded_states=recorded)
+  jax.block_until_ready(weighted_update(spec, rollout, advantages, counting))
+  jax.effects_barrier()
+  assert len(calls) == passes
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (
+      {"importance_cap": 2.0},
+      r"importance_cap=2\.0 needs an estimator of the recorded states .* the data, not the ratio",
+    ),
+    ({"importance_cap": 0.0, "recorded_states": True}, r"importance_cap=0\.0 must be positive"),
+  ],
+)
+def test_weights_that_mean_nothing_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    UpdateSpec(1, 1, 0.2, 0.0, "token", **fields)

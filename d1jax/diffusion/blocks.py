@@ -1,0 +1,105 @@
+"""Logits of the active block, from a forward pass over the canvas or over a window of it with a cache.
+
+A cache holds the keys and values of the whole canvas. A pass over the canvas renews it (a refresh); a pass over a
+window around the block renews the window's entries alone and leaves the rest as stale as it is.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from d1jax.diffusion.denoiser import Denoiser, Params
+from d1jax.diffusion.rollout import SamplerSpec
+
+Caches = tuple[Any, ...]
+"""A cache for each pass of a step, of which guidance makes two; None stands for no cache."""
+
+NO_CACHES: Caches = (None, None)
+
+
+class Window(NamedTuple):
+  """The rows of the canvas that a pass computes: `width` of them from `first` on."""
+
+  first: Int[Array, ""] | int
+  width: int
+
+
+def check_cached(denoiser: Denoiser, spec: SamplerSpec) -> None:
+  """Raises a ValueError where the spec asks for a cache that the denoiser has not."""
+  if spec.cache != "none" and (denoiser.init_cache is None or denoiser.encode_window is None):
+    raise ValueError(
+      f"cache={spec.cache!r} needs a denoiser with init_cache and encode_window; this one has none: use cache='none'"
+    )
+
+
+def init_caches(denoiser: Denoiser, valid: Bool[Array, "B L"], spec: SamplerSpec) -> Caches:
+  """Empty caches, to be refreshed before their first use; `NO_CACHES` in exact mode."""
+  if denoiser.init_cache is None or spec.cache == "none":
+    return NO_CACHES
+  return denoiser.init_cache(valid), denoiser.init_cache(valid) if spec.cfg_scale else None
+
+
+def window_of(spec: SamplerSpec, start: Int[Array, ""] | int, length: int, shift: int) -> Window:
+  """The window of a cached mode for the block that starts at `start` on a canvas of `length`.
+
+  It holds the block and the rows that predict it, `shift` before it. That of `window` has one width and is moved
+  inwards at the ends of the canvas; that of `prefix` needs a `start` that is known to Python.
+  """
+  if spec.cache == "prefix":
+    first = start - shift
+    return Window(first, length - int(first))
+  if spec.cache == "dual":
+    return Window(start - shift, spec.block_length + shift)
+  width = min(spec.look_behind + shift + spec.block_length + spec.look_ahead, length)
+  return Window(jnp.clip(start - shift - spec.look_behind, 0, length - width), width)
+
+
+def block_logits(
+  denoiser: Denoiser,
+  params: Params,
+  tokens: Int[Array, "B L"],
+  valid: Bool[Array, "B L"],
+  caches: Caches,
+  start: Int[Array, ""] | int,
+  *,
+  spec: SamplerSpec,
+  window: Window | None = None,
+) -> tuple[Float[Array, "B W V"], Caches]:
+  """Logits of one block alone, guided when `spec.cfg_scale` is positive: l_un + (w + 1)(l_cond - l_un), the prompt
+  masked for l_un.
+
+  Args:
+    denoiser: the mask predictor.
+    params: its parameters.
+    tokens: the canvas, prompt and completion.
+    valid: false at padding.
+    caches: of `init_caches`; `NO_CACHES` for a pass that keeps nothing.
+    start: the block's first position.
+    spec: the sampler.
+    window: what is computed; None: the whole canvas, a refresh where there are caches.
+
+  Returns:
+    The logits, and the renewed caches.
+  """
+  length = tokens.shape[1]
+  first, width = window or Window(0, length)
+  relative = start - first + jnp.arange(spec.block_length)
+
+  def forward(tokens: Int[Array, "B L"], cache: Any) -> tuple[Float[Array, "B W V"], Any]:
+    if cache is None or denoiser.encode_window is None:
+      hidden = denoiser.encode(params, tokens, valid)
+    else:
+      rows = jax.lax.dynamic_slice_in_dim(tokens, first, width, axis=1)
+      hidden, cache = denoiser.encode_window(params, rows, first, cache)
+    return denoiser.logits(params, denoiser.hidden_predicting(hidden, relative)), cache
+
+  logits, cache = forward(tokens, caches[0])
+  if not spec.cfg_scale:
+    return logits, (cache, None)
+  blind = tokens.at[:, : length - spec.completion_length].set(denoiser.mask_id)
+  unguided, blind_cache = forward(blind, caches[1])
+  # The forbidden ids are at minus infinity in both, where the difference is not a number.
+  guided = jnp.where(jnp.isneginf(logits), logits, unguided + (spec.cfg_scale + 1) * (logits - unguided))
+  return guided, (cache, blind_cache)
