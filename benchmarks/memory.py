@@ -84,7 +84,7 @@ def count(experiment: experiments.Experiment, programs: grpo.Programs, config: C
     "gradients": bytes_a_device(state.trainable),
     "optimiser": bytes_a_device(state.opt_state),
     "activations": size.layers * tokens * size.embed * 2,  # one residual stream a layer; the rest is computed again
-    "logits": ROWS_A_CHIP * config.grpo.logits_chunk * size.vocab * 4,
+    "logits": ROWS_A_CHIP * config.rollout.completion_length * config.grpo.logits_tile * 4,
   }
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -12,6 +11,7 @@ from d1jax.diffusion.corruption import corrupt, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.diffusion.vocabulary import tiled_log_prob
 
 
 class Scores(NamedTuple):
@@ -36,31 +36,20 @@ def token_logps(
   params: Params,
   hidden: Float[Array, "B C D"],
   tokens: Int[Array, "B C"],
-  chunk: int | None = None,
+  tile: int | None = None,
 ) -> Float[Array, "B C"]:
-  """Log p of given tokens from the hidden states that predict them, `chunk` positions at a time.
-
-  Logits of [B, chunk, V] exist at a time, in the backward pass too, where they are computed again.
+  """Log p of given tokens from the hidden states that predict them.
 
   Args:
-    denoiser: unembeds.
+    denoiser: whose head gives logits.
     params: its parameters.
     hidden: states that predict `tokens`.
     tokens: ids.
-    chunk: positions at a time, a divisor of C; all at once when None.
+    tile: vocabulary ids whose logits exist at a time, see `tiled_log_prob`; None: all, [B, C, V] numbers.
   """
-
-  def score(hidden: Float[Array, "B W D"], tokens: Int[Array, "B W"]) -> Float[Array, "B W"]:
+  if tile is None:
     return log_prob(denoiser.logits(params, hidden), tokens)
-
-  length = tokens.shape[1]
-  if chunk is None or chunk >= length:
-    return score(hidden, tokens)
-  if length % chunk:
-    raise ValueError(f"the logits chunk {chunk} does not divide the {length} positions to score")
-  split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 1, 0)
-  chunks = jax.lax.map(lambda args: jax.checkpoint(score)(*args), (split(hidden), split(tokens)))
-  return jnp.moveaxis(chunks, 0, 1).reshape(tokens.shape)
+  return tiled_log_prob(hidden, denoiser.head(params), tokens, denoiser.forbidden_ids, tile, denoiser.vocab_shards)
 
 
 def one_step(
@@ -71,7 +60,7 @@ def one_step(
   key: Key[Array, ""],
   *,
   p_mask_prompt: float,
-  chunk: int | None = None,
+  tile: int | None = None,
 ) -> Scores:
   """d1's mean-field estimate (arXiv 2504.12216, section 3.2): one forward pass of [q' | masks].
 
@@ -85,7 +74,7 @@ def one_step(
   hidden = denoiser.encode(params, canvas, valid)
   positions = prompt.shape[1] + jnp.arange(rollout.completion.shape[1])
   hidden = denoiser.hidden_predicting(hidden, positions)
-  logp = token_logps(denoiser, params, hidden, rollout.completion, chunk)
+  logp = token_logps(denoiser, params, hidden, rollout.completion, tile)
   return Scores(logp, rollout.completion_mask.astype(jnp.float32))
 
 
@@ -99,7 +88,7 @@ def denoising_loss(
   sample_id: Int[Array, "B"],
   key: Key[Array, ""],
   *,
-  chunk: int | None = None,
+  tile: int | None = None,
   dropout_key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Masked-diffusion loss of supervised fine-tuning (LLaDA, eq. 5): completion only, weights 1/t.
@@ -121,7 +110,7 @@ def denoising_loss(
     dropout = {"dropout": keys.token_keys(dropout_key, sample_id, distance)}
   hidden = denoiser.encode(params, canvas, valid, **dropout)
   hidden = denoiser.hidden_predicting(hidden, prompt.shape[1] + jnp.arange(completion.shape[1]))
-  cross_entropy = -token_logps(denoiser, params, hidden, completion, chunk)
+  cross_entropy = -token_logps(denoiser, params, hidden, completion, tile)
   cross_entropy = jnp.where(noisy.masked, cross_entropy, 0.0)
   loss = jnp.sum(weight * cross_entropy / noisy.time[:, None])
   return loss, {"masked_ce": jnp.sum(cross_entropy) / jnp.maximum(jnp.sum(noisy.masked), 1)}

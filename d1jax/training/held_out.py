@@ -69,7 +69,7 @@ class HeldOutLoss:
         weight,
         sample_id,
         key,
-        chunk=config.logits_chunk,
+        tile=config.logits_tile,
       )
       return total
 

@@ -34,7 +34,7 @@ def sft_step(
   optimizer: optax.GradientTransformation,
   accumulation: int,
   p_mask_prompt: float,
-  logits_chunk: int | None,
+  logits_tile: int | None,
   dropout: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimiser step on `denoising_loss` over an `SftBatch` of device arrays; pure.
@@ -64,7 +64,7 @@ def sft_step(
       weights,
       rows.sample_id,
       key,
-      chunk=logits_chunk,
+      tile=logits_tile,
       dropout_key=dropout_key,
     )
 
@@ -174,7 +174,7 @@ class Steps:
       optimizer=self._optimizer,
       accumulation=config.accumulation,
       p_mask_prompt=config.p_mask_prompt,
-      logits_chunk=config.logits_chunk,
+      logits_tile=config.logits_tile,
       dropout=self._dropout,
     )
 

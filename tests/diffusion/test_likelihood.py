@@ -20,7 +20,7 @@ def naive_logps(params, canvas, valid, prompt_length, tokens) -> np.ndarray:
   """log p(token) at each completion position, row by row, in float64."""
   found = np.zeros(tokens.shape)
   for row in range(tokens.shape[0]):
-    logits = toy.unembed(params, toy.encode(params, canvas[row : row + 1], valid[row : row + 1]))
+    logits = toy.encode(params, canvas[row : row + 1], valid[row : row + 1]) @ toy.head(params)
     logp = toy.log_softmax(toy.allowed(np.asarray(logits))[0])
     for i in range(tokens.shape[1]):
       found[row, i] = logp[prompt_length + i, tokens[row, i]]
@@ -77,49 +77,44 @@ def test_probabilities_of_all_tokens_add_up_to_one():
   np.testing.assert_allclose(sum(np.exp(score(t)) for t in every), 1.0, rtol=1e-5)
 
 
-def chunk_case(chunk):
+def tile_case(tile):
   rng = np.random.default_rng(0)
   hidden = jnp.asarray(rng.normal(size=(4, 12, toy.EMBED)), jnp.float32)
   tokens = jnp.asarray(rng.integers(0, toy.MASK, (4, 12)), jnp.int32)
   weights = jnp.asarray(rng.normal(size=(4, 12)), jnp.float32)
 
   def objective(params, hidden):
-    return jnp.sum(weights * token_logps(toy.DENOISER, params, hidden, tokens, chunk))
+    return jnp.sum(weights * token_logps(toy.DENOISER, params, hidden, tokens, tile))
 
-  return objective, (PARAMS, hidden), token_logps(toy.DENOISER, PARAMS, hidden, tokens, chunk)
+  return objective, (PARAMS, hidden), token_logps(toy.DENOISER, PARAMS, hidden, tokens, tile)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 12, 100])
-def test_chunks_change_neither_values_nor_gradients(chunk):
-  whole, args, logps = chunk_case(None)
-  chunked, _, chunked_logps = chunk_case(chunk)
-  np.testing.assert_allclose(chunked_logps, logps, rtol=1e-6, atol=1e-6)
-  gradients = (jax.jit(jax.grad(f, argnums=(0, 1)))(*args) for f in (whole, chunked))
+@pytest.mark.parametrize("tile", [1, 3, 13, 100])
+def test_tiles_change_neither_values_nor_gradients(tile):
+  whole, args, logps = tile_case(None)
+  tiled, _, tiled_logps = tile_case(tile)
+  np.testing.assert_allclose(tiled_logps, logps, rtol=1e-6, atol=1e-6)
+  gradients = (jax.jit(jax.grad(f, argnums=(0, 1)))(*args) for f in (whole, tiled))
   for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_full_logits_exist_in_neither_direction():
-  whole, args, _ = chunk_case(None)
-  chunked, _, _ = chunk_case(3)
-  largest = lambda f: max(int(np.prod(s)) for s in shapes(f, *args) if s and s[-1] == toy.VOCAB)
+  whole, args, _ = tile_case(None)
+  tiled, _, _ = tile_case(3)
+  largest = lambda f: max(int(np.prod(s)) for s in shapes(f, *args))
   assert largest(whole) == 4 * 12 * toy.VOCAB, "the check must see what it looks for"
-  for function in (chunked, jax.grad(chunked, argnums=(0, 1))):
-    assert largest(function) <= 4 * 3 * toy.VOCAB
-    assert max(int(np.prod(s)) for s in shapes(function, *args)) < 4 * 12 * toy.VOCAB
-
-
-def test_a_chunk_that_does_not_divide_is_refused():
-  with pytest.raises(ValueError, match="chunk 5 does not divide the 12 positions"):
-    chunk_case(5)
+  for function in (tiled, jax.grad(tiled, argnums=(0, 1))):
+    assert (4 * 12, 1, 3) in shapes(function, *args)
+    assert largest(function) == 4 * 12 * toy.EMBED
 
 
 SFT_IDS = jnp.asarray([31, 5, 12, 8], jnp.int32)
 
 
-def sft_loss(params, weight, chunk=None, key=KEY):
+def sft_loss(params, weight, tile=None, key=KEY):
   r = ROLLOUT
-  return denoising_loss(toy.DENOISER, params, r.prompt, r.prompt_valid, r.completion, weight, SFT_IDS, key, chunk=chunk)
+  return denoising_loss(toy.DENOISER, params, r.prompt, r.prompt_valid, r.completion, weight, SFT_IDS, key, tile=tile)
 
 
 WEIGHT = jnp.asarray(np.random.default_rng(5).uniform(0.1, 1, ROLLOUT.completion.shape), jnp.float32)
@@ -143,22 +138,22 @@ def test_denoising_loss_is_a_weighted_sum_over_masked_tokens():
   np.testing.assert_allclose(metrics["masked_ce"], np.mean(cross_entropy), rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
-def test_gradient_of_the_denoising_loss(chunk):
+@pytest.mark.parametrize("tile", [None, 2])
+def test_gradient_of_the_denoising_loss(tile):
   noisy = corrupt(KEY, SFT_IDS, ROLLOUT.completion, toy.MASK)
   length = ROLLOUT.prompt.shape[1]
 
   def by_hand(params):
     canvas = jnp.concatenate([ROLLOUT.prompt, noisy.tokens], axis=1)
     valid = jnp.concatenate([ROLLOUT.prompt_valid, jnp.ones(noisy.masked.shape, bool)], axis=1)
-    logits = toy.unembed(params, toy.encode(params, canvas, valid))[:, length:]
+    logits = toy.encode(params, canvas, valid)[:, length:] @ toy.head(params)
     exponentials = jnp.exp(logits).at[..., jnp.asarray(toy.FORBIDDEN)].set(0.0)
     chosen = jnp.sum(jax.nn.one_hot(ROLLOUT.completion, toy.VOCAB) * logits, axis=-1)
     cross_entropy = jnp.log(jnp.sum(exponentials, axis=-1)) - chosen
     return jnp.sum(WEIGHT * noisy.masked * cross_entropy / noisy.time[:, None])
 
   expected = jax.jit(jax.grad(by_hand))(PARAMS)
-  found, _ = jax.jit(jax.grad(functools.partial(sft_loss, chunk=chunk), has_aux=True))(PARAMS, WEIGHT)
+  found, _ = jax.jit(jax.grad(functools.partial(sft_loss, tile=tile), has_aux=True))(PARAMS, WEIGHT)
   scale = max(float(jnp.abs(g).max()) for g in expected.values())
   for name, gradient in expected.items():
     np.testing.assert_allclose(found[name] / scale, gradient / scale, rtol=1e-5, atol=1e-6)

@@ -25,14 +25,19 @@ def experiment():
   return experiments.build(config, None)
 
 
+def shapes(text: str) -> list[tuple[int, ...]]:
+  """Of the arrays of a compiled program."""
+  found = re.findall(r"\b(?:f32|bf16|f16|s32|u32|pred)\[([\d,]+)\]", text)
+  return [tuple(int(n) for n in shape.split(",")) for shape in found]
+
+
 def widest(text: str) -> int:
-  """The most rows of the vocabulary that any array of a compiled program has, weights left out."""
+  """The most rows of the vocabulary that any array of a compiled program has, weights and masks left out."""
   rows = [0]
-  for shape in re.findall(r"\b(?:f32|bf16|f16|s32|u32|pred)\[([\d,]+)\]", text):
-    sizes = [int(n) for n in shape.split(",")]
+  for shape in shapes(text):
     # The embedding and the head have 512 columns, and 64 on each of the 8 devices.
-    if VOCAB in sizes and sorted(sizes) not in ([64, VOCAB], [512, VOCAB]):
-      rows.append(math.prod(sizes) // VOCAB)
+    if VOCAB in shape and math.prod(shape) // VOCAB not in (64, 512):
+      rows.append(math.prod(shape) // VOCAB)
   return max(rows)
 
 
@@ -44,20 +49,28 @@ def test_the_rollout_unembeds_one_block_at_a_time(experiment):
   assert 0 < found <= rows * config.rollout.block_length < rows * (200 + 256)
 
 
-def test_the_update_unembeds_a_chunk_at_a_time(experiment):
+def test_the_update_holds_logits_of_a_tile_at_a_time(experiment):
   config = experiment.config
   _, update = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)
+  text = update().compile().as_text()
   rows = config.grpo.prompts_per_iteration * config.grpo.num_generations // config.grpo.accumulation // 8
-  found = widest(update().compile().as_text())
-  assert 0 < found <= rows * config.grpo.logits_chunk < rows * 256
+  assert (rows * 256, 1, config.grpo.logits_tile) in shapes(text)
+  assert widest(text) <= 1, "a mask of forbidden ids, and no logits"
 
 
-def test_supervised_fine_tuning_unembeds_a_chunk_at_a_time(experiment):
+def test_supervised_fine_tuning_holds_logits_of_a_tile_at_a_time(experiment):
   config = experiment.config
   steps = sft.Steps(experiment, experiment.optimizer(config.sft, 1))
   (program,) = steps.compiled.values()
-  found = widest(program.as_text())
-  assert 0 < found <= config.sft.batch_size // 8 * config.sft.logits_chunk < config.sft.batch_size // 8 * 256
+  text = program.as_text()
+  assert (config.sft.batch_size // 8 * 256, 1, config.sft.logits_tile) in shapes(text)
+  assert widest(text) <= 1, "a mask of forbidden ids, and no logits"
+
+
+def test_tiles_are_cut_as_the_mesh_cuts_the_head():
+  config = jobs.load("grpo", "llada_8b")
+  config.update_from_flattened_dict({"mesh.fsdp": 2, "mesh.tensor": 4})
+  assert experiments.build(config, None).denoiser.vocab_shards == 4
 
 
 def test_the_reader_of_programs_sees_whole_logits():
