@@ -24,8 +24,8 @@ from jaxtyping import install_import_hook
 from tests import typechecker
 
 # All rooms but tasks, whose annotations hold no arrays and whose graders run a hundred thousand times.
-ROOMS = ("models", "diffusion", "rl", "data", "parallel", "training", "evaluation", "fingerprint", "intervals")
-ROOMS += ("keys", "microbatch", "report", "state")
+ROOMS = ("models", "diffusion", "rl", "data", "parallel", "training", "evaluation", "generation", "intervals")
+ROOMS += ("fingerprint", "keys", "microbatch", "report", "state")
 install_import_hook([f"d1jax.{room}" for room in ROOMS], f"{typechecker.__name__}.checked")
 
 

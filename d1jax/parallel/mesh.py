@@ -132,11 +132,37 @@ def state_shardings(mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimize
   return TrainState(*placements)
 
 
-def batch_ways(mesh: Mesh, rules: Rules) -> int:
-  """Over how many devices the batch axis is split; a batch must be a multiple of it."""
-  names = rules["batch"]
+def ways(mesh: Mesh, rules: Rules, axis: str) -> int:
+  """Over how many devices a logical axis is split; an array that is cut along it must be a multiple long."""
+  names = rules[axis]
   names = (names,) if isinstance(names, str) else tuple(names or ())
   return math.prod(mesh.shape[name] for name in names)
+
+
+def batch_ways(mesh: Mesh, rules: Rules) -> int:
+  """Over how many devices the batch axis is split; a batch must be a multiple of it."""
+  return ways(mesh, rules, "batch")
+
+
+def per_device(
+  function: Callable[..., jax.Array],
+  mesh: Mesh,
+  rules: Rules,
+  arguments: Sequence[Sequence[str | None]],
+  result: Sequence[str | None],
+) -> Callable[..., jax.Array]:
+  """A function of global arrays of which each device computes its part from its parts of the arguments, alone.
+
+  Args:
+    function: of the parts; no device needs what another holds.
+    mesh: the devices.
+    rules: placement of logical axes.
+    arguments: logical axes of each argument.
+    result: logical axes of the result.
+  """
+  specs = tuple(_spec(axes, rules) for axes in arguments)
+  # Kernels do not say over which axes their results vary, so that there is nothing to check.
+  return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=_spec(result, rules), check_vma=False)
 
 
 def place(tree: Any, placement: NamedSharding) -> Any:

@@ -21,10 +21,12 @@ from d1jax.parallel.mesh import (
   batch_ways,
   constrainer,
   make_mesh,
+  per_device,
   place,
   sharding,
   shardings,
   state_shardings,
+  ways,
 )
 from d1jax.rl.update import UpdateSpec, update
 from d1jax.state import Frozen, TrainState, create
@@ -64,7 +66,7 @@ class World:
   def __post_init__(self):
     self.network = build(SIZE, constrain=constrainer(self.mesh, RULES), remat=True)
     self.denoiser = Denoiser(
-      self.network.encode, self.network.unembed, toy.MASK, (toy.STOP,), (11, 12, 13, 14, 15), SIZE.vocab
+      self.network.encode, self.network.head, toy.MASK, (toy.STOP,), (11, 12, 13, 14, 15), SIZE.vocab
     )
     self.rows, self.scalar = sharding(self.mesh, RULES, "batch"), sharding(self.mesh, RULES)
     self.params = shardings(self.mesh, RULES, self.network.axes)
@@ -94,7 +96,7 @@ class World:
         rollout,
         advantages,
         denoiser=self.denoiser,
-        estimator=functools.partial(one_step, p_mask_prompt=0.3, chunk=4),
+        estimator=functools.partial(one_step, p_mask_prompt=0.3, tile=4),
         sampler=SAMPLER,
         optimizer=OPTIMIZER,
         spec=UPDATE,
@@ -182,7 +184,7 @@ def test_an_update_agrees(one_device, other):
   assert min(moved) > 1e-4, "the update must move every weight matrix"
   for a, b in zip(*(jax.tree.leaves(r.new_state._replace(key=0)) for r in (one_device, other)), strict=True):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-5)
-  for a, b in zip(one_device.metrics, other.metrics, strict=True):
+  for a, b in zip(*(jax.tree.leaves(r.metrics) for r in (one_device, other)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   assert int(other.new_state.step) == 2
 
@@ -274,6 +276,25 @@ def test_a_constraint_places_an_activation():
 )
 def test_batch_ways(rule, ways):
   assert batch_ways(mesh_of(2, 2, 2), {**RULES, "batch": rule}) == ways
+
+
+def test_ways_of_an_axis():
+  mesh = mesh_of(1, 2, 4)
+  assert [ways(mesh, RULES, axis) for axis in ("batch", "heads", "adapter", "length")] == [2, 4, 8, 1]
+
+
+def test_each_device_computes_its_part_alone():
+  mesh, parts = mesh_of(2, 2, 2), []
+
+  def rank(x, y):
+    parts.append((x.shape, y.shape))
+    return jnp.argsort(jnp.argsort(x * y, axis=1), axis=1)
+
+  cut = per_device(rank, mesh, RULES, (("batch", "mlp"), ("batch", None)), ("batch", "mlp"))
+  x, y = np.random.default_rng(0).normal(size=(8, 6)), np.ones((8, 1))
+  expected = np.concatenate([half.argsort(1).argsort(1) for half in np.split(x, 2, axis=1)], axis=1)
+  np.testing.assert_array_equal(jax.jit(cut)(x, y), expected)
+  assert parts == [((2, 3), (2, 1))]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,0 +1,130 @@
+"""The attention kernel of a mesh's platform, run by each device on its rows and heads.
+
+On TPUs: splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`). On NVIDIA GPUs since Ampere: cuDNN's.
+Neither keeps the logits [B N T S] (Dao 2023, arXiv 2307.08691). Elsewhere, and where a kernel does not serve: plain.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from d1jax.models.layers import Attention, plain_attention
+from d1jax.parallel import mesh as meshes
+
+LANES = 128
+"""Positions come to a TPU's kernel in multiples of this."""
+
+BLOCK = 512
+"""Positions that a TPU's kernel holds at a time, at most."""
+
+
+def attention(mesh: Mesh, rules: meshes.Rules) -> Attention:
+  """The attention that a model on this mesh takes; see `d1jax.models.layers.Attention`.
+
+  Plain attention also serves where the mesh does not divide the batch or the key-value heads: XLA may cut these
+  unevenly, a kernel's call may not.
+
+  Args:
+    mesh: the devices.
+    rules: placement of `batch` and `heads`.
+  """
+  kernel = of_device(mesh.devices.flat[0])
+  return kernel if kernel is plain_attention else per_device(kernel, mesh, rules)
+
+
+def of_device(device: Any) -> Attention:
+  """The attention of one device."""
+  if device.platform == "tpu":
+    return splash_attention
+  capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are "gfx90a" and have no cuDNN
+  return cudnn_attention if capability[:1].isdigit() and float(capability) >= 8 else plain_attention
+
+
+def per_device(kernel: Attention, mesh: Mesh, rules: meshes.Rules) -> Attention:
+  """An attention that each device computes for its own rows and heads."""
+  heads, row = ("batch", None, "heads", None), ("batch", None)
+  cut = meshes.per_device(kernel, mesh, rules, (heads, heads, heads, row), heads)
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
+    whole = k.shape[0] % meshes.ways(mesh, rules, "batch") or k.shape[2] % meshes.ways(mesh, rules, "heads")
+    return (plain_attention if whole else cut)(q, k, v, valid)
+
+  return attend
+
+
+def splash_attention(
+  q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], valid: Bool[Array, "B S"]
+) -> Float[Array, "B T N H"]:
+  """Splash attention, softmax in float32; padding keys are a segment that no query belongs to.
+
+  Plain attention serves head sizes that are no multiple of 8 or beyond 128, and fewer than 128 queries: the kernel's
+  backward pass takes 128 at a time, and in a short window of a cache the kernel's transpose of all keys and values
+  [B S K H -> B K S H] moves more bytes than the logits that it saves.
+  """
+  if not _served_by_splash(q):
+    return plain_attention(q, k, v, valid)
+  (block_q, rows), (block_kv, columns) = _blocks(q.shape[1]), _blocks(k.shape[1])
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([splash.FullMask((rows, columns))] * q.shape[2]),
+    head_shards=1,
+    q_seq_shards=1,
+    block_sizes=splash.BlockSizes(
+      block_q=block_q,
+      block_kv=block_kv,
+      block_q_dkv=block_q,
+      block_kv_dkv=block_kv,
+      block_q_dq=block_q,
+      block_kv_dq=block_kv,
+    ),
+  )
+  scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
+  heads_first = [_pad(x, n).swapaxes(1, 2) for x, n in ((scaled, rows), (k, columns), (v, columns))]
+  segments = splash.SegmentIds(jnp.ones((q.shape[0], rows), jnp.int32), _pad(valid, columns).astype(jnp.int32))
+  return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)[:, : q.shape[1]]
+
+
+def cudnn_attention(
+  q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], valid: Bool[Array, "B S"]
+) -> Float[Array, "B T N H"]:
+  """The fused attention of cuDNN, softmax in float32.
+
+  A window of a cache passes its mask and is not differentiated. Where all positions are queries, valid keys are moved
+  to the front and their number is passed: a mask is a bias [B 1 T S] to cuDNN, whose own gradient is costly.
+
+  Plain attention serves float32, odd lengths, and head sizes that are no multiple of 8 or beyond 128.
+  """
+  if not _served_by_cudnn(k):
+    return plain_attention(q, k, v, valid)
+  attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+  if q.shape[1] < k.shape[1]:
+    return attend(q, k, v, mask=jnp.broadcast_to(valid[:, None, None], (len(q), 1, q.shape[1], k.shape[1])))
+  order = jnp.argsort(~valid, axis=1, stable=True)
+  front = jax.vmap(lambda x, order: x.at[order].get(unique_indices=True, mode="promise_in_bounds"))
+  # Whatever the kernel leaves in the gradients of the keys behind the last valid one, `where` drops it.
+  moved = [front(jnp.where(valid[:, :, None, None], x, 0), order) for x in (k, v)]
+  count = jnp.maximum(1, valid.sum(axis=1, dtype=jnp.int32))  # a row without valid keys stays finite
+  return attend(q, *moved, key_value_seq_lengths=count)
+
+
+def _served_by_splash(q: jax.Array) -> bool:
+  return q.shape[1] >= LANES and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+
+
+def _served_by_cudnn(k: jax.Array) -> bool:
+  return k.dtype.itemsize == 2 and k.shape[1] % 2 == 0 and k.shape[3] % 8 == 0 and k.shape[3] <= 128
+
+
+def _blocks(length: int) -> tuple[int, int]:
+  """Positions of a block, and of all blocks: the fewest blocks of at most `BLOCK`, each a multiple of `LANES`."""
+  count = -(-length // BLOCK)
+  block = -(-length // (count * LANES)) * LANES
+  return block, count * block
+
+
+def _pad(x: jax.Array, length: int) -> jax.Array:
+  return jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
