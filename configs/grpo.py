@@ -102,7 +102,15 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     temperature=0.9,
     cfg_scale=0.0,
     remasking="low_confidence",
-    early_exit=False,  # end a batch once all its rows have; not under the protocol d1, which reads on
+    early_exit=False,  # finished rows cost nothing; not under the protocol d1, which reads on
+    cache="none",  # or approximate: prefix, dual, window; see docs/performance.md
+    refresh_every=config_dict.placeholder(int),  # steps between refreshes of the cache; None: one a block
+    look_behind=16,  # tokens around the block that the cache `window` computes anew
+    look_ahead=16,
+    schedule="static",  # or threshold, factor: as many tokens a step as are confident
+    threshold=0.9,
+    factor=1.0,
+    max_reveal=4,  # tokens a step under those two
   )
 
   # Supervised fine-tuning before diffu-GRPO; 0 steps: none. d1's values are in configs/sft.py.
@@ -123,7 +131,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     weight_decay=0.1,
     max_grad_norm=1.0,
     p_mask_prompt=0.0,  # d1 masks prompts in diffu-GRPO only
-    logits_chunk=64,  # completion positions whose logits exist at a time; None: all
+    logits_tile=4096,  # vocabulary ids whose logits exist at a time; None: all
     validate_every=100,
   )
 
@@ -138,16 +146,20 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     grading_workers=8,  # processes that grade; 0: the run's own
     epsilon=0.5,
     beta=0.04,
-    p_mask_prompt=0.15,
+    estimator="one_step",  # or trajectory, of the states that rollouts went through: a forward pass a step
+    importance_cap=config_dict.placeholder(float),  # of trajectory's weights p_train / p_sample; None: no weights
+    p_mask_prompt=0.15,  # of one_step
     scale_rewards=False,  # divide advantages by the group's standard deviation
     aggregation="token",
     learning_rate=3e-6,
     warmup_steps=500,
     decay="constant",
     max_grad_norm=0.2,
-    logits_chunk=16,
+    logits_tile=4096,
     validate_every=50,
     dump_every=0,  # iterations between dumped rollouts; 0: none
+    drift_every=50,  # iterations between looks at what the rollouts' cache changes, if there is one; 0: none
+    drift_limit=config_dict.placeholder(float),  # nats a token; beyond it the cache goes off. None: only logged
     **ADAM,
   )
   # Prompts of evaluations; those of training are in data.prompt_buckets.
@@ -201,7 +213,7 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     b2=0.99,
     weight_decay=1.0,
     p_mask_prompt=0.2,
-    logits_chunk=config_dict.placeholder(int),
+    logits_tile=config_dict.placeholder(int),
     validate_every=100,
   )
   c.grpo.update(
@@ -219,7 +231,7 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     decay="linear",
     max_grad_norm=1.0,
     weight_decay=0.1,
-    logits_chunk=config_dict.placeholder(int),
+    logits_tile=config_dict.placeholder(int),
     validate_every=50,
   )
   c.evaluation.update(batch_size=128, prompt_buckets=(33,))
@@ -230,7 +242,7 @@ def _smoke(c: config_dict.ConfigDict) -> None:
   c.workdir = "runs/smoke"
   c.task.sizes.update(train=500, validation=40, test=88)
   c.sft.update(steps=20, validate_every=10, warmup_steps=5)
-  c.grpo.update(steps=8, prompts_per_iteration=8, num_generations=4, validate_every=4, warmup_steps=2)
+  c.grpo.update(steps=8, prompts_per_iteration=8, num_generations=4, validate_every=4, warmup_steps=2, drift_every=4)
   c.evaluation.batch_size = 88
 
 

@@ -41,7 +41,7 @@ def load(name: str, words: str = "") -> ConfigDict:
   spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(words) if name != "export" else module.get_config()
+  return module.get_config(words) if words else module.get_config()
 
 
 def small(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:

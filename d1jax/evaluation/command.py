@@ -148,22 +148,24 @@ def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
     experiment = dataclasses.replace(found.experiment, config=own, task=task)
     texts = experiment.texts(config.split, config.prefill)
     output.check_accuracy(task, texts.records[0], own.task.style, config.protocol)
-    for sampler in _samplers(config, found.experiment.sampler):
+    for sampler in samplers(config, found.experiment.sampler):
       greedy = sampler.temperature == 0 and sampler.remasking != "random"
       draws = tuple((seed, sample) for seed in config.seeds for sample in range(config.samples))
       name = f"{task.name}_{sampler.completion_length}_t{sampler.temperature:g}"
       yield Arm(name, experiment, texts, sampler, draws[:1] if greedy else draws)
 
 
-def _samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
-  """The samplers of the lengths and temperatures; what is not set is as in the rollouts."""
+def samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
+  """The samplers of the lengths and temperatures; what is not set is as in the rollouts, `trained`."""
   if not config.temperatures or not config.seeds or config.samples < 1:
     raise ValueError("temperatures, seeds and samples must name at least one each")
   early_exit = config.protocol == "strict" if config.early_exit is None else config.early_exit
+  cache = config.cache or trained.cache
   for length in config.lengths or (trained.completion_length,):
     for temperature in config.temperatures:
       per_step = config.tokens_per_step
-      yield SamplerSpec(
+      yield dataclasses.replace(
+        trained,
         completion_length=length,
         diffusion_steps=length // per_step if per_step else trained.diffusion_steps,
         block_length=config.block_length or trained.block_length,
@@ -171,6 +173,9 @@ def _samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]
         cfg_scale=trained.cfg_scale if config.cfg_scale is None else config.cfg_scale,
         remasking=config.remasking or trained.remasking,
         early_exit=early_exit,
+        cache=cache,
+        refresh_every=None if cache == "none" else trained.refresh_every,
+        schedule=config.schedule or trained.schedule,
       )
 
 

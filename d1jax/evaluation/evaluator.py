@@ -34,7 +34,7 @@ class Completed(NamedTuple):
     rows: places in the list of prompts, one a row; repeats that only fill the batch are gone.
     completion: token ids.
     mask: true up to and including the first stop id.
-    forward_passes: of the network for the batch.
+    forward_passes: of the network for the batch, over the whole canvas or a window of it.
     seconds: that the compiled program took.
   """
 
@@ -198,9 +198,10 @@ class Evaluator:
     placed = place((tokens, valid, np.asarray(rows, np.int32)), experiment.by_row)
     program = self._completer.program(self._sampler, trainable, frozen, placed)
     began = time.perf_counter()
-    completion, mask, last_step = jax.device_get(program(trainable, frozen, place(key, experiment.replicated), *placed))
+    placed_key = place(key, experiment.replicated)
+    completion, mask, reveal_step = jax.device_get(program(trainable, frozen, placed_key, *placed))
     seconds = time.perf_counter() - began
-    passes = self._sampler.forward_passes(int(last_step.max()))
+    passes = self._sampler.forward_passes(reveal_step)
     return Completed(np.asarray(own), completion[: len(own)], mask[: len(own)], passes, seconds)
 
   def __call__(self, trainable: Any, frozen: Frozen) -> Evaluation:
@@ -263,5 +264,15 @@ def _sample(
   sample_id: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   params = merge_for_rollout(trainable, frozen)
-  rollout = sample(experiment.denoiser, params, prompt, valid, sample_id, sample_id, key, spec=sampler)
-  return rollout.completion, rollout.completion_mask, rollout.reveal_step.max(axis=1)
+  rollout = sample(
+    experiment.denoiser,
+    params,
+    prompt,
+    valid,
+    sample_id,
+    sample_id,
+    key,
+    spec=sampler,
+    row_multiple=experiment.ways,
+  )
+  return rollout.completion, rollout.completion_mask, rollout.reveal_step

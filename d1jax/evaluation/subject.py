@@ -80,7 +80,7 @@ def load(config: ConfigDict) -> Subject:
 def _checkpoint(folder: Path, config: ConfigDict) -> Subject:
   checkpoints, step = Checkpoints(folder.parent), int(folder.name)
   best = checkpoints.best_step()
-  if config.split == "test" and step != best and not config.chosen_beforehand:
+  if "split" in config and config.split == "test" and step != best and not config.chosen_beforehand:
     raise RunError(
       f"{folder} meets the test split, but validation chose checkpoint {best}: a choice among test results would be"
       " part of them. Give the work directory, or use --config.split=validation; if the choice was made before any"

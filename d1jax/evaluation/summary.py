@@ -137,13 +137,15 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
   """The columns of a table of arms, shares in percent; one without any value is left out.
 
   Args:
-    rows: {"task", "length", "temperature", "summary", "baseline"}: a summary of `summarise`, and the accuracy of the
-      task's constant answer as {"value", "interval"}, or None.
+    rows: {"task", "length", "temperature", "summary", "baseline", "sampler"}: a summary of `summarise`, the accuracy of
+      the task's constant answer as {"value", "interval"}, or None, and the fields of the sampler, or None where it is
+      not known. Its cache and schedule are shown where they are not d1's, `none` and `static`.
   """
   every: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = [
     ("task", "task", lambda row: row["task"]),
     ("length", "length", lambda row: str(row["length"] or "")),
     ("temp", "temperature", lambda row: f"{row['temperature']:g}"),
+    ("mode", "sampler", lambda row: _sampler(row["sampler"])),
     ("n", "questions", lambda row: str(row["summary"]["n"])),
     ("accuracy [95%]", "accuracy [95%]", lambda row: _accuracy(row["summary"])),
     ("over seeds", "95% over seeds", lambda row: _interval(row["summary"].get("over_seeds", {}).get("interval"))),
@@ -165,7 +167,9 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A plain table of arms for the terminal, of at most 120 columns for short task names; see `columns`."""
+  """A plain table of arms for the terminal, see `columns`; of at most 120 characters a line for short task names and a
+  static schedule.
+  """
   shown = columns(rows)
   widths = [max(map(len, (column.head, *column.cells))) for column in shown]
   lines = [[column.head for column in shown], ["-" * width for width in widths]]
@@ -245,6 +249,11 @@ def _rate(items: Sequence[Item]) -> float | None:
   timed = [(item.tokens, item.seconds) for item in items if item.tokens is not None and item.seconds is not None]
   seconds = sum(pair[1] for pair in timed)
   return sum(pair[0] for pair in timed) / seconds if seconds > 0 else None
+
+
+def _sampler(sampler: Mapping[str, Any] | None) -> str:
+  shown = (sampler["cache"], sampler["schedule"]) if sampler else ()
+  return " ".join(word for word in shown if word not in ("none", "static"))
 
 
 def _samples(row: Mapping[str, Any]) -> int:

@@ -20,6 +20,7 @@ from d1jax.models import transformer
 from d1jax.models.lora import LoraSpec
 from d1jax.models.quantize import KINDS
 from d1jax.parallel import mesh as meshes
+from d1jax.parallel.attention import attention
 from d1jax.pretrained import Source, build_denoiser, inspect
 from d1jax.tasks import Record, Task
 from d1jax.tasks.common import check_choice
@@ -266,6 +267,7 @@ def build(
     remat=config.model.remat,
     unroll=config.model.unroll,
     constrain=meshes.constrainer(mesh, rules),
+    attention=attention(mesh, rules),
   )
   denoiser = build_denoiser(
     network,
@@ -273,6 +275,7 @@ def build(
     stop_ids=tokenizer.stop_ids,
     known_ids=tokenizer.vocab,
     shift=source.description.shift if source else 0,
+    vocab_shards=meshes.ways(mesh, rules, "vocab"),
   )
   weights = Weights(network, mesh, rules, config.seed, source, spec, quantized, dtype)
   weights.check()

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,24 +13,26 @@ import optax
 
 from d1jax import keys
 from d1jax.data import pipeline
-from d1jax.diffusion.likelihood import one_step
-from d1jax.diffusion.rollout import Rollout
+from d1jax.diffusion.likelihood import Estimator, one_step
+from d1jax.diffusion.replay import replay
+from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
-from d1jax.errors import RunError
 from d1jax.parallel.mesh import place
 from d1jax.rl.advantage import group_relative
-from d1jax.rl.grading import Graded, Grader, WorkersDiedError, graded_texts
+from d1jax.rl.grading import Grader
+from d1jax.rl.trajectory import trajectory
 from d1jax.rl.update import UpdateMetrics, UpdateSpec, update
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
 from d1jax.tasks import Mixture
-from d1jax.training import dump
+from d1jax.tasks.common import check_choice
+from d1jax.training import drift, dump
 from d1jax.training.checkpoint import with_placement
 from d1jax.training.experiment import Experiment, Texts
+from d1jax.training.host import grade_chunks, summarise
+from d1jax.training.metrics import read_records
 
 SHOWN = ("reward", "loss", "tokens_per_second")
-NO_SIGNAL = 1e-6
-"""A group whose rewards differ by less teaches nothing."""
-
+ESTIMATORS = ("one_step", "trajectory")
 
 Prompts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """prompt[B P], prompt_valid[B P], sample_id[B], group_id[B]."""
@@ -41,11 +43,15 @@ GAP_POSITIONS = 16
 
 
 class Compiled(NamedTuple):
-  """The programs of one prompt bucket; `gap` where adapters are merged for rollouts."""
+  """The programs of one prompt bucket; `gap` where adapters are merged for rollouts, `exact` (the rollout without a
+  cache) and `drift` where a cache is watched.
+  """
 
   rollout: Any
   update: Any
   gap: Any
+  exact: Any = None
+  drift: Any = None
 
 
 class Programs:
@@ -53,6 +59,7 @@ class Programs:
 
   Attributes:
     grader: whose workers, if any, end with `with programs.grader:`.
+    watch: over the drift of a cached sampler; None where nothing is to be seen.
     compiled: the programs of each prompt bucket.
   """
 
@@ -65,16 +72,36 @@ class Programs:
     self._rows = config.prompts_per_iteration * config.num_generations
     self._chunks = config.rollout_chunks
     self._divide_by_std = config.scale_rewards
-    self._spec = UpdateSpec(config.num_iterations, config.accumulation, config.epsilon, config.beta, config.aggregation)
-    self._estimator = functools.partial(one_step, p_mask_prompt=config.p_mask_prompt, chunk=config.logits_chunk)
+    watch = drift.Watch(config.drift_every, config.drift_limit)
+    self.watch = watch if watch.every and experiment.sampler.cache != "none" else None
+    check_choice("grpo.estimator", config.estimator, ESTIMATORS)
+    if experiment.sampler.temperature == 0 and (self.watch or config.importance_cap is not None):
+      raise ValueError(
+        f"grpo.importance_cap={config.importance_cap} and grpo.drift_every={config.drift_every} compare the"
+        " probabilities of draws, but rollout.temperature=0 takes the argmax: raise it, or leave the two out"
+      )
+    self._spec = UpdateSpec(
+      config.num_iterations,
+      config.accumulation,
+      config.epsilon,
+      config.beta,
+      config.aggregation,
+      recorded_states=config.estimator == "trajectory",
+      importance_cap=config.importance_cap,
+    )
+    one: Estimator = functools.partial(one_step, p_mask_prompt=config.p_mask_prompt, tile=config.logits_tile)
+    self._estimator = trajectory if self._spec.recorded_states else one
     weights = experiment.weights
     placement = weights.state_placement(optimizer)
     base, frozen = weights.frozen_placement(), weights.frozen_placement(with_reference=self.needs_reference)
     rows, scalar = experiment.by_row, experiment.replicated
-    self._rollout = jax.jit(
-      self._rollout_program,
-      in_shardings=(weights.trainable_placement, base, rows, scalar, scalar),
-      out_shardings=rows,
+    self._rollout, self._exact = (
+      jax.jit(
+        functools.partial(self._rollout_program, sampler),
+        in_shardings=(weights.trainable_placement, base, rows, scalar, scalar),
+        out_shardings=rows,
+      )
+      for sampler in (experiment.sampler, drift.without_cache(experiment.sampler))
     )
     self._update = jax.jit(
       self._update_program,
@@ -87,6 +114,11 @@ class Programs:
       in_shardings=(weights.trainable_placement, base, rows),
       out_shardings=scalar,
     )
+    self._drift = jax.jit(
+      self._drift_program,
+      in_shardings=(weights.trainable_placement, base, rows, rows),
+      out_shardings=scalar,
+    )
     self.compiled: dict[int, Compiled] = {}
 
   @property
@@ -96,6 +128,7 @@ class Programs:
 
   def _rollout_program(
     self,
+    sampler: SamplerSpec,
     trainable: Any,
     frozen: Frozen,
     prompts: tuple[jax.Array, ...],
@@ -106,7 +139,17 @@ class Programs:
     experiment = self._experiment
     prompt, valid, sample_id, group_id = prompts
     params = merge_for_rollout(trainable, frozen)
-    return sample(experiment.denoiser, params, prompt, valid, sample_id, group_id, key, spec=experiment.sampler)
+    return sample(
+      experiment.denoiser,
+      params,
+      prompt,
+      valid,
+      sample_id,
+      group_id,
+      key,
+      spec=sampler,
+      row_multiple=experiment.ways,
+    )
 
   def _update_program(
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: jax.Array
@@ -136,38 +179,50 @@ class Programs:
 
     def logits(params: Any) -> jax.Array:
       hidden = denoiser.hidden_predicting(denoiser.encode(params, canvas, valid), positions)
-      return denoiser.unembed(params, hidden)
+      return denoiser.logits(params, hidden)
 
-    gap = jnp.abs(logits(merge_for_rollout(trainable, frozen)) - logits(merge(trainable, frozen)))
+    merged, unmerged = logits(merge_for_rollout(trainable, frozen)), logits(merge(trainable, frozen))
+    gap = jnp.where(jnp.isneginf(merged), 0.0, jnp.abs(merged - unmerged))
     return {"merge_gap_mean": jnp.mean(gap), "merge_gap_max": jnp.max(gap)}
+
+  def _drift_program(self, trainable: Any, frozen: Frozen, cached: Rollout, exact: Rollout) -> dict[str, jax.Array]:
+    params = merge_for_rollout(trainable, frozen)
+    exact_logp = replay(self._experiment.denoiser, params, cached, self._experiment.sampler)
+    return drift.drift(cached, exact, exact_logp)
+
+  def _arguments(self, width: int) -> tuple[Any, ...]:
+    """What the rollout takes for prompts of `width` tokens: shapes, types and placements."""
+    experiment = self._experiment
+    state = experiment.weights.abstract_state(self._optimizer)
+    rows = self._rows // self._chunks
+    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=experiment.by_row)
+    prompts = (row(width), row(width, dtype=jnp.bool_), row(), row())
+    iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=experiment.replicated)
+    return state.trainable, experiment.weights.abstract_frozen(), prompts, state.key, iteration
+
+  def _chunk(self, arguments: tuple[Any, ...]) -> Rollout:
+    """What it returns."""
+    return with_placement(jax.eval_shape(self._rollout, *arguments), self._experiment.by_row)
 
   def lowering(self, width: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Functions that lower the rollout and the update for prompts of `width` tokens, from shapes alone."""
-    experiment = self._experiment
-    weights = experiment.weights
-    state = weights.abstract_state(self._optimizer)
-    base, frozen = weights.abstract_frozen(), weights.abstract_frozen(with_reference=self.needs_reference)
-    rows = self._rows // self._chunks
-    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=experiment.by_row)
+    experiment, arguments = self._experiment, self._arguments(width)
+    state = experiment.weights.abstract_state(self._optimizer)
+    frozen = experiment.weights.abstract_frozen(with_reference=self.needs_reference)
     rewards = jax.ShapeDtypeStruct((self._rows,), jnp.float32, sharding=experiment.by_row)
-    iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=experiment.replicated)
-    prompts = (row(width), row(width, dtype=jnp.bool_), row(), row())
-    arguments = (state.trainable, base, prompts, state.key, iteration)
-    rollout = with_placement(jax.eval_shape(self._rollout_program, *arguments), experiment.by_row)
-    chunks = (rollout,) * self._chunks
+    chunks = (self._chunk(arguments),) * self._chunks
     return lambda: self._rollout.lower(*arguments), lambda: self._update.lower(state, frozen, chunks, rewards)
 
   def compile(self) -> None:
     """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
-    weights = self._experiment.weights
     for width in self._experiment.buckets("train")[1]:
-      rollout, update = (lower() for lower in self.lowering(width))
-      gap = None
-      if weights.merges:
-        trainable = weights.abstract_state(self._optimizer).trainable
-        chunk = with_placement(rollout.out_info, self._experiment.by_row)
-        gap = self._gap.lower(trainable, weights.abstract_frozen(), chunk).compile()
-      self.compiled[width] = Compiled(rollout.compile(), update.compile(), gap)
+      rollout, update = (lower().compile() for lower in self.lowering(width))
+      arguments = self._arguments(width)
+      weights, chunk = arguments[:2], self._chunk(arguments)
+      gap = self._gap.lower(*weights, chunk).compile() if self._experiment.weights.merges else None
+      exact = self._exact.lower(*arguments).compile() if self.watch else None
+      seen = self._drift.lower(*weights, chunk, chunk).compile() if self.watch else None
+      self.compiled[width] = Compiled(rollout, update, gap, exact, seen)
 
   def place(self, prompts: pipeline.PromptBatch, iteration: int) -> tuple[list[Prompts], jax.Array]:
     """Puts a batch of prompts, in chunks, and the iteration's number where the rollout takes them."""
@@ -177,10 +232,14 @@ class Programs:
     return [place(chunk, experiment.by_row) for chunk in chunks], place(np.int32(iteration), experiment.replicated)
 
   def rollout(
-    self, state: TrainState, frozen: Frozen, chunks: list[Prompts], iteration: jax.Array
+    self, state: TrainState, frozen: Frozen, chunks: list[Prompts], iteration: jax.Array, *, cached: bool = True
   ) -> tuple[Rollout, ...]:
-    """Completes placed prompts under the current weights; the arrays of one chunk arrive after the other."""
-    program, base = self.compiled[chunks[0][0].shape[1]].rollout, frozen._replace(reference={})
+    """Completes placed prompts under the current weights; the arrays of one chunk arrive after the other.
+
+    Without `cached` a watched sampler's cache is left aside.
+    """
+    programs, base = self.compiled[chunks[0][0].shape[1]], frozen._replace(reference={})
+    program = programs.rollout if cached else programs.exact
     return tuple(program(state.trainable, base, chunk, state.key, iteration) for chunk in chunks)
 
   def update(
@@ -198,72 +257,10 @@ class Programs:
     gap = program(state.trainable, frozen._replace(reference={}), chunk)
     return {name: float(value) for name, value in jax.device_get(gap).items()}
 
-
-def grade_chunks(
-  experiment: Experiment, grader: Grader, texts: Texts, record: np.ndarray, chunks: tuple[Rollout, ...]
-) -> tuple[Rollout, Graded, float]:
-  """Grades each chunk while the next one is computed.
-
-  Returns:
-    The whole rollout on the host, its grades, and the moment (`time.perf_counter`) at which the last chunk was there.
-
-  Raises:
-    RunError: the grader's workers died twice over a chunk.
-  """
-  protocol = experiment.config.task.protocol
-  fetched, written, pending, arrived = [], [], [], 0.0
-  for chunk, rows in zip(chunks, np.split(record, len(chunks)), strict=True):
-    host = jax.device_get(chunk)
-    arrived = time.perf_counter()
-    prefills = [texts.prefills[i] for i in rows]
-    said = graded_texts(experiment.tokenizer, prefills, host.completion, host.completion_mask, protocol)
-    fetched.append(host)
-    written += said
-    pending.append(grader.submit(said, [texts.records[i] for i in rows], protocol))
-  try:
-    grades = [grade for wait in pending for grade in wait()]
-  except WorkersDiedError as error:
-    raise RunError(f"{error}. It is --config.grpo.grading_workers") from error
-  rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
-  return rollout, Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32)), arrived
-
-
-def summarise(
-  graded: Graded, rollout: Rollout, metrics: UpdateMetrics, num_generations: int, tasks: Sequence[str]
-) -> dict[str, float]:
-  """Host numbers of one iteration.
-
-  Args:
-    graded: the batch.
-    rollout: the batch, on the host.
-    metrics: of the update.
-    num_generations: rows of a group.
-    tasks: the task of each row, where several are mixed; none otherwise.
-
-  Returns:
-    `reward`, and `TASK/reward` for each of several tasks; `reward/COMPONENT`, a mean over the rows that have it; the
-    tasks' metrics, pooled over the batch, but for those that no row counts for; the numbers of rollout and update.
-  """
-  groups = graded.rewards.reshape(-1, num_generations)
-  mask = rollout.completion_mask
-  values = {
-    "reward": float(graded.rewards.mean()),
-    "reward_std": float(groups.std(axis=1).mean()),
-    "no_signal": float((np.ptp(groups, axis=1) < NO_SIGNAL).mean()),
-    "entropy": float(-(rollout.reveal_logp * mask).sum() / mask.sum()),
-    "completion_length": float(mask.sum(axis=1).mean()),
-  }
-  for task in dict.fromkeys(tasks):
-    values[f"{task}/reward"] = float(graded.rewards[np.asarray(tasks) == task].mean())
-  for name in dict.fromkeys(name for grade in graded.grades for name in grade.components):
-    values[f"reward/{name}"] = float(np.mean([g.components[name] for g in graded.grades if name in g.components]))
-  for name in dict.fromkeys(name for grade in graded.grades for name in grade.metrics):
-    top, bottom = np.sum([g.metrics[name] for g in graded.grades if name in g.metrics], axis=0)
-    if bottom:
-      values[name] = float(top / bottom)
-  for name, value in metrics._asdict().items():
-    values[name] = float(np.min(value) if name == "finite" else np.mean(value))
-  return values
+  def drift(self, state: TrainState, frozen: Frozen, cached: Rollout, exact: Rollout) -> dict[str, jax.Array]:
+    """The figures of `drift.drift` of a chunk that was completed both ways."""
+    program = self.compiled[cached.prompt.shape[1]].drift
+    return program(state.trainable, frozen._replace(reference={}), cached, exact)
 
 
 def advancer(
@@ -282,7 +279,8 @@ def advancer(
     frozen: the base, and the reference policy.
     programs: compiled.
     position: the iteration to start at.
-    workdir: where rollouts are dumped, every `grpo.dump_every` iterations.
+    workdir: of the run; its records say whether the cache is still trusted, and rollouts are dumped there, every
+      `grpo.dump_every` iterations.
   """
   config, task = experiment.config.grpo, experiment.task
   parts = [pipeline.Part(*part) for part in task.parts(texts.records)] if isinstance(task, Mixture) else []
@@ -298,19 +296,39 @@ def advancer(
     parts=parts,
   )
 
+  watch = programs.watch
+  cached = watch is None or watch.trusts(read_records(workdir / "metrics.jsonl"), position)
+
+  def look(
+    state: TrainState, placed: tuple[list[Prompts], jax.Array], record: np.ndarray, chunk: Rollout, rewards: np.ndarray
+  ) -> dict[str, float]:
+    """Completes the prompts of the first chunk without the cache too, and compares."""
+    exact = programs.rollout(state, frozen, placed[0][:1], placed[1], cached=False)
+    figures = programs.drift(state, frozen, chunk, *exact)
+    rows = len(chunk.sample_id)
+    _, graded, _ = grade_chunks(experiment, programs.grader, texts, record[:rows], exact)
+    return drift.named(figures, float(rewards[:rows].mean() - graded.rewards.mean()))
+
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
+    nonlocal cached
     batch = next(batches)
     placed = programs.place(batch, iteration)
     rolling = time.perf_counter()
-    chunks = programs.rollout(state, frozen, *placed)
+    chunks = programs.rollout(state, frozen, *placed, cached=cached)
     host_rollout, graded, arrived = grade_chunks(experiment, programs.grader, texts, batch.record, chunks)
     updating = time.perf_counter()
+    seen: dict[str, float] = {} if cached else {"cache_off": 1.0}
+    if watch and cached and watch.due(iteration):
+      seen = look(state, placed, batch.record, chunks[0], graded.rewards)
+      if watch.beyond(seen):
+        watch.warn(iteration + 1, seen, experiment.sampler.cache)
+        cached = False
     state, metrics, advantages = programs.update(state, frozen, chunks, graded.rewards)
     host_metrics = jax.device_get(metrics)
     compiled = (arrived - rolling) + (time.perf_counter() - updating)
     gap = programs.merge_gap(state, frozen, chunks[0]) if iteration % config.validate_every == 0 else {}
     tasks = [names[i] for i in batch.record] if names else []
-    values = gap | summarise(graded, host_rollout, host_metrics, config.num_generations, tasks)
+    values = seen | gap | summarise(graded, host_rollout, host_metrics, config.num_generations, tasks)
     if config.dump_every and iteration % config.dump_every == 0:
       dump.write(workdir / "rollouts", iteration, host_rollout, graded, jax.device_get(advantages))
     return state, values | {"compiled_seconds": compiled, "tokens": float(host_rollout.completion.size)}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import PreemptedError, RunError
 from d1jax.evaluation import command, evaluator, items, output
 from d1jax.training import experiment as experiments
@@ -63,11 +64,14 @@ def test_greedy_agrees_with_the_final_table(finished, tmp_path, capsys):
 def test_a_checkpoint_from_before_mixes_is_still_read(finished):
   _, trained = finished
   config = json.loads(json.dumps(trained["config"]))
-  for section, names in (("task", ("module", "mix")), ("rollout", ("early_exit",)), ("grpo", ("grading_workers",))):
+  late = ("cache", "refresh_every", "look_behind", "look_ahead", "schedule", "threshold", "factor", "max_reveal")
+  later = ("grading_workers", "estimator", "importance_cap", "drift_every", "drift_limit")
+  for section, names in (("task", ("module", "mix")), ("rollout", ("early_exit", *late)), ("grpo", later)):
     for name in names:
       del config[section][name]
   restored = experiments.of_checkpoint(config, load("eval"))
   assert experiments.build_task(restored).name == "sudoku"
+  assert SamplerSpec(**restored.rollout) == SamplerSpec(**trained["config"]["rollout"])
   assert experiments.of_checkpoint(trained["config"], load("eval")).task.to_dict() == trained["config"]["task"]
 
 
@@ -160,6 +164,34 @@ def test_any_mix_of_tasks_and_lengths(finished, tmp_path, capsys):
   assert [(line["task"], line["length"], line["n"]) for line in lines] == [(t, n, 4) for t, n, _ in names]
 
 
+def test_a_cache_and_a_schedule_are_those_of_the_rollouts_or_said():
+  config = load("eval")
+  rollouts = SamplerSpec(18, 6, 18, cache="window", refresh_every=2, look_ahead=4, schedule="threshold", threshold=0.5)
+  (sampler,) = command.samplers(config, rollouts)
+  assert sampler == SamplerSpec(**vars(rollouts) | {"temperature": 0.0, "early_exit": True})
+  config.update(cache="none", schedule="static")
+  (sampler,) = command.samplers(config, rollouts)
+  assert (sampler.cache, sampler.refresh_every, sampler.schedule) == ("none", None, "static")
+  config.update(cache="dual", schedule="factor")
+  (sampler,) = command.samplers(config, rollouts)
+  assert (sampler.cache, sampler.refresh_every, sampler.schedule, sampler.look_ahead) == ("dual", 2, "factor", 4)
+
+
+def test_an_evaluation_with_a_cache_says_so(finished, tmp_path, capsys):
+  workdir, _ = finished
+  fields = {"lengths": (24,), "block_length": 6, "tokens_per_step": 3, "questions": 8, "early_exit": False}
+  exact = evaluate(workdir, tmp_path / "exact", **fields)
+  assert "mode" not in capsys.readouterr().out
+  cached = evaluate(workdir, tmp_path / "dual", cache="dual", schedule="threshold", **fields)
+  (arm,) = cached["arms"]
+  assert (arm["sampler"]["cache"], arm["sampler"]["schedule"]) == ("dual", "threshold")
+  shown = capsys.readouterr().out
+  assert "mode" in shown
+  assert "dual threshold" in shown
+  assert exact["arms"][0]["summary"]["forward_passes"] == 8
+  assert 4 <= arm["summary"]["forward_passes"] <= 24
+
+
 def test_a_task_of_ones_own_beside_others(finished, tmp_path):
   workdir, _ = finished
   module = str(Path(__file__).parents[1] / "tasks" / "parity_task.py")
@@ -243,6 +275,14 @@ def test_a_models_folder_is_evaluated_as_d1_does(tmp_path):
       "cfg_scale": 0.0,
       "remasking": "low_confidence",
       "early_exit": False,
+      "cache": "none",
+      "refresh_every": None,
+      "look_behind": 16,
+      "look_ahead": 16,
+      "schedule": "static",
+      "threshold": 0.9,
+      "factor": 1.0,
+      "max_reveal": 4,
     }
     assert arm["summary"]["n"] == 2
   # The prefill ends the prompt: without it the prompts are others.
@@ -264,6 +304,8 @@ def test_a_models_folder_is_evaluated_as_d1_does(tmp_path):
     ({"tasks": ("chess",)}, "unknown task 'chess'"),
     ({"protocol": "loose"}, "unknown protocol 'loose'"),
     ({"remasking": "none"}, "remasking='none' is unknown"),
+    ({"cache": "duel"}, "cache='duel' is unknown"),
+    ({"schedule": "quick"}, "schedule='quick' is unknown"),
     ({"prompt_buckets": (4,)}, "every test prompt is longer than evaluation.prompt_buckets"),
     ({"tasks": ("gsm8k",), "style": "d1_eval"}, "gsm8k root is None"),
     ({"questions": 0}, "questions is 0; give an integer of at least 1"),

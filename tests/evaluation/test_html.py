@@ -77,6 +77,7 @@ def results(*sets, protocol="strict", accuracy="solved", **fields) -> dict:
       "task": items[0].task,
       "length": items[0].length,
       "temperature": items[0].temperature,
+      "sampler": None,
       "summary": summarise(items, accuracy),
       "baseline": {"value": 0.0213, "interval": [0.01, 0.03]},
     }

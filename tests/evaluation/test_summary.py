@@ -241,11 +241,19 @@ def rows() -> list[dict]:
   ]
   sampled = arm(400, 0.764, seeds=4, samples=4, length=512, temperature=0.9)
   return [
-    {"task": "sudoku", "length": 256, "temperature": 0.0, "summary": summarise(sudoku, "solved"), "baseline": None},
+    {
+      "task": "sudoku",
+      "length": 256,
+      "temperature": 0.0,
+      "sampler": None,
+      "summary": summarise(sudoku, "solved"),
+      "baseline": None,
+    },
     {
       "task": "gsm8k",
       "length": 512,
       "temperature": 0.9,
+      "sampler": {"cache": "window", "schedule": "static"},
       "summary": summarise(sampled, "solved"),
       "baseline": {"value": 0.0213, "interval": [0.01, 0.03]},
     },
@@ -264,6 +272,7 @@ def test_the_table_shows_the_numbers_of_the_summaries():
     "task": ["sudoku", "gsm8k"],
     "length": ["256", "512"],
     "temp": ["0", "0.9"],
+    "mode": ["", "window"],
     "n": ["12", "400"],
     "accuracy [95%]": [
       "25.0 [{:.1f}, {:.1f}]".format(*(100 * end for end in wilson(0.25, 12))),
@@ -283,11 +292,15 @@ def test_the_table_shows_the_numbers_of_the_summaries():
 
 
 def test_columns_without_a_value_are_left_out():
-  only = {"task": "gsm8k", "length": 0, "temperature": 0.0, "summary": summarise([item(0)], "solved"), "baseline": None}
+  usual = {"cache": "none", "schedule": "static"}
+  only = rows()[0] | {"task": "gsm8k", "length": 0, "sampler": usual, "summary": summarise([item(0)], "solved")}
   assert [column.head for column in columns([only])] == ["task", "temp", "n", "accuracy [95%]"]
   unknown = only | {"summary": summarise([item(0, None)], "solved")}
   assert [column.head for column in columns([unknown])] == ["task", "temp", "n"]
   assert len(table([only]).splitlines()) == 3
+  for cache, schedule, said in (("dual", "threshold", "dual threshold"), ("none", "factor", "factor")):
+    arms = [only | {"sampler": {"cache": cache, "schedule": schedule}}, only]
+    assert {column.head: column.cells for column in columns(arms)}["mode"] == [said, ""]
 
 
 def test_arms_of_different_sample_counts_have_columns_of_their_own():

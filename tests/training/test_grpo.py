@@ -7,96 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from d1jax.diffusion.rollout import Rollout
 from d1jax.errors import RunError
-from d1jax.rl.grading import Graded, Grader
-from d1jax.rl.update import UpdateMetrics
-from d1jax.tasks import Grade
 from d1jax.training import experiment as experiments
 from d1jax.training import grpo, recipe
 from d1jax.training.metrics import read_records
 from tests import jobs
 from tests.jobs import small
-
-UPDATE = UpdateMetrics(*(np.asarray([1.0, 3.0], np.float32) for _ in range(5)), np.asarray([True, False]))
-
-
-def made_up(rows, completion_length=6, seed=0):
-  """A rollout of made-up ids on the host; every mask is true up to a length of its own."""
-  rng = np.random.default_rng(seed)
-  completion = rng.integers(3, 9, (rows, completion_length)).astype(np.int32)
-  mask = np.arange(completion_length) < rng.integers(1, completion_length + 1, (rows, 1))
-  zeros = np.zeros((rows, completion_length), np.float32)
-  ids = np.arange(rows, dtype=np.int32)
-  return Rollout(ids, ids // 2, completion, mask, completion, mask, zeros.astype(np.int32), zeros - 0.5)
-
-
-def graded(*grades):
-  return Graded(["?"] * len(grades), list(grades), np.asarray([g.reward for g in grades], np.float32))
-
-
-def test_metrics_are_pooled_and_components_averaged():
-  batch = graded(
-    Grade({"right": 1.0, "format": 0.5}, {"solved": (1, 1), "cells": (2, 8)}),
-    Grade({"right": 0.0, "format": 0.5}, {"solved": (0, 1), "cells": (1, 2)}),
-    Grade({"right": 0.0, "format": 0.0}, {"solved": (0, 1), "cells": (0, 0)}),
-    Grade({"right": 0.0, "format": 0.0}, {"solved": (1, 1), "cells": (3, 5)}),
-  )
-  values = grpo.summarise(batch, made_up(4), UPDATE, 2, [])
-  assert (values["reward"], values["reward/right"], values["reward/format"]) == (0.5, 0.25, 0.25)
-  assert (values["solved"], values["cells"]) == (0.5, 6 / 15)
-  assert (values["reward_std"], values["no_signal"]) == (0.25, 0.5)
-  assert (values["loss"], values["finite"], values["entropy"]) == (2.0, 0.0, 0.5)
-  assert values["completion_length"] == made_up(4).completion_mask.sum() / 4
-
-
-def test_rows_of_several_tasks_count_where_they_have_something_to_say():
-  batch = graded(
-    Grade({"grid": 1.0}, {"solved": (1, 1), "a/solved": (1, 1), "cells": (3, 4)}),
-    Grade({"sum": 0.25, "format": 0.25}, {"solved": (0, 1), "b/solved": (0, 1), "extra": (0, 0)}),
-    Grade({"grid": 0.5}, {"solved": (0, 1), "a/solved": (0, 1), "cells": (1, 4)}),
-    Grade({"sum": 0.75, "format": 0.0}, {"solved": (1, 1), "b/solved": (1, 1), "extra": (0, 0)}),
-  )
-  values = grpo.summarise(batch, made_up(4), UPDATE, 2, ["a", "b", "a", "b"])
-  assert (values["reward"], values["a/reward"], values["b/reward"]) == (0.6875, 0.75, 0.625)
-  assert (values["reward/grid"], values["reward/sum"], values["reward/format"]) == (0.75, 0.5, 0.125)
-  assert (values["solved"], values["a/solved"], values["b/solved"], values["cells"]) == (0.5, 0.5, 0.5, 0.5)
-  assert "extra" not in values, "no row counts for it"
-
-
-class Recording(Grader):
-  """Notes what is asked for, in its order."""
-
-  def __init__(self, task):
-    super().__init__(task, 0)
-    self.events = []
-
-  def submit(self, texts, records, protocol):
-    number = len(self.events)
-    self.events.append(("submitted", len(texts), protocol))
-    wait = super().submit(texts, records, protocol)
-
-    def waiting():
-      self.events.append(("waited for", number))
-      return wait()
-
-    return waiting
-
-
-@pytest.mark.parametrize("protocol", ["strict", "d1"])
-def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol):
-  experiment = experiments.build(small(tmp_path, task__protocol=protocol), None)
-  texts, grader = experiment.texts("train"), Recording(experiment.task)
-  chunks = tuple(made_up(4, completion_length=18, seed=seed) for seed in range(3))
-  record = np.asarray([5, 5, 0, 0, 9, 9, 1, 1, 2, 2, 3, 3], np.int32)
-  rollout, found, _ = grpo.grade_chunks(experiment, grader, texts, record, jax.device_put(chunks))
-  assert grader.events == [("submitted", 4, protocol)] * 3 + [("waited for", n) for n in range(3)]
-  np.testing.assert_array_equal(rollout.completion, np.concatenate([c.completion for c in chunks]))
-  for row, (text, index) in enumerate(zip(found.texts, record, strict=True)):
-    ids = rollout.completion[row][rollout.completion_mask[row] | (protocol == "d1")]
-    assert text == texts.prefills[index] + experiment.tokenizer.decode_all([ids.tolist()])[0]
-    assert found.grades[row] == experiment.task.grade(text, texts.records[index], protocol)
-    assert found.rewards[row] == np.float32(found.grades[row].reward)
 
 
 def test_workers_change_no_number(tmp_path):
@@ -173,3 +89,67 @@ def test_a_signal_to_all_processes_stops_the_job_as_one_to_the_job_does(tmp_path
   while set(workers) & running().keys():
     assert time.monotonic() < end, "processes are left behind"
     time.sleep(0.02)
+
+
+def records_of(workdir):
+  return [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_recorded_states_train_as_well(tmp_path, cap):
+  changes = {"grpo__estimator": "trajectory", "grpo__importance_cap": cap, "grpo__num_iterations": 2}
+  recipe.run(small(tmp_path, grpo__steps=3, grpo__accumulation=2, grpo__beta=0.01, **changes))
+  records = records_of(tmp_path)
+  assert len(records) == 3
+  assert any(r["grad_norm"] > 0 for r in records)
+  assert all(np.isfinite(r["loss"]) for r in records)
+  for record in records:
+    assert ("importance/effective_sample_size" in record) == (cap is not None)
+    # Rollouts without a cache are drawn from what is trained.
+    assert record.get("importance/effective_sample_size", 1.0) == pytest.approx(1, abs=1e-5)
+    assert "drift/logp_difference" not in record
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"grpo__estimator": "two_step"}, "unknown grpo.estimator 'two_step'; choose one of: one_step, trajectory"),
+    ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states .* shifts the data, not the ratio"),
+    ({"grpo__importance_cap": 0.0, "grpo__estimator": "trajectory"}, "importance_cap=0.0 must be positive"),
+    (
+      {"grpo__importance_cap": 2.0, "grpo__estimator": "trajectory", "rollout__temperature": 0.0},
+      "importance_cap=2.0 .* compare the probabilities of draws, but rollout.temperature=0 takes the argmax",
+    ),
+    ({"rollout__cache": "dual", "rollout__temperature": 0.0}, "drift_every=4 compare the probabilities of draws"),
+    ({"grpo__drift_every": -1}, "grpo.drift_every is -1"),
+    ({"grpo__drift_every": 0, "grpo__drift_limit": 0.1}, "grpo.drift_limit is 0.1 with grpo.drift_every=0"),
+    ({"grpo__drift_limit": -0.1}, "grpo.drift_limit is -0.1"),
+  ],
+)
+def test_combinations_that_make_no_sense_claim_no_folder(tmp_path, changes, message):
+  with pytest.raises(RunError, match=message):
+    recipe.run(small(tmp_path / "run", **changes))
+  assert not (tmp_path / "run").exists()
+
+
+def test_without_its_cache_a_sampler_is_the_exact_one(tmp_path):
+  """The program that a run falls back to gives the rollouts of a run that never had a cache, bit for bit."""
+  found = []
+  for cache in ("none", "dual"):
+    fields = {"rollout__cache": cache, "rollout__diffusion_steps": 6, "model__overrides__layers": 2}
+    experiment = experiments.build(small(tmp_path, **fields), None)
+    optimizer = experiment.optimizer(experiment.config.grpo, 4)
+    programs = grpo.Programs(experiment, optimizer)
+    programs.compile()
+    assert (programs.watch is not None) == (cache == "dual")
+    state, frozen = experiment.weights.fresh_state(optimizer), experiment.weights.frozen
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(4, 9, (8, 33)).astype(np.int32)
+    ids = np.arange(8, dtype=np.int32)
+    placed = jax.device_put(((prompt, np.ones_like(prompt, bool), ids, ids // 4),), experiment.by_row)
+    iteration = jax.device_put(np.int32(3), experiment.replicated)
+    ways = [True, False] if cache == "dual" else [True]
+    found += [jax.device_get(programs.rollout(state, frozen, list(placed), iteration, cached=w))[0] for w in ways]
+  exact, cached, without = found
+  jax.tree.map(np.testing.assert_array_equal, without, exact)
+  assert (cached.reveal_logp != exact.reveal_logp).any()

@@ -1,0 +1,113 @@
+"""Drift: what a cached sampler does differently from the exact one, looked at while a run goes on.
+
+Every so often the prompts of one chunk are completed both ways under the same weights and keys. The figures are logged,
+and beyond a limit the run goes on without its cache.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.rl.importance import effective_sample_size, weight_sums
+
+log = logging.getLogger(__name__)
+
+
+def without_cache(sampler: SamplerSpec) -> SamplerSpec:
+  """The same sampler without a cache; its schedule stays."""
+  return dataclasses.replace(sampler, cache="none", refresh_every=None)
+
+
+def drift(cached: Rollout, exact: Rollout, exact_logp: Float[Array, "B C"]) -> dict[str, Float[Array, ""]]:
+  """Compares completions of the same prompts under the same keys.
+
+  Args:
+    cached: of the sampler with a cache.
+    exact: of the one without.
+    exact_logp: log-probability of each token of `cached` at the state in which it was revealed, by exact forward passes
+      (`d1jax.diffusion.replay`).
+
+  Returns:
+    `token_agreement`, the share of completion tokens that both have, of those that either has; `logp_difference` and
+    `logp_bias`, mean |d| and mean d over the tokens of `cached`, with d = reveal_logp - exact_logp in nats;
+    `effective_sample_size` of the completions, as a share, when each is weighted by exp(-sum d).
+  """
+  mask = cached.completion_mask
+  agree = (cached.completion == exact.completion) & mask & exact.completion_mask
+  difference = jnp.where(mask, cached.reveal_logp - exact_logp, 0.0)
+  log_ratio = -jnp.sum(difference, axis=1)
+  ratio = jnp.exp(log_ratio - jnp.max(log_ratio))
+  return {
+    "token_agreement": jnp.sum(agree) / jnp.sum(mask | exact.completion_mask),
+    "logp_difference": jnp.sum(jnp.abs(difference)) / jnp.sum(mask),
+    "logp_bias": jnp.sum(difference) / jnp.sum(mask),
+    "effective_sample_size": effective_sample_size(weight_sums(ratio, jnp.ones_like(ratio, bool))),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """When a run looks at its drift, and what it makes of it.
+
+  Attributes:
+    every: iterations between looks, the first at once; 0: never.
+    limit: of `drift/logp_difference`, in nats a token; beyond it the cache is off for the rest of the stage. None: the
+      figures are only logged.
+  """
+
+  every: int
+  limit: float | None
+
+  def __post_init__(self) -> None:
+    if self.every < 0:
+      raise ValueError(f"grpo.drift_every is {self.every}; give iterations between looks at the drift, or 0 for none")
+    if self.limit is not None and (self.limit < 0 or not self.every):
+      raise ValueError(
+        f"grpo.drift_limit is {self.limit} with grpo.drift_every={self.every}: a limit is of at least 0 nats a token,"
+        " and drift_every says how often it is looked at"
+      )
+
+  def due(self, iteration: int) -> bool:
+    """Whether to look at this iteration, counted from 0."""
+    return self.every > 0 and iteration % self.every == 0
+
+  def beyond(self, values: Mapping[str, Any]) -> bool:
+    """Whether the figures of an iteration, if it has any, are beyond the limit; a difference that is no number is."""
+    if self.limit is None or "drift/logp_difference" not in values:
+      return False
+    return not values["drift/logp_difference"] <= self.limit
+
+  def trusts(self, records: Iterable[Mapping[str, Any]], position: int) -> bool:
+    """Whether a GRPO stage that goes on behind iteration `position`, counted from 1, still has its cache.
+
+    Args:
+      records: of the run; those of later iterations will be made again.
+      position: the last iteration of the state at hand; 0 at the start.
+    """
+    own = (r for r in records if r["stage"] == "grpo" and r["iteration"] <= position)
+    return not any(self.beyond(r) for r in own)
+
+  def warn(self, iteration: int, values: Mapping[str, float], cache: str) -> None:
+    """Says that the cache goes off, and why; `iteration` is counted from 1."""
+    log.warning(
+      "grpo iteration %d: a token's log-probability differs by %.4f nats from the exact one, beyond grpo.drift_limit=%g"
+      " (token agreement %.1f%%, reward gap %+.4f): rollouts go on without the cache %s",
+      iteration,
+      values["drift/logp_difference"],
+      self.limit,
+      100 * values["drift/token_agreement"],
+      values["drift/reward_gap"],
+      cache,
+    )
+
+
+def named(figures: Mapping[str, jax.Array], reward_gap: float) -> dict[str, float]:
+  """The figures on the host, as a run logs them, with the reward gap: the mean reward, cached minus exact."""
+  values = {f"drift/{name}": float(value) for name, value in jax.device_get(dict(figures)).items()}
+  return values | {"drift/reward_gap": reward_gap}

@@ -1,0 +1,94 @@
+import jax
+import numpy as np
+import pytest
+
+from d1jax.diffusion.rollout import Rollout
+from d1jax.rl.grading import Graded, Grader
+from d1jax.rl.update import UpdateMetrics
+from d1jax.tasks import Grade
+from d1jax.training import experiment as experiments
+from d1jax.training import host
+from tests.jobs import small
+
+UPDATE = UpdateMetrics(*(np.asarray([1.0, 3.0], np.float32) for _ in range(5)), np.asarray([True, False]))
+
+
+def made_up(rows, completion_length=6, seed=0):
+  """A rollout of made-up ids on the host; every mask is true up to a length of its own."""
+  rng = np.random.default_rng(seed)
+  completion = rng.integers(3, 9, (rows, completion_length)).astype(np.int32)
+  mask = np.arange(completion_length) < rng.integers(1, completion_length + 1, (rows, 1))
+  zeros = np.zeros((rows, completion_length), np.float32)
+  ids = np.arange(rows, dtype=np.int32)
+  return Rollout(ids, ids // 2, completion, mask, completion, mask, zeros.astype(np.int32), zeros - 0.5)
+
+
+def graded(*grades):
+  return Graded(["?"] * len(grades), list(grades), np.asarray([g.reward for g in grades], np.float32))
+
+
+def test_metrics_are_pooled_and_components_averaged():
+  batch = graded(
+    Grade({"right": 1.0, "format": 0.5}, {"solved": (1, 1), "cells": (2, 8)}),
+    Grade({"right": 0.0, "format": 0.5}, {"solved": (0, 1), "cells": (1, 2)}),
+    Grade({"right": 0.0, "format": 0.0}, {"solved": (0, 1), "cells": (0, 0)}),
+    Grade({"right": 0.0, "format": 0.0}, {"solved": (1, 1), "cells": (3, 5)}),
+  )
+  values = host.summarise(batch, made_up(4), UPDATE, 2, [])
+  assert (values["reward"], values["reward/right"], values["reward/format"]) == (0.5, 0.25, 0.25)
+  assert (values["solved"], values["cells"]) == (0.5, 6 / 15)
+  assert (values["reward_std"], values["no_signal"]) == (0.25, 0.5)
+  assert (values["loss"], values["finite"], values["entropy"]) == (2.0, 0.0, 0.5)
+  assert values["completion_length"] == made_up(4).completion_mask.sum() / 4
+  assert "importance/effective_sample_size" not in values
+  weighted = UPDATE._replace(effective_sample_size=np.asarray([0.5, 0.75], np.float32))
+  assert host.summarise(batch, made_up(4), weighted, 2, []) == values | {"importance/effective_sample_size": 0.625}
+
+
+def test_rows_of_several_tasks_count_where_they_have_something_to_say():
+  batch = graded(
+    Grade({"grid": 1.0}, {"solved": (1, 1), "a/solved": (1, 1), "cells": (3, 4)}),
+    Grade({"sum": 0.25, "format": 0.25}, {"solved": (0, 1), "b/solved": (0, 1), "extra": (0, 0)}),
+    Grade({"grid": 0.5}, {"solved": (0, 1), "a/solved": (0, 1), "cells": (1, 4)}),
+    Grade({"sum": 0.75, "format": 0.0}, {"solved": (1, 1), "b/solved": (1, 1), "extra": (0, 0)}),
+  )
+  values = host.summarise(batch, made_up(4), UPDATE, 2, ["a", "b", "a", "b"])
+  assert (values["reward"], values["a/reward"], values["b/reward"]) == (0.6875, 0.75, 0.625)
+  assert (values["reward/grid"], values["reward/sum"], values["reward/format"]) == (0.75, 0.5, 0.125)
+  assert (values["solved"], values["a/solved"], values["b/solved"], values["cells"]) == (0.5, 0.5, 0.5, 0.5)
+  assert "extra" not in values, "no row counts for it"
+
+
+class Recording(Grader):
+  """Notes what is asked for, in its order."""
+
+  def __init__(self, task):
+    super().__init__(task, 0)
+    self.events = []
+
+  def submit(self, texts, records, protocol):
+    number = len(self.events)
+    self.events.append(("submitted", len(texts), protocol))
+    wait = super().submit(texts, records, protocol)
+
+    def waiting():
+      self.events.append(("waited for", number))
+      return wait()
+
+    return waiting
+
+
+@pytest.mark.parametrize("protocol", ["strict", "d1"])
+def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol):
+  experiment = experiments.build(small(tmp_path, task__protocol=protocol), None)
+  texts, grader = experiment.texts("train"), Recording(experiment.task)
+  chunks = tuple(made_up(4, completion_length=18, seed=seed) for seed in range(3))
+  record = np.asarray([5, 5, 0, 0, 9, 9, 1, 1, 2, 2, 3, 3], np.int32)
+  rollout, found, _ = host.grade_chunks(experiment, grader, texts, record, jax.device_put(chunks))
+  assert grader.events == [("submitted", 4, protocol)] * 3 + [("waited for", n) for n in range(3)]
+  np.testing.assert_array_equal(rollout.completion, np.concatenate([c.completion for c in chunks]))
+  for row, (text, index) in enumerate(zip(found.texts, record, strict=True)):
+    ids = rollout.completion[row][rollout.completion_mask[row] | (protocol == "d1")]
+    assert text == texts.prefills[index] + experiment.tokenizer.decode_all([ids.tolist()])[0]
+    assert found.grades[row] == experiment.task.grade(text, texts.records[index], protocol)
+    assert found.rewards[row] == np.float32(found.grades[row].reward)
