@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from d1jax.generation.generate import generate
   from d1jax.pretrained import from_pretrained
 
-__all__ = ["from_pretrained"]
+__all__ = ["from_pretrained", "generate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
     from d1jax.pretrained import from_pretrained
 
     return from_pretrained
+  if name == "generate":
+    from d1jax.generation.generate import generate
+
+    return generate
   raise AttributeError(f"module 'd1jax' has no attribute {name!r}")

@@ -31,7 +31,11 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
     from d1jax import export
 
     return export.run
-  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export")
+  if config.mode == "generate":
+    from d1jax.generation import command as generation
+
+    return generation.run
+  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export, generate")
 
 
 def _run(argv: Sequence[str]) -> None:

@@ -1,0 +1,174 @@
+"""The canvas as a grid of characters: which token each belongs to, and which step revealed it.
+
+A hidden token takes as much room as what it will be, so that nothing moves while the canvas fills.
+"""
+
+import dataclasses
+import functools
+import itertools
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from d1jax.data.tokenizer import Tokenizer
+from d1jax.generation.generate import Generation
+
+HIDDEN, NEW_LINE, END, BEHIND, SILENT, UNPRINTABLE = "░", "↵", "∎", "·", "◦", "\ufffd"
+"""A token not revealed yet; a line break; the stop; a token behind it; one without text; a control character."""
+
+_HANGING = (" ", NEW_LINE)
+
+SCALE = (33, 69, 99, 135, 134, 169, 168, 167, 166, 172)
+"""From early to late: blue, violet, red, orange. Numbers of xterm's 256 colours, readable on black and on white."""
+
+GIVEN = -1
+"""The step of a token that was given, not revealed."""
+
+NEVER = int(np.iinfo(np.int32).max)
+"""The step of a token that no step revealed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Glyph:
+  """A character on the grid; marks that combine with it included.
+
+  Attributes:
+    text: what is drawn.
+    columns: how wide it is: 1, or 2.
+    token: the place of its token.
+  """
+
+  text: str
+  columns: int
+  token: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Canvas:
+  """A completion and how it came about.
+
+  Attributes:
+    prompt: what was asked.
+    texts: of each token, to be shown.
+    steps: that revealed each, counted from 0 without gaps; `GIVEN` and `NEVER` besides.
+  """
+
+  prompt: str
+  texts: tuple[str, ...]
+  steps: Int[np.ndarray, "N"]
+
+  @functools.cached_property
+  def total(self) -> int:
+    """How many steps revealed something."""
+    return int(self.steps[self.steps < NEVER].max()) + 1
+
+  def progress(self, step: int) -> tuple[str, str]:
+    """How far a step is, and how many tokens are revealed after it."""
+    own = self.steps > GIVEN
+    return f"step {step + 1} of {self.total}", f"{int((own & (self.steps <= step)).sum())} of {int(own.sum())} tokens"
+
+  def shade(self, token: int) -> int:
+    """A token's colour, a place in `SCALE`."""
+    return round(int(self.steps[token]) / max(self.total - 1, 1) * (len(SCALE) - 1))
+
+
+def of(generation: Generation, tokenizer: Tokenizer) -> Canvas:
+  """The canvas of a completion.
+
+  Args:
+    generation: the completion.
+    tokenizer: that made it.
+  """
+  ids = generation.tokens.tolist()
+  ended = ids[generation.length - 1] in tokenizer.stop_ids
+  read = generation.length - ended
+  texts = [text or SILENT for text in pieces(tokenizer, ids[:read])]
+  texts += [END] * ended + [BEHIND] * (len(ids) - generation.length)
+  recorded = generation.reveal_step
+  steps = np.where(recorded < 0, NEVER, np.searchsorted(np.unique(recorded[recorded >= 0]), recorded))
+  if generation.prefill:
+    texts, steps = [generation.prefill, *texts], np.append(GIVEN, steps)
+  return Canvas(generation.prompt, tuple(texts), steps)
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+  """What each token adds to the text; together they are the text.
+
+  A character of several tokens belongs to the last of them.
+  """
+  if not ids:
+    return []
+  texts = tokenizer.decode_all([ids[:end] for end in range(1, len(ids) + 1)])
+  ends = itertools.accumulate([0, *(_shared(text, texts[-1]) for text in texts)], max)
+  return [texts[-1][first:end] for first, end in itertools.pairwise(ends)]
+
+
+def _shared(text: str, other: str) -> int:
+  """How many characters two texts begin with alike."""
+  if other.startswith(text):
+    return len(text)
+  return next(place for place, pair in enumerate(zip(text, other + "\0", strict=False)) if pair[0] != pair[1])
+
+
+def layout(texts: Sequence[str], columns: int) -> list[list[Glyph]]:
+  """Lays texts out in lines: at their line breaks, between words, and within words longer than a line.
+
+  A space or the sign of a line break stays on the line of its word, where it may stand out by a column.
+
+  Args:
+    texts: of tokens.
+    columns: of a line.
+  """
+  lines: list[list[Glyph]] = [[]]
+  used = 0
+  for word in _words(texts):
+    letters = sum(glyph.columns for glyph in word if glyph.text not in _HANGING)
+    fresh = used > 0 and used + letters > columns
+    for glyph in word:
+      if fresh or (used + glyph.columns > columns and glyph.text not in _HANGING):
+        lines.append([])
+        used, fresh = 0, False
+      lines[-1].append(glyph)
+      used += glyph.columns
+    if word and word[-1].text == NEW_LINE:
+      lines.append([])
+      used = 0
+  return lines if lines[-1] else lines[:-1]
+
+
+def _words(texts: Sequence[str]) -> list[list[Glyph]]:
+  """Glyphs in words, each with the space or line break that ends it."""
+  words: list[list[Glyph]] = [[]]
+  for token, text in enumerate(texts):
+    for char in text:
+      if unicodedata.combining(char) and words[-1]:
+        last = words[-1][-1]
+        words[-1][-1] = dataclasses.replace(last, text=last.text + char)
+        continue
+      wide = unicodedata.east_asian_width(char) in ("W", "F")
+      words[-1].append(Glyph(visible(char), 2 if wide else 1, token))
+      if char in " \n":
+        words.append([])
+  return words
+
+
+def visible(char: str) -> str:
+  """The character, or another where it would move the cursor, vanish or change the direction of what follows."""
+  if char == "\n":
+    return NEW_LINE
+  return UNPRINTABLE if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
+
+
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+  """At most so many of the steps, evenly spaced, the last among them."""
+  if len(steps) <= most:
+    return list(steps)
+  return [steps[round(place)] for place in np.linspace(len(steps) / most, len(steps), most) - 1]
+
+
+def rgb(shade: int) -> tuple[int, int, int]:
+  """Red, green and blue of a place in `SCALE`, from 0 to 255."""
+  levels, number = (0, 95, 135, 175, 215, 255), SCALE[shade] - 16
+  return levels[number // 36], levels[number // 6 % 6], levels[number % 6]

@@ -1,0 +1,171 @@
+"""`--config=configs/generate.py`: completes prompts, prints the texts and, if asked, how they came about."""
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from d1jax.data.tokenizer import Tokenizer
+from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.errors import InterruptedRunError, RunError, StorageError, explained, input_checked
+from d1jax.evaluation import subject
+from d1jax.evaluation.subject import Subject
+from d1jax.generation import canvas as canvases
+from d1jax.generation import film, terminal
+from d1jax.generation.generate import Generation, stream
+from d1jax.state import merge, merge_for_rollout
+from d1jax.tasks.common import check_integer
+
+WIDEST = 100
+"""Columns of a canvas, on a wider terminal too."""
+
+
+def run(config: ConfigDict) -> list[Generation]:
+  """Completes `config.prompt`, or the lines of standard input, prints the texts and returns them."""
+  if config.checkpoint is None and config.pretrained is None:
+    raise RunError(
+      "nobody to answer: set config.checkpoint (a work directory or a checkpoint's folder) or config.pretrained (a"
+      " model's folder)"
+    )
+  try:
+    prompts = _prompts(config)
+    path = _film_path(config, len(prompts))
+    with explained("generation", "fewer answers at a time: --config.batch_size=1"):
+      shown = _answer(config, prompts, path)
+  except KeyboardInterrupt:
+    raise InterruptedRunError("SIGINT: stopped before everything was answered") from None
+  return shown
+
+
+def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[Generation]:
+  """Reads the model, completes, prints, and saves the film."""
+  found = subject.load(config)
+  experiment = found.experiment
+  with input_checked():
+    generations = stream(
+      experiment.denoiser,
+      _params(found),
+      experiment.tokenizer,
+      prompts,
+      spec=_sampler(config, experiment.sampler),
+      prefill=config.prefill,
+      samples=config.samples,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      prompt_buckets=tuple(config.prompt_buckets),
+      rules=experiment.weights.rules,
+    )
+  shown = list(_printed(generations, config, experiment.tokenizer, several=len(prompts) > 1))
+  if path is not None:
+    try:
+      film.save(path, [canvases.of(one, experiment.tokenizer) for one in shown])
+    except OSError as error:
+      raise StorageError(f"film={str(path)!r} could not be written ({error.strerror}); name another place") from None
+    print(f"{path}: {path.stat().st_size / 1024:.0f} KiB", file=sys.stderr)
+  return shown
+
+
+def _film_path(config: ConfigDict, prompts: int) -> Path | None:
+  """Where the film goes, if there is one; a RunError where it cannot."""
+  if config.film is None:
+    return None
+  path = Path(config.film)
+  with input_checked():
+    film.check(path)
+  if prompts * config.samples > film.MOST_CANVASES:
+    raise RunError(
+      f"a film of {prompts} prompts with {config.samples} samples is too long; ask for at most {film.MOST_CANVASES}"
+      " answers"
+    )
+  return path
+
+
+def _prompts(config: ConfigDict) -> list[str]:
+  """The prompts: the one of the configuration, or those of standard input."""
+  if config.prompt is not None:
+    if not config.prompt.strip():
+      raise RunError("config.prompt is empty; write something")
+    return [config.prompt]
+  if sys.stdin is None or sys.stdin.isatty():
+    raise RunError("no prompt: set config.prompt, or send prompts to standard input, one a line")
+  try:
+    lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
+  except UnicodeDecodeError as error:
+    raise RunError(f"standard input is not UTF-8 (byte {error.start}); convert it first") from None
+  prompts = [line for line in lines if line.strip()]
+  if not prompts:
+    raise RunError("no prompt: standard input is empty; send prompts, one a line, or set config.prompt")
+  return prompts
+
+
+def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
+  """How answers are drawn; what is not set is as in the rollouts, the tokens a step among it."""
+  for name, value in (("block_length", config.block_length), ("tokens_per_step", config.tokens_per_step)):
+    if value is not None:
+      check_integer(name, value, 1)
+  length = trained.completion_length if config.length is None else config.length
+  block = min(trained.block_length, length) if config.block_length is None else config.block_length
+  per_step = config.tokens_per_step or trained.completion_length / trained.diffusion_steps
+  cache = config.cache or trained.cache
+  return dataclasses.replace(
+    trained,
+    completion_length=length,
+    block_length=block,
+    diffusion_steps=length // max(block, 1) * max(1, round(block / per_step)),
+    temperature=config.temperature,
+    cfg_scale=trained.cfg_scale if config.cfg_scale is None else config.cfg_scale,
+    remasking=config.remasking or trained.remasking,
+    early_exit=config.early_exit,
+    cache=cache,
+    refresh_every=None if cache == "none" else trained.refresh_every,
+    schedule=config.schedule or trained.schedule,
+    threshold=trained.threshold if config.threshold is None else config.threshold,
+  )
+
+
+def _params(found: Subject) -> Any:
+  """The weights that answer; adapters are added into a float base, in its place."""
+  weights = found.experiment.weights
+  if not weights.merges:
+    return merge(found.trainable, found.frozen)
+  placements = (weights.trainable_placement, weights.frozen_placement())
+  program = jax.jit(merge_for_rollout, in_shardings=placements, out_shardings=weights.base_placement, donate_argnums=1)
+  return program(found.trainable, found.frozen)
+
+
+def _printed(
+  generations: Iterator[Generation], config: ConfigDict, tokenizer: Tokenizer, *, several: bool
+) -> Iterator[Generation]:
+  """Prints each completion and passes it on."""
+  terminals = sys.stdout.isatty()
+  colored = terminals and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+  columns = min(WIDEST, shutil.get_terminal_size().columns - 1)
+  for one in generations:
+    names = [f"prompt {one.index + 1}"] * several + [f"sample {one.sample + 1}"] * (config.samples > 1)
+    if names:
+      asked = " ".join(one.prompt.split())
+      head = f"[{', '.join(names)}] {asked if len(asked) <= columns // 2 else asked[: columns // 2] + '...'}"
+      _write(terminal.harmless(head) + "\n")
+    if config.show_steps:
+      view = terminal.show(canvases.of(one, tokenizer), columns=columns, colored=colored)
+      _write(view + "\n\n")
+    _write((terminal.harmless(one.text) if terminals else one.text) + "\n" * (1 + bool(names)))
+    yield one
+
+
+def _write(text: str) -> None:
+  """Writes to standard output, what its encoding lacks as question marks; a StorageError where nobody reads it."""
+  encoding = sys.stdout.encoding or "utf-8"
+  try:
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+  except OSError as error:
+    raise StorageError(
+      f"standard output took no more text ({error.strerror}); send it to a file that has room"
+    ) from None

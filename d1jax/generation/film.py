@@ -1,0 +1,168 @@
+"""The canvas as an animated picture, a GIF."""
+
+import io
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from d1jax.generation.canvas import GIVEN, SCALE, Canvas, Glyph, evenly, layout, rgb
+from d1jax.training.workdir import write_atomically
+
+MOST_FRAMES = 240
+PILL = (45, 49, 58)
+"""The colour of a hidden token."""
+
+MOST_CANVASES = 8
+"""Completions of a film, which are shown one after the other."""
+
+_SIZE, _CELL, _LINE, _MARGIN = 18, 11, 29, 28  # pixels: letters, their grid, the border
+_PROMPT_LINES = 5
+_FIRST, _SHORTEST, _LONGEST, _LAST = 700, 40, 500, 3000  # milliseconds
+_WHOLE = 8000  # milliseconds that the steps take together, if that is not too fast or too slow
+_BACKGROUND, _DIM, _BRIGHT, _WHITE = (21, 23, 28), (125, 132, 145), (222, 226, 232), (255, 255, 255)
+_GRID = ImageFont.Layout.BASIC  # whole pixels a letter
+
+_Color = tuple[int, int, int]
+
+
+def check(path: Path) -> None:
+  """Raises a ValueError unless a film can be written to the path; nothing is left there."""
+  if path.suffix.lower() != ".gif":
+    raise ValueError(f"film={str(path)!r} does not end in .gif, the one format that is written")
+  if path.is_dir():
+    raise ValueError(f"film={str(path)!r} is a folder; name a file")
+  try:
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except OSError as error:
+    raise ValueError(f"film={str(path)!r} cannot be written ({error.strerror}); name another place") from None
+
+
+def save(path: Path, canvases: Sequence[Canvas]) -> None:
+  """Writes a film of completions, one after the other; it starts again at its end.
+
+  Args:
+    path: of the file.
+    canvases: the completions.
+
+  Raises:
+    ValueError: see `check`.
+    OSError: the disk is full.
+  """
+  check(path)
+  longest = max(sum(len(text) for text in canvas.texts) for canvas in canvases)
+  columns = min(100, max(44, math.isqrt(5 * longest // 2)))
+  scenes = [_Scene(canvas, columns) for canvas in canvases]
+  width = 2 * _MARGIN + (columns + 1) * _CELL
+  height = max(scene.height for scene in scenes)
+  frames: list[Image.Image] = []
+  durations: list[int] = []
+  for scene in scenes:
+    for image, milliseconds in scene.frames((width, height), MOST_FRAMES // len(scenes)):
+      frames.append(image)
+      durations.append(milliseconds)
+  # One palette for all, so that nothing flickers.
+  some = evenly(range(len(frames)), 12)
+  sheet = Image.new("RGB", (width, height * len(some)))
+  for place, frame in enumerate(some):
+    sheet.paste(frames[frame], (0, place * height))
+  palette = sheet.quantize(256)
+  first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+  content = io.BytesIO()
+  first.save(content, "GIF", save_all=True, append_images=others, duration=durations, loop=0)
+  write_atomically(path, content.getvalue())
+
+
+class _Run(NamedTuple):
+  """The part of a token that stands on one line: its glyphs, and the corner where they start."""
+
+  left: int
+  top: int
+  glyphs: list[Glyph]
+
+
+class _Scene:
+  """One completion: where everything stands, and its pictures."""
+
+  def __init__(self, canvas: Canvas, columns: int):
+    self._canvas = canvas
+    self._font = ImageFont.truetype(
+      Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf", _SIZE, layout_engine=_GRID
+    )
+    prompt = layout([canvas.prompt], columns)
+    self._prompt = ["".join(glyph.text for glyph in line) for line in prompt[:_PROMPT_LINES]]
+    if len(prompt) > _PROMPT_LINES:
+      self._prompt[-1] = self._prompt[-1][: columns - 1] + "…"
+    top = _MARGIN + len(self._prompt) * _LINE + _LINE // 2
+    self._runs: dict[int, list[_Run]] = {}
+    for line in layout(canvas.texts, columns):
+      left = _MARGIN
+      for token, glyphs in itertools.groupby(line, lambda glyph: glyph.token):
+        run = _Run(left, top, list(glyphs))
+        self._runs.setdefault(token, []).append(run)
+        left += sum(glyph.columns for glyph in run.glyphs) * _CELL
+      top += _LINE
+    self.height = top + 2 * _LINE + _MARGIN
+
+  def frames(self, size: tuple[int, int], most: int) -> Iterator[tuple[Image.Image, int]]:
+    """Pictures and how long each is shown, in milliseconds."""
+    canvas = self._canvas
+    base = Image.new("RGB", size, _BACKGROUND)
+    drawn = ImageDraw.Draw(base)
+    for place, text in enumerate(self._prompt):
+      drawn.text((_MARGIN, _MARGIN + place * _LINE), text, _DIM, self._font)
+    for token in range(len(canvas.texts)):
+      if canvas.steps[token] == GIVEN:
+        self._draw(drawn, token, _BACKGROUND, _BRIGHT)
+      else:
+        self._draw(drawn, token, PILL, None)
+    yield self._with_progress(base, GIVEN), _FIRST
+    steps = [GIVEN, *evenly(range(canvas.total), most - 2)]
+    each = min(_LONGEST, max(_SHORTEST, _WHOLE // len(steps) // 10 * 10))
+    for before, step in itertools.pairwise(steps):
+      image = base.copy()
+      for token in np.flatnonzero((canvas.steps > before) & (canvas.steps <= step)).tolist():
+        color = rgb(canvas.shade(token))
+        self._draw(ImageDraw.Draw(image), token, _mixed(color, _BACKGROUND, 0.35), _mixed(_WHITE, color, 0.7))
+        self._draw(drawn, token, _BACKGROUND, _mixed(_WHITE, color, 0.25))
+      yield self._with_progress(image, step), each
+    yield self._with_progress(base, steps[-1]), _LAST
+
+  def _draw(self, draw: ImageDraw.ImageDraw, token: int, pill: _Color, letters: _Color | None) -> None:
+    """Draws a token over what was there; without a colour of letters it is hidden."""
+    for left, top, glyphs in self._runs.get(token, []):
+      right = left + sum(glyph.columns for glyph in glyphs) * _CELL
+      draw.rectangle((left, top - 2, right - 1, top + _SIZE + 4), _BACKGROUND)
+      draw.rounded_rectangle((left + 1, top - 2, right - 2, top + _SIZE + 4), 4, pill)
+      for glyph in glyphs if letters else []:
+        draw.text((left, top), glyph.text, letters, self._font)
+        left += glyph.columns * _CELL
+
+  def _with_progress(self, picture: Image.Image, step: int) -> Image.Image:
+    """A copy with a bar in the colours of the scale, and what it says in numbers."""
+    canvas, image = self._canvas, picture.copy()
+    draw, (width, height) = ImageDraw.Draw(image), image.size
+    top, left, right = height - _MARGIN - _LINE, _MARGIN, width - _MARGIN
+    done = left + (right - left) * (step + 1) // canvas.total
+    draw.rounded_rectangle((left, top, right, top + 4), 2, PILL)
+    for shade in range(len(SCALE)):
+      first, end = (left + (right - left) * part // len(SCALE) for part in (shade, shade + 1))
+      if first < done:
+        draw.rectangle((first, top, min(end, done), top + 4), rgb(shade))
+    step_of, tokens_of = canvas.progress(step)
+    draw.text((left, top + 12), step_of, _DIM, self._font)
+    draw.text((right, top + 12), tokens_of, _DIM, self._font, anchor="ra")
+    return image
+
+
+def _mixed(color: _Color, ground: _Color, share: float) -> _Color:
+  """A share of a colour over another."""
+  red, green, blue = (round(share * c + (1 - share) * g) for c, g in zip(color, ground, strict=True))
+  return red, green, blue

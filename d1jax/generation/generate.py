@@ -1,0 +1,212 @@
+"""Prompts in, texts out: `d1jax.generate(denoiser, params, tokenizer, ["What is 2 + 2?"])`."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Int
+
+from d1jax import keys
+from d1jax.data.pipeline import bucket_for, pad_left
+from d1jax.data.tokenizer import Tokenizer
+from d1jax.diffusion.denoiser import Denoiser, Params
+from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.diffusion.sampler import sample
+from d1jax.parallel import mesh as meshes
+from d1jax.tasks.base import Message
+from d1jax.tasks.common import check_integer
+
+Prompt = str | Sequence[Message]
+"""What a user says, or a conversation."""
+
+GREEDY = SamplerSpec(completion_length=128, diffusion_steps=64, block_length=32, temperature=0.0, early_exit=True)
+"""Two tokens a step, the most probable ones."""
+
+PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Prompt lengths that are compiled."""
+
+_STRIDE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+  """One completion of one prompt.
+
+  Attributes:
+    prompt: what the user said last.
+    index: the prompt's place in the list.
+    sample: which of its completions this is, from 0.
+    prefill: the given start of the answer.
+    text: the answer: the prefill, and the completion up to the first stop id.
+    tokens: ids of the completion, what lies behind the stop included.
+    length: tokens up to and including the first stop id; all of them where there is none.
+    reveal_step: the denoising step, from 0, that revealed each token; -1 where the row had ended before.
+  """
+
+  prompt: str
+  index: int
+  sample: int
+  prefill: str
+  text: str
+  tokens: Int[np.ndarray, "C"]
+  length: int
+  reveal_step: Int[np.ndarray, "C"]
+
+
+def generate(
+  denoiser: Denoiser,
+  params: Params,
+  tokenizer: Tokenizer | None,
+  prompts: Sequence[Prompt],
+  **options: Any,
+) -> list[Generation]:
+  """Completes prompts; the options are those of `stream`.
+
+  Returns:
+    One `Generation` a sample: those of the first prompt, then those of the second, and so on.
+
+  Raises:
+    ValueError: a prompt or an option cannot be used.
+  """
+  return list(stream(denoiser, params, tokenizer, prompts, **options))
+
+
+def stream(
+  denoiser: Denoiser,
+  params: Params,
+  tokenizer: Tokenizer | None,
+  prompts: Sequence[Prompt],
+  *,
+  spec: SamplerSpec = GREEDY,
+  prefill: str = "",
+  samples: int = 1,
+  seed: int = 0,
+  batch_size: int = 16,
+  prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
+  rules: meshes.Rules = meshes.RULES,
+) -> Iterator[Generation]:
+  """Completes prompts batch by batch, and yields each as its batch is done.
+
+  One program is compiled for each sampler and shape of a batch, and kept. A draw depends on the seed, the prompt's
+  place in the list and the sample's number alone.
+
+  Args:
+    denoiser: the mask predictor.
+    params: its parameters; the program runs where they live.
+    tokenizer: of the model.
+    prompts: texts or conversations, which the tokenizer's chat template writes.
+    spec: the sampler.
+    prefill: how each answer starts.
+    samples: completions of each prompt.
+    seed: of the draws.
+    batch_size: completions at a time.
+    prompt_buckets: prompt lengths that are compiled; a batch is padded to the smallest that holds it.
+    rules: where logical axes live on the parameters' mesh.
+
+  Raises:
+    ValueError: a prompt or an option cannot be used; before anything is computed.
+  """
+  for name, value, least in (("samples", samples, 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
+    check_integer(name, value, least)
+  if samples > 1 and spec.temperature == 0 and spec.remasking != "random":
+    raise ValueError(f"samples is {samples}, but at temperature 0 they are all the same: set a temperature, like 0.9")
+  if tokenizer is None:
+    raise ValueError("there is no tokenizer; put tokenizer.json, or its parts, beside the model's config.json")
+  encoded = _encode(tokenizer, prompts, prefill, max(prompt_buckets))
+  said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+  leaves, tree = jax.tree.flatten(jax.tree.map(lambda w: w.sharding, params))
+  on_mesh = isinstance(leaves[0], NamedSharding)
+  ways = meshes.batch_ways(leaves[0].mesh, rules) if on_mesh else 1
+  by_row = meshes.sharding(leaves[0].mesh, rules, "batch") if on_mesh else leaves[0]
+  replicated = meshes.sharding(leaves[0].mesh, rules) if on_mesh else leaves[0]
+  program = _program(denoiser, spec, ways, tuple(leaves), tree, by_row, replicated)
+  key = meshes.place(keys.purpose_key(jax.random.key(seed), keys.Purpose.EVALUATION), replicated)
+  rows = [(index, number) for index in range(len(encoded)) for number in range(samples)]
+  size = min(-(-batch_size // ways), -(-len(rows) // ways)) * ways
+
+  def batches() -> Iterator[Generation]:
+    for first in range(0, len(rows), size):
+      own = rows[first : first + size]
+      filled = [own[i % len(own)] for i in range(size)]
+      width = bucket_for(max(len(encoded[index]) for index, _ in own), prompt_buckets)
+      tokens, valid = pad_left([encoded[index] for index, _ in filled], width or 0, tokenizer.pad_id)
+      sample_id = np.asarray([number * _STRIDE + index for index, number in filled], np.int32)
+      batch = meshes.place((tokens, valid, sample_id), by_row)
+      completion, mask, reveal_step = jax.device_get(program(params, key, *batch))
+      shown = tokenizer.decode_all([row[keep].tolist() for row, keep in zip(completion, mask, strict=True)])
+      for row, (index, number) in enumerate(own):
+        yield Generation(
+          prompt=said[index],
+          index=index,
+          sample=number,
+          prefill=prefill,
+          text=prefill + shown[row],
+          tokens=completion[row],
+          length=int(mask[row].sum()),
+          reveal_step=_revealed(reveal_step[row], spec.block_length),
+        )
+
+  return batches()
+
+
+@functools.lru_cache(maxsize=8)
+def _program(
+  denoiser: Denoiser,
+  spec: SamplerSpec,
+  ways: int,
+  leaves: tuple[Any, ...],
+  tree: Any,
+  by_row: Any,
+  replicated: Any,
+) -> Any:
+  """The program of a sampler for parameters in these placements; it compiles for each shape of a batch it meets."""
+
+  def run(params: Params, key: jax.Array, prompt: jax.Array, valid: jax.Array, sample_id: jax.Array) -> Any:
+    rollout = sample(denoiser, params, prompt, valid, sample_id, sample_id, key, spec=spec, row_multiple=ways)
+    return rollout.completion, rollout.completion_mask, rollout.reveal_step
+
+  placements = (tree.unflatten(leaves), replicated, by_row, by_row, by_row)
+  return jax.jit(run, in_shardings=placements, out_shardings=replicated)
+
+
+def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longest: int) -> list[list[int]]:
+  """The ids of prompts; a ValueError where one is empty, too long or has characters without a token."""
+  if isinstance(prompts, str):
+    raise ValueError(f"prompts is one text, {prompts[:40]!r}; give a list of texts")
+  if not prompts:
+    raise ValueError("there are no prompts; give one text at least")
+  encoded = []
+  for number, prompt in enumerate(prompts, start=1):
+    turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    written = "".join(turn["content"] for turn in turns)
+    if not written.strip():
+      raise ValueError(f"prompt {number} is empty; write something")
+    unknown = [char for char in dict.fromkeys(written + prefill) if not _knows(tokenizer, char)]
+    if unknown:
+      raise ValueError(
+        f"prompt {number} has characters that the tokenizer does not know: {', '.join(map(repr, unknown))};"
+        " write it as the model was trained to read it"
+      )
+    ids = tokenizer.prompt(turns, prefill)
+    if len(ids) > longest:
+      raise ValueError(
+        f"prompt {number} has {len(ids)} tokens, prompt_buckets hold {longest}: shorten it, or raise them"
+      )
+    encoded.append(ids)
+  return encoded
+
+
+def _knows(tokenizer: Tokenizer, char: str) -> bool:
+  """Whether a character has a token, so that it can be read back; SentencePiece spells what has none with U+2047."""
+  read = tokenizer.decode_all([tokenizer.completion(char)])[0].strip()
+  return read == char or (read != "" and "\u2047" not in read) or (read == "" and char.isspace())
+
+
+def _revealed(reveal_step: Int[np.ndarray, "C"], block_length: int) -> Int[np.ndarray, "C"]:
+  """The recorded steps, with -1 where no step came: step 0 reveals tokens of the first block alone."""
+  behind = np.arange(reveal_step.size) >= block_length
+  return np.where(behind & (reveal_step == 0), -1, reveal_step)

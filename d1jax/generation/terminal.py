@@ -1,0 +1,59 @@
+"""The canvas on a terminal, step by step, each token in the colour of the step that revealed it."""
+
+import itertools
+from collections.abc import Iterator
+
+from d1jax.generation import canvas as canvases
+from d1jax.generation.canvas import GIVEN, SCALE, Canvas, Glyph, evenly, layout
+
+MOST = 20
+"""Steps that are shown of a longer film."""
+
+LEGEND = (
+  f"{canvases.HIDDEN} hidden   {canvases.NEW_LINE} line break   {canvases.END} end   {canvases.BEHIND} behind the end"
+)
+
+
+def show(canvas: Canvas, *, columns: int, colored: bool) -> str:
+  """The canvas after each step (after evenly spaced ones where there are many), and a legend.
+
+  Args:
+    canvas: the completion.
+    columns: of the terminal.
+    colored: whether it understands colours; without them a revealed token is told from a hidden one all the same.
+  """
+  lines = layout(canvas.texts, columns)
+  before = GIVEN
+  parts = []
+  for step in evenly(range(canvas.total), MOST):
+    head = ", ".join(canvas.progress(step))
+    parts.append("\n".join([head, *("".join(_line(canvas, line, step, before, colored)) for line in lines), ""]))
+    before = step
+  scale = "".join(_paint("■", f"38;5;{number}", colored) for number in SCALE)
+  parts.append(f"revealed early {scale} late   {LEGEND}" if colored else LEGEND)
+  return "\n".join(parts)
+
+
+def harmless(text: str) -> str:
+  """Text that cannot steer a terminal: control characters but line breaks and tabs become U+FFFD."""
+  return "".join(char if char in "\n\t" else canvases.visible(char) for char in text)
+
+
+def _line(canvas: Canvas, line: list[Glyph], step: int, before: int, colored: bool) -> Iterator[str]:
+  """A line in runs of one colour; what the step revealed is bold."""
+
+  def style(glyph: Glyph) -> tuple[str, bool]:
+    own = canvas.steps[glyph.token]
+    if own > step:
+      return "2", True
+    if own == GIVEN:
+      return "", False
+    return f"38;5;{SCALE[canvas.shade(glyph.token)]}" + (";1" if own > before else ""), False
+
+  for (code, hidden), run in itertools.groupby(line, style):
+    text = "".join(canvases.HIDDEN * glyph.columns if hidden else glyph.text for glyph in run)
+    yield _paint(text, code, colored)
+
+
+def _paint(text: str, code: str, colored: bool) -> str:
+  return f"\x1b[{code}m{text}\x1b[0m" if colored and code else text

@@ -1,0 +1,278 @@
+"""`--config=configs/generate.py` on small runs and folders: what it prints, what it refuses, as a person meets it."""
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from d1jax.errors import InterruptedRunError, RunError, StorageError
+from d1jax.generation import command, terminal
+from d1jax.training import recipe
+from tests import hub, jobs
+from tests.training.test_adapters import job
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run of supervised fine-tuning of every weight."""
+  workdir = tmp_path_factory.mktemp("run")
+  recipe.run(jobs.small(workdir, "sft", sft__steps=40))
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return hub.write(tmp_path_factory.mktemp("hub") / "llada", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, tmp_path_factory):
+  """A run that trained adapters on a folder."""
+  workdir = tmp_path_factory.mktemp("adapters") / "run"
+  recipe.run(job("sft", folder, workdir, sft__steps=3))
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """A compilation cache that the processes of this file share."""
+  return tmp_path_factory.mktemp("cache")
+
+
+def asked(workdir) -> tuple[list[str], list[str]]:
+  """The prompts of the run's held-out split, and what it answered greedily."""
+  lines = [json.loads(line) for line in (workdir / "completions" / "after.jsonl").read_text().splitlines()]
+  return [line["record"]["puzzle"] + "abcdefghijklmnop" for line in lines], [line["text"] for line in lines]
+
+
+def configured(**changes):
+  config = jobs.load("generate")
+  config.update(changes)
+  return config
+
+
+def given(monkeypatch, content: bytes) -> None:
+  """Sends this to standard input."""
+  monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("name", ["finished", "adapted"])
+def test_answers_are_those_of_the_runs_own_evaluation(request, name, monkeypatch, capsys):
+  workdir = request.getfixturevalue(name)
+  prompts, answers = asked(workdir)
+  capsys.readouterr()  # of the training
+  given(monkeypatch, "\n".join(prompts[:5]).encode() + b"\n\n")
+  found = command.run(configured(checkpoint=str(workdir)))
+  assert [one.text for one in found] == answers[:5]
+  out = capsys.readouterr().out
+  assert out == "".join(
+    f"[prompt {i}] {prompt}\n{answer}\n\n"
+    for i, (prompt, answer) in enumerate(zip(prompts, answers[:5], strict=False), 1)
+  )
+
+
+def test_one_answer_is_printed_alone(finished, capsys):
+  prompts, answers = asked(finished)
+  command.run(configured(checkpoint=str(finished), prompt=prompts[0]))
+  assert capsys.readouterr().out == answers[0] + "\n"
+
+
+def test_fields_change_the_sampler_and_keep_the_tokens_a_step(finished, capsys):
+  prompts, _ = asked(finished)
+  steps = lambda **fields: [
+    one.reveal_step
+    for one in command.run(configured(checkpoint=str(finished), prompt=prompts[0], early_exit=False, **fields))
+  ]
+  (trained,) = steps()
+  assert (trained.size, trained.max()) == (18, 3)
+  (longer,) = steps(length=36)
+  assert (longer.size, longer.max()) == (36, 7)
+  (short,) = steps(length=9)
+  assert (short.size, short.max()) == (9, 1)
+  (single,) = steps(tokens_per_step=1, block_length=6)
+  assert sorted(single.tolist()) == list(range(18))
+  assert [set(block.tolist()) for block in single.reshape(3, 6)] == [set(range(6 * b, 6 * b + 6)) for b in range(3)]
+  (sure,) = steps(tokens_per_step=1, schedule="threshold", threshold=1e-6)
+  assert np.unique(sure, return_counts=True)[1].max() > 1
+  several = steps(samples=3, temperature=1.5, remasking="random")
+  assert len({tuple(own.tolist()) for own in several}) > 1
+  assert "sample 3" in capsys.readouterr().out
+
+
+def test_a_downloaded_folder_answers(folder, capsys):
+  fields = {"length": 8, "block_length": 4, "tokens_per_step": 2, "prefill": "So"}
+  (found,) = command.run(configured(pretrained=str(folder), prompt="What?", **fields))
+  assert found.text.startswith("So")
+  assert found.tokens.size == 8
+  out = capsys.readouterr().out
+  assert out.replace(os.linesep, "\n") == found.text + "\n"
+
+
+def test_steps_are_shown_without_escapes_where_nobody_sees_colours(finished, capsys):
+  prompts, answers = asked(finished)
+  (found,) = command.run(configured(checkpoint=str(finished), prompt=prompts[0], show_steps=True))
+  out = capsys.readouterr().out
+  assert "\x1b" not in out
+  assert re.findall(r"step (\d) of 4, (\d+) of 18 tokens", out) == [
+    (str(step + 1), str(int((found.reveal_step <= step).sum()))) for step in range(4)
+  ]
+  assert out.endswith(f"{terminal.LEGEND}\n\n{answers[0]}\n")
+
+
+def test_a_film_is_saved(finished, tmp_path, capsys):
+  prompts, _ = asked(finished)
+  command.run(configured(checkpoint=str(finished), prompt=prompts[0], film=str(tmp_path / "a.gif")))
+  with Image.open(tmp_path / "a.gif") as image:
+    assert image.n_frames == 6
+  assert os.listdir(tmp_path) == ["a.gif"]
+  assert re.fullmatch(r".*a\.gif: \d+ KiB\n", capsys.readouterr().err)
+
+
+def test_text_that_the_output_cannot_spell_is_no_failure(finished, monkeypatch, capsys):
+  written = io.BytesIO()
+  monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+  prompts, answers = asked(finished)
+  command.run(configured(checkpoint=str(finished), prompt=prompts[0], show_steps=True))
+  assert written.getvalue().decode("ascii").endswith(f"\n{answers[0]}\n")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"checkpoint": None}, r"nobody to answer: set config\.checkpoint .* or config\.pretrained"),
+    ({"checkpoint": "nowhere"}, "no checkpoint in nowhere"),
+    ({"checkpoint": None, "pretrained": "nowhere"}, "nowhere"),
+    ({"prompt": " "}, r"config\.prompt is empty"),
+    ({"prompt": "1" * 40, "prompt_buckets": (16, 32)}, "prompt 1 has 41 tokens, prompt_buckets hold 32"),
+    ({"prompt": "What is it?"}, "does not know: 'W', 't', ' ', 's', '\\?'"),
+    ({"temperature": -1.0}, r"temperature=-1\.0 .* must not be negative"),
+    ({"cfg_scale": -1.0}, r"cfg_scale=-1\.0 must not be negative"),
+    ({"length": 20, "block_length": 6}, "completion_length=20 is not a multiple of block_length=6"),
+    ({"length": 0}, "completion_length=0"),
+    ({"tokens_per_step": 0}, "tokens_per_step is 0; give an integer of at least 1"),
+    ({"block_length": 0}, "block_length is 0; give an integer of at least 1"),
+    ({"remasking": "best"}, "remasking='best' is unknown; known: low_confidence, random"),
+    ({"cache": "all"}, "cache='all' is unknown"),
+    ({"schedule": "fast"}, "schedule='fast' is unknown"),
+    ({"samples": 0}, "samples is 0"),
+    ({"samples": 2}, "samples is 2, but at temperature 0 they are all the same"),
+    ({"film": "a.mp4"}, r"film='a\.mp4' does not end in \.gif"),
+    ({"film": "nowhere/a.gif"}, r"film='nowhere/a\.gif' cannot be written \(No such file or directory\)"),
+    ({"film": "a.gif", "samples": 9, "temperature": 1.0}, "a film of 1 prompts with 9 samples is too long"),
+  ],
+)
+def test_wrong_settings_are_one_line(finished, changes, message):
+  with pytest.raises(RunError, match=message) as caught:
+    command.run(configured(**({"checkpoint": str(finished), "prompt": "1003"} | changes)))
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (b"", "standard input is empty; send prompts, one a line"),
+    (b"\n  \n", "standard input is empty"),
+    (b"12\xff3\n", r"standard input is not UTF-8 \(byte 2\)"),
+  ],
+)
+def test_standard_input_that_is_no_prompt_is_one_line(finished, monkeypatch, content, message):
+  given(monkeypatch, content)
+  with pytest.raises(RunError, match=message):
+    command.run(configured(checkpoint=str(finished)))
+
+
+def test_a_film_that_cannot_be_written_is_found_before_the_model_is_read(finished, monkeypatch):
+  monkeypatch.setattr(command.subject, "load", lambda config: pytest.fail("the model was read"))
+  with pytest.raises(RunError, match="cannot be written"):
+    command.run(configured(checkpoint=str(finished), prompt="1003", film="nowhere/a.gif"))
+
+
+def test_ctrl_c_is_one_line(finished, monkeypatch):
+  def interrupted(config):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(command.subject, "load", interrupted)
+  with pytest.raises(InterruptedRunError, match="SIGINT: stopped before everything was answered"):
+    command.run(configured(checkpoint=str(finished), prompt="1003"))
+
+
+class Terminal(io.StringIO):
+  """Standard output that a person looks at."""
+
+  encoding = "utf-8"
+
+  def isatty(self) -> bool:
+    return True
+
+
+def test_a_terminal_gets_colours_unless_it_wants_none(finished, monkeypatch):
+  prompts, answers = asked(finished)
+  seen = {}
+  for name, value in (("NO_COLOR", ""), ("NO_COLOR", "1"), ("TERM", "dumb")):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv(name, value)
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    command.run(configured(checkpoint=str(finished), prompt=prompts[0], show_steps=True))
+    seen[name, value] = screen.getvalue()
+  assert "\x1b[38;5;" in seen["NO_COLOR", ""]
+  assert seen["NO_COLOR", ""].endswith(f"\n{answers[0]}\n")
+  assert "\x1b" not in seen["NO_COLOR", "1"]
+  assert seen["NO_COLOR", "1"] == seen["TERM", "dumb"]
+
+
+def test_what_a_model_writes_cannot_steer_a_terminal_but_reaches_a_pipe(folder, monkeypatch, capsys):
+  fields = {"pretrained": str(folder), "prompt": "What?", "prefill": "\x1b[2J", "length": 2, "tokens_per_step": 2}
+  command.run(configured(**fields))
+  assert capsys.readouterr().out.startswith("\x1b[2J")
+  screen = Terminal()
+  monkeypatch.setattr(sys, "stdout", screen)
+  command.run(configured(**fields))
+  assert screen.getvalue().startswith("\ufffd[2J")
+
+
+def start(cache, *arguments: str, **streams) -> subprocess.Popen:
+  """Starts the real command."""
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+  environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  line = [sys.executable, "-m", "d1jax.main", "--config=configs/generate.py", *arguments]
+  return subprocess.Popen(line, cwd=jobs.ROOT, env=environment, stderr=subprocess.PIPE, **streams)
+
+
+def test_the_real_command_reads_a_pipe(finished, cache):
+  prompts, answers = asked(finished)
+  process = start(cache, f"--config.checkpoint={finished}", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  out, err = process.communicate("\n".join(prompts[:2]).encode(), timeout=120)
+  assert (process.returncode, err) == (0, b"")
+  assert [line for line in out.decode().splitlines() if line and not line.startswith("[")] == answers[:2]
+
+
+@pytest.mark.parametrize("reader", ["Broken pipe", "No space left on device"])
+def test_an_output_that_takes_nothing_is_one_line(finished, cache, reader):
+  flags = (f"--config.checkpoint={finished}", "--config.prompt=1003")
+  with open("/dev/full", "wb") as full:
+    target = subprocess.PIPE if reader == "Broken pipe" else full
+    process = start(cache, *flags, stdin=subprocess.DEVNULL, stdout=target)
+  if process.stdout:
+    process.stdout.close()
+  err = process.stderr.read().decode()
+  assert process.wait(120) == StorageError.exit_code
+  assert err == f"d1jax: standard output took no more text ({reader}); send it to a file that has room\n"
+
+
+def test_a_terminal_that_is_asked_nothing_is_one_line(cache):
+  ours, theirs = pty.openpty()
+  process = start(cache, "--config.pretrained=nowhere", stdin=theirs, stdout=subprocess.PIPE)
+  out, err = process.communicate(timeout=120)
+  os.close(ours)
+  os.close(theirs)
+  assert (process.returncode, out) == (RunError.exit_code, b"")
+  assert err.decode() == "d1jax: no prompt: set config.prompt, or send prompts to standard input, one a line\n"
