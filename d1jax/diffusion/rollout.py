@@ -93,6 +93,10 @@ class SamplerSpec:
     if self.max_reveal < 1:
       raise ValueError(f"max_reveal={self.max_reveal} must be at least 1")
 
+  def with_cache(self, cache: str) -> "SamplerSpec":
+    """The same sampler with another cache, or with `none`; what only a cache has goes with it."""
+    return dataclasses.replace(self, cache=cache, refresh_every=None if cache == "none" else self.refresh_every)
+
   @property
   def blocks(self) -> int:
     """The number of blocks of a completion."""

@@ -160,7 +160,7 @@ def samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
   if not config.temperatures or not config.seeds or config.samples < 1:
     raise ValueError("temperatures, seeds and samples must name at least one each")
   early_exit = config.protocol == "strict" if config.early_exit is None else config.early_exit
-  cache = config.cache or trained.cache
+  trained = trained.with_cache(config.cache or trained.cache)
   for length in config.lengths or (trained.completion_length,):
     for temperature in config.temperatures:
       per_step = config.tokens_per_step
@@ -173,8 +173,6 @@ def samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
         cfg_scale=trained.cfg_scale if config.cfg_scale is None else config.cfg_scale,
         remasking=config.remasking or trained.remasking,
         early_exit=early_exit,
-        cache=cache,
-        refresh_every=None if cache == "none" else trained.refresh_every,
         schedule=config.schedule or trained.schedule,
       )
 

@@ -112,7 +112,7 @@ def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
   length = trained.completion_length if config.length is None else config.length
   block = min(trained.block_length, length) if config.block_length is None else config.block_length
   per_step = config.tokens_per_step or trained.completion_length / trained.diffusion_steps
-  cache = config.cache or trained.cache
+  trained = trained.with_cache(config.cache or trained.cache)
   return dataclasses.replace(
     trained,
     completion_length=length,
@@ -122,8 +122,6 @@ def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
     cfg_scale=trained.cfg_scale if config.cfg_scale is None else config.cfg_scale,
     remasking=config.remasking or trained.remasking,
     early_exit=config.early_exit,
-    cache=cache,
-    refresh_every=None if cache == "none" else trained.refresh_every,
     schedule=config.schedule or trained.schedule,
     threshold=trained.threshold if config.threshold is None else config.threshold,
   )

@@ -13,15 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.diffusion.rollout import Rollout
 from d1jax.rl.importance import effective_sample_size, weight_sums
 
 log = logging.getLogger(__name__)
-
-
-def without_cache(sampler: SamplerSpec) -> SamplerSpec:
-  """The same sampler without a cache; its schedule stays."""
-  return dataclasses.replace(sampler, cache="none", refresh_every=None)
 
 
 def drift(cached: Rollout, exact: Rollout, exact_logp: Float[Array, "B C"]) -> dict[str, Float[Array, ""]]:

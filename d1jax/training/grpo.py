@@ -101,7 +101,7 @@ class Programs:
         in_shardings=(weights.trainable_placement, base, rows, scalar, scalar),
         out_shardings=rows,
       )
-      for sampler in (experiment.sampler, drift.without_cache(experiment.sampler))
+      for sampler in (experiment.sampler, experiment.sampler.with_cache("none"))
     )
     self._update = jax.jit(
       self._update_program,

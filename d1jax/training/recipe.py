@@ -21,7 +21,6 @@ from d1jax.tasks import split_hash
 from d1jax.training import experiment as experiments
 from d1jax.training import grpo, loop, sft
 from d1jax.training.checkpoint import Checkpoints, Restored
-from d1jax.training.drift import without_cache
 from d1jax.training.held_out import HeldOutLoss
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.weights import check_base
@@ -93,7 +92,7 @@ class Recipe:
 
   def evaluator(self, texts: experiments.Texts) -> Callable[[Params], Evaluation]:
     """A greedy evaluation of what is trained, together with its frozen base; exact, also where rollouts are cached."""
-    sampler = dataclasses.replace(without_cache(self.experiment.sampler), temperature=0.0)
+    sampler = dataclasses.replace(self.experiment.sampler.with_cache("none"), temperature=0.0)
     evaluator = Evaluator(self._completer, self.experiment, texts, sampler, self.config.evaluation.batch_size)
     return lambda trainable: evaluator(trainable, self.experiment.weights.frozen)
 

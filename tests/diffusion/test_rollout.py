@@ -80,3 +80,11 @@ def test_a_spec_that_makes_no_sense_is_refused(options, message):
   SamplerSpec(**good)
   with pytest.raises(ValueError, match=message):
     SamplerSpec(**good | options)
+
+
+def test_another_cache_keeps_all_that_is_not_the_caches():
+  spec = SamplerSpec(18, 6, 18, cache="window", refresh_every=2, look_ahead=3, schedule="factor", factor=0.5)
+  assert spec.with_cache("none") == SamplerSpec(18, 6, 18, look_ahead=3, schedule="factor", factor=0.5)
+  assert spec.with_cache("dual") == SamplerSpec(
+    18, 6, 18, cache="dual", refresh_every=2, look_ahead=3, schedule="factor", factor=0.5
+  )

@@ -1,6 +1,5 @@
 """What a cache changes is measured, logged and acted on; a run that goes on remembers what it decided."""
 
-import dataclasses
 import json
 import logging
 import math
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.training import drift, recipe
 from d1jax.training.metrics import read_records
 from tests import jobs, toy
@@ -82,12 +80,6 @@ def test_long_completions_do_not_overflow():
   far = drift.drift(cached, exact, exact_logp + 300)
   assert all(np.isfinite(value) for value in far.values())
   assert 1 / 5 - 1e-6 <= float(far["effective_sample_size"]) <= 1
-
-
-def test_the_exact_counterpart_keeps_all_but_the_cache():
-  sampler = SamplerSpec(18, 6, 18, cache="window", refresh_every=2, look_ahead=3, schedule="factor", factor=0.5)
-  expected = dataclasses.replace(sampler, cache="none", refresh_every=None)
-  assert drift.without_cache(sampler) == expected != sampler
 
 
 def test_when_to_look():
