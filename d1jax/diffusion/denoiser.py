@@ -64,4 +64,6 @@ class Denoiser:
     forbidden = np.zeros(self.vocab, bool)
     forbidden[list(self.forbidden_ids)] = True
     head = self.head(params).astype(hidden.dtype)
-    return jnp.where(forbidden, -jnp.inf, jnp.matmul(hidden, head, preferred_element_type=jnp.float32))
+    rows = hidden.reshape(-1, hidden.shape[-1])  # with two axes the gradient of the head is one product, on CPUs too
+    logits = jnp.matmul(rows, head, preferred_element_type=jnp.float32).reshape(*hidden.shape[:-1], self.vocab)
+    return jnp.where(forbidden, -jnp.inf, logits)

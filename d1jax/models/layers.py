@@ -64,7 +64,16 @@ def project(w: Any, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None)
     dropout: keys for what the weight's form drops in training; arrays drop nothing.
   """
   del dropout
-  return x @ w.astype(dtype)
+  return dense(x, w.astype(dtype))
+
+
+def dense(x: Float[Array, "*B in"], w: Float[Array, "in out"]) -> Float[Array, "*B out"]:
+  """`x @ w` as one product of two matrices.
+
+  With two or more leading axes, XLA for CPUs transposes the cotangents to form the gradient of `w`; with one it does
+  not, and the backward pass of a network is faster by a quarter.
+  """
+  return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
 
 
 def fold_tokens(keys: DropoutKeys, counter: Any) -> DropoutKeys:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from d1jax.models import quantize
-from d1jax.models.layers import DropoutKeys, project
+from d1jax.models.layers import DropoutKeys, dense, project
 from d1jax.models.quantize import Quantized
 
 Params = Any
@@ -93,7 +93,7 @@ def _(w: Adapted, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None) -
   if dropout is not None and adapter.dropout > 0:
     draw = lambda key: jax.random.bernoulli(key, 1 - adapter.dropout, x.shape[-1:])
     x = jnp.where(jax.vmap(jax.vmap(draw))(dropout), x / (1 - adapter.dropout), 0).astype(x.dtype)
-  return y + (x @ adapter.a.astype(dtype)) @ adapter.b.astype(dtype) * adapter.scale
+  return y + dense(dense(x, adapter.a.astype(dtype)), adapter.b.astype(dtype)) * adapter.scale
 
 
 def _each_target(spec: LoraSpec, blocks: Params, make: Callable[[Any, int], Adapter]) -> Params:

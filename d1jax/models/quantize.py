@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
-from d1jax.models.layers import DropoutKeys, project
+from d1jax.models.layers import DropoutKeys, dense, project
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -105,7 +105,7 @@ def dequantize(w: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "*l
 @project.register
 def _(w: Quantized, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None) -> jax.Array:
   del dropout
-  return x @ dequantize(w, dtype)
+  return dense(x, dequantize(w, dtype))
 
 
 def axes(named: tuple[str | None, ...]) -> Quantized:
