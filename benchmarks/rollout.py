@@ -233,7 +233,7 @@ def main() -> None:
   parser.add_argument("--case", choices=CASES, help="default: mid on a CPU, else llada_8b")
   parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
   parser.add_argument("--repeats", type=int, default=5, help="rounds")
-  parser.add_argument("--devices", type=int, default=timing.cores(), help="into which a CPU is split")
+  parser.add_argument("--devices", type=int, default=1, help="into which a CPU is split")
   parser.add_argument("--unroll", type=int, default=1, help="layers that the scan over them unrolls")
   parser.add_argument("--profile", type=Path, help="where traces go")
   options = parser.parse_args()

@@ -21,6 +21,7 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import case as cases
-from benchmarks import ceiling, timing
+from benchmarks import ceiling, profiles, timing
 from benchmarks.case import CASES, Case, Model
 from benchmarks.ceiling import Products
 from d1jax.diffusion.corruption import mask_prompt
@@ -82,12 +83,14 @@ class Arm(NamedTuple):
     losses: of the steps of the first update.
     peak_bytes: see `benchmarks.rollout`.
     compile_seconds: of its program.
+    text: its optimised HLO.
   """
 
   run: Callable[[], Any]
   losses: list[float]
   peak_bytes: int | None
   compile_seconds: float | None = None
+  text: str = ""
 
 
 def own_arm(case: Case, model: Model, reference: Model, given: Work, parts: int, tile: int | None) -> Arm:
@@ -117,7 +120,7 @@ def own_arm(case: Case, model: Model, reference: Model, given: Work, parts: int,
     states.append(state)
     return metrics.loss
 
-  return Arm(run, np.asarray(run()).tolist(), compiled.peak_bytes, compiled.compile_seconds)
+  return Arm(run, np.asarray(run()).tolist(), compiled.peak_bytes, compiled.compile_seconds, compiled.text)
 
 
 def canvases(case: Case, rollout: Rollout) -> np.ndarray:
@@ -176,7 +179,8 @@ def main() -> None:
   parser.add_argument("--parts", type=int, default=4, help="micro-batches a step")
   parser.add_argument("--tile", type=int, default=4096, help="vocabulary ids at a time in `tiled`")
   parser.add_argument("--repeats", type=int, default=3, help="rounds")
-  parser.add_argument("--devices", type=int, default=timing.cores(), help="into which a CPU is split")
+  parser.add_argument("--devices", type=int, default=1, help="into which a CPU is split")
+  parser.add_argument("--profile", type=Path, help="where the trace of `plain` goes")
   options = parser.parse_args()
   multihost.split_cpu(options.devices)
   name = options.case or ("mid" if jax.default_backend() == "cpu" else "llada_4_layers")
@@ -208,6 +212,9 @@ def main() -> None:
       **timing.spread(seconds[each]),
     }
     print(json.dumps(line | (described if each != "torch" else {})), flush=True)
+  if options.profile:
+    shares = profiles.shares(arms["plain"].run, arms["plain"].text, options.profile)
+    print(json.dumps({"profile": "plain", **shares}), flush=True)
 
 
 if __name__ == "__main__":
