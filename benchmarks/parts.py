@@ -10,6 +10,8 @@ of a part compute the same, which is checked first.
 - `log_prob`: scores of six rows' completions, and their gradients by the hidden states (`frozen`, what adapters need)
   or by the head too (`trained`), with whole logits or in tiles of the vocabulary (`d1jax.diffusion.vocabulary`).
 - `window`: a pass over a block with a cache, its scan over layers rolled or unrolled.
+- `products`: an update's forward and backward pass through the MLPs of all layers, products taken of [B, L, D] or of
+  [B * L, D] (`d1jax.models.layers.dense`).
 """
 
 import argparse
@@ -27,6 +29,7 @@ from benchmarks import timing
 from benchmarks.case import CASES
 from d1jax.diffusion.draw import log_prob, propose
 from d1jax.diffusion.vocabulary import tiled_log_prob
+from d1jax.models.layers import dense
 
 CASE = CASES["mid"]
 ROWS, SCORED, TILES = CASE.batches[0], 6, (2048, 4096, 8192)
@@ -91,6 +94,25 @@ def scores(random: np.random.Generator) -> Arms:
   return arms
 
 
+def products(random: np.random.Generator) -> Arms:
+  """Gradients of all layers' MLPs under a scan."""
+  embed, mlp = CASE.size.embed, CASE.size.mlp
+  draw = lambda *shape: jnp.asarray(random.normal(size=shape) / shape[-2] ** 0.5, jnp.float32)
+  weights = (draw(LAYERS, embed, mlp), draw(LAYERS, embed, mlp), draw(LAYERS, mlp, embed))
+  x = draw(SCORED, CASE.canvas, embed)
+  arms: Arms = {}
+  for name, product in (("with two leading axes", jnp.matmul), ("with one", dense)):
+
+    def loss(weights: Any, x: jax.Array, product: Callable[..., jax.Array] = product) -> jax.Array:
+      def layer(x: jax.Array, w: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return x + product(jax.nn.silu(product(x, w[0])) * product(x, w[1]), w[2]), None
+
+      return jnp.mean(jnp.square(jax.lax.scan(layer, x, weights)[0]))
+
+    arms["products", f"gradients, {name}"] = jax.grad(loss), (weights, x)
+  return arms
+
+
 def networks(random: np.random.Generator) -> Arms:
   """The head on the canvas or the block; a window's pass with the scan rolled or unrolled."""
   model = cases.build(CASE, jax.devices()[:1])
@@ -137,7 +159,7 @@ def main() -> None:
   options = parser.parse_args()
   print(json.dumps({**dataclasses.asdict(CASE), **timing.machine(1)}), flush=True)
   random = np.random.default_rng(0)
-  arms = {**networks(random), **draws(random), **scores(random)}
+  arms = {**networks(random), **draws(random), **scores(random), **products(random)}
   programs = {}
   for name, (function, arguments) in arms.items():
     placement = jax.sharding.SingleDeviceSharding(jax.devices()[0])
