@@ -1,0 +1,152 @@
+# Functions that the scripts of this folder share; the settings are in env.sh.
+#
+# A script defines `start`, and where it can `logs` and `stop`, then calls `main "$@"`.
+
+set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || {
+  echo "launch: bash $BASH_VERSION is too old, 4.4 is needed; on macOS: brew install bash" >&2
+  exit 2
+}
+SCRIPT=$0
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$ROOT/launch/env.sh"
+
+# say TEXT: one line for the person, on standard error.
+say() {
+  printf 'launch: %s\n' "$*" >&2
+}
+
+# fail TEXT: ends with exit code 2, wrong input.
+fail() {
+  say "$*"
+  exit 2
+}
+
+# quote WORD...: the words as one line that a shell reads back as the same words.
+quote() {
+  local word words=()
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word=${word@Q}
+    words+=("$word")
+  done
+  printf '%s' "${words[*]}"
+}
+
+# dry: whether commands are printed instead of run.
+dry() {
+  [[ ${DRY_RUN:-} ]]
+}
+
+# run COMMAND...: runs it, or prints it in a dry run.
+run() {
+  if dry; then
+    quote "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+# need NAME...: each of these settings has a value.
+need() {
+  local name
+  for name; do
+    [[ ${!name} ]] || fail "$name is empty; set it in launch/env.sh or before the command: $name=... $SCRIPT"
+  done
+}
+
+# need_shared: the work directory is one that all hosts can see.
+need_shared() {
+  [[ $WORKDIR == gs://* || $WORKDIR == /* ]] ||
+    fail "WORKDIR is '$WORKDIR', which hosts do not share; set it to gs://BUCKET/FOLDER, or /FOLDER on a disk all see"
+}
+
+# setup EXTRA: one line, what a fresh host does first; EXTRA is that of launch/install.sh.
+setup() {
+  local line="bash launch/install.sh $1"
+  [[ -z $PREPARE ]] || line+=" && { $PREPARE; }"
+  printf '%s' "$line"
+}
+
+# pack FILE: the working tree as it stands, without what git ignores, as a tar file.
+pack() {
+  say "packing the working tree into $1"
+  dry || git ls-files -z --cached --others --exclude-standard |
+    while IFS= read -r -d '' file; do [[ ! -e $file ]] || printf '%s\0' "$file"; done |
+    tar --null --files-from=- -czf "$1"
+}
+
+# retry COMMAND...: runs it again while it ends with 75 (preempted), RETRIES times at most; returns its last exit code.
+retry() {
+  local attempt code
+  for ((attempt = 0; ; attempt++)); do
+    code=0
+    "$@" || code=$?
+    if ((code != 75 || attempt >= RETRIES)) || [[ ${STOPPED:-} ]]; then
+      return "$code"
+    fi
+    say "preempted; attempt $((attempt + 2)) of $((RETRIES + 1)) in $RETRY_WAIT s"
+    sleep "$RETRY_WAIT"
+    [[ -z ${STOPPED:-} ]] || return "$code"
+  done
+}
+
+# finish CODE: says how it ended and where everything is, and exits with the code.
+finish() {
+  case $1 in
+    0) if dry; then say "a dry run: nothing was started"; else say "done"; fi ;;
+    2) say "exit code 2: wrong input, see above; repair it, then run the same command again" ;;
+    70) say "exit code 70: a loss or gradient is not finite; the same command would end the same way" ;;
+    130) say "exit code 130: stopped and saved; the same command goes on from there" ;;
+    75) say "exit code 75: preempted and saved; the same command goes on from there" ;;
+    *) say "exit code $1: see above; the same command goes on from the last checkpoint" ;;
+  esac
+  say "checkpoints, metrics and reports: $WORKDIR"
+  [[ -z ${BILLED:-} ]] || dry || say "$BILLED"
+  exit "$1"
+}
+
+# prefixed TEXT: copies standard input, each line behind the text.
+prefixed() {
+  local line
+  while IFS= read -r line || [[ $line ]]; do
+    printf '%s%s\n' "$1" "$line"
+  done
+}
+
+# usage: the comment at the top of the script, and what all scripts take.
+usage() {
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$SCRIPT"
+  cat <<TEXT
+
+  $SCRIPT [--dry-run] [FLAG...]   start; flags of d1jax.main take the place of FLAGS
+TEXT
+  declare -F logs >/dev/null && echo "  $SCRIPT logs [--dry-run]        follow the logs"
+  declare -F stop >/dev/null && echo "  $SCRIPT stop [--dry-run]        end it"
+  cat <<TEXT
+
+Settings are in launch/env.sh; a dry run (or DRY_RUN=1) prints the commands and runs none.
+TEXT
+}
+
+# main WORD...: reads the command line and does what it says. COMMAND is what every process runs.
+main() {
+  local action=start flags=() word
+  case ${1:-} in
+    logs | stop) declare -F "$1" >/dev/null && action=$1 && shift ;;
+  esac
+  for word; do
+    case $word in
+      -h | --help) usage && exit 0 ;;
+      --dry-run) DRY_RUN=1 ;;
+      --*) flags+=("$word") ;;
+      *) fail "$SCRIPT takes no '$word'; see $SCRIPT --help" ;;
+    esac
+  done
+  [[ $RUN =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+    fail "RUN is '$RUN'; machines take lower-case letters, digits and dashes, a letter first"
+  ((${#flags[@]} == 0)) || FLAGS=("${flags[@]}")
+  COMMAND=("${PYTHON:-.venv/bin/python}" -m d1jax.main "${FLAGS[@]}" "--config.workdir=$WORKDIR")
+  cd "$ROOT"
+  "$action"
+}
