@@ -44,12 +44,10 @@ begin() {
   until [[ -s $DIR/pid ]]; do sleep 0.1; done
 }
 
-# follow: the output from the start until the command ends; returns its exit code.
+# follow ATTEMPT: its output from the start until the command ends; returns its exit code.
 follow() {
-  local attempt
-  attempt=$(<"$DIR/attempt")
   tail -n +1 -F --pid="$(<"$DIR/group")" "$DIR/log" 2>/dev/null | prefixed "[$(hostname)] "
-  if [[ $(<"$DIR/attempt") != "$attempt" ]]; then
+  if [[ $(<"$DIR/attempt") != "$1" ]]; then
     say "stopped, or started anew, from elsewhere"
     return 130
   fi
@@ -64,10 +62,10 @@ case ${1:-} in
     ;;
   '')
     [[ -e $DIR/pid ]] || fail "nothing was started on $(hostname)"
-    follow
+    follow "$(<"$DIR/attempt")"
     ;;
   *)
     [[ $(cat "$DIR/attempt" 2>/dev/null) == "$1" ]] || begin "$@"
-    follow
+    follow "$1"
     ;;
 esac
