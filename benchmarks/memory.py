@@ -1,8 +1,8 @@
 """Does diffu-GRPO on LLaDA-8B fit? Bytes a device by count, and by the TPU compiler's own account, without a TPU.
 
-`python -m benchmarks.memory` compiles the real rollout and the real update of `configs/grpo.py:llada_8b` ahead of time
-for v5e chips (16 GiB), one row a way of training and a number of chips, and prints JSON lines and a Markdown table. It
-needs `pip install "jax[tpu]"` and no accelerator; about two minutes a program.
+`python -m benchmarks.memory` compiles the real programs of `configs/grpo.py:llada_8b` ahead of time for v5e chips
+(16 GiB), one row a way of training and a number of chips, and prints JSON lines and a Markdown table. It needs
+`pip install "jax[tpu]"` and no accelerator; about two minutes a program.
 """
 
 import argparse
@@ -120,22 +120,21 @@ def measure(chips: int, training: str) -> dict[str, Any]:
   )
   row = {"training": training, "chips": chips, "topology": name, "counted": count(experiment, programs, config)}
   width = max(config.data.prompt_buckets)
-  rollout, update = programs.lowering(width)
-  return row | {"rollout": compiled(rollout), "update": compiled(update)}
+  return row | {name: compiled(lower) for name, lower in programs.lowering(width).items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
   """Markdown, in GiB a chip."""
   parts = list(rows[0]["counted"])
   lines = [
-    f"| training | chips | {' | '.join(parts)} | counted | rollout, compiled | update, compiled |",
-    f"|---|--:|{'--:|' * (len(parts) + 3)}",
+    f"| training | chips | {' | '.join(parts)} | counted | publish, compiled | rollout, compiled | update, compiled |",
+    f"|---|--:|{'--:|' * (len(parts) + 4)}",
   ]
   for row in rows:
     counted = [f"{row['counted'][part] / GIB:.2f}" for part in parts]
     total = sum(row["counted"].values()) / GIB
     found = []
-    for program in ("rollout", "update"):
+    for program in ("publish", "rollout", "update"):
       peak = f"{row[program]['peak_bytes'] / GIB:.2f}"
       found.append(peak if row[program]["fits"] else f"no: {peak}")
     lines.append(f"| {row['training']} | {row['chips']} | {' | '.join(counted)} | {total:.2f} | {' | '.join(found)} |")

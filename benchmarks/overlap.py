@@ -68,16 +68,18 @@ class Here:
     self._experiment = experiments.build(config, None)
     optimizer = self._experiment.optimizer(config.grpo, 1)
     self._programs = grpo.Programs(self._experiment, optimizer)
+    self._programs.compile()
     width = config.data.prompt_buckets[0]
-    self._programs.compiled[width] = grpo.Compiled(self._programs.lowering(width)[0]().compile(), None, None)
-    self._state = self._experiment.weights.fresh_state(optimizer)
+    state = self._experiment.weights.fresh_state(optimizer)
+    self._params, self._key = self._programs.publish(state, self._experiment.weights.frozen), state.key
     prompts = self._experiment.texts("train").prompts
     batch = pipeline.prompt_batch(prompts, range(ROWS // GROUP), 0, GROUP, (width,), self._experiment.tokenizer.pad_id)
     self._placed = self._programs.place(batch, 0)
 
   def start(self) -> list[Callable[[], Any]]:
     """Begins a rollout; returns for each chunk what waits for it, fetches and decodes it."""
-    chunks = self._programs.rollout(self._state, self._experiment.weights.frozen, *self._placed)
+    prompts, iteration = self._placed
+    chunks = self._programs.rollout(self._params, prompts, self._key, iteration)
     return [functools.partial(self._fetch, chunk) for chunk in chunks]
 
   def _fetch(self, chunk: Any) -> None:

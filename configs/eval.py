@@ -1,8 +1,8 @@
 """Evaluation: of a checkpoint, of a model's folder, or of completions in a file.
 
 `--config=configs/eval.py:WORDS --config.checkpoint=DIR`, words separated by commas: a size (`tiny`, the default, which
-takes lengths, steps and prompts from the checkpoint; `llada_8b`, d1's evaluation) and any number of tasks (none: those
-of the checkpoint). docs/evaluation.md tells all of it.
+takes lengths, steps and prompts from the checkpoint; `llada_8b`, d1's evaluation), any number of tasks (none: those of
+the checkpoint) and the chips that hold a large model (`v5e`, `v5p`, `v6e`, `h100`). docs/evaluation.md tells all of it.
 """
 
 import runpy
@@ -16,15 +16,16 @@ SIZES = ("tiny", "llada_8b")
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the words."""
   recipe = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
-  known = (*SIZES, *recipe["TASKS"])
+  known = (*SIZES, *recipe["TASKS"], *recipe["CHIPS"])
   chosen = [word for word in words.split(",") if word]
   unknown = [word for word in chosen if word not in known]
   if unknown:
     raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(known)}")
   sizes = [word for word in chosen if word in SIZES] or [SIZES[0]]
+  chips = [word for word in chosen if word in recipe["CHIPS"]]
   if len(sizes) > 1:
     raise ValueError(f"preset words {', '.join(sizes)} exclude each other: name one of {', '.join(SIZES)}")
-  none = config_dict.placeholder
+  none, grpo = config_dict.placeholder, recipe["get_config"](",".join(("llada_8b", *chips)))
   c = config_dict.ConfigDict()
   c.mode = "eval"
 
@@ -35,7 +36,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 
   # On what.
   # Without names and file: those of the checkpoint.
-  c.tasks = tuple(word for word in chosen if word not in SIZES)
+  c.tasks = tuple(word for word in chosen if word in recipe["TASKS"])
   c.module = none(str)  # the file of a task of your own
   c.split = "test"
   c.questions = none(int)  # at most so many of each task
@@ -63,15 +64,19 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.output = none(str)  # a folder; None: a new one in the work directory, the same for the same evaluation
   c.batch_size = none(int)  # None: the checkpoint's
   c.prompt_buckets = ()  # none: the checkpoint's
-  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1)
   c.cpu_devices = 2
+  c.distributed = grpo.distributed  # several processes
 
   # What a model's folder does not say.
-  grpo = recipe["get_config"]("llada_8b")
-  sections = ("seed", "rules", "model", "lora", "tokenizer", "data", "task", "rollout", "evaluation")
+  sections = ("seed", "rules", "rollout_rules", "model", "lora", "tokenizer", "data", "task", "rollout", "evaluation")
   c.bare = {name: grpo[name] for name in sections}
   c.bare.model.quantize = "none"
   c.bare.lora.rank = 0
+  if chips:
+    c.mesh = grpo.mesh
+    c.bare.rules = grpo.rules.to_dict() | grpo.rollout_rules.to_dict()
+    c.bare.rollout_rules = {}
 
   if sizes[0] == "llada_8b":
     c.style = "d1_eval"

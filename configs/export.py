@@ -12,6 +12,6 @@ def get_config() -> config_dict.ConfigDict:
   c.pretrained = config_dict.placeholder(str)  # the adapter's base; or where a run's base is now, None: where it was
   c.output = config_dict.placeholder(str)  # a new folder
   c.form = "model"  # or "adapter": a PEFT folder of a run's adapters alone
-  c.mesh = dict(data=1, fsdp=-1, tensor=1)
+  c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1)
   c.cpu_devices = 1
   return c

@@ -44,7 +44,7 @@ def get_config() -> config_dict.ConfigDict:
 
   c.batch_size = 16  # answers at a time
   c.prompt_buckets = (64, 128, 256, 512, 1024, 2048, 4096)
-  c.mesh = dict(data=-1, fsdp=1, tensor=1)
+  c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1)
   c.cpu_devices = 1
   # What a model's folder does not say.
   c.bare = runpy.run_path(str(Path(__file__).with_name("eval.py")))["get_config"]().bare

@@ -3,7 +3,9 @@
 `--config=configs/grpo.py:WORDS`, words separated by commas: a size (`tiny`, the default; `smoke`; `llada_8b`) and a
 task (`sudoku`, the default; `countdown`, `gsm8k`, `math`), or several, which are mixed. Any field can be set on the
 command line: `--config.grpo.learning_rate=1e-4`. `llada_8b` is d1's diffu-GRPO on a downloaded model,
-`--config.model.pretrained`; docs/d1.md sets each of its values beside d1's.
+`--config.model.pretrained`; docs/d1.md sets each of its values beside d1's. It takes two words more: `full` trains
+every weight instead of adapters, and `v5e`, `v5p`, `v6e` or `h100` lays it out for 8 of these chips or more (v5e and
+v6e with `full`: 16).
 """
 
 from ml_collections import config_dict
@@ -11,6 +13,15 @@ from ml_collections import config_dict
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
+
+# Sizes of the mesh's axes fsdp and tensor, with adapters and with every weight trained. In an update fsdp x tensor
+# chips share the weights, in a rollout tensor of them: few enough that rollouts send little, enough that all fits.
+CHIPS = {
+  "v5e": ((2, 4), (4, 4)),  # 16 GiB a chip; a model in bfloat16 has 15
+  "v6e": ((8, 1), (16, 1)),  # 32 GiB
+  "v5p": ((1, 1), (8, 1)),  # 95 GiB
+  "h100": ((1, 1), (8, 1)),  # 80 GB
+}
 
 # Fields that in a mix have the largest value of its tasks.
 LARGEST = dict(
@@ -27,29 +38,44 @@ ADAM = dict(b1=0.9, b2=0.99, weight_decay=0.1)
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the preset words."""
   chosen = dict.fromkeys(word for word in words.split(",") if word)
-  unknown = [word for word in chosen if word not in SIZES + TASKS]
+  known = (*SIZES, *TASKS, "full", *CHIPS)
+  unknown = [word for word in chosen if word not in known]
   if unknown:
-    raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(SIZES + TASKS)}")
+    raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(known)}")
   sizes = [word for word in chosen if word in SIZES] or ["tiny"]
   tasks = [word for word in chosen if word in TASKS] or ["sudoku"]
-  if len(sizes) > 1:
-    raise ValueError(f"preset words {', '.join(sizes)} exclude each other: name one of {', '.join(SIZES)}")
+  chips = [word for word in chosen if word in CHIPS]
+  for group, names in ((sizes, SIZES), (chips, CHIPS)):
+    if len(group) > 1:
+      raise ValueError(f"preset words {', '.join(group)} exclude each other: name one of {', '.join(names)}")
+  large = [word for word in chosen if word in ("full", *CHIPS)]
+  if large and sizes[0] != "llada_8b":
+    raise ValueError(f"preset words {', '.join(large)} are for llada_8b: name it too, or leave them out")
   if len(tasks) > 1:
-    return _mix({task: get_config(f"{sizes[0]},{task}") for task in sorted(tasks)})
+    return _mix({task: get_config(",".join((sizes[0], task, *large))) for task in sorted(tasks)})
 
   c = config_dict.ConfigDict()
   c.mode = "grpo"
   c.seed = 0
   c.workdir = "runs/grpo"
+  # FIRST:LAST iterations, counted from 1, to trace for XProf or TensorBoard (WORKDIR/profile); None: none.
+  c.profile_steps = config_dict.placeholder(str)
 
   # Devices along each axis; -1 takes those that are left.
-  c.mesh = dict(data=1, fsdp=-1, tensor=1)
+  c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1)
   # Without an accelerator: into how many devices the CPU is split.
   c.cpu_devices = 2
+  # Several processes; what is None is detected on Cloud TPUs, GKE, Slurm and Open MPI.
+  c.distributed = dict(
+    coordinator=config_dict.placeholder(str),  # HOST:PORT of process 0
+    processes=config_dict.placeholder(int),
+    process=config_dict.placeholder(int),  # the number of this one
+    timeout=300,  # seconds without a sign of life of a process until the others give up
+  )
   # Where logical axes live: a mesh axis, a tuple of them, or None (replicated).
   c.rules = dict(
     batch=("data", "fsdp"),
-    length=None,
+    length="sequence",
     vocab="tensor",
     embed="fsdp",
     heads="tensor",
@@ -59,6 +85,8 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     norm=None,
     layers=None,
   )
+  # Those that differ in rollouts; weights are moved once an iteration.
+  c.rollout_rules = config_dict.ConfigDict()
 
   c.model = dict(
     # The folder of a downloaded model; it decides the sizes, the tokenizer and where logits stand.
@@ -176,7 +204,27 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   }
   for apply in (*presets[sizes[0]], *presets[tasks[0]]):
     apply(c)
+  if "full" in chosen:
+    c.lora.rank, c.model.quantize = 0, "none"
+  if chips:
+    _lay_out(c, chips[0])
   return c
+
+
+def _lay_out(c: config_dict.ConfigDict, chip: str) -> None:
+  """An update cuts all weights along embed and gathers a layer at a time; in a rollout they stay where they are used.
+
+  The base is kept in bfloat16: over 8 chips it takes 2 GiB of each, and NF4 costs its unpacking in every forward pass.
+  """
+  fsdp, tensor = CHIPS[chip][c.lora.rank == 0]
+  c.mesh.update(data=-1, fsdp=fsdp, tensor=tensor)
+  everywhere, shared = ("data", "fsdp", "tensor"), ("fsdp", "tensor")
+  c.rules = c.rules.to_dict() | dict(batch=everywhere, vocab=None, embed=shared, heads=None, kv_heads=None, mlp=None)
+  cut = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "adapter"), "tensor")
+  c.rollout_rules = dict(batch=("data", "fsdp"), embed=None, **cut)
+  c.model.quantize = "none"
+  c.model.remat = chip != "v5p" or c.lora.rank == 0  # without, an update of 12 rows a chip takes 53 GiB
+  c.grpo.accumulation = 1
 
 
 def _mix(parts: dict[str, config_dict.ConfigDict]) -> config_dict.ConfigDict:

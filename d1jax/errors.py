@@ -44,6 +44,22 @@ class InterruptedRunError(RunError):
   exit_code = 130
 
 
+class LostError(RunError):
+  """Another process of the run is gone: run the same command again."""
+
+  exit_code = PREEMPTED
+
+
+_LOST_WORDS = (
+  "Gloo",
+  "Connection closed by peer",
+  "Connection reset by peer",
+  "Socket closed",
+  "coordination service",
+  "CoordinationService",
+  "ncclRemoteError",
+)
+
 _STORAGE_WORDS = (
   "No space left",
   "File too large",
@@ -54,14 +70,23 @@ _STORAGE_WORDS = (
 
 def is_storage_failure(error: BaseException) -> bool:
   """Whether an exception, or one behind it, says that a file system took no more bytes."""
-  seen: BaseException | None = error
-  while seen is not None:
-    if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-      return True
-    if any(word in str(seen) for word in _STORAGE_WORDS):
-      return True
-    seen = seen.__cause__ or seen.__context__
-  return False
+  full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+  return any(
+    (isinstance(seen, OSError) and seen.errno in full) or any(word in str(seen) for word in _STORAGE_WORDS)
+    for seen in _chain(error)
+  )
+
+
+def is_lost(error: BaseException | None) -> bool:
+  """Whether an exception, or one behind it, says that another process of the run is gone."""
+  return any(isinstance(e, LostError) or any(word in str(e) for word in _LOST_WORDS) for e in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  """An exception and those behind it."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
@@ -72,6 +97,8 @@ def input_checked() -> Iterator[None]:
   try:
     yield
   except ValueError as error:
+    if is_lost(error):  # JAX raises these as ValueErrors too
+      raise
     raise RunError(" ".join(str(error).split())) from error
 
 
@@ -88,6 +115,12 @@ def explained(stage: str, remedy: str) -> Iterator[None]:
   except RunError:
     raise
   except Exception as error:
+    if is_lost(error):
+      reason = str(error).strip().splitlines()[0][:120]
+      raise LostError(
+        f"{stage}: another process of the run is gone ({reason}); run the same command again, it goes on from the last"
+        " checkpoint"
+      ) from error
     if is_storage_failure(error):
       reason = str(error).strip().splitlines()[0][:200]
       raise StorageError(

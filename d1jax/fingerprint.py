@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
+from d1jax.parallel import multihost
+
 
 def _mix(x: UInt32[Array, "*S"]) -> UInt32[Array, "*S"]:
   """A 32-bit finaliser (MurmurHash3's): every input bit reaches every output bit."""
@@ -47,7 +49,7 @@ def fingerprint(tree: Any) -> str:
   processes.
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  sums = np.asarray(jax.device_get(_checksums([jnp.asarray(leaf) for _, leaf in leaves])))
+  sums = multihost.fetch(_checksums([leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for _, leaf in leaves]))
   digest = hashlib.sha256()
   for (path, leaf), words in zip(leaves, sums, strict=True):
     digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {words.tolist()}\n".encode())

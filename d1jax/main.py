@@ -1,9 +1,11 @@
 """`python -m d1jax.main --config=configs/grpo.py`: reads the configuration and hands over to the mode that it names."""
 
+import contextlib
 import logging
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,19 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
     from d1jax.generation import command as generation
 
     return generation.run
-  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export, generate")
+  if config.mode == "aot":
+    from d1jax.aot import command as aot
+
+    return aot.run
+  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export, generate, aot")
+
+
+def _meet(config: ConfigDict) -> None:
+  """Finds the other processes of the run."""
+  if "distributed" in config:
+    multihost.initialize(config.workdir if "workdir" in config else config.mode, **config.distributed)
+  else:
+    multihost.check_alone(config.mode)
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -48,8 +62,15 @@ def _run(argv: Sequence[str]) -> None:
   threading.excepthook = lambda failure: logging.debug("in %s: %s", failure.thread, failure.exc_value)
   logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
   config = _CONFIG.value
+  _meet(config)
   multihost.split_cpu(config.cpu_devices)
-  _mode(config)(config)
+  with contextlib.ExitStack() as stack, errors.explained(config.mode, "smaller batches"):
+    if not multihost.is_main():  # all would say the same
+      nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+      stack.enter_context(contextlib.redirect_stdout(nowhere))
+      logging.getLogger().setLevel(logging.ERROR)
+    _mode(config)(config)
+    multihost.barrier("end")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -74,10 +95,16 @@ def main() -> None:
     app.run(_run, flags_parser=_parse)
   except errors.RunError as error:
     print(f"d1jax: {error}", file=sys.stderr, flush=True)
+    multihost.leave(error.exit_code, together=not errors.is_lost(error))
     if isinstance(error, errors.StorageError):
       # Writers would try once more at exit, on a disk that takes nothing, and bury the line above.
       os._exit(error.exit_code)
     sys.exit(error.exit_code)
+  except (Exception, KeyboardInterrupt):
+    if not multihost.alone():
+      traceback.print_exc()
+      multihost.leave(1, together=False)
+    raise
 
 
 if __name__ == "__main__":

@@ -128,8 +128,13 @@ def from_pretrained(
   source = inspect(Path(folder))
   if mesh is None:
     mesh = meshes.make_mesh(dict.fromkeys(meshes.MESH_AXES, 1), meshes.first_device())
-  constrain = meshes.constrainer(mesh, rules)
-  network = transformer.build(source.size, dtype=dtype, constrain=constrain, attention=attention(mesh, rules))
+  network = transformer.build(
+    source.size,
+    dtype=dtype,
+    constrain=meshes.constrainer(mesh, rules),
+    attention=attention(mesh, rules),
+    cut_length=meshes.ways(mesh, rules, "length") > 1,
+  )
   axes = lora.quantized_axes(network.axes) if quantize else network.axes
   placements = meshes.shardings(mesh, rules, axes)
   params = pretrained.read(source.folder, network, dtype, placements, quantized=quantize)

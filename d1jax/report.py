@@ -1,7 +1,7 @@
 """What a run says at its end: a table, sample completions, a picture of the learning curves."""
 
+import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -11,7 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from d1jax.evaluation.evaluator import Evaluation, tables
+from d1jax.training import ledger
 from d1jax.training.metrics import read_records
+from d1jax.training.workdir import Folder, write_atomically
 
 SMOOTHING = 20
 """Iterations over which training curves are averaged."""
@@ -31,7 +33,7 @@ def samples(evaluation: Evaluation, count: int = 5) -> list[dict[str, Any]]:
   ]
 
 
-def summary(results: Mapping[str, Any], workdir: Path) -> str:
+def summary(results: Mapping[str, Any], workdir: Folder) -> str:
   """The closing words of a run."""
   rows = {"constant answer": results["baseline"]}
   stages = [name for name in ("SFT", "diffu-GRPO") if name.removeprefix("diffu-").lower() in results["seconds"]]
@@ -53,6 +55,7 @@ def summary(results: Mapping[str, Any], workdir: Path) -> str:
     [
       *lines,
       "",
+      *([f"Cost, on {results['device']}:", ledger.table(results["cost"]), ""] if "cost" in results else []),
       f"Time:             {seconds.replace('this_invocation', 'this command')}",
       f"Learning curves:  {workdir / 'learning_curves.png'}",
       f"Completions:      {workdir / 'completions'}",
@@ -70,7 +73,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
   return (total[end] - total[start]) / (end - start)
 
 
-def plot_learning_curves(workdir: Path) -> Path:
+def plot_learning_curves(workdir: Folder) -> Folder:
   """Draws `learning_curves.png` from `metrics.jsonl`: one panel a stage."""
   records = read_records(workdir / "metrics.jsonl")
   stages = list(dict.fromkeys(r["stage"] for r in records))
@@ -94,7 +97,8 @@ def plot_learning_curves(workdir: Path) -> Path:
     axis.set(title=titles[stage], xlabel="iteration", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-  path = workdir / "learning_curves.png"
-  figure.savefig(path, dpi=120)
+  path, picture = workdir / "learning_curves.png", io.BytesIO()
+  figure.savefig(picture, format="png", dpi=120)
+  write_atomically(path, picture.getvalue())
   plt.close(figure)
   return path

@@ -1,12 +1,14 @@
-"""Small jobs for the end-to-end tests: every stage in seconds, in this process or in its own."""
+"""Small jobs for the end-to-end tests: every stage in seconds, in this process, in its own, or in several."""
 
 import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -36,6 +38,12 @@ SMALL = {
 }
 
 
+def untimed(record: dict) -> dict:
+  """A record of `metrics.jsonl` without what a clock says."""
+  timed = ("seconds", "compiled_share", "tokens_per_second", "elapsed", "cost/seconds/", "cost/grading_overlapped")
+  return {name: value for name, value in record.items() if not name.startswith(timed)}
+
+
 def load(name: str, words: str = "") -> ConfigDict:
   """`configs/NAME.py:WORDS`."""
   spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
@@ -61,20 +69,62 @@ def flags(workdir: Path, **changes) -> list[str]:
   return ["--config=configs/grpo.py:smoke", *(f"--config.{field}={value}" for field, value in fields.items())]
 
 
-def start(*arguments: str, cache: Path | None = None, largest_file_kib: int | None = None) -> subprocess.Popen:
+def start(
+  *arguments: str, cache: Path | None = None, largest_file_kib: int | None = None, module: str = "d1jax.main"
+) -> subprocess.Popen:
   """Starts `python -m d1jax.main` on two CPU devices, as on a person's machine; no file may grow beyond a limit."""
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
   if cache is not None:
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   limited = [] if largest_file_kib is None else ["bash", "-c", f'ulimit -f {largest_file_kib}; exec "$@"', "limited"]
   return subprocess.Popen(
-    [*limited, sys.executable, "-m", "d1jax.main", *arguments],
+    [*limited, sys.executable, "-m", module, *arguments],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+def start_processes(
+  count: int,
+  *arguments: str,
+  devices: int = 1,
+  timeout: int = 60,
+  each: Sequence[Sequence[str]] | None = None,
+  **more,
+) -> list[subprocess.Popen]:
+  """Starts one job as several processes; the one of place i is process i.
+
+  Args:
+    count: how many.
+    arguments: of all.
+    devices: CPU devices of each.
+    timeout: `distributed.timeout`.
+    each: further arguments, process by process.
+    more: for `start`.
+  """
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  own = [
+    f"--config.cpu_devices={devices}",
+    f"--config.distributed.timeout={timeout}",
+    f"--config.distributed.coordinator=127.0.0.1:{port}",
+    f"--config.distributed.processes={count}",
+  ]
+  further = each or [()] * count
+  return [start(*arguments, *own, f"--config.distributed.process={i}", *further[i], **more) for i in range(count)]
+
+
+def finish_processes(processes: list[subprocess.Popen], timeout: float = 300) -> list[tuple[int, str, str]]:
+  """(exit code, standard output, standard error) of each; none is left running."""
+  try:
+    return [finish(process, timeout) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:

@@ -26,11 +26,11 @@ ALLOWED = {
   "keys": set(),
   "state": {"models"},
   "microbatch": set(),
-  "fingerprint": set(),
+  "fingerprint": {"parallel"},
   "intervals": set(),
   "errors": set(),
   "report": set(),
-  "parallel": {"state", "models"},
+  "parallel": {"state", "models", "errors"},
   "diffusion": {"keys"},
   "rl": {"keys", "state", "microbatch", "diffusion", "data", "tasks"},
 }
@@ -40,6 +40,7 @@ ALLOWED |= {"evaluation": LOWER | {"training"}, "training": LOWER | {"evaluation
 ALLOWED["report"] = {"evaluation", "training"}
 ALLOWED["generation"] = LOWER | {"training", "evaluation"}
 ALLOWED["export"] = LOWER | {"training", "evaluation"}
+ALLOWED["aot"] = LOWER | {"training"}
 ALLOWED["main"] = set(ALLOWED)
 
 NNX = {
@@ -151,6 +152,7 @@ def test_meshes_and_placements_are_built_in_one_file(path):
 def test_few_files_know_of_configurations(path):
   knows = {"ConfigDict", "config_dict", "ml_collections", "config_flags"} & words(TREES[path])
   known = ("d1jax/main.py", "d1jax/export.py", "d1jax/evaluation/", "d1jax/training/", "d1jax/generation/command.py")
+  known += ("d1jax/aot/command.py",)
   allowed = name_of(path).startswith(known)
   assert allowed or not knows
 
@@ -323,6 +325,7 @@ CONFIGS = [
   ("eval", "llada_8b,gsm8k,math"),
   ("export",),
   ("generate",),
+  ("aot", "llada_8b,v5e,full"),
 ]
 
 

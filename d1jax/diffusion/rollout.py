@@ -110,13 +110,22 @@ class SamplerSpec:
     static = self.diffusion_steps // self.blocks
     return min(static, self.block_length) if self.schedule == "static" else self.block_length
 
+  @property
+  def refresh_period(self) -> int:
+    """Steps from one pass over the whole canvas to the next, within a block."""
+    return 1 if self.cache == "none" else min(self.refresh_every or self.steps_per_block, self.steps_per_block)
+
+  def steps_taken(self, reveal_step: np.ndarray) -> np.ndarray:
+    """The denoising steps that a batch took at each block, by the recorded steps [B C] of all its rows."""
+    last = np.asarray(reveal_step).max(axis=0, initial=-1).reshape(self.blocks, self.block_length).max(axis=1)
+    taken = last + 1 - self.steps_per_block * np.arange(self.blocks)  # below 1 where a block was not reached
+    return np.maximum(taken, 0)
+
   def forward_passes(self, reveal_step: np.ndarray) -> int:
     """The forward passes, full or windowed, that a batch took, by the recorded steps [B C] of all its rows; two each if
     guided.
     """
-    last = np.asarray(reveal_step).max(axis=0).reshape(self.blocks, self.block_length).max(axis=1)
-    taken = last + 1 - self.steps_per_block * np.arange(self.blocks)  # below 1 where a block was not reached
-    return int(np.maximum(taken, 0).sum()) * (2 if self.cfg_scale else 1)
+    return int(self.steps_taken(reveal_step).sum()) * (2 if self.cfg_scale else 1)
 
 
 class Rollout(NamedTuple):

@@ -87,7 +87,7 @@ def sample(
   canvas = _Canvas(jnp.concatenate([prompt, masks], axis=1), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
   valid = jnp.concatenate([prompt_valid, jnp.ones(shape, bool)], axis=1)
   loop = _Loop(denoiser, params, spec, keys.sample_keys(key, sample_id), valid)
-  canvas = loop.run(canvas, jnp.int32(0), _batch_sizes(batch, row_multiple, spec))
+  canvas = loop.run(canvas, jnp.int32(0), batch_sizes(batch, row_multiple, spec))
   completion = canvas.tokens[:, prompt_length:]
   if loop.ends_early:
     completion = jnp.where(completion == denoiser.mask_id, denoiser.stop_ids[0], completion)
@@ -96,7 +96,7 @@ def sample(
   return Rollout(sample_id, group_id, prompt, prompt_valid, completion, mask, steps, logps)
 
 
-def _batch_sizes(batch: int, row_multiple: int, spec: SamplerSpec) -> list[int]:
+def batch_sizes(batch: int, row_multiple: int, spec: SamplerSpec) -> list[int]:
   """The whole batch, and the halves that it may shrink to; none for `prefix`, which compiles much as it is."""
   sizes = [batch]
   if spec.early_exit and spec.completion_length >= COMPACT_FROM and spec.cache != "prefix":
@@ -149,7 +149,7 @@ class _Loop:
     """Denoises one block, period by period."""
     spec, steps = self.spec, self.spec.steps_per_block
     static = spec.schedule == "static"
-    every = 1 if spec.cache == "none" else min(spec.refresh_every or steps, steps)
+    every = spec.refresh_period
     length = self.valid.shape[1]
     start_of = lambda block: length - spec.completion_length + block * spec.block_length
     alive = self.unfinished(state.canvas)

@@ -1,6 +1,7 @@
 """`--config=configs/eval.py`: completes and grades, goes on where it stopped, writes items, numbers and a page."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +16,18 @@ from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import explained, input_checked
 from d1jax.evaluation import generations, output, subject
 from d1jax.evaluation.evaluator import Completer, Evaluator, evaluation_key, grade_completions
-from d1jax.evaluation.items import Item, append, question_id
+from d1jax.evaluation.items import Item, append, parse, question_id
 from d1jax.evaluation.subject import Subject
+from d1jax.parallel import multihost
 from d1jax.tasks import Task
 from d1jax.tasks.common import check_choice, check_integer
 from d1jax.training.experiment import Experiment, Texts
 from d1jax.training.interrupts import Interrupts
 
-ELSEWHERE = ("checkpoint", "pretrained", "chosen_beforehand", "output", "compare", "mesh", "cpu_devices")
+ELSEWHERE = (
+  *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),
+  *("mesh", "cpu_devices", "distributed"),
+)
 """Fields that do not decide what is completed or how it is graded, or that the fingerprints stand for."""
 
 
@@ -54,7 +59,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   with input_checked():
     check_choice("protocol", config.protocol, tasks.PROTOCOLS)
     if config.generations is not None:
-      return generations.run(config)
+      return multihost.from_main(lambda: generations.run(config))
     if config.protocol == "d1" and config.early_exit:
       raise ValueError("early_exit ends completions at their stop id, but the protocol d1 reads on: leave it out")
   with explained("evaluation", "smaller batches: --config.batch_size=8"):
@@ -62,30 +67,32 @@ def run(config: ConfigDict) -> dict[str, Any]:
     with input_checked():
       arms = list(_arms(config, found))
     identity = _identity(config, found, arms)
-    folder = output.claim(Path(config.output) if config.output else None, found.home, identity)
+    multihost.check_same("the evaluation", identity)
+    asked = Path(config.output) if config.output else None
+    folder = Path(multihost.from_main(lambda: str(output.claim(asked, found.home, identity))))
     with Interrupts() as interrupts:
       _complete(config, found, arms, folder, interrupts)
-    rows = [
-      output.Row(
-        name=arm.name,
-        task=arm.experiment.task,
-        records=arm.texts.records,
-        style=arm.experiment.config.task.style,
-        sampler=arm.sampler,
-        length=arm.sampler.completion_length,
-        temperature=arm.sampler.temperature,
-        items=output.read_items(folder, arm.name),
-      )
-      for arm in arms
-    ]
-  return output.finish(config, folder, identity, rows)
+    return multihost.from_main(lambda: output.finish(config, folder, identity, [_row(arm, folder) for arm in arms]))
+
+
+def _row(arm: Arm, folder: Path) -> output.Row:
+  return output.Row(
+    name=arm.name,
+    task=arm.experiment.task,
+    records=arm.texts.records,
+    style=arm.experiment.config.task.style,
+    sampler=arm.sampler,
+    length=arm.sampler.completion_length,
+    temperature=arm.sampler.temperature,
+    items=output.read_items(folder, arm.name),
+  )
 
 
 def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Path, interrupts: Interrupts) -> None:
-  """Runs every batch whose items are not all there yet."""
+  """Runs every batch whose items are not all there yet; each process grades its rows, process 0 writes all."""
   completer = Completer(found.experiment)
   for arm in arms:
-    done = {(item.seed, item.sample, item.index) for item in output.read_items(folder, arm.name)}
+    done = set(map(tuple, multihost.from_main(functools.partial(_done, folder, arm))))
     batch_size = config.batch_size or found.experiment.config.evaluation.batch_size
     evaluator = Evaluator(completer, arm.experiment, arm.texts, arm.sampler, batch_size)
     for seed, sample in arm.draws:
@@ -106,34 +113,38 @@ def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: P
           config.protocol,
         )
         tokens = completed.mask.sum(axis=1)
-        append(
-          output.items_path(folder, arm.name),
-          [
-            Item(
-              task=task.name,
-              length=arm.sampler.completion_length,
-              temperature=arm.sampler.temperature,
-              seed=seed,
-              sample=sample,
-              index=int(row),
-              question=question_id(record),
-              cluster=task.cluster(record),
-              record=record,
-              text=text,
-              answer=grade.answer,
-              reward=grade.reward,
-              metrics=grade.metrics,
-              tokens=int(count),
-              forward_passes=completed.forward_passes,
-              seconds=completed.seconds / len(records),
-            )
-            for row, record, text, grade, count in zip(completed.rows, records, texts, grades, tokens, strict=True)
-            if (seed, sample, int(row)) not in done
-          ],
-        )
+        lines = [
+          Item(
+            task=task.name,
+            length=arm.sampler.completion_length,
+            temperature=arm.sampler.temperature,
+            seed=seed,
+            sample=sample,
+            index=int(row),
+            question=question_id(record),
+            cluster=task.cluster(record),
+            record=record,
+            text=text,
+            answer=grade.answer,
+            reward=grade.reward,
+            metrics=grade.metrics,
+            tokens=int(count),
+            forward_passes=completed.forward_passes,
+            seconds=completed.seconds / len(rows),
+          ).line()
+          for row, record, text, grade, count in zip(completed.rows, records, texts, grades, tokens, strict=True)
+        ]
+        everyone = multihost.gather_rows(completed.rows, lines)
+        if multihost.is_main():
+          new = [item for item in map(parse, everyone) if (seed, sample, item.index) not in done]
+          append(output.items_path(folder, arm.name), new)
         print(f"{arm.name}  seed {seed}  sample {sample}  batch {batch + 1}/{len(evaluator.batches)}", flush=True)
-        if interrupts.pending:
+        if interrupts.pending():
           raise interrupts.error(f"{arm.name} batch {batch + 1}")
+
+
+def _done(folder: Path, arm: Arm) -> list[tuple[int, int, int]]:
+  return [(item.seed, item.sample, item.index) for item in output.read_items(folder, arm.name)]
 
 
 def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:

@@ -5,7 +5,6 @@ import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,17 +17,18 @@ from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.intervals import Share, clustered
+from d1jax.parallel import multihost
 from d1jax.parallel.mesh import place
 from d1jax.rl.grading import Graded, decode
 from d1jax.state import Frozen, merge_for_rollout
 from d1jax.tasks import Record, Task
 from d1jax.tasks.base import Grade
 from d1jax.training.experiment import Experiment, Texts
-from d1jax.training.workdir import write_atomically
+from d1jax.training.workdir import Folder, write_atomically
 
 
 class Completed(NamedTuple):
-  """One batch of completions on the host.
+  """The rows of one batch of completions that this process holds, on the host.
 
   Attributes:
     rows: places in the list of prompts, one a row; repeats that only fill the batch are gone.
@@ -76,7 +76,7 @@ class Evaluation:
         summary[f"{name}_n"] = share.n
     return summary | {"n": len(self.records)}
 
-  def write(self, path: Path) -> None:
+  def write(self, path: Folder) -> None:
     """One JSON line a completion."""
     lines = [
       json.dumps({"record": dict(record), "text": text, "reward": g.reward, "metrics": dict(g.metrics)})
@@ -193,29 +193,32 @@ class Evaluator:
   def complete(self, batch: int, key: jax.Array, trainable: Any, frozen: Frozen) -> Completed:
     """Completes one batch; a row's draws depend on `key` and its place in the list alone."""
     own, experiment, prompts = self.batches[batch], self._experiment, self.texts.prompts
-    rows = [own[i % len(own)] for i in range(self._size[batch])]
-    tokens, valid = pad_left([prompts[i] for i in rows], self._width[batch], experiment.tokenizer.pad_id)
-    placed = place((tokens, valid, np.asarray(rows, np.int32)), experiment.by_row)
+    asked = [own[i % len(own)] for i in range(self._size[batch])]
+    tokens, valid = pad_left([prompts[i] for i in asked], self._width[batch], experiment.tokenizer.pad_id)
+    placed = place((tokens, valid, np.asarray(asked, np.int32)), experiment.by_row)
     program = self._completer.program(self._sampler, trainable, frozen, placed)
     began = time.perf_counter()
     placed_key = place(key, experiment.replicated)
-    completion, mask, reveal_step = jax.device_get(program(trainable, frozen, placed_key, *placed))
+    *drawn, reveal_step = program(trainable, frozen, placed_key, *placed)
+    rows, (completion, mask) = multihost.local_rows(drawn)
+    passes = self._sampler.forward_passes(multihost.fetch(reveal_step))
     seconds = time.perf_counter() - began
-    passes = self._sampler.forward_passes(reveal_step)
-    return Completed(np.asarray(own), completion[: len(own)], mask[: len(own)], passes, seconds)
+    keep = rows < len(own)
+    return Completed(np.asarray(own)[rows[keep]], completion[keep], mask[keep], passes, seconds)
 
   def __call__(self, trainable: Any, frozen: Frozen) -> Evaluation:
     """Evaluates these weights strictly; the same weights always give the same completions."""
     experiment, records = self._experiment, self.texts.records
     task, key = experiment.task, evaluation_key(seed=0, sample=0)
-    found: dict[int, tuple[str, Grade]] = {}
+    places, found = [], []
     for batch in range(len(self.batches)):
       done = self.complete(batch, key, trainable, frozen)
       own, prefills = [records[i] for i in done.rows], [self.texts.prefills[i] for i in done.rows]
       graded = grade_completions(task, experiment.tokenizer, own, prefills, done.completion, done.mask, "strict")
-      found |= dict(zip(done.rows.tolist(), zip(*graded, strict=True), strict=True))
-    texts, grades = (list(x) for x in zip(*(found[i] for i in range(len(records))), strict=True))
-    return evaluation(task, records, texts, grades)
+      places.append(done.rows)
+      found += [(text, dataclasses.asdict(grade)) for text, grade in zip(*graded, strict=True)]
+    everyone = multihost.gather_rows(np.concatenate(places), found)
+    return evaluation(task, records, [text for text, _ in everyone], [Grade(**fields) for _, fields in everyone])
 
 
 def evaluation_key(seed: int, sample: int) -> jax.Array:

@@ -12,7 +12,7 @@ from d1jax.state import Frozen
 from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.experiment import Experiment, build, of_checkpoint
 from d1jax.training.weights import check_base
-from d1jax.training.workdir import read_tokenizer
+from d1jax.training.workdir import Folder, folder, read_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Subject:
   """
 
   name: str
-  home: Path
+  home: Folder
   experiment: Experiment
   trainable: Any
   frozen: Frozen
   fingerprint: str
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Folder) -> Folder:
   """The folder of one checkpoint: `path` itself, or the best of the last stage of the work directory `path`.
 
   Raises:
@@ -45,9 +45,9 @@ def find_checkpoint(path: Path) -> Path:
   if path.name.isdigit() and path.is_dir():
     return path
   for stage in ("grpo", "sft"):
-    folder = path / "checkpoints" / stage
-    if folder.is_dir() and (best := Checkpoints(folder).best_step()) is not None:
-      return folder / str(best)
+    home = path / "checkpoints" / stage
+    if home.is_dir() and (best := Checkpoints(home).best_step()) is not None:
+      return home / str(best)
   raise RunError(
     f"no checkpoint in {path}: give a work directory of a run, or a folder like WORKDIR/checkpoints/grpo/400"
   )
@@ -61,7 +61,7 @@ def load(config: ConfigDict) -> Subject:
       split.
   """
   if config.checkpoint is not None:
-    return _checkpoint(find_checkpoint(Path(config.checkpoint)), config)
+    return _checkpoint(find_checkpoint(folder(config.checkpoint)), config)
   if config.pretrained is None:
     raise RunError(
       "nothing to evaluate: set config.checkpoint (a work directory or a checkpoint's folder), config.pretrained (a"
@@ -77,25 +77,23 @@ def load(config: ConfigDict) -> Subject:
   return Subject(config.pretrained, home, experiment, trainable, experiment.weights.frozen, fingerprint(trainable))
 
 
-def _checkpoint(folder: Path, config: ConfigDict) -> Subject:
-  checkpoints, step = Checkpoints(folder.parent), int(folder.name)
+def _checkpoint(home: Folder, config: ConfigDict) -> Subject:
+  checkpoints, step = Checkpoints(home.parent), int(home.name)
   best = checkpoints.best_step()
   if "split" in config and config.split == "test" and step != best and not config.chosen_beforehand:
     raise RunError(
-      f"{folder} meets the test split, but validation chose checkpoint {best}: a choice among test results would be"
+      f"{home} meets the test split, but validation chose checkpoint {best}: a choice among test results would be"
       " part of them. Give the work directory, or use --config.split=validation; if the choice was made before any"
       " result was seen (always the last one, say), --config.chosen_beforehand=True"
     )
   metadata = checkpoints.metadata(step)
   trained = of_checkpoint(metadata["config"], config)
-  workdir = folder.parent.parent.parent
+  workdir = home.parent.parent.parent
   with input_checked():
     experiment = build(trained, read_tokenizer(workdir))
-  section = trained[folder.parent.name]
+  section = trained[home.parent.name]
   abstract = experiment.weights.abstract_state(experiment.optimizer(section, section.steps))
   trainable = checkpoints.restore(step, abstract).state.trainable
   with input_checked():
     check_base(experiment.weights, metadata)
-  return Subject(
-    str(folder), workdir / "eval", experiment, trainable, experiment.weights.frozen, fingerprint(trainable)
-  )
+  return Subject(str(home), workdir / "eval", experiment, trainable, experiment.weights.frozen, fingerprint(trainable))

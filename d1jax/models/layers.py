@@ -31,6 +31,9 @@ of its input. `kept` is handed through: the cache with the keys and values in it
 DropoutKeys = Key[Array, "B L"] | None
 """One key a token, or None where nothing is dropped (wherever log-probabilities meet)."""
 
+Project = Callable[..., jax.Array]
+"""`project`, or `project_by_row`."""
+
 
 def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
   """The constraint of a model without a mesh: none."""
@@ -65,6 +68,15 @@ def project(w: Any, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None)
   """
   del dropout
   return dense(x, w.astype(dtype))
+
+
+def project_by_row(w: Any, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None) -> jax.Array:
+  """The same as `project`, of activations that devices share by position: rows of the batch are not folded into one
+  axis with positions, which would be gathered for it.
+  """
+  if dropout is None:
+    return jax.vmap(lambda x: project(w, x[None], dtype)[0])(x)
+  return jax.vmap(lambda x, keys: project(w, x[None], dtype, keys[None])[0])(x, dropout)
 
 
 def dense(x: Float[Array, "*B in"], w: Float[Array, "in out"]) -> Float[Array, "*B out"]:
@@ -145,9 +157,9 @@ class RMSNorm(nnx.Module):
 class GatedMlp(nnx.Module):
   """SwiGLU: `down(silu(gate(x)) * up(x))`, no biases."""
 
-  def __init__(self, embed: int, mlp: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+  def __init__(self, embed: int, mlp: int, *, dtype: DTypeLike, project: Project = project, rngs: nnx.Rngs):
     init = nnx.initializers.lecun_normal()
-    self.dtype = dtype
+    self.dtype, self.project = dtype, project
     self.gate = weight(rngs.params(), init, (embed, mlp), ("embed", "mlp"))
     self.up = weight(rngs.params(), init, (embed, mlp), ("embed", "mlp"))
     self.down = weight(rngs.params(), init, (mlp, embed), ("mlp", "embed"))
@@ -156,7 +168,7 @@ class GatedMlp(nnx.Module):
     """Applies the layer at every position."""
 
     def apply(index: int, w: nnx.Param, x: jax.Array) -> jax.Array:
-      return project(w.get_value(), x, self.dtype, fold_tokens(dropout, index))
+      return self.project(w.get_value(), x, self.dtype, fold_tokens(dropout, index))
 
     return apply(2, self.down, jax.nn.silu(apply(0, self.gate, x)) * apply(1, self.up, x))
 
@@ -175,10 +187,11 @@ class SelfAttention(nnx.Module):
     theta: float,
     scaling: RopeScaling | None,
     dtype: DTypeLike,
+    project: Project = project,
     rngs: nnx.Rngs,
   ):
     init = nnx.initializers.lecun_normal()
-    self.head_dim, self.theta, self.scaling, self.dtype = head_dim, theta, scaling, dtype
+    self.head_dim, self.theta, self.scaling, self.dtype, self.project = head_dim, theta, scaling, dtype, project
     inner, shared = heads * head_dim, kv_heads * head_dim
     self.query = weight(rngs.params(), init, (embed, inner), ("embed", "heads"))
     self.key = weight(rngs.params(), init, (embed, shared), ("embed", "kv_heads"))
@@ -207,7 +220,7 @@ class SelfAttention(nnx.Module):
     """
 
     def heads(index: int, name: str) -> jax.Array:
-      y = project(getattr(self, name).get_value(), x, self.dtype, fold_tokens(dropout, index))
+      y = self.project(getattr(self, name).get_value(), x, self.dtype, fold_tokens(dropout, index))
       if self.bias:
         y = y + getattr(self, f"{name}_bias")[...].astype(self.dtype)
       return y.reshape(*x.shape[:2], -1, self.head_dim)
@@ -215,19 +228,29 @@ class SelfAttention(nnx.Module):
     frequency = rotary_frequencies(self.head_dim // 2, self.theta, self.scaling)
     q, k = (rotary(heads(index, name), frequency, start) for index, name in enumerate(("query", "key")))
     mixed, kept = attend(q, k, heads(2, "value"))
-    out = project(self.out.get_value(), mixed.reshape(*x.shape[:2], -1), self.dtype, fold_tokens(dropout, 3))
+    out = self.project(self.out.get_value(), mixed.reshape(*x.shape[:2], -1), self.dtype, fold_tokens(dropout, 3))
     return out, kept
 
 
 class Block(nnx.Module):
   """One pre-norm block: attention, then the gated MLP, each added to the residual stream."""
 
-  def __init__(self, embed: int, mlp: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs, **attention: Any):
+  def __init__(
+    self,
+    embed: int,
+    mlp: int,
+    *,
+    eps: float,
+    dtype: DTypeLike,
+    project: Project = project,
+    rngs: nnx.Rngs,
+    **attention: Any,
+  ):
     """Makes the weights; `attention` are the other arguments of `SelfAttention`."""
     self.attention_norm = RMSNorm(embed, eps=eps, rngs=rngs)
-    self.attention = SelfAttention(embed, **attention, dtype=dtype, rngs=rngs)
+    self.attention = SelfAttention(embed, **attention, dtype=dtype, project=project, rngs=rngs)
     self.mlp_norm = RMSNorm(embed, eps=eps, rngs=rngs)
-    self.mlp = GatedMlp(embed, mlp, dtype=dtype, rngs=rngs)
+    self.mlp = GatedMlp(embed, mlp, dtype=dtype, project=project, rngs=rngs)
 
   def __call__(
     self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None

@@ -28,6 +28,8 @@ from d1jax.models.layers import (
   fold_tokens,
   no_constraint,
   plain_attention,
+  project,
+  project_by_row,
   weight,
 )
 
@@ -116,6 +118,7 @@ class Transformer(nnx.Module):
     unroll: int,
     constrain: Constrain,
     attention: Attention,
+    cut_length: bool,
     rngs: nnx.Rngs,
   ):
     self.dtype, self.remat, self.unroll, self.layers = dtype, remat, unroll, size.layers
@@ -137,6 +140,7 @@ class Transformer(nnx.Module):
         scaling=size.rope_scaling,
         eps=size.norm_eps,
         dtype=dtype,
+        project=project_by_row if cut_length else project,
         rngs=rngs,
       )
 
@@ -240,6 +244,7 @@ def build(
   unroll: int = 1,
   constrain: Constrain = no_constraint,
   attention: Attention = plain_attention,
+  cut_length: bool = False,
 ) -> Network:
   """Builds the pure functions of a transformer without touching memory.
 
@@ -250,6 +255,7 @@ def build(
     unroll: how many layers the scan unrolls; unrolling helps small models on a CPU.
     constrain: where activations live (see `d1jax.parallel.mesh`).
     attention: the attention kernel.
+    cut_length: whether `constrain` cuts activations along their length.
   """
 
   def module(key: Key[Array, ""]) -> Transformer:
@@ -260,6 +266,7 @@ def build(
       unroll=unroll,
       constrain=constrain,
       attention=attention,
+      cut_length=cut_length,
       rngs=nnx.Rngs(key),
     )
 

@@ -26,15 +26,16 @@ BLOCK = 512
 def attention(mesh: Mesh, rules: meshes.Rules) -> Attention:
   """The attention that a model on this mesh takes; see `d1jax.models.layers.Attention`.
 
-  Plain attention also serves where the mesh does not divide the batch or the key-value heads: XLA may cut these
-  unevenly, a kernel's call may not.
+  Plain attention also serves where the mesh does not divide the batch, the key-value heads or the queries: XLA may cut
+  these unevenly, a kernel's call may not.
 
   Args:
     mesh: the devices.
-    rules: placement of `batch` and `heads`.
+    rules: placement of `batch`, `length` and `heads`.
   """
   kernel = of_device(mesh.devices.flat[0])
-  return kernel if kernel is plain_attention else per_device(kernel, mesh, rules)
+  alone = kernel is plain_attention and meshes.ways(mesh, rules, "length") == 1  # XLA knows as well what to cut
+  return kernel if alone else per_device(kernel, mesh, rules)
 
 
 def of_device(device: Any) -> Attention:
@@ -46,12 +47,13 @@ def of_device(device: Any) -> Attention:
 
 
 def per_device(kernel: Attention, mesh: Mesh, rules: meshes.Rules) -> Attention:
-  """An attention that each device computes for its own rows and heads."""
-  heads, row = ("batch", None, "heads", None), ("batch", None)
-  cut = meshes.per_device(kernel, mesh, rules, (heads, heads, heads, row), heads)
+  """An attention that each device computes for its own rows, heads and queries; keys and values come to it whole."""
+  queries, keys, row = ("batch", "length", "heads", None), ("batch", None, "heads", None), ("batch", None)
+  cut = meshes.per_device(kernel, mesh, rules, (queries, keys, keys, row), queries)
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
-    whole = k.shape[0] % meshes.ways(mesh, rules, "batch") or k.shape[2] % meshes.ways(mesh, rules, "heads")
+    sizes = (("batch", k.shape[0]), ("heads", k.shape[2]), ("length", q.shape[1]))
+    whole = any(size % meshes.ways(mesh, rules, axis) for axis, size in sizes)
     return (plain_attention if whole else cut)(q, k, v, valid)
 
   return attend

@@ -1,12 +1,15 @@
-"""The mesh over (data, fsdp, tensor), and where logical axes live on it: the only file that builds a Mesh or a
-PartitionSpec.
+"""The mesh over (data, fsdp, tensor, sequence), and where logical axes live on it: the only file that builds a Mesh or
+a PartitionSpec.
 """
 
+import collections
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
@@ -14,13 +17,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from d1jax.state import TrainState
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 Rules = Mapping[str, Any]
 """Logical axis name -> mesh axis name, tuple of names, or None for replicated."""
 
 RULES: Rules = {
   "batch": ("data", "fsdp"),
-  "length": None,
+  "length": "sequence",
   "vocab": "tensor",
   "embed": "fsdp",
   "heads": "tensor",
@@ -30,7 +33,20 @@ RULES: Rules = {
   "norm": None,
   "layers": None,
 }
-"""Weights sharded over `fsdp` and `tensor`, batches over `data` and `fsdp`: what the configurations start from."""
+"""Weights sharded over `fsdp` and `tensor`, batches over `data` and `fsdp`, positions over `sequence`: what the
+configurations start from.
+"""
+
+
+def changed(rules: Rules, changes: Rules) -> Rules:
+  """The rules with some of them replaced.
+
+  Raises:
+    ValueError: there is no such rule to replace.
+  """
+  for axis in changes:
+    _check_known(axis, rules)
+  return {**rules, **changes}
 
 
 def first_device() -> list[Any]:
@@ -41,37 +57,54 @@ def first_device() -> list[Any]:
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh over all devices; one size may be -1, "the devices that are left".
 
+  TPU slices are joined by a slower network than the chips of one, so that only the data axis may go across them.
+
   Args:
-    sizes: devices along data, fsdp and tensor.
+    sizes: devices along data, fsdp, tensor and sequence; an axis that is not named has one.
     devices: default: all devices of all processes.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: an axis is unknown, the sizes do not multiply to the number of devices, or the slices do not share the
+      data axis.
   """
   devices = jax.devices() if devices is None else devices
-  if set(sizes) != set(MESH_AXES):
+  if not set(sizes) <= set(MESH_AXES):
     raise ValueError(f"mesh axes are {', '.join(sizes)}; expected {', '.join(MESH_AXES)}")
-  shape = [int(sizes[axis]) for axis in MESH_AXES]
+  shape = [int(sizes.get(axis, 1)) for axis in MESH_AXES]
+  wanted = " ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
   if shape.count(-1) == 1:
     known = math.prod(n for n in shape if n != -1)
     shape[shape.index(-1)] = len(devices) // known if known > 0 else 0
   if min(shape) < 1 or math.prod(shape) != len(devices):
-    wanted = " ".join(f"{axis}={sizes[axis]}" for axis in MESH_AXES)
     raise ValueError(
       f"mesh {wanted} does not fit {len(devices)} devices: the sizes must multiply to {len(devices)}"
       " (one of them may be -1)"
     )
+  slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+  if shape[0] % slices:
+    raise ValueError(
+      f"mesh {wanted} does not fit {slices} slices: only data, {shape[0]}, may go across slices, and must be a multiple"
+      f" of {slices}"
+    )
   if devices[0].platform == "cpu":
     grid = np.asarray(devices).reshape(shape)
+  elif slices > 1:
+    within, across = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
   else:
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def _check_known(axis: str, rules: Rules) -> None:
+  if axis not in rules:
+    raise ValueError(f"logical axis {axis!r} has no rule; rules name: {', '.join(sorted(rules))}")
+
+
 def _spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
   for axis in axes:
-    if axis is not None and axis not in rules:
-      raise ValueError(f"logical axis {axis!r} has no rule; rules name: {', '.join(sorted(rules))}")
+    if axis is not None:
+      _check_known(axis, rules)
   return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
 
 
@@ -105,8 +138,82 @@ def check_divides(abstract: Any, placements: Any) -> None:
 
 
 def constrainer(mesh: Mesh, rules: Rules) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-  """`constrain(x, axes)` for a model: the one way that it states where an activation lives."""
-  return lambda x, axes: jax.lax.with_sharding_constraint(x, sharding(mesh, rules, *axes))
+  """`constrain(x, axes)` for a model: the one way that it states where an activation lives.
+
+  A length that the mesh does not divide, as windows of a cache have, stays whole.
+  """
+  lengths = ways(mesh, rules, "length")
+
+  def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    cut = [None if axis == "length" and size % lengths else axis for axis, size in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, rules, *cut))
+
+  return constrain
+
+
+def constrained(tree: Any, placement: NamedSharding) -> Any:
+  """The same values, inside a compiled program, at this placement."""
+  return jax.lax.with_sharding_constraint(tree, placement)
+
+
+def moved(tree: Any, source: Any, target: Any) -> Any:
+  """The same values, inside a compiled program, moved from one tree of placements to another.
+
+  Mesh axes that cut another axis of an array afterwards change over first (an all-to-all), those that cut none are
+  gathered then: on its own, XLA may gather arrays whole, and cut them again. Stacks of matrices, which are not cut
+  along their first axis, are moved one matrix after the other: XLA needs room for what it moves, twice.
+  """
+
+  def through(x: jax.Array, placements: Sequence[NamedSharding]) -> jax.Array:
+    for placement in placements:
+      x = constrained(x, placement)
+    return x
+
+  def move(x: jax.Array, old: NamedSharding, new: NamedSharding) -> jax.Array:
+    if old == new:
+      return x
+    steps = (old, _halfway(old, new), new)
+    if x.ndim < 3 or any(_names(step.spec[0]) for step in steps):
+      return through(x, steps)
+    each = [NamedSharding(step.mesh, PartitionSpec(*step.spec[1:])) for step in steps]
+    return constrained(jax.lax.map(lambda matrix: through(matrix, each), constrained(x, old)), new)
+
+  return jax.tree.map(move, tree, source, target)
+
+
+def _halfway(source: NamedSharding, target: NamedSharding) -> NamedSharding:
+  before, after = ([_names(axis) for axis in placement.spec] for placement in (source, target))
+  cut, stays = set(itertools.chain(*before)), set(itertools.chain(*after))
+  spec = [
+    (*(name for name in new if name in cut), *(name for name in old if name not in stays))
+    for old, new in zip(before, after, strict=True)
+  ]
+  return NamedSharding(source.mesh, PartitionSpec(*spec))
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+  return (axis,) if isinstance(axis, str) else tuple(axis or ())
+
+
+def received_bytes(abstract: Any, source: Any, target: Any) -> int:
+  """Bytes that a device must receive to hold its parts of arrays at other placements; the most of any device.
+
+  Args:
+    abstract: shapes and types.
+    source: the placement of each array before.
+    target: and after.
+  """
+  received: collections.Counter[Any] = collections.Counter()
+  for x, before, after in zip(*map(jax.tree.leaves, (abstract, source, target)), strict=True):
+    held = before.devices_indices_map(x.shape)
+    for device, part in after.devices_indices_map(x.shape).items():
+      wanted = [range(*index.indices(size)) for index, size in zip(part, x.shape, strict=True)]
+      owned = [range(*index.indices(size)) for index, size in zip(held[device], x.shape, strict=True)]
+      shared = math.prod(
+        max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a, b in zip(wanted, owned, strict=True)
+      )
+      received[device] += (math.prod(map(len, wanted)) - shared) * x.dtype.itemsize
+  return max(received.values())
 
 
 def state_shardings(mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimizer: optax.GradientTransformation) -> Any:
@@ -134,9 +241,7 @@ def state_shardings(mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimize
 
 def ways(mesh: Mesh, rules: Rules, axis: str) -> int:
   """Over how many devices a logical axis is split; an array that is cut along it must be a multiple long."""
-  names = rules[axis]
-  names = (names,) if isinstance(names, str) else tuple(names or ())
-  return math.prod(mesh.shape[name] for name in names)
+  return math.prod(mesh.shape[name] for name in _names(rules[axis]))
 
 
 def batch_ways(mesh: Mesh, rules: Rules) -> int:
@@ -169,7 +274,11 @@ def place(tree: Any, placement: NamedSharding) -> Any:
   """Host arrays, the same on every process, as global arrays of which each device holds its part."""
   if jax.process_count() == 1:
     return jax.device_put(tree, placement)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(np.shape(x), placement, lambda index: np.asarray(x)[index]),
-    tree,
-  )
+
+  def spread(x: Any) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      return jax.random.wrap_key_data(spread(jax.random.key_data(x)))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, placement, lambda index: host[index])
+
+  return jax.tree.map(spread, tree)

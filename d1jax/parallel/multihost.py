@@ -1,8 +1,30 @@
-"""What a process does about devices before anything else runs."""
+"""JAX's runtime of several processes: how they meet, tell each other small things, and end together.
 
+Every process runs the same program. What a process reads from its own clock, signals, files or rows goes through this
+file before anything depends on it, so that all decide alike. With one process everything here is trivial and free.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
 import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Int
+from orbax.checkpoint import multihost as orbax_multihost
+
+from d1jax.errors import PREEMPTED, LostError, RunError
+from d1jax.parallel import cluster
+
+LEAVING_SECONDS = 10
+"""How long a process that ends with an error waits for others that end too."""
 
 
 def split_cpu(devices: int) -> None:
@@ -14,3 +36,230 @@ def split_cpu(devices: int) -> None:
   """
   if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", devices)
+
+
+def check_alone(mode: str) -> None:
+  """Raises a RunError where a mode that runs in one process was started in several."""
+  name, processes = cluster.surroundings(os.environ)
+  if processes != 1:
+    raise RunError(f"mode {mode} runs in one process, but {name} tells of {processes}: start it on one host alone")
+
+
+def initialize(run: str, coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> None:
+  """Meets the other processes, if there are any; call it before anything else asks JAX for devices.
+
+  What is not given is detected as JAX does it: TPU VMs, GKE, Slurm, Open MPI. Where nothing is detected this process
+  stays alone, and opens no socket.
+
+  Args:
+    run: names the run in messages.
+    coordinator: `host:port` of process 0.
+    processes: how many there are.
+    process: the number of this one, from 0.
+    timeout: seconds to wait for the others at the start, and without a sign of life of one until all give up.
+
+  Raises:
+    RunError: the settings do not fit together.
+    LostError: the others did not come in time.
+  """
+  coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+  processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
+  process = _number("JAX_PROCESS_ID") if process is None else process
+  cluster.check(coordinator, processes, process, timeout)
+  told = None not in (coordinator, processes, process)
+  if processes == 1 or (not told and cluster.surroundings(os.environ)[1] == 1):
+    return
+  # Stop signals are answered between two iterations, by all processes together: training/interrupts.py.
+  jax.config.update("jax_enable_preemption_service", False)
+  unmet = f"the processes did not meet at {coordinator or 'the coordinator'} within {timeout} seconds"
+  unmet += ": start the same command on every host, with the address of process 0 as coordinator"
+  _answer_aborts(f"{run}: {unmet}")
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      processes,
+      process,
+      cluster_detection_method="deactivate" if told else None,
+      initialization_timeout=timeout,
+      heartbeat_timeout_seconds=timeout,
+      shutdown_timeout_seconds=timeout,
+    )
+  except (ValueError, TypeError, KeyError) as error:
+    raise RunError(
+      f"the processes of this run could not be detected ({_line(error)}): set distributed.coordinator=HOST:PORT,"
+      " distributed.processes and distributed.process"
+    ) from error
+  except RuntimeError as error:
+    raise LostError(f"{unmet} ({_line(error)})") from error
+  _answer_aborts(
+    f"{run}: another process is gone or has not answered for {timeout} seconds, or JAX failed (see above); run the same"
+    " command again, it goes on from the last checkpoint"
+  )
+
+
+def _number(name: str) -> int | None:
+  return int(os.environ[name]) if name in os.environ else None
+
+
+def _line(error: BaseException) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _answer_aborts(message: str) -> None:
+  """Ends this process with a line and the code to try again where JAX would abort it.
+
+  JAX aborts a process from a thread of its own when the coordinator is gone or says that another process is; Python's
+  handlers of signals, which run in the main thread, would come too late.
+  """
+
+  @ctypes.CFUNCTYPE(None, ctypes.c_int)
+  def handler(number: int) -> None:
+    del number
+    os.write(2, f"\nd1jax: {message}\n".encode())
+    os._exit(PREEMPTED)
+
+  _kept.append(handler)
+  install = ctypes.CDLL(None).signal
+  install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+  install(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+
+
+_kept: list[Any] = []
+"""What the C library calls must not be collected."""
+
+
+def alone() -> bool:
+  """Whether this is the only process."""
+  return not jax.distributed.is_initialized()
+
+
+def is_main() -> bool:
+  """Whether this is process 0, the only one that writes files and prints."""
+  return alone() or jax.process_index() == 0
+
+
+def leave(code: int, *, together: bool) -> None:
+  """Ends this process with an exit code, where there are several, without the waiting of an interpreter that ends.
+
+  Args:
+    code: the exit code.
+    together: others may end with an error of their own now; they get a moment to say so.
+  """
+  if alone():
+    return
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if together:
+    with contextlib.suppress(RuntimeError, ValueError):
+      orbax_multihost.get_barrier_sync_fn()(key="leaving", timeout_ms=1000 * LEAVING_SECONDS)
+      jax.distributed.shutdown()
+  os._exit(code)
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes are here."""
+  if not alone():
+    multihost_utils.sync_global_devices(name)
+
+
+def largest(value: int) -> int:
+  """The largest of the processes' numbers."""
+  if alone():
+    return value
+  return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+def any_of(flag: bool) -> bool:
+  """Whether it is true on any process."""
+  return bool(largest(int(flag)))
+
+
+def gather(value: Any) -> list[Any]:
+  """The value of every process, in their order; what JSON can say, and not much of it.
+
+  Raises:
+    TypeError: JSON cannot say it.
+  """
+  if alone():
+    return [value]
+  text = np.frombuffer(json.dumps([jax.process_index(), value]).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(len(text)))
+  padded = np.zeros(1 << max(10, int(sizes.max() - 1).bit_length()), np.uint8)  # few sizes: few programs
+  padded[: len(text)] = text
+  rows = multihost_utils.process_allgather(padded)
+  found = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+  return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+
+
+def gather_rows(rows: Int[np.ndarray, "R"], values: Sequence[Any]) -> list[Any]:
+  """The values of all rows of a batch, in their order.
+
+  Args:
+    rows: the rows of which this process has the value.
+    values: one a row.
+  """
+  if alone():
+    return [values[i] for i in np.argsort(rows)]
+  found = [pair for part in gather([rows.tolist(), list(values)]) for pair in zip(*part, strict=True)]
+  return [value for _, value in sorted(found, key=lambda pair: pair[0])]
+
+
+def from_main(find: Callable[[], Any]) -> Any:
+  """What process 0 finds, heard by all; so is a RunError that ends it. JSON, as in `gather`."""
+  if alone():
+    return find()
+  found, failure = None, None
+  if is_main():
+    try:
+      found = find()
+    except RunError as error:
+      failure = str(error)
+  heard = gather([found, failure])[0]
+  if heard[1] is not None:
+    raise RunError(heard[1])
+  return heard[0]
+
+
+def check_same(name: str, value: Any) -> None:
+  """Raises a RunError on all processes when they do not have the same value, which JSON can say."""
+  if alone():
+    return
+  digests = gather(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
+  others = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
+  if others:
+    raise RunError(f"{name} of process {', '.join(others)} is not that of process 0: start all with the same command")
+
+
+def local_rows(tree: Any) -> tuple[Int[np.ndarray, "R"], Any]:
+  """The row numbers and the rows of which this process holds replica 0; every row is on one process.
+
+  Args:
+    tree: arrays of one batch, cut along their rows in the same way.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  total = leaves[0].shape[0]
+  if alone():
+    return np.arange(total), jax.device_get(tree)
+
+  def own(array: jax.Array) -> list[Any]:
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    return sorted(shards, key=lambda shard: shard.index[0].indices(total)[0])
+
+  parts = jax.device_get([[shard.data for shard in own(leaf)] for leaf in leaves])
+  rows = [np.arange(total)[shard.index[0]] for shard in own(leaves[0])]
+  joined = [
+    np.concatenate([np.zeros((0, *leaf.shape[1:]), leaf.dtype), *part])
+    for leaf, part in zip(leaves, parts, strict=True)
+  ]
+  return np.concatenate([np.arange(0), *rows]), jax.tree.unflatten(structure, joined)
+
+
+def fetch(tree: Any) -> Any:
+  """Whole arrays on every process's host, wherever their parts are; meant for small ones."""
+
+  def whole(array: jax.Array) -> np.ndarray:
+    if array.is_fully_addressable or array.is_fully_replicated:
+      return jax.device_get(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+  return jax.device_get(tree) if alone() else jax.tree.map(whole, tree)

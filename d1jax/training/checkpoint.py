@@ -2,22 +2,25 @@
 
 A checkpoint holds the TrainState and, as metadata, all that is needed to go on or to evaluate: data position, config,
 tokenizer, seconds spent, and a fingerprint of every array. A checkpoint that cannot be read or whose fingerprint
-differs is passed over, loudly, for the one before.
+differs is passed over, loudly, for the one before. All processes save and read together, from a folder that all see;
+what is there, and what was good, is what process 0 finds and what all find good.
 """
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from d1jax.errors import RunError
+from d1jax.errors import RunError, is_lost
 from d1jax.fingerprint import fingerprint
+from d1jax.parallel import multihost
 from d1jax.state import TrainState
+from d1jax.training.workdir import Folder
 
 log = logging.getLogger(__name__)
 METRIC = "validation"
@@ -39,11 +42,11 @@ def _score(metrics: Any) -> float:
 class Checkpoints:
   """The checkpoints of one stage in one folder: the last two and the best by validation are kept."""
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Folder):
     policies = ocp.training.preservation_policies
     self.folder = folder
     self._orbax = ocp.training.Checkpointer(
-      folder.absolute(),
+      folder.absolute() if isinstance(folder, Path) else folder,
       preservation_policy=policies.AnyPreservationPolicy(
         [
           policies.LatestN(2),
@@ -90,29 +93,38 @@ class Checkpoints:
     """Reads one checkpoint onto the placements of `abstract`, any mesh.
 
     Raises:
-      RunError: it cannot be read, or is not what was written.
+      RunError: it cannot be read, by any process, or is not what was written.
     """
+    failure: Exception | None = None
     try:
       state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
       metadata = self.metadata(step)
     except Exception as error:
-      raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({str(error).splitlines()[0][:160]})") from error
+      if is_lost(error):
+        raise
+      failure = error
+    reasons = multihost.gather(failure and str(failure).splitlines()[0][:160])
+    for reason in filter(None, reasons):
+      raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({reason})") from failure
     if fingerprint(state) != metadata["fingerprint"]:
       raise RunError(f"checkpoint {self.folder}/{step} is corrupt: its arrays are not those that were written")
     return Restored(step, state, metadata)
 
   def _set_aside(self, step: int) -> None:
     """Moves a bad checkpoint out of the way, in case someone wants to look at it."""
-    target = self.folder.parent / "corrupt" / f"{self.folder.name}-{step}"
-    target.parent.mkdir(exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    (self.folder / str(step)).rename(target)
+    if multihost.is_main():
+      target = self.folder.parent / "corrupt" / f"{self.folder.name}-{step}"
+      target.parent.mkdir(exist_ok=True)
+      if target.exists():
+        epath.Path(target).rmtree()
+      (self.folder / str(step)).rename(target)
+    multihost.barrier("set aside")
     self._orbax.reload()
 
   def _first_good(self, choose: Callable[[], int | None], abstract: TrainState) -> Restored | None:
     """The checkpoint that `choose` names; a bad one is reported, set aside, and the choice is made again."""
     failure: RunError | None = None
-    while (step := choose()) is not None:
+    while (step := multihost.from_main(choose)) is not None:
       try:
         restored = self.restore(step, abstract)
       except RunError as error:

@@ -1,13 +1,17 @@
 """Rollouts on disk: any iteration's completions with rewards and advantages, to be read and replayed."""
 
-from pathlib import Path
+import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from d1jax.diffusion.rollout import Rollout
-from d1jax.rl.grading import Graded
+from d1jax.parallel import multihost
+from d1jax.training.host import Visit
+from d1jax.training.workdir import Folder, write_atomically
 
 
 class Dumped(NamedTuple):
@@ -19,25 +23,30 @@ class Dumped(NamedTuple):
   texts: list[str]
 
 
-def path_of(folder: Path, iteration: int) -> Path:
+def path_of(folder: Folder, iteration: int) -> Folder:
   """The file of one iteration, counted from 0."""
   return folder / f"{iteration:06d}.npz"
 
 
-def write(folder: Path, iteration: int, rollout: Rollout, graded: Graded, advantages: np.ndarray) -> None:
-  """Writes one iteration; `rollout` holds host arrays."""
-  folder.mkdir(parents=True, exist_ok=True)
+def write(
+  folder: Folder, iteration: int, chunks: Sequence[Rollout], visit: Visit, advantages: Float[Array, "B"]
+) -> None:
+  """Writes one iteration, of which every process has a part; `chunks` and `advantages` are on devices."""
+  parts, advantages = multihost.fetch((list(chunks), advantages))
+  texts = multihost.gather_rows(visit.rows, visit.graded.texts)
+  if not multihost.is_main():
+    return
+  rollout = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  content = io.BytesIO()
   np.savez_compressed(
-    path_of(folder, iteration),
-    **rollout._asdict(),
-    rewards=graded.rewards,
-    advantages=advantages,
-    texts=np.asarray(graded.texts),
+    content, **rollout._asdict(), rewards=visit.rewards, advantages=advantages, texts=np.asarray(texts)
   )
+  folder.mkdir(parents=True, exist_ok=True)
+  write_atomically(path_of(folder, iteration), content.getvalue())
 
 
-def read(folder: Path, iteration: int) -> Dumped:
+def read(folder: Folder, iteration: int) -> Dumped:
   """Reads one iteration back."""
-  with np.load(path_of(folder, iteration)) as stored:
+  with np.load(io.BytesIO(path_of(folder, iteration).read_bytes())) as stored:
     rollout = Rollout(*(stored[name] for name in Rollout._fields))
     return Dumped(rollout, stored["rewards"], stored["advantages"], stored["texts"].tolist())

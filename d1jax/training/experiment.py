@@ -1,6 +1,7 @@
 """From a configuration to the things that the stages work with: task, tokenizer, denoiser, weights."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Experiment:
     denoiser: the network as diffusion sees it.
     weights: which are trained, which are not, and where they live.
     sampler: how rollouts are drawn.
+    rollout_denoiser: the network on the placements of `rollout_rules`; `denoiser` itself where there are none.
   """
 
   config: ConfigDict
@@ -63,11 +65,22 @@ class Experiment:
   denoiser: Denoiser
   weights: Weights
   sampler: SamplerSpec
+  rollout_denoiser: Denoiser
 
   @property
   def ways(self) -> int:
     """Over how many devices a batch is split."""
     return meshes.batch_ways(self.weights.mesh, self.weights.rules)
+
+  @property
+  def rollout_ways(self) -> int:
+    """The same in rollouts."""
+    return meshes.batch_ways(self.weights.mesh, self.weights.rollout_rules)
+
+  @property
+  def length_ways(self) -> int:
+    """Over how many devices the positions of a canvas are split."""
+    return meshes.ways(self.weights.mesh, self.weights.rules, "length")
 
   @property
   def replicated(self) -> NamedSharding:
@@ -78,6 +91,11 @@ class Experiment:
   def by_row(self) -> NamedSharding:
     """The placement of a batch: rows over the batch axis."""
     return meshes.sharding(self.weights.mesh, self.weights.rules, "batch")
+
+  @property
+  def rollout_by_row(self) -> NamedSharding:
+    """The same in rollouts."""
+    return meshes.sharding(self.weights.mesh, self.weights.rollout_rules, "batch")
 
   def buckets(self, split: str) -> tuple[str, tuple[int, ...]]:
     """The prompt lengths that are compiled for a split, and the field that says so."""
@@ -165,6 +183,8 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
   """A checkpoint's configuration, with the devices and the place of the pretrained folder that `config` names."""
   restored = ConfigDict(trained)
   restored.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
+  # Whoever starts from a checkpoint samples and does not train; runs of 0.1 have no `rollout_rules`.
+  restored.rules, restored.rollout_rules = meshes.changed(trained["rules"], trained.get("rollout_rules", {})), {}
   # What runs of 0.1 could not say yet.
   restored.task = {"module": None, "mix": {}, **restored.task.to_dict()}
   if config.pretrained is not None:
@@ -174,7 +194,9 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
 
 def check_batches(config: ConfigDict, ways: int) -> None:
   """Raises a ValueError when a batch does not divide into parts over the devices that share it, or a stage is empty."""
-  batches = [("sft.batch_size", config.sft.batch_size, "sft.accumulation", config.sft.accumulation)]
+  batches: list[tuple[str, int, str, int]] = []
+  if config.mode != "grpo" or config.sft.steps:
+    batches.append(("sft.batch_size", config.sft.batch_size, "sft.accumulation", config.sft.accumulation))
   if "grpo" in config:
     rows = config.grpo.prompts_per_iteration * config.grpo.num_generations
     for part in ("accumulation", "rollout_chunks"):
@@ -195,6 +217,23 @@ def check_batches(config: ConfigDict, ways: int) -> None:
       f"sft.steps={config.sft.steps} with adapters: the adapters of supervised fine-tuning would not be part of the"
       " reference. Run configs/sft.py, export it, and start from there with model.pretrained and sft.steps=0"
     )
+
+
+def check_lengths(config: ConfigDict, ways: int) -> None:
+  """Raises a ValueError when devices that share the positions of a canvas cannot share those of some bucket evenly."""
+  found = []
+  if config.mode == "grpo":
+    completion = ("rollout.completion_length", config.rollout.completion_length)
+    found += [("data.prompt_buckets", prompt, *completion) for prompt in config.data.prompt_buckets]
+  if config.sft.steps:
+    lengths = itertools.product(config.sft.prompt_buckets, config.sft.completion_buckets)
+    found += [("sft.prompt_buckets", prompt, "sft.completion_buckets", completion) for prompt, completion in lengths]
+  for prompts, prompt, completions, completion in found:
+    if (prompt + completion) % ways:
+      raise ValueError(
+        f"a canvas of {prompt} ({prompts}) + {completion} ({completions}) tokens does not divide over {ways} devices of"
+        f" mesh.sequence: let both be multiples of {ways}"
+      )
 
 
 def check_start(config: ConfigDict) -> None:
@@ -260,23 +299,31 @@ def build(
     raise ValueError(f"model.quantize={quantized!r} stores a frozen base: set lora.rank to train adapters")
   devices = jax.devices() if devices is None else devices
   mesh, rules = meshes.make_mesh(config.mesh.to_dict(), devices), config.rules.to_dict()
+  rollout_rules = meshes.changed(rules, config.rollout_rules.to_dict())
   dtype = compute_dtype(config.model.dtype, devices[0].platform)
-  network = transformer.build(
-    _size(config, source, tokenizer.vocab),
-    dtype=dtype,
-    remat=config.model.remat,
-    unroll=config.model.unroll,
-    constrain=meshes.constrainer(mesh, rules),
-    attention=attention(mesh, rules),
-  )
-  denoiser = build_denoiser(
-    network,
-    mask_id=tokenizer.mask_id,
-    stop_ids=tokenizer.stop_ids,
-    known_ids=tokenizer.vocab,
-    shift=source.description.shift if source else 0,
-    vocab_shards=meshes.ways(mesh, rules, "vocab"),
-  )
-  weights = Weights(network, mesh, rules, config.seed, source, spec, quantized, dtype)
+  size = _size(config, source, tokenizer.vocab)
+
+  def on(rules: meshes.Rules) -> tuple[transformer.Network, Denoiser]:
+    network = transformer.build(
+      size,
+      dtype=dtype,
+      remat=config.model.remat,
+      unroll=config.model.unroll,
+      constrain=meshes.constrainer(mesh, rules),
+      attention=attention(mesh, rules),
+      cut_length=meshes.ways(mesh, rules, "length") > 1,
+    )
+    return network, build_denoiser(
+      network,
+      mask_id=tokenizer.mask_id,
+      stop_ids=tokenizer.stop_ids,
+      known_ids=tokenizer.vocab,
+      shift=source.description.shift if source else 0,
+      vocab_shards=meshes.ways(mesh, rules, "vocab"),
+    )
+
+  network, denoiser = on(rules)
+  rollout_denoiser = denoiser if rollout_rules == rules else on(rollout_rules)[1]
+  weights = Weights(network, mesh, rules, rollout_rules, config.seed, source, spec, quantized, dtype)
   weights.check()
-  return Experiment(config, task, tokenizer, denoiser, weights, sampler)
+  return Experiment(config, task, tokenizer, denoiser, weights, sampler, rollout_denoiser)

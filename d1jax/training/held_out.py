@@ -4,7 +4,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from d1jax import keys
@@ -81,5 +80,5 @@ class HeldOutLoss:
 
   def __call__(self, trainable: Params, frozen: Frozen) -> float:
     """The score of some weights: minus the mean over demonstrations and noise levels of the loss a token."""
-    total = sum(jnp.asarray(self._loss(trainable, frozen, batch)) for batch in self._batches)
-    return -float(total) / (self._rows * DRAWS)
+    losses = jax.device_get([self._loss(trainable, frozen, batch) for batch in self._batches])
+    return -float(sum(losses)) / (self._rows * DRAWS)

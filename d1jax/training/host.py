@@ -1,13 +1,20 @@
-"""What the host does between the two programs of an iteration: it grades, and puts the numbers together."""
+"""What the host does between the programs of an iteration: it grades, and puts the numbers together.
 
+Each process grades the rows that it holds. Between processes go the rewards and a few sums.
+"""
+
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from d1jax.diffusion.rollout import Rollout
 from d1jax.errors import RunError
+from d1jax.parallel import multihost
 from d1jax.rl.grading import Graded, Grader, WorkersDiedError, graded_texts
 from d1jax.rl.update import UpdateMetrics
 from d1jax.training.experiment import Experiment, Texts
@@ -15,44 +22,119 @@ from d1jax.training.experiment import Experiment, Texts
 NO_SIGNAL = 1e-6
 """A group whose rewards differ by less teaches nothing."""
 
+Sums = Mapping[str, tuple[float, float]]
+"""Numerator and denominator of each figure of a batch; both add up over rows and processes."""
+
+
+class Visit(NamedTuple):
+  """What came of a visit to the host.
+
+  Attributes:
+    rewards: of the whole batch, the same on every process.
+    sums: over the whole batch.
+    arrived: the moment (`time.perf_counter`) at which the last chunk was here.
+    rows: the places in the batch of the rows that this process graded.
+    rollout: these rows, on the host.
+    graded: what they say and earn.
+    overlapped: seconds that this process spent on decoding and grading before the last chunk was here.
+  """
+
+  rewards: Float[np.ndarray, "B"]
+  sums: Sums
+  arrived: float
+  rows: Int[np.ndarray, "R"]
+  rollout: Rollout
+  graded: Graded
+  overlapped: float = 0.0
+
 
 def grade_chunks(
   experiment: Experiment, grader: Grader, texts: Texts, record: np.ndarray, chunks: tuple[Rollout, ...]
-) -> tuple[Rollout, Graded, float]:
+) -> Visit:
   """Grades each chunk while the next one is computed.
 
-  Returns:
-    The whole rollout on the host, its grades, and the moment (`time.perf_counter`) at which the last chunk was there.
+  Args:
+    experiment: tokenizer and protocol.
+    grader: of the task.
+    texts: the split.
+    record: the record of each row of the batch.
+    chunks: the batch, on devices.
 
   Raises:
-    RunError: the grader's workers died twice over a chunk.
+    RunError: the grader's workers died twice over a chunk, on any process.
   """
   protocol = experiment.config.task.protocol
-  fetched, written, pending, arrived = [], [], [], 0.0
-  for chunk, rows in zip(chunks, np.split(record, len(chunks)), strict=True):
-    host = jax.device_get(chunk)
+  fetched: list[Rollout] = []
+  places, written, pending, arrived, overlapped = [], [], [], 0.0, 0.0
+  for first, chunk in zip(range(0, len(record), len(record) // len(chunks)), chunks, strict=True):
+    overlapped += time.perf_counter() - arrived if fetched else 0.0
+    with jax.profiler.TraceAnnotation("rollout"):
+      rows, host = multihost.local_rows(chunk)
     arrived = time.perf_counter()
-    prefills = [texts.prefills[i] for i in rows]
-    said = graded_texts(experiment.tokenizer, prefills, host.completion, host.completion_mask, protocol)
+    rows = first + rows
+    with jax.profiler.TraceAnnotation("grading"):
+      prefills = [texts.prefills[i] for i in record[rows]]
+      said = graded_texts(experiment.tokenizer, prefills, host.completion, host.completion_mask, protocol)
+      pending.append(grader.submit(said, [texts.records[i] for i in record[rows]], protocol))
+    places.append(rows)
     fetched.append(host)
     written += said
-    pending.append(grader.submit(said, [texts.records[i] for i in rows], protocol))
+  failure, grades = "", []
   try:
-    grades = [grade for wait in pending for grade in wait()]
+    with jax.profiler.TraceAnnotation("grading"):
+      grades = [grade for wait in pending for grade in wait()]
   except WorkersDiedError as error:
-    raise RunError(f"{error}. It is --config.grpo.grading_workers") from error
+    failure = f"{error}. It is --config.grpo.grading_workers"
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
-  return rollout, Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32)), arrived
+  own = Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32))
+  return _shared(failure, np.concatenate(places), rollout, own, arrived)._replace(overlapped=overlapped)
+
+
+def _shared(failure: str, rows: np.ndarray, rollout: Rollout, own: Graded, arrived: float) -> Visit:
+  """Exchanges rewards and sums with the other processes."""
+  found = multihost.gather(
+    {"failure": failure, "rows": rows.tolist(), "rewards": own.rewards.tolist(), "sums": sums(rollout, own)}
+  )
+  for part in found:
+    if part["failure"]:
+      raise RunError(part["failure"])
+  rewards = np.zeros(sum(len(part["rows"]) for part in found), np.float32)
+  for part in found:
+    rewards[part["rows"]] = part["rewards"]
+  return Visit(rewards, added(part["sums"] for part in found), arrived, rows, rollout, own)
+
+
+def sums(rollout: Rollout, graded: Graded) -> Sums:
+  """The figures of some rows: of what was drawn, `reward/COMPONENT` over the rows that have it, the tasks' metrics."""
+  mask, parts = rollout.completion_mask, []
+  for grade in graded.grades:
+    parts.append({f"reward/{name}": (value, 1) for name, value in grade.components.items()} | dict(grade.metrics))
+  own = {
+    "entropy": (float(-(rollout.reveal_logp.astype(np.float64) * mask).sum()), int(mask.sum())),
+    "completion_length": (int(mask.sum()), len(mask)),
+  }
+  return {**own, **added(parts)}
+
+
+def added(parts: Iterable[Sums]) -> Sums:
+  """The sums of several parts of a batch."""
+  found: dict[str, list[tuple[float, float]]] = {}
+  for part in parts:
+    for name, pair in part.items():
+      found.setdefault(name, []).append(pair)
+  return {
+    name: (math.fsum(top for top, _ in pairs), sum(bottom for _, bottom in pairs)) for name, pairs in found.items()
+  }
 
 
 def summarise(
-  graded: Graded, rollout: Rollout, metrics: UpdateMetrics, num_generations: int, tasks: Sequence[str]
+  rewards: Float[np.ndarray, "B"], found: Sums, metrics: UpdateMetrics, num_generations: int, tasks: Sequence[str]
 ) -> dict[str, float]:
   """Host numbers of one iteration.
 
   Args:
-    graded: the batch.
-    rollout: the batch, on the host.
+    rewards: of the batch.
+    found: its sums.
     metrics: of the update.
     num_generations: rows of a group.
     tasks: the task of each row, where several are mixed; none otherwise.
@@ -61,23 +143,15 @@ def summarise(
     `reward`, and `TASK/reward` for each of several tasks; `reward/COMPONENT`, a mean over the rows that have it; the
     tasks' metrics, pooled over the batch, but for those that no row counts for; the numbers of rollout and update.
   """
-  groups = graded.rewards.reshape(-1, num_generations)
-  mask = rollout.completion_mask
+  groups = rewards.reshape(-1, num_generations)
   values = {
-    "reward": float(graded.rewards.mean()),
+    "reward": float(rewards.mean()),
     "reward_std": float(groups.std(axis=1).mean()),
     "no_signal": float((np.ptp(groups, axis=1) < NO_SIGNAL).mean()),
-    "entropy": float(-(rollout.reveal_logp * mask).sum() / mask.sum()),
-    "completion_length": float(mask.sum(axis=1).mean()),
   }
   for task in dict.fromkeys(tasks):
-    values[f"{task}/reward"] = float(graded.rewards[np.asarray(tasks) == task].mean())
-  for name in dict.fromkeys(name for grade in graded.grades for name in grade.components):
-    values[f"reward/{name}"] = float(np.mean([g.components[name] for g in graded.grades if name in g.components]))
-  for name in dict.fromkeys(name for grade in graded.grades for name in grade.metrics):
-    top, bottom = np.sum([g.metrics[name] for g in graded.grades if name in g.metrics], axis=0)
-    if bottom:
-      values[name] = float(top / bottom)
+    values[f"{task}/reward"] = float(rewards[np.asarray(tasks) == task].mean())
+  values |= {name: top / bottom for name, (top, bottom) in found.items() if bottom}
   importance = {"importance/effective_sample_size": metrics.effective_sample_size}
   for name, value in (metrics._replace(effective_sample_size=None)._asdict() | importance).items():
     if value is not None:

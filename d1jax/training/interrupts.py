@@ -1,17 +1,18 @@
-"""SIGTERM and Ctrl-C as requests to save and stop, answered between two iterations."""
+"""SIGTERM and Ctrl-C as requests to save and stop, answered between two iterations by all processes together."""
 
 import signal
 import types
 from typing import Any
 
 from d1jax.errors import InterruptedRunError, PreemptedError, RunError
+from d1jax.parallel import multihost
 
 
 class Interrupts:
   """Collects stop signals while it is entered. A second Ctrl-C stops at once."""
 
   def __init__(self) -> None:
-    self._received: int | None = None
+    self._received = 0  # the signal's number
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> "Interrupts":
@@ -29,13 +30,13 @@ class Interrupts:
       raise KeyboardInterrupt
     self._received = number
 
-  @property
   def pending(self) -> bool:
-    """Whether a stop was asked for."""
-    return self._received is not None
+    """Whether a stop was asked for, of any process; all ask together. SIGTERM goes before Ctrl-C."""
+    self._received = max(self._received, multihost.largest(self._received))
+    return self._received > 0
 
   def error(self, where: str) -> RunError:
     """The exception to leave with, once the run is saved."""
     kind = PreemptedError if self._received == signal.SIGTERM else InterruptedRunError
-    name = signal.Signals(self._received or signal.SIGINT).name
+    name = signal.Signals(self._received).name
     return kind(f"{name}: saved at {where}; run the same command again to go on")

@@ -1,18 +1,23 @@
-"""The loop that every stage shares: resume, step, validate, save, report, stop."""
+"""The loop that every stage shares: resume, step, validate, save, report, stop.
+
+With several processes all run it side by side: what one of them alone knows, a stop signal, is asked of all.
+"""
 
 import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from d1jax.errors import NotFiniteError
 from d1jax.state import Params, TrainState
+from d1jax.training import ledger
 from d1jax.training.alarms import Limits, alarms
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.metrics import MetricsWriter, Progress, read_records
+from d1jax.training.profile import Profile
+from d1jax.training.workdir import Folder
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +30,13 @@ class Stage:
     name: `sft` or `grpo`; names folders and records.
     iterations: how many, in all.
     advance: `(state, iteration) -> (state, metrics)`, one iteration; metrics are host numbers, among them `finite`,
-      `compiled_seconds` (the time in which compiled programs ran or were queued) and `tokens` (of completions).
+      `tokens` (of completions) and what `ledger.entry` says.
     validate: `params -> score`, higher is better.
     validate_every: iterations between validations; a checkpoint is written at each, and at the end.
     shown: the metrics on the progress line.
     metadata: what a checkpoint says beside the state.
+    began: when the stage began to be made ready (`time.perf_counter`).
+    profile: of some iterations.
   """
 
   name: str
@@ -39,9 +46,11 @@ class Stage:
   validate_every: int
   shown: tuple[str, ...]
   metadata: Mapping[str, Any]
+  began: float
+  profile: Profile
 
 
-def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Path, interrupts: Interrupts) -> float:
+def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder, interrupts: Interrupts) -> float:
   """Runs a stage from `start` to its end; every state worth keeping is in `checkpoints` afterwards.
 
   Returns:
@@ -56,24 +65,19 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Path, 
   progress = Progress(stage.name, stage.iterations, start.step)
   history = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage.name]
   sounded: dict[str, str] = {}
-  marked = time.perf_counter()
+  clock = ledger.Clock(stage.began)
   try:
     for iteration in range(start.step + 1, stage.iterations + 1):
-      state, metrics = stage.advance(state, iteration - 1)
-      finite = bool(metrics.pop("finite"))
-      # From the end of the iteration before, so that its logging counts; validation and saving do not.
-      seconds, marked = time.perf_counter() - marked, time.perf_counter()
-      metrics |= {
-        "seconds": seconds,
-        "compiled_share": metrics.pop("compiled_seconds") / seconds,
-        "tokens_per_second": metrics.pop("tokens") / seconds,
-      }
+      with stage.profile.iteration(iteration):
+        state, metrics = stage.advance(state, iteration - 1)
+      finite, tokens = bool(metrics.pop("finite")), metrics.pop("tokens")
       score: float | None = None
       last = iteration == stage.iterations
       if finite and (last or iteration % stage.validate_every == 0):
-        score = stage.validate(state.trainable)
-        metrics["validation"] = score
-        marked = time.perf_counter()
+        with clock.outside("validation"):
+          score = metrics["validation"] = stage.validate(state.trainable)
+      metrics = clock.close(metrics)
+      metrics["tokens_per_second"] = tokens / metrics["seconds"]
       metrics["elapsed"] = time.monotonic() - began
       history.append(metrics)
       raised = alarms(history, Limits()) if iteration % Limits.window == 0 else sounded
@@ -83,24 +87,27 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Path, 
       writer.write(iteration, {**metrics, "alarms": list(sounded)} if sounded else metrics)
       shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
       progress.update(iteration, shown | ({"alarm": " ".join(sounded)} if sounded else {}))
-      if score is not None or interrupts.pending or not finite:
+      stop = interrupts.pending()
+      if score is not None or stop or not finite:
         metadata = {
           **stage.metadata,
           "data": {"next_index": iteration},
           "seconds": time.monotonic() - began,
         }
-        checkpoints.save(iteration, state, metadata, score)
-        marked = time.perf_counter()
+        with clock.outside("saving"):
+          writer.keep()
+          checkpoints.save(iteration, state, metadata, score)
       if not finite:
         checkpoints.wait()
         raise NotFiniteError(
           f"{stage.name} iteration {iteration}: loss or gradient is not finite (loss {metrics['loss']}); the last"
           f" finite state is saved in {checkpoints.folder}. Lower the learning rate; do not retry as is"
         )
-      if interrupts.pending and not last:
+      if stop and not last:
         checkpoints.wait()
         raise interrupts.error(f"{stage.name} iteration {iteration}")
   finally:
+    stage.profile.close()
     progress.close()
     writer.close()
   checkpoints.wait()

@@ -3,17 +3,26 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from d1jax.parallel import multihost
+from d1jax.training.workdir import Folder, write_atomically
 
 log = logging.getLogger(__name__)
 
+UPLOAD_SECONDS = 60
+"""How often records go to a bucket, where a file can only be written whole; also before each checkpoint."""
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+
+def read_records(path: Folder) -> list[dict[str, Any]]:
   """The records of a JSON lines file; a last line that was cut off by a kill is left out, an absent file is empty."""
   if not path.exists():
     return []
@@ -27,42 +36,63 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-  """Appends one record an iteration to `metrics.jsonl` and to TensorBoard."""
+  """Appends one record an iteration to `metrics.jsonl` and to TensorBoard; nothing but on process 0."""
 
-  def __init__(self, workdir: Path, stage: str, start: int):
+  def __init__(self, workdir: Folder, stage: str, start: int):
     """Opens the files; records of this stage beyond iteration `start` are dropped, the run will make them again."""
     self._stage = stage
+    self._writes = multihost.is_main()
+    if not self._writes:
+      return
     path = workdir / "metrics.jsonl"
     kept = [r for r in read_records(path) if r["stage"] != stage or r["iteration"] <= start]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    draft.replace(path)
-    self._file = path.open("a", encoding="utf-8")
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard" / stage), purge_step=start + 1)
+    text = "".join(json.dumps(r) + "\n" for r in kept)
+    write_atomically(path, text.encode())
+    self._file = path.open("a", encoding="utf-8") if isinstance(path, Path) else _Object(path, text)
+    # Not a SummaryWriter, whose thread would die on a full disk and leave the run waiting for it.
+    board = workdir / "tensorboard" / stage
+    board.mkdir(parents=True, exist_ok=True)
+    self._board = EventsWriter(str(board / "events"))
+    self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # hides what is made again
 
   def write(self, iteration: int, values: Mapping[str, float | str | list[str]]) -> None:
     """Writes one record; numbers go to TensorBoard too."""
+    if not self._writes:
+      return
     self._file.write(json.dumps({"stage": self._stage, "iteration": iteration, **values}) + "\n")
     self._file.flush()
-    for name, value in values.items():
-      if isinstance(value, int | float):
-        self._board.add_scalar(name, value, iteration)
+    numbers = [(name, value) for name, value in values.items() if isinstance(value, int | float)]
+    found = [Summary.Value(tag=name, simple_value=value) for name, value in numbers]
+    self._event(iteration, summary=Summary(value=found))
+
+  def _event(self, step: int, **content: Any) -> None:
+    self._board.write_event(Event(wall_time=time.time(), step=step, **content))
+
+  def keep(self) -> None:
+    """Makes sure that all records are where a run that goes on finds them."""
+    if not self._writes:
+      return
+    self._board.flush()
+    if isinstance(self._file, _Object):
+      self._file.close()
 
   def close(self) -> None:
     """Flushes both."""
-    self._file.close()
-    self._board.close()
+    if self._writes:
+      self._file.close()
+      self._board.close()
 
 
 class Progress:
-  """A live bar on a terminal, plain lines elsewhere."""
+  """A live bar on a terminal, plain lines elsewhere; nothing but on process 0."""
 
   def __init__(self, stage: str, total: int, start: int, *, lines: int = 20):
     """`lines`: how many plain lines a stage prints when the output is no terminal."""
     self._stage, self._total, self._done = stage, total, start
     self._every = max(total // lines, 1)
     self._bar: Any = None
-    if sys.stderr.isatty():
+    self._prints = multihost.is_main()
+    if self._prints and sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total, initial=start, desc=stage, unit="it", dynamic_ncols=True)
     else:
       self._clock = tqdm.tqdm(total=total, initial=start, disable=False, file=_Nowhere())
@@ -75,7 +105,7 @@ class Progress:
     self._done = iteration
     if self._bar is not None:
       bar.set_postfix_str(text, refresh=False)
-    elif iteration % self._every == 0 or iteration == self._total or "validation" in shown:
+    elif self._prints and (iteration % self._every == 0 or iteration == self._total or "validation" in shown):
       rate = bar.format_dict["rate"]
       eta = f"{(self._total - iteration) / rate:.0f} s" if rate else "?"
       print(f"{self._stage} {iteration}/{self._total}  {text}  eta {eta}", flush=True)
@@ -83,6 +113,27 @@ class Progress:
   def close(self) -> None:
     """Ends the bar."""
     (self._clock if self._bar is None else self._bar).close()
+
+
+class _Object:
+  """A text file in a bucket that grows, by being written anew."""
+
+  def __init__(self, path: Folder, text: str):
+    self._path, self._text, self._written = path, text, time.monotonic()
+
+  def write(self, text: str) -> None:
+    """Adds to the text."""
+    self._text += text
+
+  def flush(self) -> None:
+    """Uploads the text, if that was long ago."""
+    if time.monotonic() - self._written > UPLOAD_SECONDS:
+      self.close()
+
+  def close(self) -> None:
+    """Uploads the text."""
+    write_atomically(self._path, self._text.encode())
+    self._written = time.monotonic()
 
 
 class _Nowhere:

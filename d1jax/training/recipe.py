@@ -5,7 +5,6 @@ import functools
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,18 +15,22 @@ from d1jax import report
 from d1jax.errors import RunError, explained, input_checked
 from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator, baseline
 from d1jax.fingerprint import fingerprint
+from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState
 from d1jax.tasks import split_hash
 from d1jax.training import experiment as experiments
-from d1jax.training import grpo, loop, sft
+from d1jax.training import grpo, ledger, loop, profile, sft
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
 from d1jax.training.interrupts import Interrupts
+from d1jax.training.metrics import read_records
 from d1jax.training.weights import check_base
 from d1jax.training.workdir import (
+  Folder,
   check_splits,
   claim,
   flatten,
+  folder,
   holds_run,
   read_tokenizer,
   revision,
@@ -55,19 +58,22 @@ class Outcome:
   best_step: int
   last: Params
   seconds: float
-  checkpoint: Path
+  checkpoint: Folder
 
 
 class Recipe:
   """The stages of one work directory."""
 
-  def __init__(self, config: ConfigDict, workdir: Path, interrupts: Interrupts):
+  def __init__(self, config: ConfigDict, workdir: Folder, interrupts: Interrupts):
     """Builds everything that can be found wrong; nothing is written or trained yet."""
-    known = read_tokenizer(workdir) if holds_run(workdir, config.to_dict()) else None
-    self.experiment = experiments.build(config, known)
+    multihost.check_same("the configuration", config.to_dict() | {"distributed": {}})
+    held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
+    self.experiment = experiments.build(config, read_tokenizer(workdir) if held else None)
     experiments.check_batches(config, self.experiment.ways)
+    experiments.check_lengths(config, self.experiment.length_ways)
     experiments.check_start(config)
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
+    self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
     self._test = self.experiment.texts("test")
     self._completer = Completer(self.experiment)
     self._validators: dict[str, Callable[[Params], float]] = {}
@@ -114,8 +120,9 @@ class Recipe:
     shown: tuple[str, ...],
   ) -> Outcome:
     """Runs or resumes a stage; nothing is computed twice."""
-    folder = self.workdir / "checkpoints" / name
-    checkpoints = Checkpoints(folder)
+    began = time.perf_counter()
+    home = self.workdir / "checkpoints" / name
+    checkpoints = Checkpoints(home)
     abstract = self.experiment.weights.abstract_state(optimizer)
     with explained("reading the base", "--config.model.quantize=nf4, or more devices"):
       metadata = {"config": self.config.to_dict(), "base": self.experiment.weights.base_fingerprint}
@@ -135,13 +142,15 @@ class Recipe:
           section.validate_every,
           shown,
           metadata,
+          began,
+          profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
         )
         seconds = loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
       last, best = checkpoints.restore_latest(abstract), checkpoints.restore_best(abstract)
       checkpoints.close()
     if last is None or best is None:
-      raise RunError(f"{folder} lost its checkpoints while the stage ran; run the same command again")
-    return Outcome(best.state.trainable, best.step, last.state.trainable, seconds, folder / str(best.step))
+      raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
+    return Outcome(best.state.trainable, best.step, last.state.trainable, seconds, home / str(best.step))
 
   def sft(self) -> Outcome:
     """Masked supervised fine-tuning from the run's start."""
@@ -190,28 +199,45 @@ def run(config: ConfigDict) -> dict[str, Any]:
 
   Returns:
     What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `task`, `baseline`,
-    `params_fingerprint`, `seconds` by stage, `splits`, `config`, `versions`, `revision`, `checkpoint`.
+    `params_fingerprint`, `seconds` by stage, `cost` (see `ledger.total`), `splits`, `config`, `versions`, `revision`,
+    `checkpoint`.
   """
-  workdir = Path(config.workdir)
-  finished = workdir / "results.json"
-  if holds_run(workdir, config.to_dict()) and finished.exists():
-    results = json.loads(finished.read_text(encoding="utf-8"))
-    if _totals(results["config"]) == _totals(config.to_dict()):
-      print(f"{workdir} is finished; this is its result again.\n")
-      print(report.summary(results, workdir))
-      return results
+  workdir = folder(config.workdir)
+  finished = multihost.from_main(lambda: _finished(workdir, config))
+  if finished:
+    print(f"{workdir} is finished; this is its result again.\n")
+    print(report.summary(finished, workdir))
+    return finished
   began = time.monotonic()
   with Interrupts() as interrupts, explained("run", "smaller batches: --config.evaluation.batch_size=64"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
       splits = recipe.splits()
-    check_splits(workdir, splits)
-    claim(workdir, config.to_dict(), recipe.experiment.tokenizer.files, splits)
+    multihost.check_same("the data", splits)
+    multihost.from_main(lambda: _claim(recipe, splits))
     outcomes, evaluations = recipe.run()
-    results = _results(recipe, outcomes, evaluations, began) | {"splits": splits}
-    write_json(finished, results)
+    fingerprints = {
+      "params_fingerprint": fingerprint(outcomes[config.mode].last),
+      "base_fingerprint": recipe.experiment.weights.base_fingerprint,
+    }
+    rest = fingerprints | {"splits": splits}
+    results = multihost.from_main(lambda: _write_results(recipe, outcomes, evaluations, began, rest))
   print(report.summary(results, workdir))
   return results
+
+
+def _finished(workdir: Folder, config: ConfigDict) -> dict[str, Any] | None:
+  """The results of this run, if it is finished."""
+  path = workdir / "results.json"
+  if not holds_run(workdir, config.to_dict()) or not path.exists():
+    return None
+  results = json.loads(path.read_text(encoding="utf-8"))
+  return results if _totals(results["config"]) == _totals(config.to_dict()) else None
+
+
+def _claim(recipe: Recipe, splits: dict[str, Any]) -> None:
+  check_splits(recipe.workdir, splits)
+  claim(recipe.workdir, recipe.config.to_dict(), recipe.experiment.tokenizer.files, splits)
 
 
 def _totals(config: dict[str, Any]) -> list[Any]:
@@ -219,10 +245,14 @@ def _totals(config: dict[str, Any]) -> list[Any]:
   return [flat.get("sft.steps"), flat.get("grpo.steps")]
 
 
-def _results(
-  recipe: Recipe, outcomes: dict[str, Outcome], evaluated: dict[str, Evaluation], began: float
+def _write_results(
+  recipe: Recipe,
+  outcomes: dict[str, Outcome],
+  evaluated: dict[str, Evaluation],
+  began: float,
+  rest: dict[str, Any],
 ) -> dict[str, Any]:
-  """Collects the results and writes the completions and the learning curves."""
+  """Collects the results and writes them, the completions and the learning curves."""
   config, workdir = recipe.config, recipe.workdir
   final = outcomes[config.mode]
   for name, found in evaluated.items():
@@ -232,18 +262,22 @@ def _results(
   constant = baseline(task, records, config.task.style)
   total = time.monotonic() - began
   seconds = {stage: round(outcome.seconds, 2) for stage, outcome in outcomes.items()}
-  return {
+  results = {
     **{name: found.summary() for name, found in evaluated.items()},
     "task": task.name,
     "baseline": constant.summary(),
     "samples": report.samples(evaluated["after"]),
-    "params_fingerprint": fingerprint(final.last),
-    "base_fingerprint": recipe.experiment.weights.base_fingerprint,
     "best_iteration": {stage: outcome.best_step for stage, outcome in outcomes.items()},
     "checkpoint": str(final.checkpoint),
     "seconds": seconds | {"this_invocation": round(total, 2)},
+    "cost": ledger.total(
+      read_records(workdir / "metrics.jsonl"), {stage: outcome.seconds for stage, outcome in outcomes.items()}
+    ),
     "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     "config": config.to_dict(),
     "versions": versions(),
     "revision": revision(),
+    **rest,
   }
+  write_json(workdir / "results.json", results)
+  return results

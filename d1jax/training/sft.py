@@ -22,6 +22,7 @@ from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.parallel.mesh import place
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
 from d1jax.tasks import held_out as held_out_questions
+from d1jax.training import cost, ledger
 from d1jax.training.experiment import Experiment
 
 
@@ -206,16 +207,21 @@ def advancer(
     truncate=config.truncate,
     position=position,
   )
-  steps = Steps(experiment, optimizer)
-  frozen = experiment.weights.frozen
+  steps, model = Steps(experiment, optimizer), cost.model_of(experiment)
+  frozen, mesh = experiment.weights.frozen, experiment.weights.mesh
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
     del iteration  # the pipeline counts along
     batch = place(next(batches), experiment.by_row)
     began = time.perf_counter()
-    state, metrics = steps(state, frozen, batch)
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    compiled = time.perf_counter() - began
-    return state, values | {"compiled_seconds": compiled, "tokens": float(batch.completion.size)}
+    with jax.profiler.TraceAnnotation("update"):
+      state, metrics = steps(state, frozen, batch)
+      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    seconds = {"update": time.perf_counter() - began}
+    rows, length = batch.completion.shape
+    canvas = batch.prompt.shape[1] + length
+    work = {"update": cost.fine_tuning(model, rows, canvas, length, tiled=config.logits_tile is not None)}
+    spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
+    return state, values | spent | {"tokens": float(batch.completion.size)}
 
   return advance

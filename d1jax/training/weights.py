@@ -29,16 +29,18 @@ class Weights:
     network: the pure functions of the model.
     mesh: the devices.
     rules: where logical axes live on them.
+    rollout_rules: the same in rollouts.
     seed: of random starts.
     source: the folder that the weights come from; None draws them.
     lora: the adapters; None trains everything.
     quantized: how the base under adapters is kept: `int8`, `nf4` or None.
-    base_dtype: of a base that is not quantised, and of its other leaves.
+    base_dtype: of the network's products, of a base that is not quantised, and of its other leaves.
   """
 
   network: Network
   mesh: Mesh
   rules: meshes.Rules
+  rollout_rules: meshes.Rules
   seed: int
   source: Source | None = None
   lora: LoraSpec | None = None
@@ -74,12 +76,25 @@ class Weights:
     return meshes.shardings(self.mesh, self.rules, axes)
 
   def check(self) -> None:
-    """Raises a ValueError when the mesh does not divide some weight, or the folder lacks one."""
+    """Raises a ValueError when the mesh does not divide some weight or some head, or the folder lacks a weight."""
     if self.source is not None:
       pretrained.check(self.source.folder, self.network)
     meshes.check_divides(jax.eval_shape(self._init, self.key), self.trainable_placement)
     if self.lora:
       meshes.check_divides(pretrained.abstract(self.network, self.base_dtype, self.quantized), self.base_placement)
+    self._check_heads()
+
+  def _check_heads(self) -> None:
+    """A device that held a part of a head would have to ask others for the rest, at every layer."""
+    for field, rules in (("rules", self.rules), ("rollout_rules", self.rollout_rules)):
+      sizes = {"heads": self.network.size.heads, "kv_heads": self.network.size.key_value_heads}
+      for axis, size in sizes.items():
+        devices = meshes.ways(self.mesh, rules, axis)
+        if size % devices:
+          raise ValueError(
+            f"{field} cut {axis} over {devices} devices, but the network has {size}: change {field}.{axis} or the mesh"
+            f" so that they divide {size}"
+          )
 
   def frozen_placement(self, *, with_reference: bool = False) -> Frozen:
     """The placements of what is not trained; a reference beside the base exists in full fine-tuning only."""
@@ -123,7 +138,7 @@ class Weights:
     return jax.eval_shape(self.network.init, self.key)
 
   def _purpose_key(self, purpose: keys.Purpose) -> jax.Array:
-    return jax.device_put(keys.purpose_key(self.key, purpose), self.replicated)
+    return meshes.place(keys.purpose_key(self.key, purpose), self.replicated)
 
   def _read(self, dtype: Any, placement: Params, quantized: str | None) -> Params:
     if self.source is None:
@@ -172,7 +187,7 @@ class Weights:
       in_shardings=(self.trainable_placement, self.replicated),
       out_shardings=self.state_placement(optimizer),
       donate_argnums=0 if donate else (),
-    )(trainable, jax.device_put(self.key, self.replicated))
+    )(trainable, meshes.place(self.key, self.replicated))
 
 
 def check_base(weights: Weights, metadata: Mapping[str, Any]) -> None:

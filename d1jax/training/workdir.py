@@ -9,6 +9,7 @@ WORKDIR/
   metrics.jsonl        one record an iteration; tensorboard/ holds the same
   rollouts/            dumped rollouts, when asked for
   completions/         every graded completion of the last evaluations
+  profile/             a trace of some iterations, when asked for
   results.json         the table, when the run is finished; learning_curves.png beside it
 ```
 """
@@ -21,15 +22,23 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from etils import epath
 
 from d1jax.errors import RunError
+
+Folder: TypeAlias = Path | epath.Path
+"""A path on a disk or in a bucket; of a folder or of a file in one."""
 
 CHANGEABLE = (
   "workdir",
   "mesh",
   "cpu_devices",
+  "distributed",
   "rules",
+  "rollout_rules",
+  "profile_steps",
   "sft.steps",
   "grpo.steps",
   "grpo.dump_every",
@@ -56,8 +65,16 @@ def may_change(name: str) -> bool:
   return any(name == allowed or name.startswith(allowed + ".") for allowed in CHANGEABLE)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def folder(name: str) -> Folder:
+  """The path of a name such as `runs/grpo`, or `gs://bucket/run`, for which gcsfs must be installed."""
+  return epath.Path(name) if "://" in name else Path(name)
+
+
+def write_atomically(path: Folder, content: bytes) -> None:
   """Writes a file so that a reader, or a kill, never sees half of it."""
+  if not isinstance(path, Path):  # buckets hold whole objects
+    path.write_bytes(content)
+    return
   draft = path.with_name(path.name + ".tmp")
   with draft.open("wb") as file:
     file.write(content)
@@ -66,12 +83,12 @@ def write_atomically(path: Path, content: bytes) -> None:
   draft.replace(path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Folder, value: Any) -> None:
   """Writes JSON atomically."""
   write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def holds_run(workdir: Path, config: dict[str, Any]) -> bool:
+def holds_run(workdir: Folder, config: dict[str, Any]) -> bool:
   """Whether the folder holds this run already; nothing is written.
 
   Raises:
@@ -96,19 +113,19 @@ def holds_run(workdir: Path, config: dict[str, Any]) -> bool:
   return True
 
 
-def read_tokenizer(workdir: Path) -> dict[str, bytes]:
+def read_tokenizer(workdir: Folder) -> dict[str, bytes]:
   """The files of a run's tokenizer.
 
   Raises:
     RunError: the folder is not the work directory of a run.
   """
-  folder = workdir / "tokenizer"
-  if not folder.is_dir():
-    raise RunError(f"{folder} is missing: a checkpoint is used where its run left it, inside the work directory")
-  return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+  found = workdir / "tokenizer"
+  if not found.is_dir():
+    raise RunError(f"{found} is missing: a checkpoint is used where its run left it, inside the work directory")
+  return {path.name: path.read_bytes() for path in sorted(found.iterdir())}
 
 
-def check_splits(workdir: Path, splits: Mapping[str, Any]) -> None:
+def check_splits(workdir: Folder, splits: Mapping[str, Any]) -> None:
   """Raises a RunError when a run that goes on would meet other questions than it began with."""
   path = workdir / "splits.json"
   if not path.exists():
@@ -123,7 +140,7 @@ def check_splits(workdir: Path, splits: Mapping[str, Any]) -> None:
 
 
 def claim(
-  workdir: Path, config: dict[str, Any], tokenizer_files: Mapping[str, bytes], splits: Mapping[str, Any]
+  workdir: Folder, config: dict[str, Any], tokenizer_files: Mapping[str, bytes], splits: Mapping[str, Any]
 ) -> None:
   """Makes the folder this run's own. The configuration comes last: where it is, the rest is."""
   try:

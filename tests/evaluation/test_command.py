@@ -122,7 +122,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(finished, tmp_path, 
     return original(self, batch, *arguments)
 
   monkeypatch.setattr(evaluator.Evaluator, "complete", counted)
-  monkeypatch.setattr(Interrupts, "pending", property(lambda self: len(runs) == 2))
+  monkeypatch.setattr(Interrupts, "pending", lambda self: len(runs) == 2)
   monkeypatch.setattr(Interrupts, "error", lambda self, where: PreemptedError(where))
   with pytest.raises(PreemptedError, match="batch 2"):
     evaluate(workdir, tmp_path / "cut", **draws)

@@ -1,7 +1,23 @@
+"""Several real processes on one machine, over gloo: the same numbers as one process, and they end together."""
+
+import functools
+import json
+import shutil
+import signal
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from d1jax.parallel.multihost import split_cpu
+from d1jax.errors import RunError
+from d1jax.parallel import multihost
+from d1jax.parallel.mesh import make_mesh, place, sharding
+from d1jax.training.metrics import read_records
+from tests import jobs
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+ALONE = ("coordinator=127.0.0.1:1", "processes=2", "process=1", "timeout=2")
 
 
 @pytest.fixture
@@ -13,11 +29,261 @@ def updates(monkeypatch) -> list[tuple[str, int]]:
 
 def test_the_cpu_is_split(updates, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/nowhere")
-  split_cpu(2)
+  multihost.split_cpu(2)
   assert updates == [("jax_num_cpu_devices", 2)]
 
 
 def test_a_number_set_by_hand_stands(updates, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-  split_cpu(2)
+  multihost.split_cpu(2)
   assert updates == []
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"process": 2, "processes": 2, "coordinator": "h:1"}, r"process is 2; processes are numbered from 0, below .*=2"),
+    ({"process": -1, "processes": 2, "coordinator": "h:1"}, "process is -1"),
+    ({"coordinator": "h:1"}, r"distributed\.processes and distributed\.process must be set too"),
+    ({"processes": 2, "process": 0}, r"distributed\.coordinator must be set too"),
+    ({"coordinator": "host", "processes": 2, "process": 0}, "coordinator is 'host'; give HOST:PORT"),
+    ({"processes": 0}, "processes is 0"),
+    ({"timeout": 0}, "timeout is 0; give at least 1 second"),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(monkeypatch, settings, message):
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  given = {"coordinator": None, "processes": None, "process": None, "timeout": 5} | settings
+  with pytest.raises(RunError, match=message) as caught:
+    multihost.initialize("run", **given)
+  assert caught.value.exit_code == 2
+  assert "\n" not in str(caught.value)
+
+
+def test_alone_nothing_is_opened_and_nothing_waited_for(monkeypatch):
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("a socket would be opened"))
+  multihost.initialize("run", None, None, None, 5)
+  multihost.initialize("run", "host:1", 1, 0, 5)
+  assert multihost.alone()
+  assert multihost.is_main()
+  value = {"any": ["thing"]}
+  assert multihost.gather(value) == [value]
+  assert multihost.from_main(lambda: value) is value
+  assert multihost.any_of(True)
+  assert not multihost.any_of(False)
+  multihost.barrier("here")
+  multihost.check_same("the number", 3)
+
+
+def test_a_mode_of_one_process_refuses_more(monkeypatch):
+  for name, value in ({**SLURM, "SLURM_NTASKS": "2"}).items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(RunError, match="mode export runs in one process, but SLURM_NTASKS tells of 2"):
+    multihost.check_alone("export")
+
+
+def test_rows_of_one_process_are_all_rows():
+  mesh = make_mesh({"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1})
+  tree = {"x": np.arange(24).reshape(8, 3), "mask": np.arange(8) > 3}
+  rows, found = multihost.local_rows(place(tree, sharding(mesh, {"batch": "data"}, "batch")))
+  np.testing.assert_array_equal(rows, np.arange(8))
+  jax.tree.map(np.testing.assert_array_equal, found, tree)
+  jax.tree.map(np.testing.assert_array_equal, multihost.fetch(jax.tree.map(jnp.asarray, tree)), tree)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """A compilation cache that the processes of this file share."""
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def peers(cache):
+  """What each of some processes found, which have four devices together."""
+  return functools.cache(lambda count: told(count, cache))
+
+
+def told(count, cache):
+  started = jobs.start_processes(count, devices=4 // count, module="tests.parallel.peers", cache=cache)
+  found = jobs.finish_processes(started)
+  assert [code for code, _, _ in found] == [0] * count, found[0][2]
+  return [json.loads(out.splitlines()[-1]) for _, out, _ in found]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_do_as_one_does(peers, count):
+  (single,), found = peers(1), peers(count)
+  for own in found:
+    for name in ("prompts", "masks", "tokens", "key", "rewards", "texts", "advantages"):
+      assert own[name] == single[name], name
+    np.testing.assert_allclose(own["losses"], single["losses"], rtol=0, atol=1e-5)
+    assert own["sums"].keys() == single["sums"].keys()
+    for name, pair in own["sums"].items():
+      assert pair == pytest.approx(single["sums"][name]), name
+    assert own["state"] == found[0]["state"]
+  # Each row is on one process, also where it is on several devices of two.
+  assert sorted(row for own in found for row in own["rows"]) == list(range(16))
+  assert [own["graded"] for own in found] == ([8, 8] if count == 2 else [8, 0, 8, 0])
+  assert len(set(single["rewards"])) > 2
+  assert single["losses"][0] != 0
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_small_things_are_heard_by_all(peers, count):
+  found = peers(count)
+  assert [own["is_main"] for own in found] == [True] + [False] * (count - 1)
+  for own in found:
+    assert own["gather"] == [{"process": i, "text": "é" * 700 * i} for i in range(count)]
+    assert own["largest"] == count - 1
+    assert own["any"] == [True, False]
+    assert own["from_main"] == [{"number": 0}, "process 0 does not like it"]
+    assert own["in_order"] == [f"{i % count}!" for i in range(6)]
+    others = ", ".join(map(str, range(1, count)))
+    assert own["same"][0] is None
+    assert own["same"][1].startswith(f"the number of process {others} is not that of process 0")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+  """The folder of a job of one process with two devices that ran in one go."""
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir), cache=cache))
+  assert code == 0, err
+  return workdir
+
+
+def results(workdir):
+  return json.loads((workdir / "results.json").read_text())
+
+
+def same_end(workdir, undisturbed):
+  found, expected = results(workdir), results(undisturbed)
+  for name in ("params_fingerprint", "before", "after", "samples", "splits", "best_iteration"):
+    assert found[name] == expected[name], name
+  mine, theirs = (read_records(folder / "metrics.jsonl") for folder in (workdir, undisturbed))
+  assert [(r["stage"], r["iteration"]) for r in mine] == [(r["stage"], r["iteration"]) for r in theirs]
+  for own, other in zip(mine, theirs, strict=True):
+    for name in ("loss", "reward", "validation"):
+      assert own.get(name) == pytest.approx(other.get(name), abs=1e-5), name
+
+
+def resumed(workdir, cache, count):
+  found = jobs.finish_processes(jobs.start_processes(count, *jobs.flags(workdir), devices=2 // count, cache=cache))
+  assert [code for code, _, _ in found] == [0] * count, found
+  return found
+
+
+def test_a_job_of_two_processes_is_the_job_of_one(tmp_path, cache, undisturbed):
+  (_, out, _), (_, silent, said) = resumed(tmp_path, cache, 2)
+  same_end(tmp_path, undisturbed)
+  assert "SFT + diffu-GRPO" in out
+  assert not [line for line in silent.splitlines() if not line.startswith("[Gloo]")]
+  assert said == ""
+  mine, theirs = (
+    {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "checkpoints" not in p.parts}
+    for folder in (tmp_path, undisturbed)
+  )
+  for folder in (mine, theirs):
+    assert len({name for name in folder if name.startswith("tensorboard")}) == 2
+  assert {name for name in mine if "tensorboard" not in name} == {name for name in theirs if "tensorboard" not in name}
+
+
+@pytest.mark.parametrize(("count", "then"), [(2, 1), (1, 2)])
+def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, cache, undisturbed, count, then):
+  processes = jobs.start_processes(count, *jobs.flags(tmp_path), devices=2 // count, cache=cache)
+  jobs.wait_for(tmp_path, "grpo", 2, processes[0])
+  processes[-1].send_signal(signal.SIGTERM)
+  found = jobs.finish_processes(processes)
+  said = [err.strip().splitlines()[-1] for _, _, err in found]
+  assert [code for code, _, _ in found] == [75] * count, said
+  assert said[0].startswith("d1jax: SIGTERM: saved at grpo iteration")
+  assert set(said) == {said[0]}
+  stopped_at = int(said[0].split("iteration ")[1].split(";")[0])
+  assert (tmp_path / "checkpoints" / "grpo" / str(stopped_at)).is_dir()
+  resumed(tmp_path, cache, then)
+  same_end(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, cache, undisturbed, killed):
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path), cache=cache, timeout=30)
+  jobs.wait_for(tmp_path, "grpo", 3, processes[0])
+  processes[killed].kill()
+  found = jobs.finish_processes(processes, timeout=45)
+  code, _, err = found[1 - killed]
+  said = err.strip().splitlines()[-1]
+  assert code == 75, err
+  assert said.startswith("d1jax: ")
+  assert "another process" in said
+  assert "run the same command again, it goes on from the last checkpoint" in said
+  resumed(tmp_path, cache, 2)
+  same_end(tmp_path, undisturbed)
+
+
+def test_processes_with_other_commands_refuse_to_run(tmp_path, cache):
+  commands = [(f"--config.seed={seed}",) for seed in (0, 5)]
+  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path), each=commands, cache=cache))
+  assert [code for code, _, _ in found] == [2, 2]
+  for _, _, err in found:
+    assert "the configuration of process 1 is not that of process 0" in err.splitlines()[-1]
+  assert not (tmp_path / "config.json").exists()
+
+
+def test_a_coordinator_that_never_comes_is_named(tmp_path):
+  job = jobs.start(*jobs.flags(tmp_path), *(f"--config.distributed.{flag}" for flag in ALONE))
+  code, out, err = jobs.finish(job, timeout=60)
+  assert (code, out) == (75, "")
+  assert "did not meet at 127.0.0.1:1 within 2 seconds" in err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_all_with_its_code(tmp_path, cache):
+  flags = jobs.flags(tmp_path, sft__learning_rate=1e38)
+  found = jobs.finish_processes(jobs.start_processes(2, *flags, cache=cache))
+  assert [code for code, _, _ in found] == [70, 70]
+  assert len({err.strip().splitlines()[-1] for _, _, err in found}) == 1
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path, cache, undisturbed):
+  shutil.copytree(undisturbed, tmp_path / "run")
+  (tmp_path / "run" / "results.json").unlink()
+  largest = max((tmp_path / "run/checkpoints/grpo/6").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  (_, _, said), (_, _, silent) = resumed(tmp_path / "run", cache, 2)
+  assert f"going on from checkpoint {tmp_path}/run/checkpoints/grpo/4" in said
+  assert silent == ""
+  assert (tmp_path / "run/checkpoints/corrupt/grpo-6").is_dir()
+  same_end(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_two_processes_is_that_of_one(tmp_path, cache, undisturbed):
+  flags = ["--config=configs/eval.py", f"--config.checkpoint={undisturbed}", "--config.batch_size=16"]
+  flags += ["--config.temperatures=(0.0,1.0)", "--config.samples=2", "--config.seeds=(3,)"]
+  outputs = [[f"--config.output={tmp_path / name}"] for name in ("one", "two")]
+  code, _, err = jobs.finish(jobs.start(*flags, *outputs[0], cache=cache))
+  assert code == 0, err
+  found = jobs.finish_processes(jobs.start_processes(2, *flags, *outputs[1], cache=cache))
+  assert [code for code, _, _ in found] == [0, 0], found
+  timed = {"forward_passes", "seconds"}
+  for path in (tmp_path / "one" / "items").iterdir():
+    one, two = ([json.loads(line) for line in (tmp_path / n / "items" / path.name).open()] for n in ("one", "two"))
+    assert [{k: v for k, v in item.items() if k not in timed} for item in two] == [
+      {k: v for k, v in item.items() if k not in timed} for item in one
+    ]
+    assert len(one) in (24, 48)
+  assert "accuracy" in found[0][1]
+  assert not [line for line in found[1][1].splitlines() if not line.startswith("[Gloo]")]
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_given_up(tmp_path, cache):
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path), cache=cache, timeout=10)
+  jobs.wait_for(tmp_path, "sft", 20, processes[0])
+  processes[1].send_signal(signal.SIGSTOP)
+  code, _, err = jobs.finish(processes[0], timeout=60)
+  processes[1].kill()
+  assert code == 75, err
+  assert "has not answered for 10 seconds" in err.strip().splitlines()[-1]

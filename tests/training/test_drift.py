@@ -13,9 +13,8 @@ import pytest
 from d1jax.training import drift, recipe
 from d1jax.training.metrics import read_records
 from tests import jobs, toy
-from tests.jobs import small
+from tests.jobs import small, untimed
 
-TIMED = {"seconds", "compiled_share", "tokens_per_second", "elapsed"}
 # With a single layer no key or value depends on other tokens, and no cache is ever stale.
 CACHED = {"model__overrides__layers": 2, "rollout__diffusion_steps": 6, "rollout__temperature": 1.0}
 CACHED |= {"rollout__cache": "dual"}
@@ -115,11 +114,7 @@ def test_a_cache_that_was_given_up_stays_off():
 
 
 def grpo_records(workdir):
-  return [
-    {k: v for k, v in r.items() if k not in TIMED}
-    for r in read_records(workdir / "metrics.jsonl")
-    if r["stage"] == "grpo"
-  ]
+  return [untimed(r) for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]
 
 
 def test_a_run_logs_the_drift_of_its_cache(tmp_path, caplog):

@@ -27,6 +27,10 @@ def graded(*grades):
   return Graded(["?"] * len(grades), list(grades), np.asarray([g.reward for g in grades], np.float32))
 
 
+def summarised(batch, metrics, tasks):
+  return host.summarise(batch.rewards, host.sums(made_up(4), batch), metrics, 2, tasks)
+
+
 def test_metrics_are_pooled_and_components_averaged():
   batch = graded(
     Grade({"right": 1.0, "format": 0.5}, {"solved": (1, 1), "cells": (2, 8)}),
@@ -34,7 +38,7 @@ def test_metrics_are_pooled_and_components_averaged():
     Grade({"right": 0.0, "format": 0.0}, {"solved": (0, 1), "cells": (0, 0)}),
     Grade({"right": 0.0, "format": 0.0}, {"solved": (1, 1), "cells": (3, 5)}),
   )
-  values = host.summarise(batch, made_up(4), UPDATE, 2, [])
+  values = summarised(batch, UPDATE, [])
   assert (values["reward"], values["reward/right"], values["reward/format"]) == (0.5, 0.25, 0.25)
   assert (values["solved"], values["cells"]) == (0.5, 6 / 15)
   assert (values["reward_std"], values["no_signal"]) == (0.25, 0.5)
@@ -42,7 +46,7 @@ def test_metrics_are_pooled_and_components_averaged():
   assert values["completion_length"] == made_up(4).completion_mask.sum() / 4
   assert "importance/effective_sample_size" not in values
   weighted = UPDATE._replace(effective_sample_size=np.asarray([0.5, 0.75], np.float32))
-  assert host.summarise(batch, made_up(4), weighted, 2, []) == values | {"importance/effective_sample_size": 0.625}
+  assert summarised(batch, weighted, []) == values | {"importance/effective_sample_size": 0.625}
 
 
 def test_rows_of_several_tasks_count_where_they_have_something_to_say():
@@ -52,11 +56,25 @@ def test_rows_of_several_tasks_count_where_they_have_something_to_say():
     Grade({"grid": 0.5}, {"solved": (0, 1), "a/solved": (0, 1), "cells": (1, 4)}),
     Grade({"sum": 0.75, "format": 0.0}, {"solved": (1, 1), "b/solved": (1, 1), "extra": (0, 0)}),
   )
-  values = host.summarise(batch, made_up(4), UPDATE, 2, ["a", "b", "a", "b"])
+  values = summarised(batch, UPDATE, ["a", "b", "a", "b"])
   assert (values["reward"], values["a/reward"], values["b/reward"]) == (0.6875, 0.75, 0.625)
   assert (values["reward/grid"], values["reward/sum"], values["reward/format"]) == (0.75, 0.5, 0.125)
   assert (values["solved"], values["a/solved"], values["b/solved"], values["cells"]) == (0.5, 0.5, 0.5, 0.5)
   assert "extra" not in values, "no row counts for it"
+
+
+def test_sums_of_parts_are_those_of_the_whole():
+  grades = [Grade({"right": i / 3}, {"cells": (i, 4)} | ({"odd": (1, 1)} if i % 2 else {})) for i in range(4)]
+  rollout = made_up(4)
+  cut = [jax.tree.map(lambda x, i=i: x[i : i + 2], rollout) for i in (0, 2)]
+  parts = [host.sums(part, graded(*grades[i : i + 2])) for i, part in zip((0, 2), cut, strict=True)]
+  whole = host.sums(rollout, graded(*grades))
+  found = host.added(parts)
+  assert found.keys() == whole.keys()
+  for name, pair in whole.items():
+    assert found[name] == pytest.approx(pair, rel=1e-12), name
+  assert whole["odd"] == (2, 2)
+  assert whole["reward/right"] == (2.0, 4)
 
 
 class Recording(Grader):
@@ -84,7 +102,11 @@ def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol)
   texts, grader = experiment.texts("train"), Recording(experiment.task)
   chunks = tuple(made_up(4, completion_length=18, seed=seed) for seed in range(3))
   record = np.asarray([5, 5, 0, 0, 9, 9, 1, 1, 2, 2, 3, 3], np.int32)
-  rollout, found, _ = host.grade_chunks(experiment, grader, texts, record, jax.device_put(chunks))
+  visit = host.grade_chunks(experiment, grader, texts, record, jax.device_put(chunks))
+  rollout, found = visit.rollout, visit.graded
+  np.testing.assert_array_equal(visit.rows, np.arange(12))
+  np.testing.assert_array_equal(visit.rewards, found.rewards)
+  assert visit.sums == host.sums(rollout, found)
   assert grader.events == [("submitted", 4, protocol)] * 3 + [("waited for", n) for n in range(3)]
   np.testing.assert_array_equal(rollout.completion, np.concatenate([c.completion for c in chunks]))
   for row, (text, index) in enumerate(zip(found.texts, record, strict=True)):

@@ -1,9 +1,11 @@
 """Records survive kills and resumes; progress is plain where nobody watches."""
 
 import json
+from unittest import mock
 
 import pytest
 
+from d1jax.training import metrics
 from d1jax.training.metrics import MetricsWriter, Progress, read_records
 
 
@@ -69,3 +71,19 @@ def test_numbers_go_to_tensorboard(tmp_path, value):
   events = b"".join(p.read_bytes() for p in (tmp_path / "tensorboard" / "sft").iterdir())
   assert b"a_tag" in events
   assert b"a_word" not in events
+
+
+def test_records_in_a_bucket_are_there_when_they_are_kept(bucket, monkeypatch):
+  monkeypatch.setattr(metrics, "EventsWriter", mock.Mock())
+  write(bucket, "sft", 0, [1, 2])
+  writer = MetricsWriter(bucket, "grpo", 0)
+  writer.write(1, {"reward": 0.5})
+  assert seen(bucket) == [("sft", 1), ("sft", 2)], "an object is not written anew for every record"
+  writer.keep()
+  assert seen(bucket) == [("sft", 1), ("sft", 2), ("grpo", 1)]
+  writer.write(2, {"reward": 0.5})
+  monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0)
+  writer.write(3, {"reward": 0.5})
+  assert [number for _, number in seen(bucket)] == [1, 2, 1, 2, 3]
+  write(bucket, "grpo", 1, [])
+  assert seen(bucket) == [("sft", 1), ("sft", 2), ("grpo", 1)]

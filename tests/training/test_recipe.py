@@ -11,8 +11,10 @@ import pytest
 
 from d1jax.errors import RunError
 from d1jax.fingerprint import fingerprint
+from d1jax.models import flops
+from d1jax.report import summary
 from d1jax.state import Frozen
-from d1jax.training import dump, grpo, recipe
+from d1jax.training import dump, grpo, ledger, recipe
 from d1jax.training import experiment as experiments
 from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
@@ -86,6 +88,48 @@ def test_metrics_have_one_record_an_iteration(finished):
   assert {"reward", "kl", "entropy", "no_signal", "tokens_per_second", "compiled_share"} <= set(own[0])
 
 
+def test_each_record_says_what_its_iteration_cost(finished):
+  workdir, config, _ = finished
+  records = read_records(workdir / "metrics.jsonl")
+  parts = {"sft": {"update"}, "grpo": {"rollout", "grading", "update"}}
+  for stage, own in parts.items():
+    first, *others = [r for r in records if r["stage"] == stage]
+    names = {f"cost/seconds/{part}" for part in own | {"idle"}} | {"cost/devices"}
+    names |= {f"cost/{kind}/{part}" for kind in ("flops", "tokens") for part in own - {"grading"}}
+    assert names <= set.intersection(*(set(r) for r in [first, *others]))
+    assert first["cost/seconds/compilation"] > 0
+    assert not any("cost/seconds/compilation" in r for r in others)
+    for before, record in zip([first, *others], others, strict=False):
+      outside = {f"cost/seconds/{part}" for part in ("validation", "saving")}
+      seconds = [value for name, value in record.items() if name.startswith("cost/seconds/") and name not in outside]
+      assert sum(seconds) == pytest.approx(record["seconds"], rel=1e-9)
+      assert all(value >= -1e-9 for name, value in record.items() if name.startswith("cost/"))
+      assert ("cost/seconds/saving" in record) == ("validation" in before)
+      assert ("cost/seconds/validation" in record) == ("validation" in record)
+  assert record["cost/tokens/rollout"] == record["cost/tokens/update"] == 16 * 18
+  size = experiments.build(config, read_tokenizer(workdir)).weights.network.size
+  canvas = 33 + 18
+  assert record["cost/flops/rollout"] == 4 * flops.forward(size, 16, canvas, canvas, 18)
+  assert record["cost/flops/update"] == 3 * flops.forward(size, 16, canvas, canvas, 18)
+  assert record["cost/flops/score"] == 0
+  assert record["cost/devices"] == 8
+
+
+def test_the_final_table_of_costs_adds_up(finished):
+  workdir, config, results = finished
+  spent = results["cost"]
+  assert set(spent) == {"sft", "grpo", "total"}
+  parts = [each for stage in ("sft", "grpo") for each in spent[stage].values()]
+  for name in ("device_seconds", "share", "flops", "tokens"):
+    assert sum(each[name] for each in parts) == pytest.approx(spent["total"][name], rel=1e-9)
+  assert spent["total"]["share"] == 1
+  assert spent["grpo"]["rollout"]["tokens"] == config.grpo.steps * 16 * 18
+  assert spent["total"]["mfu"] is None  # nobody states the peak of a CPU
+  seconds = sum(r["cost/seconds/rollout"] for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo")
+  assert spent["grpo"]["rollout"]["device_seconds"] == pytest.approx(8 * seconds, rel=1e-9)
+  assert ledger.table(spent) in summary(results, workdir)
+
+
 def test_a_finished_job_reprints_its_table(finished, capsys, monkeypatch):
   _, config, results = finished
   monkeypatch.setattr(recipe, "Recipe", None)  # computing anything would fail
@@ -104,6 +148,7 @@ def test_more_steps_go_on_from_the_end(finished, tmp_path):
   assert longer["params_fingerprint"] != results["params_fingerprint"]
   records = [r for r in read_records(tmp_path / "longer" / "metrics.jsonl") if r["stage"] == "grpo"]
   assert [r["iteration"] for r in records] == [1, 2, 3, 4, 5, 6]
+  assert longer["cost"]["grpo"]["rollout"]["tokens"] == 6 * 16 * 18, "both attempts count"
 
 
 def test_another_config_is_refused_and_nothing_changes(finished):
@@ -233,6 +278,7 @@ def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
     ({"model__dtype": "float99"}, "model.dtype='float99' is unknown"),
     ({"tokenizer__model_type": "words"}, "tokenizer.model_type='words' is unknown"),
     ({"grpo__steps": 0}, r"grpo\.steps is 0"),
+    ({"profile_steps": "2:9"}, r"profile_steps='2:9' must be FIRST:LAST, iterations of the stage, .* 1:6"),
     ({"grpo__aggregation": "mean"}, "aggregation='mean' is unknown"),
     ({"sft__decay": "cosine"}, "decay='cosine' is unknown"),
     ({"data__root": "/nowhere"}, "sudoku/train.csv: not found in '/nowhere'"),

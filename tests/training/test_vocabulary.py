@@ -43,7 +43,7 @@ def widest(text: str) -> int:
 
 def test_the_rollout_unembeds_one_block_at_a_time(experiment):
   config = experiment.config
-  rollout, _ = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)
+  rollout = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["rollout"]
   rows = config.grpo.prompts_per_iteration * config.grpo.num_generations // config.grpo.rollout_chunks // 8
   found = widest(rollout().compile().as_text())
   assert 0 < found <= rows * config.rollout.block_length < rows * (200 + 256)
@@ -51,7 +51,7 @@ def test_the_rollout_unembeds_one_block_at_a_time(experiment):
 
 def test_the_update_holds_logits_of_a_tile_at_a_time(experiment):
   config = experiment.config
-  _, update = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)
+  update = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["update"]
   text = update().compile().as_text()
   rows = config.grpo.prompts_per_iteration * config.grpo.num_generations // config.grpo.accumulation // 8
   assert (rows * 256, 1, config.grpo.logits_tile) in shapes(text)

@@ -200,3 +200,16 @@ def test_versions_name_what_decides_numbers():
   found = workdirs.versions()
   assert {"python", "jax", "jaxlib", "flax", "optax", "numpy"} <= found.keys()
   assert all(found.values())
+
+
+def test_a_bucket_is_claimed_and_known_as_a_folder_is(bucket):
+  run = workdirs.folder("gs://bucket/deep/run")
+  assert not holds_run(run, CONFIG)
+  claim(run, CONFIG, FILES, SPLITS)
+  assert sorted(path.name for path in run.iterdir()) == ["config.json", "splits.json", "tokenizer"]
+  assert holds_run(run, changed("mesh.data", 4))
+  assert read_tokenizer(run) == FILES
+  with pytest.raises(RunError, match=r"gs://bucket/deep/run holds a run of another config \(seed was 0, now 1\)"):
+    holds_run(run, changed("seed", 1))
+  with pytest.raises(RunError, match="the questions of test are not those that gs://bucket/deep/run began with"):
+    check_splits(run, SPLITS | {"test": {"n": 2, "sha256": "c"}})

@@ -1,0 +1,127 @@
+"""One process of several for tests/parallel/test_multihost.py: an iteration of diffu-GRPO, told as a line of JSON.
+
+`python -m tests.parallel.peers --config.FIELD=VALUE ...` takes the flags that `jobs.start_processes` adds.
+"""
+
+import functools
+import hashlib
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from d1jax import keys
+from d1jax.data import pipeline
+from d1jax.diffusion.corruption import mask_prompt
+from d1jax.errors import RunError
+from d1jax.fingerprint import fingerprint
+from d1jax.parallel import multihost
+from d1jax.parallel.mesh import place
+from d1jax.rl.grading import Grader
+from d1jax.tasks import Grade
+from d1jax.training import experiment as experiments
+from d1jax.training import host
+from d1jax.training.programs import Programs
+from tests.jobs import small
+
+MESH = {"mesh__data": 2, "mesh__tensor": 2}
+"""With 4 processes every row is on two of them."""
+
+
+class Counting(Grader):
+  """Pays for texts, by their letters alone, and notes how many it has seen."""
+
+  graded = 0
+
+  def submit(self, texts, records, protocol):
+    self.graded += len(texts)
+    sums = [zlib.crc32(text.encode()) for text in texts]
+    grades = [Grade({"lucky": i % 7 / 7}, {"even": (1 - i % 2, 1), "parts": (i % 5, i % 3)}) for i in sums]
+    return lambda: grades
+
+
+def digest(*arrays) -> str:
+  return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()[:16]
+
+
+def iteration() -> dict:
+  config = small(Path("unused"), grpo__num_iterations=2, **MESH)
+  experiment = experiments.build(config, None)
+  optimizer = experiment.optimizer(config.grpo, 4)
+  programs = Programs(experiment, optimizer)
+  programs.compile()
+  programs.grader = Counting(experiment.task, 0)
+  texts = experiment.texts("train")
+  batch = next(
+    pipeline.prompt_batches(
+      texts.prompts,
+      seed=0,
+      prompts_per_batch=config.grpo.prompts_per_iteration,
+      num_generations=config.grpo.num_generations,
+      buckets=experiment.buckets("train")[1],
+      pad_id=experiment.tokenizer.pad_id,
+    )
+  )
+  state, frozen = experiment.weights.fresh_state(optimizer), experiment.weights.frozen
+  placed, number = programs.place(batch, 0)
+  chunks = programs.rollout(programs.publish(state, frozen), placed, state.key, number)
+  visit = host.grade_chunks(experiment, programs.grader, texts, batch.record, chunks)
+  mask_key = keys.purpose_key(state.key, keys.Purpose.SFT_PROMPT_MASK, 0)
+  masked = jax.jit(
+    lambda key, ids, prompt, valid: mask_prompt(key, ids, prompt, valid, 0.5, experiment.denoiser.mask_id),
+    in_shardings=(experiment.replicated, *[experiment.by_row] * 3),
+    out_shardings=experiment.by_row,
+  )(mask_key, *place((batch.sample_id, batch.prompt, batch.prompt_valid), experiment.by_row))
+  state, metrics, advantages = programs.update(state, frozen, chunks, visit.rewards)
+  whole = multihost.fetch(list(chunks))
+  return {
+    "prompts": digest(batch.prompt, batch.sample_id, *(x for chunk in whole for x in (chunk.prompt, chunk.sample_id))),
+    "masks": digest(multihost.fetch(masked)),
+    "tokens": digest(*(chunk.completion for chunk in whole)),
+    "key": np.asarray(jax.random.key_data(state.key)).tolist(),
+    "rewards": visit.rewards.tolist(),
+    "sums": dict(visit.sums),
+    "texts": multihost.gather_rows(visit.rows, visit.graded.texts),
+    "advantages": multihost.fetch(advantages).tolist(),
+    "losses": np.asarray(metrics.loss).tolist(),
+    "state": fingerprint(state),
+    "rows": visit.rows.tolist(),
+    "graded": programs.grader.graded,
+  }
+
+
+def talk() -> dict:
+  """What `multihost` says of things that differ between the processes."""
+  own, last = jax.process_index(), jax.process_count() - 1
+
+  def refuse():
+    raise RunError(f"process {own} does not like it")
+
+  def message(question):
+    try:
+      return question()
+    except RunError as error:
+      return str(error)
+
+  return {
+    "is_main": multihost.is_main(),
+    "gather": multihost.gather({"process": own, "text": "é" * 700 * own}),
+    "largest": multihost.largest(own),
+    "any": [multihost.any_of(own == last), multihost.any_of(False)],
+    "from_main": [multihost.from_main(lambda: {"number": own}), message(lambda: multihost.from_main(refuse))],
+    "same": [message(functools.partial(multihost.check_same, "the number", value)) for value in (7, min(own, 1))],
+    "in_order": multihost.gather_rows(np.arange(own, 6, last + 1)[::-1], [f"{own}!"] * len(range(own, 6, last + 1))),
+  }
+
+
+if __name__ == "__main__":
+  given = dict(flag.removeprefix("--config.").split("=", 1) for flag in sys.argv[1:])
+  settings = {name: given.get(f"distributed.{name}") for name in ("processes", "process", "timeout")}
+  multihost.initialize(
+    "the test", given.get("distributed.coordinator"), **{k: v and int(v) for k, v in settings.items()}
+  )
+  multihost.split_cpu(int(given["cpu_devices"]))
+  print(json.dumps(talk() | iteration()))

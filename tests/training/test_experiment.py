@@ -1,0 +1,116 @@
+import math
+
+import jax
+import pytest
+
+from d1jax.training import experiment as experiments
+from d1jax.training.publish import Publisher
+from tests import jobs
+
+NARROW = {"embed": 256, "heads": 8, "mlp": 512, "layers": 2}
+
+
+def matrices(tree):
+  """The part of each matrix of the network that a device holds."""
+  large = [x for x in jax.tree.leaves(tree) if math.prod(x.shape) >= 256 * 256]
+  return {math.prod(x.sharding.shard_shape(x.shape)) / math.prod(x.shape) for x in large}
+
+
+@pytest.mark.parametrize(
+  ("words", "updates", "rollouts", "rows"),
+  [
+    ("v5e", 1 / 8, 1 / 4, 48 / 2),
+    ("v6e", 1 / 8, 1, 48 / 8),
+    ("v5p", 1, 1, 48 / 8),
+    ("h100", 1, 1, 48 / 8),
+    ("v5p,full", 1 / 8, 1, 48 / 8),
+    ("h100,full", 1 / 8, 1, 48 / 8),
+  ],
+)
+def test_a_large_model_is_laid_out_for_eight_chips(words, updates, rollouts, rows):
+  """What a chip has of each matrix, and its rows of a rollout's chunk of 48 completions."""
+  config = jobs.load("grpo", f"llada_8b,{words}")
+  config.update_from_flattened_dict({f"model.overrides.{field}": size for field, size in NARROW.items()})
+  experiment = experiments.build(config, None)
+  experiments.check_batches(config, experiment.ways)
+  weights = experiment.weights
+  state = weights.abstract_state(experiment.optimizer(config.grpo, 1))
+  publisher = Publisher(weights, state.trainable)
+  assert (weights.lora is None) == ("full" in words)
+  assert weights.quantized is None
+  assert matrices(state.trainable if "full" in words else weights.abstract_frozen().base) == {updates}
+  assert matrices(publisher.abstract) == {rollouts}
+  assert experiment.rollout_by_row.shard_shape((48,)) == (rows,)
+  assert (publisher.received_bytes == 0) == (updates == rollouts)
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_training_every_weight_takes_sixteen_of_the_small_chips(chip):
+  config = jobs.load("grpo", f"llada_8b,full,{chip}")
+  assert config.mesh.fsdp * config.mesh.tensor == 16
+
+
+@pytest.mark.parametrize(
+  ("name", "words", "message"),
+  [
+    ("grpo", "llada_8b,v5e,v6e", "preset words v5e, v6e exclude each other: name one of v5e, v6e, v5p, h100"),
+    ("grpo", "v5e", "preset words v5e are for llada_8b"),
+    ("grpo", "tiny,full,h100", "preset words full, h100 are for llada_8b"),
+    ("eval", "llada_8b,v5e,h100", "preset words v5e, h100 exclude each other"),
+    ("eval", "full", "unknown preset word 'full'"),
+  ],
+)
+def test_words_that_do_not_go_together_are_refused(name, words, message):
+  with pytest.raises(ValueError, match=message):
+    jobs.load(name, words)
+
+
+def test_a_mix_of_tasks_keeps_its_layout():
+  one, mixed = jobs.load("grpo", "llada_8b,gsm8k,full,v5e"), jobs.load("grpo", "llada_8b,gsm8k,math,full,v5e")
+  for field in ("mesh", "rules", "rollout_rules", "lora", "model"):
+    assert mixed[field].to_dict() == one[field].to_dict()
+
+
+def test_supervised_fine_tuning_has_the_layout_of_updates():
+  sft, grpo = jobs.load("sft", "llada_8b,v5e"), jobs.load("grpo", "llada_8b,v5e")
+  assert sft.mesh.to_dict() == grpo.mesh.to_dict()
+  assert sft.rules.to_dict() == grpo.rules.to_dict()
+
+
+def test_an_evaluation_has_the_layout_of_rollouts():
+  evaluation, grpo = jobs.load("eval", "llada_8b,gsm8k,v5e"), jobs.load("grpo", "llada_8b,v5e")
+  assert evaluation.tasks == ("gsm8k",)
+  assert evaluation.mesh.to_dict() == grpo.mesh.to_dict()
+  assert evaluation.bare.rules.to_dict() == grpo.rules.to_dict() | grpo.rollout_rules.to_dict()
+  trained = grpo.to_dict()
+  for config in (trained, {k: v for k, v in trained.items() if k != "rollout_rules"}):
+    restored = experiments.of_checkpoint(config, evaluation)
+    assert restored.rules.to_dict() == trained["rules"] | config.get("rollout_rules", {})
+    assert not restored.rollout_rules
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({}, None),
+    ({"rollout.completion_length": 19}, None),
+    (
+      {"data.prompt_buckets": (30, 33)},
+      r"canvas of 33 \(data.prompt_buckets\) \+ 18 \(rollout.completion_length\) tokens does not divide over 4 devices",
+    ),
+    (
+      {"sft.completion_buckets": (18,)},
+      r"33 \(sft.prompt_buckets\) \+ 18 \(sft.completion_buckets\) .*: let both be multiples of 4",
+    ),
+  ],
+)
+def test_a_canvas_is_shared_evenly(tmp_path, changes, message):
+  fine = {"data.prompt_buckets": (30,), "sft.completion_buckets": (19, 23)}
+  config = jobs.small(tmp_path)
+  config.update_from_flattened_dict(fine | changes)
+  ways = 1 if changes.get("rollout.completion_length") else 4
+  if message is None:
+    experiments.check_lengths(config, ways)
+  else:
+    with pytest.raises(ValueError, match=message):
+      experiments.check_lengths(config, ways)
