@@ -1,0 +1,97 @@
+"""A job of two processes, one of which is killed again and again at random moments, ends with the bits of one that
+nobody disturbed.
+"""
+
+import json
+import random
+import subprocess
+import time
+
+import pytest
+
+from d1jax.training.metrics import read_records
+from tests import jobs
+
+TIMEOUT = 20
+"""Seconds that a process waits for another: at the start, and without a sign of life."""
+
+
+def start(workdir, cache):
+  return jobs.start_processes(2, *jobs.flags(workdir), cache=cache, timeout=TIMEOUT)
+
+
+def wait(processes, seconds):
+  """Whether all end by themselves within some seconds."""
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    if all(process.poll() is not None for process in processes):
+      return True
+    time.sleep(0.01)
+  return False
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """A compilation cache that the processes of this file share."""
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+  """The folder of a job of two processes, and the seconds that it took with everything compiled."""
+  for name in ("compiling", "compiled"):
+    workdir, began = tmp_path_factory.mktemp(name), time.monotonic()
+    found = jobs.finish_processes(start(workdir, cache))
+    assert [code for code, _, _ in found] == [0, 0], found
+  return workdir, time.monotonic() - began
+
+
+def check_end(workdir, expected):
+  results = [json.loads((folder / "results.json").read_text()) for folder in (workdir, expected)]
+  for name in ("params_fingerprint", "before", "after", "samples", "best_iteration"):
+    assert results[0][name] == results[1][name], name
+  records = [read_records(folder / "metrics.jsonl") for folder in (workdir, expected)]
+  seen = [[(r["stage"], r["iteration"], r["loss"], r.get("reward")) for r in one] for one in records]
+  assert seen[0] == seen[1]
+
+
+def finish(processes, workdir, expected):
+  """Waits for processes that nobody kills."""
+  found = jobs.finish_processes(processes)
+  assert [code for code, _, _ in found] == [0, 0], found
+  check_end(workdir, expected)
+
+
+def kill(processes, victim, workdir):
+  """Kills one; the other ends by itself, with a line that says what to do."""
+  processes[victim].kill()
+  try:
+    code, _, err = jobs.finish(processes[1 - victim], timeout=3 * TIMEOUT)
+  except subprocess.TimeoutExpired:
+    pytest.fail(f"process {1 - victim} hangs, {3 * TIMEOUT} seconds after process {victim} was killed")
+  finally:
+    for process in processes:
+      process.kill()
+  if code:  # 0: it was about to end
+    assert code == 75, err
+    assert err.strip().splitlines()[-1].startswith("d1jax: "), err
+  else:
+    assert (workdir / "results.json").exists()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_job_that_is_killed_at_random_moments_ends_the_same(tmp_path, cache, undisturbed, kills):
+  expected, seconds = undisturbed
+  chance = random.Random(kills)
+  runs, killed = 0, 0
+  workdir = tmp_path / str(runs)
+  while killed < kills:
+    processes = start(workdir, cache)
+    if wait(processes, chance.uniform(0, seconds)):
+      finish(processes, workdir, expected)
+      runs += 1
+      workdir = tmp_path / str(runs)
+    else:
+      kill(processes, chance.randrange(2), workdir)
+      killed += 1
+  finish(start(workdir, cache), workdir, expected)
