@@ -1,0 +1,1 @@
+"""What a job needs on chips that are not at hand: its programs compiled ahead of time, and read."""

@@ -1,0 +1,132 @@
+"""Compiles the programs of a diffu-GRPO iteration for chips that are not at hand, and says what each takes."""
+
+import time
+from typing import Any
+
+import jax
+
+from d1jax.aot import collectives, hlo, invariants, memory, network, roofline, traffic
+from d1jax.aot.memory import bytes_a_device
+from d1jax.aot.work import work
+from d1jax.parallel.chips import Chip
+from d1jax.training.experiment import Experiment
+from d1jax.training.programs import Programs
+
+MOVES = ("all-gather", "all-to-all", "collective-permute")
+"""The kinds of collectives that bring a device what another holds, unlike those that add."""
+
+
+class Analysis:
+  """What the programs of an iteration take on the chips of the experiment's mesh."""
+
+  def __init__(self, experiment: Experiment, programs: Programs, chip: Chip, width: int):
+    """Prepares; nothing is compiled yet.
+
+    Args:
+      experiment: built on these chips.
+      programs: of an iteration.
+      chip: what they are.
+      width: of the prompts.
+    """
+    self._chip, self._devices = chip, list(experiment.weights.mesh.devices.flat)
+    self._work = work(experiment, programs, width)
+    self.lowering = programs.lowering(width)
+    config, weights = experiment.config.grpo, experiment.weights
+    self._state = weights.abstract_state(experiment.optimizer(config, config.steps * config.num_iterations))
+    self._frozen = weights.abstract_frozen(with_reference=programs.needs_reference)
+
+  def placements(self) -> dict[str, str]:
+    """Where each array lives that is trained, frozen or published: its path, and how it is cut."""
+    trees = {"trained": self._state.trainable, "frozen": self._frozen, "made": self.lowering["publish"]().out_info}
+    return {
+      name + jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)} {x.sharding.spec}"
+      for name, tree in trees.items()
+      for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+  def program(self, name: str) -> dict[str, Any]:
+    """Compiles one program.
+
+    Returns:
+      `compile_seconds` and `fits`. What does not fit has `needed`, `available` (bytes of a device) and `largest`
+      (buffers). What the compiler has accepted has `memory` (see `memory.Memory`), `flops` and `repeated` of all
+      devices, `traffic` (bytes of a device's HBM), `collectives`, `largest_in_loops`, `weights_in_loop` (collectives
+      that move the same weights again in each pass of a loop), `open_loops` (whose length is not known and counts as
+      one), `seconds` (see `roofline.Roofline`) and `bound`.
+    """
+    began = time.perf_counter()
+    lowered = self.lowering[name]()
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      refused = memory.refusal(str(error), lowered.as_text())
+      found = refused._asdict() | {"largest": [buffer._asdict() for buffer in refused.largest]}
+      return {"compile_seconds": time.perf_counter() - began, "fits": False} | found
+    return {"compile_seconds": time.perf_counter() - began} | self._read(name, compiled)
+
+  def _read(self, name: str, compiled: Any) -> dict[str, Any]:
+    program = hlo.parse(compiled.as_text())
+    exchanged = collectives.find(program, len(self._devices))
+    again = invariants.repeated(program)
+    exchanges = network.summary(exchanged, self._chip, self._devices)
+    moved, flops = traffic.traffic(program), self._work[name]
+    computed = (flops.flops + flops.repeated) / len(self._devices)
+    line = roofline.roofline(self._chip, computed, moved, sum(each["seconds"] for each in exchanges))
+    taken = memory.memory(compiled, *self._held(name, compiled))
+    found = {
+      "fits": taken.total <= self._chip.hbm_bytes,
+      "memory": taken._asdict() | {"total": taken.total},
+      "flops": flops.flops,
+      "repeated": flops.repeated,
+      "traffic": moved,
+      "collectives": exchanges,
+      "largest_in_loops": network.largest_in_loops(exchanged),
+      "weights_in_loop": sum(each.kind in MOVES and each.name in again for each in exchanged),
+      "open_loops": program.open_loops(),
+      "seconds": line._asdict(),
+      "bound": line.bound,
+    }
+    if not found["fits"]:
+      largest = [buffer._asdict() for buffer in memory.largest(program, taken)]
+      found |= {"needed": taken.total, "available": self._chip.hbm_bytes, "largest": largest}
+    return found
+
+  def _held(self, name: str, compiled: Any) -> tuple[dict[str, int], int]:
+    """Bytes of a program's arguments by what they are, and of what the run holds beside them.
+
+    Published weights that nothing had to change are the run's own arrays: they count once.
+    """
+    arguments = list(zip(compiled.args_info[0], compiled.input_shardings[0], strict=True))
+    owned = bytes_a_device((self._state.trainable, self._state.opt_state, self._frozen))
+    if name == "rollout":
+      weights = memory.bytes_placed(*arguments[0])
+      shared = weights - bytes_a_device(self.lowering["publish"]().out_info)
+      return {"weights": weights}, owned - shared
+    if name == "publish":
+      trees = dict(zip(("trained", "base"), arguments, strict=True))
+    else:
+      (state, at), (frozen, frozen_at) = arguments[:2]
+      trees = {
+        "trained": (state.trainable, at.trainable),
+        "moments": (state.opt_state, at.opt_state),
+        "base": (frozen.base, frozen_at.base),
+        "reference": (frozen.reference, frozen_at.reference),
+      }
+    named = {kind: memory.bytes_placed(*tree) for kind, tree in trees.items()}
+    return named, owned - sum(named.values())
+
+
+def iteration(programs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """The least seconds of an iteration, and the share of them in which the chips multiply.
+
+  Args:
+    programs: `Analysis.program` of each, and its `runs` in an iteration.
+  """
+  lines = [roofline.Roofline(**found["seconds"]).times(found["runs"]) for found in programs.values()]
+  share = roofline.efficiency(lines)
+  return {
+    "seconds": sum(line.seconds for line in lines),
+    "seconds_apart": sum(line.apart for line in lines),
+    "compute_share": share.overlapped,
+    "compute_share_apart": share.apart,
+  }

@@ -1,0 +1,131 @@
+"""Compiles diffu-GRPO for a TPU topology without a TPU: `--config=configs/aot.py:llada_8b --config.topology=v5e:2x4`.
+
+docs/scaling.md says what the numbers mean.
+"""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from d1jax.aot import topology
+from d1jax.aot.analysis import Analysis, iteration
+from d1jax.aot.table import tables
+from d1jax.data import tokenizer as tokenizers
+from d1jax.errors import RunError, input_checked
+from d1jax.parallel import chips
+from d1jax.training import experiment as experiments
+from d1jax.training.experiment import Experiment
+from d1jax.training.programs import Programs
+
+LLADA_IDS = {"vocab_size": 126464, "mask_token_id": 126336, "eos_token_id": [126081, 126348], "pad_token_id": 126081}
+"""Of LLaDA-8B-Instruct (its config.json and tokenizer files)."""
+
+REMEDIES = {
+  "publish": "cut the weights over more chips: a larger topology, config.mesh, config.rollout_rules",
+  "rollout": "raise config.grpo.rollout_chunks, or cut the weights over more chips (config.mesh, config.rollout_rules)",
+  "update": "raise config.grpo.accumulation, keep config.model.remat, or cut the weights over more chips (config.mesh)",
+}
+
+
+class DoesNotFitError(RunError):
+  """The programs take more memory than the chips have."""
+
+  exit_code = 1
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+  """Compiles and reads every program; prints tables and a line of JSON, and writes `config.output`.
+
+  Raises:
+    DoesNotFitError: after all is printed.
+    RunError: the topology or the configuration is wrong.
+  """
+  if config.topology is None:
+    raise RunError("config.topology is not set; name a generation of TPUs and its chips, e.g. v5e:2x4")
+  with input_checked():
+    experiment, programs, width = build(config)
+    devices = experiment.weights.mesh.devices.flat
+    chip = chips.of(devices[0].device_kind)
+    if chip is None:
+      raise ValueError(f"d1jax.parallel.chips does not know {devices[0].device_kind}: add it there")
+    analysis = Analysis(experiment, programs, chip, width)
+  result = described(experiment, width, config) | {"available": chip.hbm_bytes, "placements": analysis.placements()}
+  chunks = config.grpo.rollout_chunks
+  result["programs"] = {}
+  for name in analysis.lowering:
+    print(f"compiling {name} for {config.topology}", flush=True)
+    with input_checked():
+      result["programs"][name] = {"runs": chunks if name == "rollout" else 1} | analysis.program(name)
+  refused = [name for name, found in result["programs"].items() if not found["fits"]]
+  read = all("seconds" in found for found in result["programs"].values())
+  result |= {"fits": not refused, "iteration": iteration(result["programs"]) if read else None}
+  text = json.dumps(result)
+  if config.output is not None:
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(config.output).write_text(text + "\n", encoding="utf-8")
+  print(f"{text}\n\n{tables(result)}")
+  if refused:
+    raise DoesNotFitError(
+      f"{config.topology} has {chip.hbm_bytes / 2**30:.2f} GiB a chip: "
+      + "; ".join(f"{name} does not fit: {REMEDIES[name]}" for name in refused)
+    )
+  return result
+
+
+def build(config: ConfigDict) -> tuple[Experiment, Programs, int]:
+  """The run that the configuration stands for, on the topology's chips, and the width of its prompts.
+
+  Raises:
+    RunError: there is no such topology.
+    ValueError: the configuration is wrong.
+  """
+  devices = topology.devices(config.topology, config.slices)
+  meant = ConfigDict(config)
+  meant.mode = "grpo"
+  files = None if config.model.pretrained else tokenizer_files(config.model.size)
+  experiment = experiments.build(meant, files, devices)
+  experiments.check_batches(meant, experiment.ways)
+  experiments.check_lengths(meant, experiment.length_ways)
+  steps = config.grpo.steps * config.grpo.num_iterations
+  return experiment, Programs(experiment, experiment.optimizer(config.grpo, steps)), max(config.data.prompt_buckets)
+
+
+def tokenizer_files(size: str) -> dict[str, bytes]:
+  """A tokenizer of digits in the place of one that is not at hand, with LLaDA's special ids and size for `llada_8b`.
+
+  No text is read, so that nothing but these numbers matters.
+  """
+  model = tokenizers.train_sentencepiece(["0123456789"], model_type="char", vocab_size=32)
+  files = {"tokenizer.model": model}
+  return files | {"config.json": json.dumps(LLADA_IDS).encode()} if size == "llada_8b" else files
+
+
+def compiler() -> str:
+  """The version of the TPU's compiler."""
+  return importlib.metadata.version("libtpu")
+
+
+def described(experiment: Experiment, width: int, config: ConfigDict) -> dict[str, Any]:
+  """What is compiled, for what, and with what."""
+  weights, section = experiment.weights, config.grpo
+  return {
+    "jax": jax.__version__,
+    "libtpu": compiler(),
+    "topology": config.topology,
+    "slices": config.slices,
+    "mesh": dict(weights.mesh.shape),
+    "model": config.model.pretrained or config.model.size,
+    "training": "full" if weights.lora is None else f"LoRA rank {weights.lora.rank}",
+    "rows": section.prompts_per_iteration * section.num_generations,
+    "rollout_chunks": section.rollout_chunks,
+    "accumulation": section.accumulation,
+    "num_iterations": section.num_iterations,
+    "prompt": width,
+    "completion": experiment.sampler.completion_length,
+    "steps": experiment.sampler.diffusion_steps,
+    "cache": experiment.sampler.cache,
+  }

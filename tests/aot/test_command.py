@@ -1,0 +1,215 @@
+import json
+
+import jax
+import pytest
+
+from d1jax import main
+from d1jax.aot import command
+from d1jax.aot.analysis import Analysis
+from d1jax.data import tokenizer as tokenizers
+from d1jax.errors import RunError
+from d1jax.parallel import chips
+from tests import jobs
+from tests.aot import programs
+from tests.aot.cases import LARGE_CASES, SMALL_CASES, Case, read, sizes, summary
+
+V5E = Case("v5e:2x4", small=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+  programs.devices("v5e:2x4")  # skips without it
+
+
+def analysis(config):
+  experiment, made, width = command.build(config)
+  kind = experiment.weights.mesh.devices.flat[0].device_kind
+  return Analysis(experiment, made, chips.of(kind), width)
+
+
+def golden(case):
+  if not case.golden().exists():
+    pytest.skip(f"no {case.golden()}: write it with python -m tests.aot.make_goldens {case.topology}")
+  return read(case.golden())
+
+
+def assert_same(found, kept):
+  """Placements and collectives exactly, bytes within 5%."""
+  assert summary(found) == {name: summary(kept)[name] for name in summary(found)}
+  for name, size in sizes(found).items():
+    assert size == pytest.approx(sizes(kept)[name], rel=0.05, abs=2**17), name
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL_CASES if not case.full], ids=lambda case: case.name)
+def test_rollouts_of_a_small_network_are_as_kept(case):
+  kept, found = golden(case), analysis(case.config)
+  kept["programs"] = {name: kept["programs"][name] for name in ("publish", "rollout")}
+  result = {name: found.program(name) for name in ("publish", "rollout")}
+  assert_same({"placements": found.placements(), "programs": result}, kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_a_small_network_is_as_kept(case, capsys):
+  assert_same(command.run(case.config), golden(case))
+
+
+@pytest.mark.slow
+def test_the_large_network_is_as_kept(capsys):
+  case = LARGE_CASES[0]
+  found, kept = command.run(case.config), golden(case)
+  assert found["fits"], "LoRA at d1's batch on eight v5e"
+  assert_same(found, kept)
+
+
+@pytest.mark.parametrize("case", LARGE_CASES, ids=lambda case: case.name)
+def test_what_is_kept_of_the_large_network(case):
+  """The targets: all that has room for it fits, and rollouts move no weights."""
+  kept = golden(case)
+  expected = not (case.full and case.chips < 16)
+  assert kept["fits"] == expected
+  if expected:
+    assert kept["programs"]["rollout"]["weights_in_loop"] == 0
+    assert kept["programs"]["rollout"]["open_loops"] == 0
+    weights = kept["programs"]["rollout"]["memory"]["arguments"]["weights"]
+    assert kept["programs"]["publish"]["memory"]["temporaries"] < weights / 2, "moved a layer at a time"
+  if case.chips == 256:
+    assert kept["iteration"]["compute_share"] >= 0.6
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL_CASES if not case.full], ids=lambda case: case.name)
+def test_an_exact_rollout_moves_no_weights_and_no_more_than_activations(case):
+  """[local batch, L, D] at most; nothing where each chip has all weights."""
+  kept = golden(case)
+  rollout, mesh = kept["programs"]["rollout"], kept["mesh"]
+  rows, canvas, embed = kept["rows"] // kept["rollout_chunks"] // mesh["data"] // mesh["fsdp"], 104 + 24, 512
+  assert rollout["weights_in_loop"] == 0
+  made = {tuple(each["dims"]) for each in rollout["largest_in_loops"]}
+  assert made == ({(rows, canvas, embed)} if mesh["tensor"] > 1 else set())
+
+
+def test_a_cached_rollout_moves_windows():
+  """[local batch, W, D] at most in the passes over a window of W."""
+  config = V5E.config
+  config.rollout.cache = "dual"
+  cached = analysis(config).program("rollout")
+  assert cached["weights_in_loop"] == 0
+  rows, canvas, embed, window = 96 // 2 // 2, 104 + 24, 512, 12
+  blocks, steps, layers = 2, 3, 2
+  passes = [(each["count"], tuple(each["dims"])) for each in cached["largest_in_loops"]]
+  assert passes[0] == (blocks * (steps - 1) * layers, (rows, window, embed))
+  assert (blocks * layers, (rows, canvas, embed)) in passes, "a refresh"
+
+
+def test_without_rules_of_their_own_rollouts_move_weights():
+  config = V5E.config
+  config.rollout_rules = {}
+  assert analysis(config).program("rollout")["weights_in_loop"] > 0
+
+
+def test_a_run_prints_and_writes_what_it_found(tmp_path, capsys):
+  config = jobs.load("aot", "tiny")
+  config.topology = "v5e:2x2"
+  config.output = str(tmp_path / "new" / "found.json")
+  result = command.run(config)
+  printed = capsys.readouterr().out
+  written = json.loads((tmp_path / "new" / "found.json").read_text())
+  assert written == json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+  assert written == json.loads(json.dumps(result))
+  assert (written["fits"], written["topology"], written["rows"]) == (True, "v5e:2x2", 256)
+  for name, found in written["programs"].items():
+    memory = found["memory"]
+    parts = sum(memory["arguments"].values()) + sum(
+      memory[kind] for kind in ("outputs", "temporaries", "code", "elsewhere")
+    )
+    assert memory["total"] == parts, name
+    assert found["compile_seconds"] > 0
+    assert f"| {name} |" in printed
+  rollout, chip = written["programs"]["rollout"], chips.of("TPU v5 lite")
+  assert rollout["seconds"]["compute"] == pytest.approx(rollout["flops"] / 4 / chip.flops)
+  assert rollout["seconds"]["memory"] == pytest.approx(rollout["traffic"] / chip.hbm_bandwidth)
+  assert rollout["seconds"]["network"] == pytest.approx(sum(each["seconds"] for each in rollout["collectives"]))
+  lines = [(found["runs"], found["seconds"]) for found in written["programs"].values()]
+  assert [runs for runs, _ in lines] == [1, 4, 1]
+  assert written["iteration"]["seconds"] == pytest.approx(sum(runs * max(line.values()) for runs, line in lines))
+
+
+def test_what_does_not_fit_ends_with_1_and_says_what_to_change(capsys):
+  config = V5E.config
+  config.update_from_flattened_dict({"grpo.prompts_per_iteration": 40_000, "grpo.rollout_chunks": 1})
+  refusing = analysis(config)
+  found = refusing.program("rollout")
+  assert not found["fits"]
+  assert found["needed"] > found["available"] == chips.of("TPU v5 lite").hbm_bytes
+  assert found["largest"][0]["bytes"] > 2**30
+  config.topology = "v5e:2x4"
+  with pytest.raises(
+    command.DoesNotFitError, match=r"rollout does not fit: raise config\.grpo\.rollout_chunks"
+  ) as failure:
+    command.run(config)
+  assert failure.value.exit_code == 1
+  assert "rollout does not fit: " in capsys.readouterr().out
+
+
+def test_state_beside_a_program_counts():
+  """A chip that has room for a program alone does not fit where the run holds more beside it."""
+  tiny = analysis(V5E.config)
+  taken = tiny.program("publish")["memory"]
+  assert taken["elsewhere"] > 0
+  chip = chips.Chip("small", taken["total"] - 1, 1e12, 1e9, 1e8, chips.of("TPU v5 lite").torus)
+  experiment, made, width = command.build(V5E.config)
+  found = Analysis(experiment, made, chip, width).program("publish")
+  assert (found["fits"], found["needed"], found["available"]) == (False, taken["total"], taken["total"] - 1)
+  assert found["largest"]
+
+
+def test_the_programs_know_llada_without_its_files():
+  tokenizer = tokenizers.from_files(command.tokenizer_files("llada_8b"))
+  assert (tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id) == (126336, (126081, 126348), 126081)
+  assert tokenizer.vocab <= 126464
+  config = jobs.load("aot", "llada_8b,gsm8k,v5e")
+  config.topology = "v5e:2x4"
+  experiment, _, width = command.build(config)
+  assert (experiment.denoiser.mask_id, experiment.denoiser.vocab, width) == (126336, 126464, 200)
+
+
+def test_slices_share_the_data_axis():
+  config = V5E.config
+  config.update_from_flattened_dict({"slices": 2, "grpo.prompts_per_iteration": 32})
+  experiment, _, _ = command.build(config)
+  mesh = experiment.weights.mesh
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 4, "sequence": 1}
+  assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+@pytest.mark.parametrize(
+  ("flags", "reason"),
+  [
+    ([], "config.topology is not set"),
+    (["--config.topology=v5e:9x9"], "config.topology=v5e:9x9"),
+    (["--config.topology=v5e:2x4", "--config.grpo.prompts_per_iteration=3"], "does not divide"),
+    (["--config.topology=v5e:2x4", "--config.mesh.fsdp=3"], "mesh data=-1 fsdp=3 tensor=4 sequence=1"),
+  ],
+)
+def test_a_wrong_setting_is_one_line(flags, reason):
+  code, _, err = jobs.finish(jobs.start("--config=configs/aot.py:llada_8b,v5e", *flags))
+  assert code == 2, err
+  lines = [line for line in err.splitlines() if line.startswith("d1jax: ")]
+  assert len(lines) == 1
+  assert reason in lines[0]
+  assert "Traceback" not in err
+
+
+def test_the_mode_is_known():
+  assert main._mode(jobs.load("aot", "llada_8b")) is command.run
+
+
+def test_an_unknown_chip_is_named(monkeypatch):
+  monkeypatch.setattr(chips, "of", lambda kind: None)
+  with pytest.raises(RunError, match=r"d1jax\.parallel\.chips does not know TPU v5 lite"):
+    command.run(V5E.config)
+
+
+def test_versions_are_told():
+  assert command.compiler().count(".") >= 2
+  assert jax.__version__
