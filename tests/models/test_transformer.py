@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.models import layers
+from d1jax.models import layers, transformer
 from d1jax.models.transformer import PRESETS, TransformerSize, build, parameter_count
 from tests.models import forward
 
@@ -329,7 +329,7 @@ def test_every_product_of_every_layer_and_token_gets_a_key_of_its_own(params, ba
     jax.debug.callback(lambda words: seen.append(np.asarray(words)), jax.random.key_data(dropout))
     return original(w, x, dtype, dropout)
 
-  monkeypatch.setattr(layers, "project", spy)
+  monkeypatch.setattr(transformer, "project", spy)
   tokens, valid = batch
   keys = jax.random.split(jax.random.key(0), tokens.shape)
   build(SIZE, remat=remat).encode(params, tokens, valid, keys).block_until_ready()

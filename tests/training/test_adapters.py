@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from d1jax.models import lora, peft
 from d1jax.models.lora import Adapter
 from d1jax.models.tensor_files import TensorFiles
 from d1jax.state import merge, merge_for_rollout
+from d1jax.tasks.sudoku import Sudoku
 from d1jax.training import experiment as experiments
 from d1jax.training import grpo, recipe
 from d1jax.training.checkpoint import Checkpoints
@@ -83,10 +85,19 @@ def sft(folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(folder, tmp_path_factory):
-  """diffu-GRPO from the folder, adapters on its float base; graded by length of agreement, so that there is reward."""
+  """diffu-GRPO from the folder, adapters on its float base. Completions are paid by their letters alone: by the rules
+  random ones earn nothing, and nothing would be learned.
+  """
   workdir = tmp_path_factory.mktemp("grpo") / "run"
-  config = job("grpo", folder, workdir, task__protocol="d1")
-  return workdir, config, recipe.run(config)
+  config, honest = job("grpo", folder, workdir), Sudoku.grade
+
+  def pay(self, text, record, protocol="strict"):
+    reward = zlib.crc32(text.encode(errors="replace")) % 7 / 7
+    return dataclasses.replace(honest(self, text, record, protocol), components={"letters": reward})
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Sudoku, "grade", pay)
+    return workdir, config, recipe.run(config)
 
 
 def state_of(workdir, stage, config):
