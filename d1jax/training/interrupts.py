@@ -13,6 +13,7 @@ class Interrupts:
 
   def __init__(self) -> None:
     self._received = 0  # the signal's number
+    self._agreed = 0  # the largest that any process had when all asked
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> "Interrupts":
@@ -32,11 +33,11 @@ class Interrupts:
 
   def pending(self) -> bool:
     """Whether a stop was asked for, of any process; all ask together. SIGTERM goes before Ctrl-C."""
-    self._received = max(self._received, multihost.largest(self._received))
-    return self._received > 0
+    self._agreed = multihost.largest(self._received)  # a signal that comes meanwhile is heard the next time
+    return self._agreed > 0
 
   def error(self, where: str) -> RunError:
     """The exception to leave with, once the run is saved."""
-    kind = PreemptedError if self._received == signal.SIGTERM else InterruptedRunError
-    name = signal.Signals(self._received).name
+    kind = PreemptedError if self._agreed == signal.SIGTERM else InterruptedRunError
+    name = signal.Signals(self._agreed).name
     return kind(f"{name}: saved at {where}; run the same command again to go on")
