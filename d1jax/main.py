@@ -94,8 +94,12 @@ def main() -> None:
   try:
     app.run(_run, flags_parser=_parse)
   except errors.RunError as error:
-    print(f"d1jax: {error}", file=sys.stderr, flush=True)
-    multihost.leave(error.exit_code, together=not errors.is_lost(error))
+    lost = errors.is_lost(error) and not multihost.alone()
+    if lost:
+      multihost.say_last(str(error))
+    else:
+      print(f"d1jax: {error}", file=sys.stderr, flush=True)
+    multihost.leave(error.exit_code, together=not lost)
     if isinstance(error, errors.StorageError):
       # Writers would try once more at exit, on a disk that takes nothing, and bury the line above.
       os._exit(error.exit_code)

@@ -6,6 +6,7 @@ file before anything depends on it, so that all decide alike. With one process e
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -115,9 +116,10 @@ def _answer_aborts(message: str) -> None:
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
   def handler(number: int) -> None:
     del number
-    os.write(2, f"\nd1jax: {message}\n".encode())
+    say_last(message)
     os._exit(PREEMPTED)
 
+  _stderr()  # while it is still what it was at the start
   _kept.append(handler)
   install = ctypes.CDLL(None).signal
   install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
@@ -126,6 +128,23 @@ def _answer_aborts(message: str) -> None:
 
 _kept: list[Any] = []
 """What the C library calls must not be collected."""
+
+
+@functools.cache
+def _stderr() -> int:
+  """Standard error as it was at the start."""
+  return os.dup(2)
+
+
+def say_last(message: str) -> None:
+  """Writes a line on standard error that nothing follows: the threads of JAX, which log what they saw of a lost
+  process while this one ends, are silenced first.
+
+  They may call this at the same time as the main thread: both lines are written then.
+  """
+  stderr = _stderr()
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+  os.write(stderr, f"\nd1jax: {message}\n".encode())
 
 
 def alone() -> bool:
