@@ -19,7 +19,7 @@ test: $(VENV)/.tests
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.tests
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -n 2 -m slow $(ARGS)
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff format --check .

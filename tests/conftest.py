@@ -1,10 +1,14 @@
 """Eight forced CPU devices, and every jaxtyping annotation of the package checked at run time.
 
 Programs are compiled without LLVM's optimisations, which halves the time of the suite; XLA's own passes run as
-always. Set `XLA_FLAGS=--xla_backend_optimization_level=2` to test what a user runs.
+always. Set `XLA_FLAGS=--xla_backend_optimization_level=2` to test what a user runs. What takes long to compile is
+compiled once for all tests of a worker and the jobs that they start.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +20,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_force_host_platform_device_count=8",
   )
 )
+CACHE = tempfile.mkdtemp(prefix="d1jax-tests-")
+"""Compiled programs; a folder for each worker, since JAX does not lock it."""
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 import jax
 import pytest

@@ -27,7 +27,7 @@ COMMON = (
 
 
 def run(*arguments: str) -> str:
-  code, out, error = finish(start(*arguments))
+  code, out, error = finish(start(*arguments, optimised=True), timeout=900)
   assert code == 0, error
   return out
 

@@ -40,12 +40,6 @@ def adapted(folder, tmp_path_factory):
   return workdir
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  """A compilation cache that the processes of this file share."""
-  return tmp_path_factory.mktemp("cache")
-
-
 def asked(workdir) -> tuple[list[str], list[str]]:
   """The prompts of the run's held-out split, and what it answered greedily."""
   lines = [json.loads(line) for line in (workdir / "completions" / "after.jsonl").read_text().splitlines()]
@@ -239,28 +233,27 @@ def test_what_a_model_writes_cannot_steer_a_terminal_but_reaches_a_pipe(folder, 
   assert screen.getvalue().startswith("\ufffd[2J")
 
 
-def start(cache, *arguments: str, **streams) -> subprocess.Popen:
+def start(*arguments: str, **streams) -> subprocess.Popen:
   """Starts the real command."""
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-  environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
   line = [sys.executable, "-m", "d1jax.main", "--config=configs/generate.py", *arguments]
   return subprocess.Popen(line, cwd=jobs.ROOT, env=environment, stderr=subprocess.PIPE, **streams)
 
 
-def test_the_real_command_reads_a_pipe(finished, cache):
+def test_the_real_command_reads_a_pipe(finished):
   prompts, answers = asked(finished)
-  process = start(cache, f"--config.checkpoint={finished}", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  process = start(f"--config.checkpoint={finished}", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
   out, err = process.communicate("\n".join(prompts[:2]).encode(), timeout=120)
   assert (process.returncode, err) == (0, b"")
   assert [line for line in out.decode().splitlines() if line and not line.startswith("[")] == answers[:2]
 
 
 @pytest.mark.parametrize("reader", ["Broken pipe", "No space left on device"])
-def test_an_output_that_takes_nothing_is_one_line(finished, cache, reader):
+def test_an_output_that_takes_nothing_is_one_line(finished, reader):
   flags = (f"--config.checkpoint={finished}", "--config.prompt=1003")
   with open("/dev/full", "wb") as full:
     target = subprocess.PIPE if reader == "Broken pipe" else full
-    process = start(cache, *flags, stdin=subprocess.DEVNULL, stdout=target)
+    process = start(*flags, stdin=subprocess.DEVNULL, stdout=target)
   if process.stdout:
     process.stdout.close()
   err = process.stderr.read().decode()
@@ -268,9 +261,9 @@ def test_an_output_that_takes_nothing_is_one_line(finished, cache, reader):
   assert err == f"d1jax: standard output took no more text ({reader}); send it to a file that has room\n"
 
 
-def test_a_terminal_that_is_asked_nothing_is_one_line(cache):
+def test_a_terminal_that_is_asked_nothing_is_one_line():
   ours, theirs = pty.openpty()
-  process = start(cache, "--config.pretrained=nowhere", stdin=theirs, stdout=subprocess.PIPE)
+  process = start("--config.pretrained=nowhere", stdin=theirs, stdout=subprocess.PIPE)
   out, err = process.communicate(timeout=120)
   os.close(ours)
   os.close(theirs)

@@ -168,14 +168,14 @@ def test_a_real_run_in_two_processes_goes_on_after_one_is_preempted(tmp_path):
   process = subprocess.Popen(
     ["launch/local.sh", *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
-  jobs.wait_for(workdir, "grpo", 2, process)
+  jobs.wait_for(workdir, "sft", 20, process)
   (second,) = (
     int(path.parent.name)
     for path in Path("/proc").glob("[0-9]*/cmdline")
     if {f"--config.workdir={workdir}", f"{FLAG}process=1"} <= set(_words(path))
   )
   os.kill(second, signal.SIGTERM)
-  code, out, err = jobs.finish(process)
+  code, out, err = jobs.finish(process, timeout=600)
   assert code == 0, err
   for number in (0, 1):
     assert f"process {number} ended with exit code 75" in err

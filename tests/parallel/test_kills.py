@@ -16,8 +16,8 @@ TIMEOUT = 20
 """Seconds that a process waits for another: at the start, and without a sign of life."""
 
 
-def start(workdir, cache):
-  return jobs.start_processes(2, *jobs.flags(workdir), cache=cache, timeout=TIMEOUT)
+def start(workdir):
+  return jobs.start_processes(2, *jobs.flags(workdir), timeout=TIMEOUT)
 
 
 def wait(processes, seconds):
@@ -31,17 +31,11 @@ def wait(processes, seconds):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  """A compilation cache that the processes of this file share."""
-  return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, cache):
+def undisturbed(tmp_path_factory):
   """The folder of a job of two processes, and the seconds that it took with everything compiled."""
   for name in ("compiling", "compiled"):
     workdir, began = tmp_path_factory.mktemp(name), time.monotonic()
-    found = jobs.finish_processes(start(workdir, cache))
+    found = jobs.finish_processes(start(workdir))
     assert [code for code, _, _ in found] == [0, 0], found
   return workdir, time.monotonic() - began
 
@@ -80,13 +74,13 @@ def kill(processes, victim, workdir):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_job_that_is_killed_at_random_moments_ends_the_same(tmp_path, cache, undisturbed, kills):
+def test_a_job_that_is_killed_at_random_moments_ends_the_same(tmp_path, undisturbed, kills):
   expected, seconds = undisturbed
   chance = random.Random(kills)
   runs, killed = 0, 0
   workdir = tmp_path / str(runs)
   while killed < kills:
-    processes = start(workdir, cache)
+    processes = start(workdir)
     if wait(processes, chance.uniform(0, seconds)):
       finish(processes, workdir, expected)
       runs += 1
@@ -94,4 +88,4 @@ def test_a_job_that_is_killed_at_random_moments_ends_the_same(tmp_path, cache, u
     else:
       kill(processes, chance.randrange(2), workdir)
       killed += 1
-  finish(start(workdir, cache), workdir, expected)
+  finish(start(workdir), workdir, expected)

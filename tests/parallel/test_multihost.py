@@ -2,8 +2,11 @@
 
 import functools
 import json
+import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +86,13 @@ def test_a_mode_of_one_process_refuses_more(monkeypatch):
     multihost.check_alone("export")
 
 
+def test_nothing_follows_the_last_line():
+  log = "os.write(2, b'a log line that is cut off')"
+  program = f"import os; from d1jax.parallel import multihost; {log}; multihost.say_last('the end'); {log}"
+  found = subprocess.run([sys.executable, "-c", program], cwd=jobs.ROOT, capture_output=True, text=True, check=True)
+  assert found.stderr.endswith("a log line that is cut off\nd1jax: the end\n")
+
+
 def test_rows_of_one_process_are_all_rows():
   mesh = make_mesh({"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1})
   tree = {"x": np.arange(24).reshape(8, 3), "mask": np.arange(8) > 3}
@@ -93,19 +103,13 @@ def test_rows_of_one_process_are_all_rows():
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  """A compilation cache that the processes of this file share."""
-  return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def peers(cache):
+def peers():
   """What each of some processes found, which have four devices together."""
-  return functools.cache(lambda count: told(count, cache))
+  return functools.cache(told)
 
 
-def told(count, cache):
-  started = jobs.start_processes(count, devices=4 // count, module="tests.parallel.peers", cache=cache)
+def told(count):
+  started = jobs.start_processes(count, devices=4 // count, module="tests.parallel.peers")
   found = jobs.finish_processes(started)
   assert [code for code, _, _ in found] == [0] * count, found[0][2]
   return [json.loads(out.splitlines()[-1]) for _, out, _ in found]
@@ -145,10 +149,10 @@ def test_small_things_are_heard_by_all(peers, count):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, cache):
+def undisturbed(tmp_path_factory):
   """The folder of a job of one process with two devices that ran in one go."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir), cache=cache))
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir)))
   assert code == 0, err
   return workdir
 
@@ -168,14 +172,14 @@ def same_end(workdir, undisturbed):
       assert own.get(name) == pytest.approx(other.get(name), abs=1e-5), name
 
 
-def resumed(workdir, cache, count):
-  found = jobs.finish_processes(jobs.start_processes(count, *jobs.flags(workdir), devices=2 // count, cache=cache))
+def resumed(workdir, count):
+  found = jobs.finish_processes(jobs.start_processes(count, *jobs.flags(workdir), devices=2 // count))
   assert [code for code, _, _ in found] == [0] * count, found
   return found
 
 
-def test_a_job_of_two_processes_is_the_job_of_one(tmp_path, cache, undisturbed):
-  (_, out, _), (_, silent, said) = resumed(tmp_path, cache, 2)
+def test_a_job_of_two_processes_is_the_job_of_one(tmp_path, undisturbed):
+  (_, out, _), (_, silent, said) = resumed(tmp_path, 2)
   same_end(tmp_path, undisturbed)
   assert "SFT + diffu-GRPO" in out
   assert not [line for line in silent.splitlines() if not line.startswith("[Gloo]")]
@@ -190,25 +194,25 @@ def test_a_job_of_two_processes_is_the_job_of_one(tmp_path, cache, undisturbed):
 
 
 @pytest.mark.parametrize(("count", "then"), [(2, 1), (1, 2)])
-def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, cache, undisturbed, count, then):
-  processes = jobs.start_processes(count, *jobs.flags(tmp_path), devices=2 // count, cache=cache)
-  jobs.wait_for(tmp_path, "grpo", 2, processes[0])
+def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, undisturbed, count, then):
+  processes = jobs.start_processes(count, *jobs.flags(tmp_path), devices=2 // count)
+  jobs.wait_for(tmp_path, "sft", 20, processes[0])  # a hundred iterations before the next stage
   processes[-1].send_signal(signal.SIGTERM)
   found = jobs.finish_processes(processes)
+  assert [code for code, _, _ in found] == [75] * count, found
   said = [err.strip().splitlines()[-1] for _, _, err in found]
-  assert [code for code, _, _ in found] == [75] * count, said
-  assert said[0].startswith("d1jax: SIGTERM: saved at grpo iteration")
-  assert set(said) == {said[0]}
-  stopped_at = int(said[0].split("iteration ")[1].split(";")[0])
-  assert (tmp_path / "checkpoints" / "grpo" / str(stopped_at)).is_dir()
-  resumed(tmp_path, cache, then)
+  assert set(said) == {said[0]}, found
+  saved = re.match(r"d1jax: SIGTERM: saved at (sft|grpo) iteration (\d+);", said[0])
+  assert saved, said[0]
+  assert (tmp_path / "checkpoints" / saved[1] / saved[2]).is_dir()
+  resumed(tmp_path, then)
   same_end(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, cache, undisturbed, killed):
-  processes = jobs.start_processes(2, *jobs.flags(tmp_path), cache=cache, timeout=30)
-  jobs.wait_for(tmp_path, "grpo", 3, processes[0])
+def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, killed):
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path), timeout=20)
+  jobs.wait_for(tmp_path, "sft", 20, processes[0])
   processes[killed].kill()
   found = jobs.finish_processes(processes, timeout=45)
   code, _, err = found[1 - killed]
@@ -217,13 +221,11 @@ def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, cache, undisturbed, 
   assert said.startswith("d1jax: ")
   assert "another process" in said
   assert "run the same command again, it goes on from the last checkpoint" in said
-  resumed(tmp_path, cache, 2)
-  same_end(tmp_path, undisturbed)
 
 
-def test_processes_with_other_commands_refuse_to_run(tmp_path, cache):
+def test_processes_with_other_commands_refuse_to_run(tmp_path):
   commands = [(f"--config.seed={seed}",) for seed in (0, 5)]
-  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path), each=commands, cache=cache))
+  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path), each=commands))
   assert [code for code, _, _ in found] == [2, 2]
   for _, _, err in found:
     assert "the configuration of process 1 is not that of process 0" in err.splitlines()[-1]
@@ -238,20 +240,20 @@ def test_a_coordinator_that_never_comes_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_all_with_its_code(tmp_path, cache):
+def test_a_loss_that_is_not_finite_ends_all_with_its_code(tmp_path):
   flags = jobs.flags(tmp_path, sft__learning_rate=1e38)
-  found = jobs.finish_processes(jobs.start_processes(2, *flags, cache=cache))
+  found = jobs.finish_processes(jobs.start_processes(2, *flags))
   assert [code for code, _, _ in found] == [70, 70]
   assert len({err.strip().splitlines()[-1] for _, _, err in found}) == 1
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path, cache, undisturbed):
+def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path, undisturbed):
   shutil.copytree(undisturbed, tmp_path / "run")
   (tmp_path / "run" / "results.json").unlink()
   largest = max((tmp_path / "run/checkpoints/grpo/6").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-  (_, _, said), (_, _, silent) = resumed(tmp_path / "run", cache, 2)
+  (_, _, said), (_, _, silent) = resumed(tmp_path / "run", 2)
   assert f"going on from checkpoint {tmp_path}/run/checkpoints/grpo/4" in said
   assert silent == ""
   assert (tmp_path / "run/checkpoints/corrupt/grpo-6").is_dir()
@@ -259,13 +261,13 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path, cache, undisturbed
 
 
 @pytest.mark.slow
-def test_an_evaluation_of_two_processes_is_that_of_one(tmp_path, cache, undisturbed):
+def test_an_evaluation_of_two_processes_is_that_of_one(tmp_path, undisturbed):
   flags = ["--config=configs/eval.py", f"--config.checkpoint={undisturbed}", "--config.batch_size=16"]
   flags += ["--config.temperatures=(0.0,1.0)", "--config.samples=2", "--config.seeds=(3,)"]
   outputs = [[f"--config.output={tmp_path / name}"] for name in ("one", "two")]
-  code, _, err = jobs.finish(jobs.start(*flags, *outputs[0], cache=cache))
+  code, _, err = jobs.finish(jobs.start(*flags, *outputs[0]))
   assert code == 0, err
-  found = jobs.finish_processes(jobs.start_processes(2, *flags, *outputs[1], cache=cache))
+  found = jobs.finish_processes(jobs.start_processes(2, *flags, *outputs[1]))
   assert [code for code, _, _ in found] == [0, 0], found
   timed = {"forward_passes", "seconds"}
   for path in (tmp_path / "one" / "items").iterdir():
@@ -279,8 +281,8 @@ def test_an_evaluation_of_two_processes_is_that_of_one(tmp_path, cache, undistur
 
 
 @pytest.mark.slow
-def test_a_process_that_stands_still_is_given_up(tmp_path, cache):
-  processes = jobs.start_processes(2, *jobs.flags(tmp_path), cache=cache, timeout=10)
+def test_a_process_that_stands_still_is_given_up(tmp_path):
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path), timeout=10)
   jobs.wait_for(tmp_path, "sft", 20, processes[0])
   processes[1].send_signal(signal.SIGSTOP)
   code, _, err = jobs.finish(processes[0], timeout=60)

@@ -147,7 +147,7 @@ def test_a_cache_that_is_always_fresh_changes_nothing(tmp_path):
 def test_a_job_killed_after_its_cache_went_off_ends_bit_identical(tmp_path):
   changes = CACHED | {"grpo__steps": 10, "grpo__drift_every": 100, "grpo__drift_limit": 1e-6}
   flags = lambda name: jobs.flags(tmp_path / name, **changes)
-  code, _, err = jobs.finish(jobs.start(*flags("whole"), cache=tmp_path / "cache"))
+  code, _, err = jobs.finish(jobs.start(*flags("whole")))
   assert code == 0, err
   assert "grpo iteration 1: a token's log-probability differs by" in err
   assert "rollouts go on without the cache dual" in err
@@ -156,11 +156,11 @@ def test_a_job_killed_after_its_cache_went_off_ends_bit_identical(tmp_path):
   assert [r["iteration"] for r in records if "drift/logp_difference" in r] == [1]
   assert any(r["grad_norm"] > 0 for r in records[5:]), "the job has nothing to learn from"
 
-  process = jobs.start(*flags("killed"), cache=tmp_path / "cache")
+  process = jobs.start(*flags("killed"))
   jobs.wait_for(tmp_path / "killed", "grpo", 7, process)
   assert jobs.interrupt(process, signal.SIGKILL)[0] == -signal.SIGKILL
   assert any(p.name.isdigit() for p in (tmp_path / "killed" / "checkpoints" / "grpo").iterdir())
-  code, _, err = jobs.finish(jobs.start(*flags("killed"), cache=tmp_path / "cache"))
+  code, _, err = jobs.finish(jobs.start(*flags("killed")))
   assert code == 0, err
   assert "without the cache" not in err, "the decision is remembered, not taken again"
   assert grpo_records(tmp_path / "killed") == records
