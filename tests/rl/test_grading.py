@@ -80,7 +80,7 @@ def alive(pid):
   """Whether a process runs; one that has ended and that nobody has asked about yet does not."""
   try:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-  except FileNotFoundError:
+  except (FileNotFoundError, ProcessLookupError):  # the latter when it ends between opening and reading
     return False
 
 

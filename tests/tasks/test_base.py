@@ -123,8 +123,8 @@ def test_attacks_are_graded_quickly_and_nothing_is_run(name, protocol, capfd):
     for wrapper in WRAPPERS:
       text = wrapper.format(attack, attack)
       seconds = cpu_seconds(task, text, record, protocol)
-      # Measured: 0.04 s at most.
-      assert seconds < 0.1 or cpu_seconds(task, text, record, protocol) < 0.1, (attack[:20], wrapper)
+      # Measured: 0.04 s at most, on a slow machine 0.12 s; where a pattern backtracks there is no end.
+      assert seconds < 2, (attack[:20], wrapper)
       assert task.grade(text, record, protocol).metrics["solved"][0] == 0, (attack[:20], wrapper)
   assert set(sys.modules) == modules
   assert capfd.readouterr() == ("", "")
