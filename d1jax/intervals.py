@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 Z = 1.959963984540054
 """The 97.5% point of the standard normal distribution."""
@@ -103,7 +103,7 @@ def over_seeds(values: Sequence[float]) -> Mean:
   mean, count = float(np.mean(values)), len(values)
   if count == 1:
     return Mean(mean, None, 1)
-  half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1)) / math.sqrt(count)
+  half = float(special.stdtrit(count - 1, 0.975) * np.std(values, ddof=1)) / math.sqrt(count)
   return Mean(mean, (max(mean - half, 0.0), min(mean + half, 1.0)), count)
 
 
@@ -118,7 +118,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     The probability of a split at least as uneven if either side were as likely; 1 without a pair.
   """
   count = only_first + only_second
-  return float(stats.binomtest(only_first, count).pvalue) if count else 1.0
+  return min(2 * float(special.bdtr(min(only_first, only_second), count, 0.5)), 1.0) if count else 1.0
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Difference:

@@ -4,11 +4,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from d1jax.evaluation.evaluator import Evaluation, tables
 from d1jax.training import ledger
@@ -77,7 +74,8 @@ def plot_learning_curves(workdir: Folder) -> Folder:
   """Draws `learning_curves.png` from `metrics.jsonl`: one panel a stage."""
   records = read_records(workdir / "metrics.jsonl")
   stages = list(dict.fromkeys(r["stage"] for r in records))
-  figure, axes = plt.subplots(1, len(stages), figsize=(5.5 * len(stages), 3.8), squeeze=False, layout="constrained")
+  figure = Figure(figsize=(5.5 * len(stages), 3.8), layout="constrained")
+  axes = figure.subplots(1, len(stages), squeeze=False)
   curves = {"sft": [("loss", "loss"), ("validation", "validation: solved")]}
   curves["grpo"] = [
     ("reward", "reward"),
@@ -100,5 +98,4 @@ def plot_learning_curves(workdir: Folder) -> Folder:
   path, picture = workdir / "learning_curves.png", io.BytesIO()
   figure.savefig(picture, format="png", dpi=120)
   write_atomically(path, picture.getvalue())
-  plt.close(figure)
   return path
