@@ -36,7 +36,7 @@ def overview(results: Sequence[Mapping[str, Any]]) -> str:
     gib = f"{result['available'] / GIB:.2f}"
     rows.append((name, mesh, result["training"], result["rows"], *needs, gib, fits, time, bound, share))
   head = ("topology", "data x fsdp x tensor", "training", "rows", "publish", "rollout", "update", "GiB a chip", "fits")
-  return _markdown((*head, "s an iteration", "bound", "compute share"), rows)
+  return markdown((*head, "s an iteration", "bound", "compute share"), rows)
 
 
 def _needed(found: Mapping[str, Any]) -> str:
@@ -51,7 +51,7 @@ def _memory(programs: Mapping[str, Any]) -> str:
     sizes += [memory[kind] for kind in ("outputs", "temporaries", "code", "elsewhere", "total")]
     rows.append((name, *(f"{size / GIB:.2f}" if size else "" for size in sizes), f"{found['compile_seconds']:.0f}"))
   head = ("program", *ARGUMENTS, "outputs", "temporaries", "code", "elsewhere", "total", "compile s")
-  return _markdown(head, rows)
+  return markdown(head, rows)
 
 
 def _collectives(programs: Mapping[str, Any]) -> str:
@@ -60,7 +60,7 @@ def _collectives(programs: Mapping[str, Any]) -> str:
     for each in found["collectives"]:
       where = "loops" if each["in_loop"] else "outside"
       rows.append((name, where, each["kind"], each["count"], f"{each['bytes'] / GIB:.3f}", f"{each['seconds']:.3f}"))
-  return _markdown(("program", "where", "kind", "count", "GiB", "seconds"), rows)
+  return markdown(("program", "where", "kind", "count", "GiB", "seconds"), rows)
 
 
 def _times(programs: Mapping[str, Any]) -> str:
@@ -70,10 +70,11 @@ def _times(programs: Mapping[str, Any]) -> str:
     seconds = [f"{found['seconds'][kind]:.3f}" for kind in ("compute", "memory", "network")]
     rows.append((name, found["runs"], *counts, f"{found['traffic'] / GIB:.1f}", *seconds, found["bound"]))
   head = ("program", "runs", "PFLOP", "repeated", "HBM GiB", "compute", "memory", "network", "bound")
-  return _markdown(head, rows)
+  return markdown(head, rows)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """A table; all columns but the first are numbers."""
   lines = [" | ".join(map(str, cells)) for cells in (head, *rows)]
   return "\n".join([f"| {lines[0]} |", f"|---|{'--:|' * (len(head) - 1)}", *(f"| {line} |" for line in lines[1:])])
 
