@@ -52,6 +52,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """Fields of the sampler."""
 
+ARMS = ("torch", "torch_t0", "forward", *MODES)
 PROFILED = ("exact", "dual")
 
 
@@ -216,9 +217,11 @@ def line(case: Case, batch: int, name: str, arm: Arm, seconds: dict[str, list[fl
 
 def measure(case: Case, model: Model, modes: list[str], batch: int, repeats: int) -> dict[str, Arm]:
   """Prints the lines of one batch."""
-  arms = torch_arms(case, model, batch)
-  arms["forward"] = forward_arm(case, model, batch)
-  arms |= {mode: rollout_arm(case, model, mode, batch) for mode in modes}
+  arms = torch_arms(case, model, batch) if any(mode.startswith("torch") for mode in modes) else {}
+  arms = {mode: arm for mode, arm in arms.items() if mode in modes}
+  if "forward" in modes:
+    arms["forward"] = forward_arm(case, model, batch)
+  arms |= {mode: rollout_arm(case, model, mode, batch) for mode in modes if mode in MODES}
   limit = ceiling.Ceiling([arm.products for arm in arms.values() if arm.products], case.dtype, jax.devices())
   seconds = timing.interleaved({name: arm.run for name, arm in arms.items()} | limit.arms, repeats)
   rates = limit.rates(seconds)
@@ -231,7 +234,8 @@ def main() -> None:
   """Measures all batches of a case."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--case", choices=CASES, help="default: mid on a CPU, else llada_8b")
-  parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
+  parser.add_argument("--modes", nargs="*", default=list(ARMS), choices=ARMS)
+  parser.add_argument("--batches", nargs="*", type=int, help="rows of a rollout; default: the case's")
   parser.add_argument("--repeats", type=int, default=5, help="rounds")
   parser.add_argument("--devices", type=int, default=1, help="into which a CPU is split")
   parser.add_argument("--unroll", type=int, default=1, help="layers that the scan over them unrolls")
@@ -242,6 +246,7 @@ def main() -> None:
   multihost.split_cpu(options.devices)
   name = options.case or cases.default_case()
   case = dataclasses.replace(CASES[name], unroll=options.unroll)
+  case = dataclasses.replace(case, batches=tuple(options.batches or case.batches))
   model = cases.build(case, jax.devices())
   print(json.dumps({"case": name, **dataclasses.asdict(case), **timing.machine(len(jax.devices()))}), flush=True)
   for batch in case.batches:
