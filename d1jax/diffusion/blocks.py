@@ -98,8 +98,16 @@ def block_logits(
   logits, cache = forward(tokens, caches[0])
   if not spec.cfg_scale:
     return logits, (cache, None)
-  blind = tokens.at[:, : length - spec.completion_length].set(denoiser.mask_id)
-  unguided, blind_cache = forward(blind, caches[1])
+  unguided, blind_cache = forward(without_prompt(tokens, denoiser, spec), caches[1])
+  return guided(logits, unguided, spec.cfg_scale), (cache, blind_cache)
+
+
+def without_prompt(tokens: Int[Array, "B L"], denoiser: Denoiser, spec: SamplerSpec) -> Int[Array, "B L"]:
+  """The canvas that the unguided logits of guidance are of: the prompt masked."""
+  return tokens.at[:, : tokens.shape[1] - spec.completion_length].set(denoiser.mask_id)
+
+
+def guided(logits: Float[Array, "*B V"], unguided: Float[Array, "*B V"], cfg_scale: float) -> Float[Array, "*B V"]:
+  """Classifier-free guidance, l_un + (w + 1)(l_cond - l_un)."""
   # The forbidden ids are at minus infinity in both, where the difference is not a number.
-  guided = jnp.where(jnp.isneginf(logits), logits, unguided + (spec.cfg_scale + 1) * (logits - unguided))
-  return guided, (cache, blind_cache)
+  return jnp.where(jnp.isneginf(logits), logits, unguided + (cfg_scale + 1) * (logits - unguided))

@@ -20,11 +20,19 @@ class Corrupted(NamedTuple):
   time: Float[Array, "B"]
 
 
+def noise(
+  key: Key[Array, ""], sample_id: Int[Array, "B"], length: int
+) -> tuple[Float[Array, "B"], Float[Array, "B length"]]:
+  """Uniforms in [0, 1) that a mask is made of: one a row, for its time, and one a completion position."""
+  per_sample = keys.sample_keys(key, sample_id)
+  time = keys.uniforms(keys.fold(per_sample, _TIME_STREAM), 1)[:, 0]
+  return time, keys.uniforms(keys.fold(per_sample, _MASK_STREAM), length)
+
+
 def corrupt(key: Key[Array, ""], sample_id: Int[Array, "B"], completion: Int[Array, "B C"], mask_id: int) -> Corrupted:
   """Draws t ~ U(EPSILON, 1) a row and masks each token with probability t (LLaDA, section 2.2; d1's SFT)."""
-  per_sample = keys.sample_keys(key, sample_id)
-  time = EPSILON + (1 - EPSILON) * keys.uniforms(keys.fold(per_sample, _TIME_STREAM), 1)[:, 0]
-  uniform = keys.uniforms(keys.fold(per_sample, _MASK_STREAM), completion.shape[1])
+  time, uniform = noise(key, sample_id, completion.shape[1])
+  time = EPSILON + (1 - EPSILON) * time
   masked = uniform < time[:, None]
   return Corrupted(jnp.where(masked, mask_id, completion), masked, time)
 

@@ -52,6 +52,35 @@ def token_logps(
   return tiled_log_prob(hidden, denoiser.head(params), tokens, denoiser.forbidden_ids, tile, denoiser.vocab_shards)
 
 
+def masked_logps(
+  denoiser: Denoiser,
+  params: Params,
+  rollout: Rollout,
+  key: Key[Array, ""],
+  masked: Bool[Array, "B C"],
+  *,
+  p_mask_prompt: float,
+  tile: int | None = None,
+) -> Float[Array, "B C"]:
+  """Log p(o_k | q', what is shown of o) of every completion token, untempered and unguided: one forward pass.
+
+  Args:
+    denoiser: the mask predictor.
+    params: its parameters.
+    rollout: prompts and completions.
+    key: of the prompt mask, q -> q'.
+    masked: completion tokens that are not shown.
+    p_mask_prompt: probability that a prompt token is masked.
+    tile: see `token_logps`.
+  """
+  prompt = mask_prompt(key, rollout.sample_id, rollout.prompt, rollout.prompt_valid, p_mask_prompt, denoiser.mask_id)
+  canvas = jnp.concatenate([prompt, jnp.where(masked, denoiser.mask_id, rollout.completion)], axis=1)
+  valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(rollout.completion_mask)], axis=1)
+  hidden = denoiser.encode(params, canvas, valid)
+  positions = prompt.shape[1] + jnp.arange(rollout.completion.shape[1])
+  return token_logps(denoiser, params, denoiser.hidden_predicting(hidden, positions), rollout.completion, tile)
+
+
 def one_step(
   denoiser: Denoiser,
   params: Params,
@@ -68,13 +97,8 @@ def one_step(
   log p(o_k | q', masks) under the untempered, unguided distribution.
   """
   del spec
-  prompt = mask_prompt(key, rollout.sample_id, rollout.prompt, rollout.prompt_valid, p_mask_prompt, denoiser.mask_id)
-  canvas = jnp.concatenate([prompt, jnp.full_like(rollout.completion, denoiser.mask_id)], axis=1)
-  valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(rollout.completion_mask)], axis=1)
-  hidden = denoiser.encode(params, canvas, valid)
-  positions = prompt.shape[1] + jnp.arange(rollout.completion.shape[1])
-  hidden = denoiser.hidden_predicting(hidden, positions)
-  logp = token_logps(denoiser, params, hidden, rollout.completion, tile)
+  every = jnp.ones_like(rollout.completion_mask)
+  logp = masked_logps(denoiser, params, rollout, key, every, p_mask_prompt=p_mask_prompt, tile=tile)
   return Scores(logp, rollout.completion_mask.astype(jnp.float32))
 
 

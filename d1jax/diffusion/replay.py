@@ -1,51 +1,143 @@
-"""The log-probability of a completion along the path on which it was revealed."""
+"""Log-probabilities of completions at the states that a rollout went through, or at states that the caller makes up."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from d1jax.diffusion.blocks import NO_CACHES, block_logits
+from d1jax.diffusion.blocks import guided, without_prompt
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.microbatch import sum_over_parts
 
 
-def replay(denoiser: Denoiser, params: Params, rollout: Rollout, spec: SamplerSpec) -> Float[Array, "B C"]:
+class Visit(NamedTuple):
+  """One state of each row, and what is scored at it.
+
+  Attributes:
+    known: completion tokens that are shown.
+    scored: those that are scored, all of which stand from `start` on.
+    start: the first completion position that logits are made for.
+  """
+
+  known: Bool[Array, "B C"]
+  scored: Bool[Array, "B C"]
+  start: Int[Array, "B"]
+
+
+def revealed_at(rollout: Rollout, spec: SamplerSpec) -> Int[Array, "B C"]:
+  """The step that revealed each token; what was never revealed, behind the block of the stop id in a rollout that exits
+  early, has the step behind the last.
+
+  Raises:
+    ValueError: the rollout has no reveal steps.
+  """
+  if rollout.reveal_step is None:
+    raise ValueError(
+      "reveal_step=None: this estimator scores the states that a rollout went through, and the rollout recorded none;"
+      " sample it with d1jax.diffusion.sampler, or use an estimator that masks anew (one_step, elbo)"
+    )
+  # What was never revealed is recorded at step 0, which is of another block than its own.
+  steps = spec.steps_per_block
+  earliest = (jnp.arange(rollout.completion.shape[1]) // spec.block_length * steps)[None, :]
+  return jnp.where(rollout.reveal_step >= earliest, rollout.reveal_step, spec.blocks * steps)
+
+
+def score_visits(
+  denoiser: Denoiser,
+  params: Params,
+  rollout: Rollout,
+  spec: SamplerSpec,
+  visit: Callable[[Int[Array, ""]], Visit],
+  count: int,
+  *,
+  width: int,
+  windows: int = 1,
+) -> Float[Array, "B C"]:
+  """The sum over visits 0..count-1 of log p, guided and tempered, of what each scores, by one exact forward pass each.
+
+  At temperature 0 the tempered distribution is a point mass: it is the untempered one that scores there. A visit's
+  activations are computed again in the backward pass, and its logits exist for `width` positions at a time, `windows`
+  times from `start` on. A visit at which no row scores anything costs nothing.
+  """
+  valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(rollout.completion_mask)], axis=1)
+  length = rollout.completion.shape[1]
+  positions = rollout.prompt.shape[1] + jnp.arange(length)
+
+  def window(hidden: tuple[Float[Array, "B C D"], ...], start: Int[Array, "B"]) -> Float[Array, "B C"]:
+    places = start[:, None] + jnp.arange(width)[None, :]
+    at = lambda x: jnp.take_along_axis(x, places[..., None], axis=1)
+    logits = denoiser.logits(params, at(hidden[0]))
+    if spec.cfg_scale:
+      logits = guided(logits, denoiser.logits(params, at(hidden[1])), spec.cfg_scale)
+    logp = log_prob(logits / (spec.temperature or 1), jnp.take_along_axis(rollout.completion, places, axis=1))
+    return jax.vmap(jax.lax.dynamic_update_slice)(jnp.zeros(rollout.completion.shape), logp, start[:, None])
+
+  def score(visited: Visit) -> Float[Array, "B C"]:
+    known = jnp.where(visited.known, rollout.completion, denoiser.mask_id)
+    canvas = jnp.concatenate([rollout.prompt, known], axis=1)
+    canvases = (canvas, without_prompt(canvas, denoiser, spec)) if spec.cfg_scale else (canvas,)
+    hidden = tuple(denoiser.hidden_predicting(denoiser.encode(params, c, valid), positions) for c in canvases)
+    one = jax.checkpoint(lambda n: window(hidden, visited.start + n * width), prevent_cse=False)
+    return jnp.where(visited.scored, sum_over_parts(one, jnp.arange(windows)), 0.0)
+
+  def part(index: Int[Array, ""]) -> Float[Array, "B C"]:
+    visited = visit(index)
+    nothing = lambda _: jnp.zeros(rollout.completion.shape)
+    return jax.lax.cond(jnp.any(visited.scored), score, nothing, visited)
+
+  # Around the branches: inside them, each visit would keep the weights for the backward pass.
+  return sum_over_parts(jax.checkpoint(part, prevent_cse=False), jnp.arange(count))
+
+
+def blocks_spanned(spec: SamplerSpec, segments: int) -> int:
+  """The most blocks that one of `segments` runs of steps reveals tokens of."""
+  steps = spec.blocks * spec.steps_per_block
+  run, block_of = steps // segments, lambda step: step // spec.steps_per_block
+  return max(block_of(first + run - 1) - block_of(first) for first in range(0, steps, run)) + 1
+
+
+def replay(
+  denoiser: Denoiser, params: Params, rollout: Rollout, spec: SamplerSpec, segments: int | None = None
+) -> Float[Array, "B C"]:
   """Log p of each completion token, guided and tempered, at the state in which the rollout revealed it.
 
   The states are those that the rollout recorded, each encoded anew by one exact forward pass, whatever cache drew it:
   what a rollout in exact mode has as `reveal_logp`, to rounding, and for a cached one the exact model's. Gradients
-  flow; a step's activations are computed again in the backward pass. A step that no row took costs nothing.
+  flow; see `score_visits` for memory, temperature 0, and steps that no row took.
 
-  At temperature 0 the tempered distribution is a point mass (`reveal_logp` is 0): it is the untempered one that scores
-  there.
+  Args:
+    denoiser: the mask predictor.
+    params: its parameters.
+    rollout: whose path is scored.
+    spec: of the sampler that made it.
+    segments: the path is cut in as many runs of steps, and a run's tokens are all scored at its first state; None: as
+      many as there are steps.
 
   Returns:
     0 at tokens that were never revealed, behind the block of the stop id in a rollout that exits early; see
     `Rollout.completion_mask` for what counts.
+
+  Raises:
+    ValueError: the rollout has no reveal steps, or segments do not divide the steps.
   """
-  width, steps = spec.block_length, spec.steps_per_block
-  batch, length = rollout.completion.shape
-  valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(rollout.completion_mask)], axis=1)
-  # What was never revealed is recorded at step 0, which is of another block than its own.
-  earliest = (jnp.arange(length) // width * steps)[None, :]
-  revealed_at = jnp.where(rollout.reveal_step >= earliest, rollout.reveal_step, spec.blocks * steps)
+  steps = spec.blocks * spec.steps_per_block
+  if segments is None:
+    segments = steps
+  if segments < 1 or steps % segments:
+    raise ValueError(
+      f"segments={segments} does not divide the {steps} denoising steps of a completion ({spec.blocks} blocks of"
+      f" {spec.steps_per_block}): use a divisor of {steps}, or None for every step"
+    )
+  revealed, run, windows = revealed_at(rollout, spec), steps // segments, blocks_spanned(spec, segments)
 
-  def score(index: Int[Array, ""]) -> Float[Array, "B W"]:
-    start = index // steps * width
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=1)
-    known = jnp.where(revealed_at < index, rollout.completion, denoiser.mask_id)
-    canvas = jnp.concatenate([rollout.prompt, known], axis=1)
-    first = rollout.prompt.shape[1] + start
-    logits, _ = block_logits(denoiser, params, canvas, valid, NO_CACHES, first, spec=spec)
-    logp = log_prob(logits / (spec.temperature or 1), cut(rollout.completion))
-    return jnp.where(cut(revealed_at) == index, logp, 0.0)
+  def visit(index: Int[Array, ""]) -> Visit:
+    first = index * run
+    start = jnp.minimum(first // spec.steps_per_block, spec.blocks - windows) * spec.block_length
+    rows = jnp.broadcast_to(start, rollout.completion.shape[:1])
+    return Visit(revealed < first, (revealed >= first) & (revealed < first + run), rows)
 
-  def step(_: None, index: Int[Array, ""]) -> tuple[None, Float[Array, "B W"]]:
-    taken = jnp.any(revealed_at == index)
-    return None, jax.lax.cond(taken, score, lambda _: jnp.zeros((batch, width)), index)
-
-  # Around the branches: inside them, each step would keep the weights for the backward pass.
-  _, scores = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), None, jnp.arange(spec.blocks * steps))
-  by_block = jnp.sum(scores.reshape(spec.blocks, steps, batch, width), axis=1)
-  return jnp.moveaxis(by_block, 0, 1).reshape(batch, length)
+  return score_visits(denoiser, params, rollout, spec, visit, segments, width=spec.block_length, windows=windows)
