@@ -82,7 +82,12 @@ def cores() -> int:
 
 
 def machine(devices: int) -> dict[str, Any]:
-  """Where and when: the first line of every benchmark."""
+  """Where and when: the first line of every benchmark that computes itself."""
+  return {"device": jax.devices()[0].device_kind, "devices": devices, **host()}
+
+
+def host() -> dict[str, Any]:
+  """What can be said without taking an accelerator from the processes that this one starts."""
   versions: dict[str, str | None] = {}
   for package in ("jax", "jaxlib", "numpy", "torch"):
     try:
@@ -90,8 +95,6 @@ def machine(devices: int) -> dict[str, Any]:
     except importlib.metadata.PackageNotFoundError:
       versions[package] = None
   return {
-    "device": jax.devices()[0].device_kind,
-    "devices": devices,
     "processor": _processor(),
     "cores": cores(),
     "load": os.getloadavg()[0],

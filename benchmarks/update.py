@@ -36,6 +36,7 @@ from d1jax.diffusion.corruption import mask_prompt
 from d1jax.diffusion.likelihood import one_step
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.parallel import multihost
+from d1jax.rl.losses import LossOptions
 from d1jax.rl.update import UpdateMetrics, UpdateSpec, inner_keys, update
 from d1jax.state import Frozen, TrainState
 from d1jax.training import optimizer
@@ -97,7 +98,7 @@ def own_arm(case: Case, model: Model, reference: Model, given: Work, parts: int,
   """Our update; each call goes on from the state of the one before."""
   rule = optimizer.build(steps=1, warmup_steps=0, decay="constant", max_grad_norm=MAX_GRAD_NORM, **ADAMW)
   estimator = functools.partial(one_step, p_mask_prompt=P_MASK_PROMPT, tile=tile)
-  spec = UpdateSpec(STEPS, parts, EPSILON, BETA, "token")
+  spec = UpdateSpec(STEPS, parts, LossOptions(EPSILON, BETA), "token")
   sampler = SamplerSpec(case.completion, case.steps, case.block)
 
   def program(state: TrainState, frozen: Frozen, *rows: Any) -> tuple[TrainState, UpdateMetrics]:

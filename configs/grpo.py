@@ -1,7 +1,9 @@
 """d1's recipe: masked SFT, then diffu-GRPO, then evaluation.
 
 `--config=configs/grpo.py:WORDS`, words separated by commas: a size (`tiny`, the default; `smoke`; `llada_8b`) and a
-task (`sudoku`, the default; `countdown`, `gsm8k`, `math`), or several, which are mixed. Any field can be set on the
+task (`sudoku`, the default; `countdown`, `gsm8k`, `math`), or several, which are mixed, and a method (`d1`, which is
+what there is without one; `wd1`, `coupled`, `espo`, `gdpo`, `spg`, `stepmerge`, `tracerl`, `agrpo`, `justgrpo`;
+docs/methods.md). Any field can be set on the
 command line: `--config.grpo.learning_rate=1e-4`. `llada_8b` is d1's diffu-GRPO on a downloaded model,
 `--config.model.pretrained`; docs/d1.md sets each of its values beside d1's. It takes two words more: `full` trains
 every weight instead of adapters, and `v5e`, `v5p`, `v6e` or `h100` lays it out for 8 of these chips or more (v5e and
@@ -9,6 +11,8 @@ v6e with `full`: 16).
 """
 
 from ml_collections import config_dict
+
+from d1jax.rl.methods import METHODS, MethodPreset
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -35,26 +39,26 @@ LARGEST = dict(
 ADAM = dict(b1=0.9, b2=0.99, weight_decay=0.1)
 
 
-def get_config(words: str = "") -> config_dict.ConfigDict:
-  """The configuration of the preset words."""
+def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
+  """The configuration of the preset words; `alone`: not as a part of a mix."""
   chosen = dict.fromkeys(word for word in words.split(",") if word)
-  known = (*SIZES, *TASKS, "full", *CHIPS)
+  known = (*SIZES, *TASKS, *METHODS, "full", *CHIPS)
   unknown = [word for word in chosen if word not in known]
   if unknown:
     raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(known)}")
   sizes = [word for word in chosen if word in SIZES] or ["tiny"]
   tasks = [word for word in chosen if word in TASKS] or ["sudoku"]
-  chips = [word for word in chosen if word in CHIPS]
-  for group, names in ((sizes, SIZES), (chips, CHIPS)):
+  chips, named = ([word for word in chosen if word in group] for group in (CHIPS, METHODS))
+  for group, names in ((sizes, SIZES), (chips, CHIPS), (named, METHODS)):
     if len(group) > 1:
       raise ValueError(f"preset words {', '.join(group)} exclude each other: name one of {', '.join(names)}")
   large = [word for word in chosen if word in ("full", *CHIPS)]
   if large and sizes[0] != "llada_8b":
     raise ValueError(f"preset words {', '.join(large)} are for llada_8b: name it too, or leave them out")
   if len(tasks) > 1:
-    return _mix({task: get_config(",".join((sizes[0], task, *large))) for task in sorted(tasks)})
+    return _mix({task: get_config(",".join((sizes[0], task, *named, *large)), False) for task in sorted(tasks)})
 
-  c = config_dict.ConfigDict()
+  c, none = config_dict.ConfigDict(), config_dict.placeholder
   c.mode = "grpo"
   c.seed = 0
   c.workdir = "runs/grpo"
@@ -172,13 +176,34 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     accumulation=2,  # micro-batches an optimiser step
     rollout_chunks=2,  # parts of a rollout; one is graded while the next is computed
     grading_workers=8,  # processes that grade; 0: the run's own
-    epsilon=0.5,
-    beta=0.04,
-    estimator="one_step",  # or trajectory, of the states that rollouts went through: a forward pass a step
-    importance_cap=config_dict.placeholder(float),  # of trajectory's weights p_train / p_sample; None: no weights
-    p_mask_prompt=0.15,  # of one_step
-    scale_rewards=False,  # divide advantages by the group's standard deviation
-    aggregation="token",
+    # The method: what estimates log p, what is minimised, how rewards are compared (docs/methods.md). What is None is
+    # not there, or as the estimator has it; it may be set where the choice before it has it.
+    estimator="one_step",  # of log p: a line of d1jax.rl.methods.ESTIMATORS
+    p_mask_prompt=0.15,  # probability that a prompt token is masked, of estimators that mask anew
+    samples=none(int),  # masks, pairs of masks or steps of an estimate
+    nodes=none(int),  # of quadrature
+    segments=none(int),  # of step_merged; None: every denoising step
+    masking=none(str),  # of elbo: bernoulli or count
+    antithetic=none(bool),  # of elbo: masks in complementary pairs
+    exponent=none(float),  # b of sandwich's upper bound
+    top_entropy=none(float),  # share of the tokens that left_to_right scores
+    loss="clipped_token",  # or clipped_sequence, likelihood, sandwich
+    epsilon=0.5,  # half width of the clip; None without a ratio
+    epsilon_high=none(float),  # of its upper side; None: the same
+    upper_share=none(float),  # of the upper bound in the loss sandwich
+    aggregation="token",  # or sequence, fixed
+    beta=0.04,  # weight of the KL
+    kl="k3",  # or k1, k2
+    kl_against="reference",  # or old
+    score_reference=False,  # scores the reference where beta is 0 too, to log the KL to it
+    importance_cap=none(float),  # of weights p_train / p_sample on recorded states; None: no weights
+    advantage="mean",  # or mean_std, leave_one_out, softmax
+    # Rewards: weights of components, NAME=WEIGHT,...; tokens at the end over which length is punished; what an answer
+    # pays that can be read at all; groups that are drawn for each that is trained on, those with equal rewards last.
+    reward_weights="",
+    overlong=0,
+    answered=0.0,
+    oversample=1,
     learning_rate=3e-6,
     warmup_steps=500,
     decay="constant",
@@ -204,11 +229,24 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   }
   for apply in (*presets[sizes[0]], *presets[tasks[0]]):
     apply(c)
+  if alone and (sizes[0], tasks[0]) == ("tiny", "countdown"):
+    _tiny_countdown(c)
   if "full" in chosen:
     c.lora.rank, c.model.quantize = 0, "none"
   if chips:
     _lay_out(c, chips[0])
+  for name in named:
+    _choose(c, METHODS[name], tasks[0])
   return c
+
+
+def _choose(c: config_dict.ConfigDict, method: MethodPreset, task: str) -> None:
+  """Sets what a method is, and on the large model what its paper trained with; the small one keeps its own rates."""
+  for section, fields in method.fields(c.rollout.to_dict()).items():
+    c[section].update(fields)
+  if c.model.size != "tiny":
+    for section, fields in method.paper(c.rollout.to_dict(), task).items():
+      c[section].update(fields)
 
 
 def _lay_out(c: config_dict.ConfigDict, chip: str) -> None:
@@ -309,6 +347,20 @@ def _countdown(c: config_dict.ConfigDict) -> None:
   else:
     c.task.options.numbers = (3, 3)
     c.grpo.update(steps=625, num_iterations=8, warmup_steps=120)
+
+
+def _tiny_countdown(c: config_dict.ConfigDict) -> None:
+  """Three numbers up to 20, which the tiny model learns to use, and more and more often to reach the target.
+
+  There are too few such problems for a mix, whose tasks all have as many as the largest.
+  """
+  c.task.options = dict(numbers=(3, 3), largest=20)
+  c.task.sizes.update(demonstrations=1500, train=5000)
+  c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (16,)
+  c.sft.completion_buckets = (18,)
+  c.rollout.update(completion_length=18, block_length=18, diffusion_steps=6, temperature=1.0)
+  # A masked number cannot be used.
+  c.sft.update(steps=4000, batch_size=64, learning_rate=2e-3, weight_decay=0.1, p_mask_prompt=0.0, validate_every=500)
 
 
 def _gsm8k(c: config_dict.ConfigDict) -> None:

@@ -31,7 +31,7 @@ ALLOWED = {
   "errors": set(),
   "report": set(),
   "parallel": {"state", "models", "errors"},
-  "diffusion": {"keys"},
+  "diffusion": {"keys", "microbatch"},
   "rl": {"keys", "state", "microbatch", "diffusion", "data", "tasks"},
 }
 ALLOWED["pretrained"] = {"models", "data", "diffusion", "parallel"}

@@ -21,9 +21,9 @@ def work(experiment: Experiment, programs: Programs, width: int) -> dict[str, Wo
   size, lora, section = weights.network.size, weights.lora, config.grpo
   model = cost.Model(size, lora, weights.merges, config.model.remat, experiment.denoiser.shift)
   canvas, chunks = width + sampler.completion_length, section.rollout_chunks
-  rows = section.prompts_per_iteration * section.num_generations // chunks
-  tiled = section.logits_tile is not None
-  score, step = cost.update(model, sampler, programs.spec, canvas, cost.whole(sampler, chunks, rows), tiled=tiled)
+  rows = section.oversample * section.prompts_per_iteration * section.num_generations // chunks
+  reach, tiled = cost.whole(sampler, chunks, rows), section.logits_tile is not None
+  score, step = cost.update(model, sampler, programs.spec, canvas, reach, tiled=tiled, oversample=section.oversample)
   merged = 0
   if lora is not None and weights.merges:
     sides = flops.projections(size)

@@ -32,11 +32,13 @@ class Work(NamedTuple):
     flops: of the model.
     tokens: of completions, as often as each is generated, scored or trained on; those behind a stop id included.
     repeated: FLOPs beyond the model's: of blocks and logits that the backward pass computes again.
+    passes: forward passes of a row, over the canvas or a window of it; what the backward pass repeats is not counted.
   """
 
   flops: int
   tokens: int
   repeated: int = 0
+  passes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,20 +122,21 @@ def rollout(model: Model, sampler: SamplerSpec, canvas: int, reach: Reach) -> Wo
   """
   passes = 2 if sampler.cfg_scale else 1
   total = 0
+  made = passes * int((reach.steps * reach.rows).sum())
   for taken, rows_of in zip(reach.steps.tolist(), reach.rows.tolist(), strict=True):
     for steps, rows, window in zip(taken, rows_of, _windows(sampler, canvas, model.shift), strict=True):
       refreshes = -(-steps // sampler.refresh_period)
       for width, count in ((canvas, refreshes), (window, steps - refreshes)):
         total += passes * count * sum(_pass(model, rows, width, canvas, sampler.block_length, not model.merges))
-  return Work(total, int(reach.rows[:, 0].sum()) * sampler.completion_length)
+  return Work(total, int(reach.rows[:, 0].sum()) * sampler.completion_length, passes=made)
 
 
 def update(
-  model: Model, sampler: SamplerSpec, spec: UpdateSpec, canvas: int, reach: Reach, *, tiled: bool
+  model: Model, sampler: SamplerSpec, spec: UpdateSpec, canvas: int, reach: Reach, *, tiled: bool, oversample: int = 1
 ) -> tuple[Work, Work]:
   """The score (old and reference log-probabilities) and the optimiser steps of an update.
 
-  Micro-batches change nothing. An estimator of recorded states makes a pass a denoising step that any row took.
+  Micro-batches change nothing.
 
   Args:
     model: the network.
@@ -142,27 +145,28 @@ def update(
     canvas: L.
     reach: of the rollout.
     tiled: whether logits exist in tiles, which are computed again in the backward pass.
+    oversample: groups that are drawn for each that is trained on.
   """
-  rows, mu, length = int(reach.rows[:, 0].sum()), spec.num_iterations, sampler.completion_length
-  predicted, passes = length, 1
-  if spec.recorded_states:
-    predicted, passes = sampler.block_length, int(reach.steps.max(axis=0).sum()) * (2 if sampler.cfg_scale else 1)
+  rows, mu, length = int(reach.rows[:, 0].sum()) // oversample, spec.num_iterations, sampler.completion_length
+  each = spec.passes
+  passes = each.times * (int(reach.steps.max(axis=0).sum()) if each.number is None else each.number)
   policy, reference = (
-    _times(passes, _pass(model, rows, canvas, canvas, predicted, beside)) for beside in (True, False)
+    _times(passes, _pass(model, rows, canvas, canvas, each.predicted or length, beside)) for beside in (True, False)
   )
-  old, ref = mu - 1, mu if spec.beta else 0
+  old, ref = (mu - 1) * spec.scores_old, mu * spec.scores_reference
   if spec.recorded_states:  # which are the same at each optimiser step
     old, ref = min(old, 1), min(ref, 1)
-  score = Work(old * sum(policy) + ref * sum(reference), (old + ref) * rows * length)
-  repeated = sum(policy) if spec.recorded_states else 0
-  steps = _step(model, policy, rows * length, repeated + (policy.head if tiled and not spec.recorded_states else 0))
-  return score, Work(*(mu * count for count in steps))
+  scored = old + ref
+  score = Work(old * sum(policy) + ref * sum(reference), scored * rows * length, passes=scored * rows * passes)
+  repeated = sum(policy) if each.repeated else 0
+  steps = _step(model, policy, rows * length, repeated + (policy.head if tiled and not each.repeated else 0))
+  return score, Work(mu * steps.flops, mu * steps.tokens, mu * steps.repeated, mu * rows * passes)
 
 
 def fine_tuning(model: Model, rows: int, canvas: int, length: int, *, tiled: bool) -> Work:
   """One step of supervised fine-tuning on `rows` completions of `length` tokens; `tiled` as in `update`."""
   policy = _pass(model, rows, canvas, canvas, length, True)
-  return _step(model, policy, rows * length, policy.head if tiled else 0)
+  return _step(model, policy, rows * length, policy.head if tiled else 0)._replace(passes=rows)
 
 
 def model_of(experiment: Experiment) -> Model:
@@ -185,10 +189,11 @@ def iteration(experiment: Experiment, spec: UpdateSpec, found: Rollout, *, cache
   sampler = experiment.sampler if cached else experiment.sampler.with_cache("none")
   count = config.rollout_chunks
   chunks = [Rollout(*parts) for parts in zip(*(np.split(x, count) for x in found), strict=True)]
-  rows = config.prompts_per_iteration * config.num_generations // count
+  rows = config.oversample * config.prompts_per_iteration * config.num_generations // count
   reach = reached(sampler, chunks, rows, experiment.rollout_ways)
   canvas = found.prompt.shape[1] + sampler.completion_length
-  score, steps = update(model, sampler, spec, canvas, reach, tiled=config.logits_tile is not None)
+  tiled = config.logits_tile is not None
+  score, steps = update(model, sampler, spec, canvas, reach, tiled=tiled, oversample=config.oversample)
   return {"rollout": rollout(model, sampler, canvas, reach), "score": score, "update": steps}
 
 

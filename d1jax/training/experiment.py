@@ -199,8 +199,11 @@ def check_batches(config: ConfigDict, ways: int) -> None:
     batches.append(("sft.batch_size", config.sft.batch_size, "sft.accumulation", config.sft.accumulation))
   if "grpo" in config:
     rows = config.grpo.prompts_per_iteration * config.grpo.num_generations
-    for part in ("accumulation", "rollout_chunks"):
-      batches.append(("grpo.prompts_per_iteration x num_generations", rows, f"grpo.{part}", config.grpo[part]))
+    if config.grpo.oversample < 1:
+      raise ValueError(f"grpo.oversample is {config.grpo.oversample}; it must be at least 1")
+    name = "grpo.prompts_per_iteration x num_generations"
+    batches.append((name, rows, "grpo.accumulation", config.grpo.accumulation))
+    batches.append((name, rows * config.grpo.oversample, "grpo.rollout_chunks", config.grpo.rollout_chunks))
   for name, rows, part, parts in batches:
     if rows < 1 or parts < 1 or rows % (parts * ways):
       raise ValueError(

@@ -47,7 +47,7 @@ def advancer(
   batches = pipeline.prompt_batches(
     texts.prompts,
     seed=experiment.config.seed,
-    prompts_per_batch=config.prompts_per_iteration,
+    prompts_per_batch=config.oversample * config.prompts_per_iteration,
     num_generations=config.num_generations,
     buckets=experiment.buckets("train")[1],
     pad_id=experiment.tokenizer.pad_id,
@@ -71,7 +71,7 @@ def advancer(
     exact = programs.rollout(params, prompts[:1], key, number, cached=False)
     figures = programs.drift(params, chunk, *exact)
     rows = len(chunk.sample_id)
-    visit = grade_chunks(experiment, programs.grader, texts, record[:rows], exact)
+    visit = grade_chunks(experiment, programs.grader, texts, record[:rows], exact, programs.shaping)
     return drift.named(figures, float(rewards[:rows].mean() - visit.rewards.mean()))
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
@@ -82,7 +82,7 @@ def advancer(
     rolling = time.perf_counter()
     params = programs.publish(state, frozen)
     chunks = programs.rollout(params, prompts, state.key, number, cached=cached)
-    visit = grade_chunks(experiment, programs.grader, texts, batch.record, chunks)
+    visit = grade_chunks(experiment, programs.grader, texts, batch.record, chunks, programs.shaping)
     graded = time.perf_counter()
     seen: dict[str, float] = {} if cached else {"cache_off": 1.0}
     if watch and cached and watch.due(iteration):

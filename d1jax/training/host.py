@@ -16,11 +16,17 @@ from d1jax.diffusion.rollout import Rollout
 from d1jax.errors import RunError
 from d1jax.parallel import multihost
 from d1jax.rl.grading import Graded, Grader, WorkersDiedError, graded_texts
+from d1jax.rl.losses import RATIO_EDGES
+from d1jax.rl.selection import NO_SIGNAL
+from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.rl.update import UpdateMetrics
 from d1jax.training.experiment import Experiment, Texts
 
-NO_SIGNAL = 1e-6
-"""A group whose rewards differ by less teaches nothing."""
+QUANTILES = (0.01, 0.5, 0.99)
+"""Of the ratios to the old policy, that a run logs."""
+
+ROUNDING = 1e-5
+"""By how much a sum of shares may miss."""
 
 Sums = Mapping[str, tuple[float, float]]
 """Numerator and denominator of each figure of a batch; both add up over rows and processes."""
@@ -49,7 +55,12 @@ class Visit(NamedTuple):
 
 
 def grade_chunks(
-  experiment: Experiment, grader: Grader, texts: Texts, record: np.ndarray, chunks: tuple[Rollout, ...]
+  experiment: Experiment,
+  grader: Grader,
+  texts: Texts,
+  record: np.ndarray,
+  chunks: tuple[Rollout, ...],
+  shaping: Shaping = UNSHAPED,
 ) -> Visit:
   """Grades each chunk while the next one is computed.
 
@@ -59,6 +70,7 @@ def grade_chunks(
     texts: the split.
     record: the record of each row of the batch.
     chunks: the batch, on devices.
+    shaping: makes rewards of grades.
 
   Raises:
     RunError: the grader's workers died twice over a chunk, on any process.
@@ -86,6 +98,8 @@ def grade_chunks(
   except WorkersDiedError as error:
     failure = f"{error}. It is --config.grpo.grading_workers"
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
+  counted = rollout.completion_mask.sum(axis=1).tolist()
+  grades = [shaping(grade, n, rollout.completion.shape[1]) for grade, n in zip(grades, counted, strict=bool(grades))]
   own = Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32))
   return _shared(failure, np.concatenate(places), rollout, own, arrived)._replace(overlapped=overlapped)
 
@@ -152,8 +166,25 @@ def summarise(
   for task in dict.fromkeys(tasks):
     values[f"{task}/reward"] = float(rewards[np.asarray(tasks) == task].mean())
   values |= {name: top / bottom for name, (top, bottom) in found.items() if bottom}
-  importance = {"importance/effective_sample_size": metrics.effective_sample_size}
-  for name, value in (metrics._replace(effective_sample_size=None)._asdict() | importance).items():
-    if value is not None:
-      values[name] = float(np.min(value) if name == "finite" else np.mean(value))
-  return values
+  values["finite"] = float(np.min(metrics.finite))
+  if metrics.sampling_gap is not None:
+    values["sampling_gap"] = float(metrics.sampling_gap[0])
+  if metrics.ratio_below is not None:
+    values |= ratio_quantiles(np.mean(metrics.ratio_below, axis=0))
+  means = {name: getattr(metrics, name) for name in ("loss", "kl", "clip_fraction", "ratio_deviation", "grad_norm")}
+  means["importance/effective_sample_size"] = metrics.effective_sample_size
+  means["ratio/effective_sample_size"] = metrics.ratio_effective_sample_size
+  return values | {name: float(np.mean(value)) for name, value in means.items() if value is not None}
+
+
+def ratio_quantiles(below: Float[np.ndarray, "edges"]) -> dict[str, float]:
+  """Quantiles of the ratios to the old policy from their distribution function at `RATIO_EDGES`.
+
+  Each is the middle of the step that it lies in, so that its logarithm is right to a third; ratios within 1e-5 of 1 are
+  1, and those beyond exp(+-10) are that.
+  """
+  least = np.concatenate([RATIO_EDGES[:1], RATIO_EDGES])
+  most = np.concatenate([RATIO_EDGES, RATIO_EDGES[-1:]])
+  middle = np.where(least * most > 0, np.sign(most) * np.sqrt(np.abs(least * most)), 0.0)
+  places = [int(np.sum(below < share - ROUNDING)) for share in QUANTILES]
+  return {f"ratio/p{100 * share:g}": float(np.exp(middle[i])) for share, i in zip(QUANTILES, places, strict=True)}

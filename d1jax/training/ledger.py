@@ -30,7 +30,7 @@ PARTS = ("rollout", "grading", "score", "update", "validation", "saving", "compi
 - `idle`: everything else, such as data and logging.
 """
 
-SECONDS, FLOPS, TOKENS = "cost/seconds/", "cost/flops/", "cost/tokens/"
+SECONDS, FLOPS, TOKENS, PASSES = "cost/seconds/", "cost/flops/", "cost/tokens/", "cost/passes/"
 
 
 def entry(devices: int, kind: str, seconds: Mapping[str, float], work: Mapping[str, Work]) -> dict[str, float]:
@@ -49,6 +49,7 @@ def entry(devices: int, kind: str, seconds: Mapping[str, float], work: Mapping[s
   found = {SECONDS + part: value for part, value in seconds.items()}
   found |= {FLOPS + part: float(each.flops) for part, each in work.items()}
   found |= {TOKENS + part: float(each.tokens) for part, each in work.items()}
+  found |= {PASSES + part: float(each.passes) for part, each in work.items()}
   found["cost/devices"] = devices
   if chip := chips.of(kind):
     found["cost/peak_flops"] = devices * chip.flops

@@ -11,23 +11,18 @@ import optax
 
 from d1jax import keys
 from d1jax.data import pipeline
-from d1jax.diffusion.likelihood import Estimator, one_step
 from d1jax.diffusion.replay import replay
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.parallel.mesh import constrained, place
-from d1jax.rl.advantage import group_relative
 from d1jax.rl.grading import Grader
-from d1jax.rl.trajectory import trajectory
-from d1jax.rl.update import UpdateMetrics, UpdateSpec, update
+from d1jax.rl.selection import with_signal
+from d1jax.rl.update import UpdateMetrics, update
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
-from d1jax.tasks.common import check_choice
-from d1jax.training import drift
+from d1jax.training import drift, method
 from d1jax.training.checkpoint import with_placement
 from d1jax.training.experiment import Experiment
 from d1jax.training.publish import Publisher
-
-ESTIMATORS = ("one_step", "trajectory")
 
 Prompts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """prompt[B P], prompt_valid[B P], sample_id[B], group_id[B]."""
@@ -56,6 +51,7 @@ class Programs:
 
   Attributes:
     grader: whose workers, if any, end with `with programs.grader:`.
+    shaping: makes rewards of grades.
     watch: over the drift of a cached sampler; None where nothing is to be seen.
     spec: of the update.
     compiled: the programs of each prompt bucket.
@@ -67,12 +63,11 @@ class Programs:
     self._experiment = experiment
     self._optimizer = optimizer
     self._num_generations = config.num_generations
-    self._rows = config.prompts_per_iteration * config.num_generations
+    self._oversample = config.oversample
+    self._rows = config.oversample * config.prompts_per_iteration * config.num_generations
     self._chunks = config.rollout_chunks
-    self._divide_by_std = config.scale_rewards
     watch = drift.Watch(config.drift_every, config.drift_limit)
     self.watch = watch if watch.every and experiment.sampler.cache != "none" else None
-    check_choice("grpo.estimator", config.estimator, ESTIMATORS)
     if experiment.sampler.temperature == 0 and (self.watch or config.importance_cap is not None):
       raise ValueError(
         f"grpo.importance_cap={config.importance_cap} and grpo.drift_every={config.drift_every} compare the"
@@ -83,17 +78,8 @@ class Programs:
         f"a rollout of {self._rows} completions in grpo.rollout_chunks={self._chunks} does not divide over the"
         f" {experiment.rollout_ways} devices that rollout_rules share rows over: change one of them"
       )
-    self.spec = UpdateSpec(
-      config.num_iterations,
-      config.accumulation,
-      config.epsilon,
-      config.beta,
-      config.aggregation,
-      recorded_states=config.estimator == "trajectory",
-      importance_cap=config.importance_cap,
-    )
-    one: Estimator = functools.partial(one_step, p_mask_prompt=config.p_mask_prompt, tile=config.logits_tile)
-    self._estimator = trajectory if self.spec.recorded_states else one
+    self.shaping = method.shaping(config, experiment.task, experiment.config.task.protocol, experiment.sampler)
+    self._estimator, self._advantages, self.spec = method.build(config, experiment.sampler)
     self.compiled: dict[int, Compiled] = {}
     self._publish = Publisher(experiment.weights, experiment.weights.abstract_state(optimizer).trainable)
     self._jit()
@@ -127,7 +113,7 @@ class Programs:
   @property
   def needs_reference(self) -> bool:
     """Whether the update scores a reference policy beside the base."""
-    return self.spec.beta > 0
+    return self.spec.scores_reference
 
   @property
   def publish_bytes(self) -> int:
@@ -148,12 +134,15 @@ class Programs:
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: jax.Array
   ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
     rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
-    advantages = group_relative(rewards, self._num_generations, divide_by_std=self._divide_by_std)
+    advantages = self._advantages(rewards, self._num_generations)
+    trained = (rollout, advantages)
+    if self._oversample > 1:
+      rows = with_signal(rewards, self._num_generations, self._rows // self._oversample)
+      trained = constrained(jax.tree.map(lambda x: x[rows], trained), self._experiment.by_row)
     state, metrics = update(
       state,
       frozen,
-      rollout,
-      advantages,
+      *trained,
       denoiser=self._experiment.denoiser,
       estimator=self._estimator,
       sampler=self._experiment.sampler,

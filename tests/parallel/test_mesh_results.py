@@ -30,6 +30,7 @@ from d1jax.parallel.mesh import (
   state_shardings,
   ways,
 )
+from d1jax.rl.losses import LossOptions
 from d1jax.rl.update import UpdateSpec, update
 from d1jax.state import Frozen, TrainState, create
 from d1jax.training import optimizer as optimizers
@@ -40,7 +41,7 @@ OPTIMIZER = optimizers.build(
   learning_rate=1e-3, steps=10, warmup_steps=0, decay="constant", b1=0.9, b2=0.99, weight_decay=0.1, max_grad_norm=1.0
 )
 SAMPLER = SamplerSpec(completion_length=8, diffusion_steps=4, block_length=4)
-UPDATE = UpdateSpec(num_iterations=2, accumulation=2, epsilon=0.2, beta=0.1, aggregation="token")
+UPDATE = UpdateSpec(num_iterations=2, accumulation=2, options=LossOptions(0.2, 0.1), aggregation="token")
 KEY = jax.random.key(2)
 ROWS = 16
 PROMPT, VALID = toy.prompts([1 + i % 5 for i in range(ROWS)], 8)

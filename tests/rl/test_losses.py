@@ -3,14 +3,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.rl.losses import clipped_surrogate, token_weights
+from d1jax.diffusion.likelihood import Scores
+from d1jax.rl.importance import effective_sample_size
+from d1jax.rl.losses import KLS, RATIO_EDGES, LossOptions, Terms, clipped_token, divergence, sampling_gap, token_weights
+from d1jax.rl.methods import LOSSES
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 7)
 MASK = jnp.asarray(np.arange(7)[None] < np.asarray([7, 1, 3, 4, 6])[:, None])
 LOGP, OLD, REF = (jnp.asarray(RNG.normal(-2, 0.5, SHAPE), jnp.float32) for _ in range(3))
+UPPER = LOGP + jnp.asarray(RNG.uniform(0, 1, SHAPE), jnp.float32)
+# As an estimator that scores some of the tokens, and weighs them for the others, has it.
+SAMPLED = jnp.asarray(RNG.choice([0.0, 1.0, 2.5], SHAPE), jnp.float32)
 ADVANTAGES = jnp.asarray([1.0, -0.7, 0.3, 0.0, -1.5])
 WEIGHTS = token_weights(MASK, "token")
+
+every_loss = pytest.mark.parametrize("name", list(LOSSES))
+
+
+def terms(logp=LOGP, old=OLD, ref=REF, advantages=ADVANTAGES, weights=WEIGHTS, scale=None) -> Terms:
+  """Of the arrays above, where nothing else is given."""
+  scale = MASK.astype(jnp.float32) if scale is None else scale
+  return Terms(Scores(logp, scale, UPPER + logp - LOGP), old, ref, advantages, weights, WEIGHTS)
+
+
+def options(name: str, **fields) -> LossOptions:
+  """What each loss must be told, and more."""
+  needed = {"epsilon": 0.2} if LOSSES[name].ratio else {}
+  return LossOptions(**needed | ({"upper_share": 0.3} if LOSSES[name].upper else {}) | fields)
 
 
 def test_token_weights_are_one_over_all_tokens():
@@ -33,66 +53,110 @@ def test_weights_add_up_to_one_and_are_zero_where_masked(aggregation):
   assert (weights[np.asarray(MASK)] > 0).all()
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_fixed_weights_do_not_depend_on_lengths():
+  np.testing.assert_allclose(token_weights(MASK, "fixed"), np.asarray(MASK) / 35, rtol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed"])
 def test_no_tokens_at_all_weigh_nothing(aggregation):
   np.testing.assert_array_equal(token_weights(jnp.zeros((2, 3), bool), aggregation), 0)
 
 
 def test_an_unknown_aggregation_is_refused():
-  with pytest.raises(ValueError, match="aggregation='mean' is unknown; known: token, sequence"):
+  with pytest.raises(ValueError, match="aggregation='mean' is unknown; known: token, sequence, fixed"):
     token_weights(MASK, "mean")
 
 
-def naive(logp, old, ref, advantages, weights, epsilon, beta):
-  """Loops over tokens, in float64."""
+def naive_divergence(kind, d):
+  return {"k1": -d, "k2": d * d / 2, "k3": np.exp(d) - d - 1}[kind]
+
+
+def naive(name, weights, scale, given: LossOptions, ref=REF):
+  """Loops over tokens, or over sequences, in float64: loss, kl, clip fraction, ratio deviation."""
   loss = kl = clipped = deviation = 0.0
-  for b, i in np.ndindex(*SHAPE):
-    w, a = float(weights[b, i]), float(advantages[b])
-    if w == 0:
+  logp, old, upper = (np.asarray(x, np.float64) for x in (LOGP, OLD, UPPER))
+  weights, scale, mask = np.asarray(weights, np.float64), np.asarray(scale, np.float64), np.asarray(MASK)
+  high = given.epsilon if given.epsilon_high is None else given.epsilon_high
+
+  def surrogate(ratio, a):
+    bounded = min(max(ratio, 1 - given.epsilon), 1 + high)
+    return min(ratio * a, bounded * a), bounded * a < ratio * a
+
+  def penalties(difference):
+    to_ref = 0.0 if ref is None else naive_divergence(given.kl, difference(np.asarray(ref, np.float64)))
+    return naive_divergence(given.kl, difference(old)) if given.kl_against == "old" else to_ref, to_ref
+
+  for b in range(SHAPE[0]):
+    a, chosen = float(ADVANTAGES[b]), [i for i in range(SHAPE[1]) if mask[b, i]]
+    n, row = len(chosen), sum(weights[b, i] for i in chosen)
+    total = lambda x, b=b, chosen=chosen: sum(scale[b, i] * x[b, i] for i in chosen)
+    if name == "clipped_token":
+      for i in chosen:
+        w, share, ratio = weights[b, i] * scale[b, i], scale[b, i] / mask.sum(), np.exp(logp[b, i] - old[b, i])
+        gain, active = surrogate(ratio, a)
+        penalty, to_ref = penalties(lambda x, b=b, i=i: x[b, i] - logp[b, i])
+        loss += w * (given.beta * penalty - gain)
+        kl, clipped, deviation = kl + share * to_ref, clipped + share * active, deviation + share * abs(ratio - 1)
       continue
-    ratio = np.exp(float(logp[b, i]) - float(old[b, i]))
-    bounded = min(max(ratio, 1 - epsilon), 1 + epsilon)
-    surrogate = min(ratio * a, bounded * a)
-    divergence = 0.0
-    if ref is not None:
-      d = float(ref[b, i]) - float(logp[b, i])
-      divergence = np.exp(d) - d - 1
-    loss += w * (-surrogate + beta * divergence)
-    kl += w * divergence
-    clipped += w * (bounded * a < ratio * a)
-    deviation += w * abs(ratio - 1)
-  return loss, kl, clipped, deviation
+    share = n / mask.sum()
+    penalty, to_ref = penalties(lambda x, total=total: total(x) - total(logp))
+    loss, kl = loss + row * given.beta * penalty / n, kl + share * to_ref / n
+    if name == "clipped_sequence":
+      ratio = np.exp((total(logp) - total(old)) / n)
+      gain, active = surrogate(ratio, a)
+      loss, clipped, deviation = loss - row * gain, clipped + share * active, deviation + share * abs(ratio - 1)
+    else:
+      bound = logp if name == "likelihood" or a >= 0 else given.upper_share * upper + (1 - given.upper_share) * logp
+      loss -= sum(weights[b, i] * scale[b, i] * a * bound[b, i] for i in chosen)
+  return (loss, kl, clipped, deviation) if LOSSES[name].ratio else (loss, kl)
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
-@pytest.mark.parametrize(("epsilon", "beta"), [(0.5, 0.04), (0.2, 0.0), (0.05, 1.0)])
-def test_the_loss_is_a_loop_over_tokens(epsilon, beta, aggregation):
-  weights = token_weights(MASK, aggregation)
-  ref = REF if beta else None
-  found = clipped_surrogate(LOGP, OLD, ref, ADVANTAGES, weights, epsilon=epsilon, beta=beta)
-  expected = naive(LOGP, OLD, ref, ADVANTAGES, weights, epsilon, beta)
-  assert 0 < expected[2] < 1
-  np.testing.assert_allclose(list(found), expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed"])
+@pytest.mark.parametrize(
+  "given",
+  [{"beta": 0.04}, {}, {"beta": 1.0, "kl": "k2"}, {"beta": 0.3, "kl": "k1", "kl_against": "old"}],
+  ids=str,
+)
+@every_loss
+def test_the_loss_is_a_loop(name, given, aggregation):
+  weights, scale = token_weights(MASK, aggregation), SAMPLED if given else MASK.astype(jnp.float32)
+  clip = {"epsilon": 0.1, "epsilon_high": 0.25} if LOSSES[name].ratio and given else {}
+  told, ref = options(name, **given, **clip), REF if given else None
+  found = LOSSES[name].function(terms(ref=ref, weights=weights, scale=scale), told)
+  expected = naive(name, weights, scale, told, ref)
+  assert len(expected) == 2 or 0 < expected[2] < 1
+  np.testing.assert_allclose([x for x in found[:4] if x is not None], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [5])
+@every_loss
+def test_sums_of_parts_are_those_of_the_whole(name, parts):
+  told = options(name, beta=0.3)
+  whole = LOSSES[name].function(terms(scale=SAMPLED), told)
+  rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], terms(scale=SAMPLED)) for i in range(parts)]
+  added = jax.tree.map(lambda *x: sum(x), *(LOSSES[name].function(row, told) for row in rows))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), added, whole)
 
 
 @pytest.mark.parametrize(
   ("ratio", "advantage", "surrogate", "active"),
   [
-    (1.5, 2.0, 2.4, 1),  # good and already likelier: capped
+    (1.5, 2.0, 2.6, 1),  # good and already likelier: capped, above where the upper side says
+    (1.25, 2.0, 2.5, 0),
     (1.5, -2.0, -3.0, 0),  # bad and likelier: the full push down
     (0.5, 2.0, 1.0, 0),  # good and less likely: the full push up
     (0.5, -2.0, -1.6, 1),  # bad and already less likely: capped
-    (1.1, 2.0, 2.2, 0),  # inside
-    (0.9, -2.0, -1.8, 0),
+    (0.9, -2.0, -1.8, 0),  # inside
     (3.0, 0.0, 0.0, 0),  # no advantage, nothing to clip
   ],
 )
-def test_the_clip_binds_on_one_side_only(ratio, advantage, surrogate, active):
-  logp = jnp.log(jnp.asarray([[ratio]]))
-  advantages, weights = jnp.asarray([advantage]), jnp.ones((1, 1))
+@pytest.mark.parametrize("name", ["clipped_token", "clipped_sequence"])
+def test_the_clip_binds_on_one_side_only(name, ratio, advantage, surrogate, active):
+  logp, one = jnp.log(jnp.asarray([[ratio]])), jnp.ones((1, 1))
 
   def loss(logp):
-    return clipped_surrogate(logp, jnp.zeros((1, 1)), None, advantages, weights, epsilon=0.2, beta=0.0)
+    given = Terms(Scores(logp, one), jnp.zeros((1, 1)), None, jnp.asarray([advantage]), one, one)
+    return LOSSES[name].function(given, LossOptions(epsilon=0.2, epsilon_high=0.3))
 
   found = loss(logp)
   np.testing.assert_allclose(found.loss, -surrogate, rtol=1e-6)
@@ -101,55 +165,105 @@ def test_the_clip_binds_on_one_side_only(ratio, advantage, surrogate, active):
   np.testing.assert_allclose(gradient, 0.0 if active else -ratio * advantage, rtol=1e-6)
 
 
-def test_k3_is_never_negative_and_zero_at_the_reference():
-  terms = lambda ref: clipped_surrogate(LOGP, LOGP, ref, ADVANTAGES, WEIGHTS, epsilon=0.2, beta=1.0)
-  assert terms(LOGP).kl == 0
-  d = np.asarray(REF - LOGP, np.float64)
-  np.testing.assert_allclose(terms(REF).kl, (np.asarray(WEIGHTS) * (np.exp(d) - d - 1)).sum(), rtol=1e-5)
-  assert terms(REF).kl > 0
-
-
-def test_k3_estimates_the_divergence_to_the_reference():
+@pytest.mark.parametrize("kind", KLS)
+def test_each_kl_estimates_the_divergence_and_its_gradient(kind):
+  """By enumeration of what the policy p may draw, for p near the target and, where it is unbiased, far from it."""
   rng = np.random.default_rng(3)
-  p, q = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
-  tokens = rng.choice(6, 40_000, p=p)
-  logp, ref = (jnp.asarray(np.log(x)[tokens][None], jnp.float32) for x in (p, q))
-  weights = jnp.full(logp.shape, 1 / logp.size)
-  found = clipped_surrogate(logp, logp, ref, jnp.zeros(1), weights, epsilon=0.2, beta=1.0)
-  np.testing.assert_allclose(found.kl, (p * np.log(p / q)).sum(), rtol=0.03)
+  target = jnp.asarray(rng.dirichlet(np.ones(6)), jnp.float32)
+  for distance in (0.05, 1.0):
+    logits = jnp.log(target) + distance * jnp.asarray(rng.normal(size=6), jnp.float32)
+    fixed = jax.nn.softmax(logits)
+    estimate = lambda x, fixed=fixed: jnp.sum(fixed * divergence(kind, jnp.log(target) - jax.nn.log_softmax(x)))
+    exact = lambda x: jnp.sum(jax.nn.softmax(x) * (jax.nn.log_softmax(x) - jnp.log(target)))
+    if distance < 1 or kind != "k2":
+      np.testing.assert_allclose(estimate(logits), exact(logits), rtol=0.1 if kind == "k2" else 1e-3)
+    if distance < 1 or kind != "k3":
+      found, expected = jax.grad(estimate)(logits), jax.grad(exact)(logits)
+      scale = np.abs(expected).max()
+      np.testing.assert_allclose(found, expected, atol=scale * (0.1 if kind == "k3" else 1e-4))
+
+
+@every_loss
+def test_the_distance_to_the_reference_is_zero_at_it_and_known_without_a_penalty(name):
+  told = options(name)
+  assert LOSSES[name].function(terms(ref=LOGP), told).kl == 0
+  assert LOSSES[name].function(terms(), told).kl > 0
+  assert LOSSES[name].function(terms(ref=None), told).kl == 0
+  without, penalised = (LOSSES[name].function(terms(ref=ref), told).loss for ref in (None, REF))
+  assert without == penalised
 
 
 @pytest.mark.parametrize("rubbish", [np.inf, -np.inf, np.nan, 1e30, -1e30])
-def test_tokens_without_weight_reach_neither_value_nor_gradient(rubbish):
-  def terms(logp, old, ref):
-    return clipped_surrogate(logp, old, ref, ADVANTAGES, WEIGHTS, epsilon=0.2, beta=0.5)
-
+@every_loss
+def test_tokens_without_weight_reach_neither_value_nor_gradient(name, rubbish):
+  function = lambda logp, old, ref: LOSSES[name].function(terms(logp, old, ref), options(name, beta=0.5))
   spoil = lambda x: jnp.where(MASK, x, rubbish)
   for spoilt in ((spoil(LOGP), OLD, REF), (LOGP, spoil(OLD), REF), (LOGP, OLD, spoil(REF)), (spoil(LOGP),) * 3):
     clean = [jnp.where(MASK, x, -1.0) for x in spoilt]
-    np.testing.assert_array_equal(list(terms(*spoilt)), list(terms(*clean)))
-    gradients = [jax.grad(lambda *xs: terms(*xs).loss)(*xs) for xs in (spoilt, clean)]
+    jax.tree.map(np.testing.assert_array_equal, function(*spoilt), function(*clean))
+    gradients = [jax.grad(lambda *xs: function(*xs).loss)(*xs) for xs in (spoilt, clean)]
     np.testing.assert_array_equal(*gradients)
     assert (np.asarray(gradients[0])[~np.asarray(MASK)] == 0).all()
 
 
-def test_no_advantage_and_no_kl_give_no_gradient():
-  gradient = jax.grad(
-    lambda logp: clipped_surrogate(logp, OLD, REF, jnp.zeros(5), WEIGHTS, epsilon=0.2, beta=0.0).loss
-  )(LOGP)
-  np.testing.assert_array_equal(gradient, 0)
+@every_loss
+def test_no_advantage_and_no_kl_give_no_gradient(name):
+  loss = lambda logp: LOSSES[name].function(terms(logp, advantages=jnp.zeros(5)), options(name)).loss
+  np.testing.assert_array_equal(jax.grad(loss)(LOGP), 0)
 
 
 def test_beta_alone_pulls_towards_the_reference():
-  gradient = jax.grad(
-    lambda logp: clipped_surrogate(logp, LOGP, REF, jnp.zeros(5), WEIGHTS, epsilon=0.2, beta=0.3).loss
-  )(LOGP)
+  told = LossOptions(epsilon=0.2, beta=0.3)
+  gradient = jax.grad(lambda logp: clipped_token(terms(logp, LOGP, advantages=jnp.zeros(5)), told).loss)(LOGP)
   expected = np.asarray(WEIGHTS) * 0.3 * (1 - np.exp(np.asarray(REF - LOGP)))
   np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_at_ratio_one_the_gradient_is_the_policy_gradient():
-  gradient = jax.grad(
-    lambda logp: clipped_surrogate(logp, LOGP, None, ADVANTAGES, WEIGHTS, epsilon=0.2, beta=0.0).loss
-  )(LOGP)
-  np.testing.assert_allclose(gradient, -np.asarray(WEIGHTS) * np.asarray(ADVANTAGES)[:, None], rtol=1e-6)
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed"])
+@every_loss
+def test_at_ratio_one_the_gradient_is_the_policy_gradient(name, aggregation):
+  """Whatever the loss: of a clipped sequence too, whose ratio's exponent is a mean over its tokens."""
+  weights = token_weights(MASK, aggregation)
+  loss = lambda logp: LOSSES[name].function(terms(logp, LOGP, None, weights=weights), options(name)).loss
+  row = np.asarray(weights).sum(axis=1, keepdims=True) / np.asarray(MASK).sum(axis=1, keepdims=True) * np.asarray(MASK)
+  expected = -np.asarray(ADVANTAGES)[:, None] * (row if name == "clipped_sequence" else np.asarray(weights))
+  np.testing.assert_allclose(jax.grad(loss)(LOGP), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["clipped_token", "clipped_sequence"])
+def test_where_nothing_has_moved_every_ratio_is_one(name):
+  found = LOSSES[name].function(terms(LOGP, LOGP), options(name))
+  assert (found.clip_fraction, found.ratio_deviation) == (0, 0)
+  np.testing.assert_allclose(effective_sample_size(found.ratio_sums), 1, rtol=1e-6)
+  np.testing.assert_allclose(found.ratio_below, RATIO_EDGES > 0, rtol=1e-6)
+
+
+def test_the_distribution_of_ratios_is_that_of_the_tokens():
+  found = clipped_token(terms(), LossOptions(epsilon=0.2))
+  log_ratios = np.asarray(LOGP - OLD)[np.asarray(MASK)]
+  np.testing.assert_allclose(found.ratio_below, [(log_ratios <= edge).mean() for edge in RATIO_EDGES], atol=1e-6)
+  ratios = np.exp(log_ratios)
+  share = ratios.sum() ** 2 / (ratios**2).sum() / ratios.size
+  np.testing.assert_allclose(effective_sample_size(found.ratio_sums), share, rtol=1e-5)
+
+
+def test_the_gap_to_what_drew_the_tokens():
+  mask, d = np.asarray(MASK), np.asarray(LOGP - OLD, np.float64)
+  found = sampling_gap(terms(), jnp.where(MASK, OLD, jnp.nan), of_sequences=False)
+  np.testing.assert_allclose(found, np.abs(d[mask]).mean(), rtol=1e-5)
+  rows = sum(abs(d[b][mask[b]].sum()) for b in range(5)) / mask.sum()
+  np.testing.assert_allclose(sampling_gap(terms(), OLD, of_sequences=True), rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("name", "fields", "told", "message"),
+  [
+    ("clipped_token", {"old": None}, {}, "old_logp is None"),
+    ("clipped_sequence", {}, {"epsilon": None}, "epsilon is None"),
+    ("likelihood", {"ref": None}, {"beta": 0.1}, "ref_logp is None"),
+    ("sandwich", {}, {"upper_share": None}, "upper_share is None"),
+  ],
+)
+def test_what_a_loss_lacks_is_named(name, fields, told, message):
+  with pytest.raises(ValueError, match=message):
+    LOSSES[name].function(terms(**fields), options(name, **told))

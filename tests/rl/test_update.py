@@ -9,7 +9,8 @@ import pytest
 
 from d1jax.diffusion.likelihood import one_step
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
-from d1jax.rl.trajectory import trajectory
+from d1jax.diffusion.trajectory import step_merged
+from d1jax.rl.losses import LossOptions
 from d1jax.rl.update import UpdateSpec, inner_keys, update
 from d1jax.state import Frozen, TrainState, create
 from tests import toy
@@ -84,15 +85,15 @@ def naive_loss(params, prompt, old, ref, weights, epsilon, beta):
   for b in range(mask.shape[0]):
     for i in range(mask.shape[1]):
       if mask[b, i]:
-        weight = weights[b, i]
+        weight, share = weights[b, i], 1 / mask.sum()
         ratio = jnp.exp(logp[b, i] - old[b, i])
         bounded = jnp.clip(ratio, 1 - epsilon, 1 + epsilon)
         d = ref[b, i] - logp[b, i]
         k3 = jnp.where(beta > 0, jnp.exp(d) - d - 1, 0.0)
         loss += weight * (beta * k3 - jnp.minimum(ratio * ADVANTAGES[b], bounded * ADVANTAGES[b]))
-        kl += weight * k3
-        clipped += weight * (bounded * ADVANTAGES[b] < ratio * ADVANTAGES[b])
-        deviation += weight * jnp.abs(ratio - 1)
+        kl += share * k3
+        clipped += share * (bounded * ADVANTAGES[b] < ratio * ADVANTAGES[b])
+        deviation += share * jnp.abs(ratio - 1)
   return loss, (kl, clipped, deviation)
 
 
@@ -105,7 +106,7 @@ def naive_update(spec: UpdateSpec):
     prompt = masked_prompts(n, step)
     old = completion_logps(state.trainable, prompt)
     ref = completion_logps(FROZEN.reference, prompt)
-    (loss, rest), gradient = naive_loss(params, prompt, old, ref, weights, spec.epsilon, spec.beta)
+    (loss, rest), gradient = naive_loss(params, prompt, old, ref, weights, spec.options.epsilon, spec.options.beta)
     updates, opt_state = OPTIMIZER.update(gradient, opt_state, params)
     params = optax.apply_updates(params, updates)
     records.append((loss, *rest, optax.tree.norm(gradient)))
@@ -118,12 +119,12 @@ def assert_close(a, b, tolerance):
 
 
 CASES = [
-  UpdateSpec(1, 1, 0.2, 0.0, "token"),
-  UpdateSpec(1, 2, 0.2, 0.1, "sequence"),
-  UpdateSpec(3, 1, 0.2, 0.1, "token"),
-  UpdateSpec(3, 2, 0.05, 0.0, "sequence"),
-  UpdateSpec(3, 2, 0.2, 0.1, "token"),
-  UpdateSpec(3, 1, 0.05, 0.1, "sequence"),
+  UpdateSpec(1, 1, LossOptions(0.2), "token"),
+  UpdateSpec(1, 2, LossOptions(0.2, 0.1), "sequence"),
+  UpdateSpec(3, 1, LossOptions(0.2, 0.1), "token"),
+  UpdateSpec(3, 2, LossOptions(0.05), "sequence"),
+  UpdateSpec(3, 2, LossOptions(0.2, 0.1), "token"),
+  UpdateSpec(3, 1, LossOptions(0.05, 0.1), "sequence"),
 ]
 
 
@@ -140,20 +141,20 @@ def test_an_update_is_mu_steps_of_the_naive_loop(spec):
   assert found.shape == (spec.num_iterations, 5)
   if spec.num_iterations > 1:
     assert (found[1:, 2] > 0).any(), "the fixture should clip"
-  assert (found[:, 1] > 0).all() == bool(spec.beta)
+  assert (found[:, 1] > 0).all() == bool(spec.options.beta)
 
 
 @pytest.mark.parametrize(("aggregation", "parts"), [("token", 2), ("sequence", 4)])
 def test_accumulation_changes_nothing(aggregation, parts):
-  whole, metrics = run(UpdateSpec(2, 1, 0.2, 0.1, aggregation))
-  split, split_metrics = run(UpdateSpec(2, parts, 0.2, 0.1, aggregation))
+  whole, metrics = run(UpdateSpec(2, 1, LossOptions(0.2, 0.1), aggregation))
+  split, split_metrics = run(UpdateSpec(2, parts, LossOptions(0.2, 0.1), aggregation))
   assert_close(split.trainable, whole.trainable, 1e-6)
   assert_close(split.opt_state, whole.opt_state, 1e-6)
   assert_close(split_metrics, metrics, 1e-6)
 
 
 def test_tiles_change_nothing():
-  spec = UpdateSpec(2, 2, 0.2, 0.1, "token")
+  spec = UpdateSpec(2, 2, LossOptions(0.2, 0.1), "token")
   (state, metrics), (expected, expected_metrics) = run(spec, tile=2), run(spec)
   assert_close(
     (state.trainable, state.opt_state, metrics), (expected.trainable, expected.opt_state, expected_metrics), 1e-6
@@ -162,7 +163,7 @@ def test_tiles_change_nothing():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_at_the_first_inner_step_the_ratio_is_exactly_one(parts):
-  _, metrics = run(UpdateSpec(3, parts, 0.2, 0.1, "token"))
+  _, metrics = run(UpdateSpec(3, parts, LossOptions(0.2, 0.1), "token"))
   assert metrics.ratio_deviation[0] == 0
   assert metrics.clip_fraction[0] == 0
   assert (metrics.ratio_deviation[1:] > 1e-3).all()
@@ -188,13 +189,13 @@ def test_inner_keys_are_of_purpose_step_and_iteration():
 
 
 def test_no_advantage_and_no_kl_leave_the_gradient_at_zero():
-  _, metrics = run(UpdateSpec(3, 2, 0.05, 0.0, "sequence"), advantages=jnp.zeros(4))
+  _, metrics = run(UpdateSpec(3, 2, LossOptions(0.05), "sequence"), advantages=jnp.zeros(4))
   np.testing.assert_array_equal(metrics.grad_norm, 0)
   np.testing.assert_array_equal(metrics.loss, 0)
 
 
 def test_what_lies_behind_the_stop_teaches_nothing():
-  spec = UpdateSpec(3, 1, 0.2, 0.1, "token")
+  spec = UpdateSpec(3, 1, LossOptions(0.2, 0.1), "token")
   assert not np.asarray(ROLLOUT.completion_mask).all()
   spoilt = ROLLOUT._replace(completion=jnp.where(ROLLOUT.completion_mask, ROLLOUT.completion, toy.MASK))
   (state, metrics), (expected, expected_metrics) = run(spec, rollout=spoilt), run(spec)
@@ -205,7 +206,9 @@ def test_what_lies_behind_the_stop_teaches_nothing():
 @pytest.mark.parametrize("rubbish", [jnp.nan, jnp.inf])
 def test_a_reward_that_is_not_finite_changes_nothing(rubbish):
   state = start()
-  new, metrics = run(UpdateSpec(3, 2, 0.2, 0.1, "token"), state=state, advantages=ADVANTAGES.at[1].set(rubbish))
+  new, metrics = run(
+    UpdateSpec(3, 2, LossOptions(0.2, 0.1), "token"), state=state, advantages=ADVANTAGES.at[1].set(rubbish)
+  )
   assert not metrics.finite.any()
   assert int(new.step) == int(state.step)
   for a, b in zip(jax.tree.leaves(new._replace(key=0)), jax.tree.leaves(state._replace(key=0)), strict=True):
@@ -214,10 +217,10 @@ def test_a_reward_that_is_not_finite_changes_nothing(rubbish):
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused():
   with pytest.raises(ValueError, match="3 micro-batches do not divide a batch of 4 rows"):
-    run(UpdateSpec(1, 3, 0.2, 0.0, "token"))
+    run(UpdateSpec(1, 3, LossOptions(0.2), "token"))
 
 
-WEIGHTED = UpdateSpec(1, 1, 0.2, 0.0, "token", recorded_states=True, importance_cap=1e6)
+WEIGHTED = UpdateSpec(1, 1, LossOptions(0.2), "token", recorded_states=True, importance_cap=1e6)
 ONE = SamplerSpec(completion_length=1, diffusion_steps=1, block_length=1, temperature=0.7)
 SGD = optax.sgd(1.0)
 
@@ -240,7 +243,7 @@ def one_token_logp(params, rollout) -> jax.Array:
   return jax.nn.log_softmax(jnp.where(jnp.arange(toy.VOCAB) < toy.MASK, logits, -jnp.inf) / ONE.temperature)[: toy.MASK]
 
 
-def weighted_update(spec, rollout, advantages, estimator=trajectory, frozen=FROZEN):
+def weighted_update(spec, rollout, advantages, estimator=step_merged, frozen=FROZEN):
   state = create(lambda _: toy.params(scale=0.7), SGD, jax.random.key(8), jax.random.key(0))
   fixed = {"denoiser": toy.DENOISER, "estimator": estimator, "sampler": ONE, "optimizer": SGD, "spec": spec}
   new, metrics = jax.jit(functools.partial(update, **fixed))(state, frozen, rollout, advantages)
@@ -291,25 +294,48 @@ def test_recorded_states_are_scored_once_under_the_old_and_the_reference_policy(
 
   def counting(denoiser, params, rollout, spec, key):
     jax.debug.callback(lambda: calls.append(1))
-    return trajectory(denoiser, params, rollout, spec, key)
+    return step_merged(denoiser, params, rollout, spec, key)
 
   rollout, advantages = enumerated(jnp.full(11, -1.0), jnp.ones(11))
-  spec = UpdateSpec(3, 1, 0.2, 0.1, "token", recorded_states=recorded)
+  spec = UpdateSpec(3, 1, LossOptions(0.2, 0.1), "token", recorded_states=recorded)
   jax.block_until_ready(weighted_update(spec, rollout, advantages, counting))
   jax.effects_barrier()
   assert len(calls) == passes
 
 
-@pytest.mark.parametrize(
-  ("fields", "message"),
-  [
-    (
-      {"importance_cap": 2.0},
-      r"importance_cap=2\.0 needs an estimator of the recorded states .* the data, not the ratio",
-    ),
-    ({"importance_cap": 0.0, "recorded_states": True}, r"importance_cap=0\.0 must be positive"),
-  ],
-)
-def test_weights_that_mean_nothing_are_refused(fields, message):
-  with pytest.raises(ValueError, match=message):
-    UpdateSpec(1, 1, 0.2, 0.0, "token", **fields)
+@pytest.mark.parametrize("loss", ["likelihood", "clipped_sequence"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_a_loss_does_not_need_is_not_scored(loss, parts):
+  """Passes: of mu inner steps, and of the old policy for a ratio at those behind the first."""
+  calls = []
+
+  def counting(denoiser, params, rollout, spec, key):
+    jax.debug.callback(lambda: calls.append(1))
+    return one_step(denoiser, params, rollout, spec, key, p_mask_prompt=P_MASK)
+
+  epsilon = None if loss == "likelihood" else 0.1
+  spec = UpdateSpec(3, parts, LossOptions(epsilon), "sequence", loss=loss)
+  fixed = {"denoiser": toy.DENOISER, "estimator": counting, "sampler": toy.SPEC, "optimizer": OPTIMIZER, "spec": spec}
+  _, metrics = jax.jit(functools.partial(update, **fixed))(start(), FROZEN, ROLLOUT, ADVANTAGES)
+  jax.block_until_ready(metrics)
+  jax.effects_barrier()
+  assert len(calls) == parts * (3 if loss == "likelihood" else 2 + 3)
+  assert (metrics.clip_fraction is None) == (loss == "likelihood")
+  assert (metrics.kl == 0).all()
+
+
+def test_the_reference_can_be_watched_without_a_penalty():
+  plain, watched = (run(UpdateSpec(2, 2, LossOptions(0.2), "token", score_reference=watch)) for watch in (False, True))
+  assert_close(watched[0].trainable, plain[0].trainable, 1e-7)
+  np.testing.assert_allclose(watched[1].kl, run(UpdateSpec(2, 2, LossOptions(0.2, 1e-6), "token"))[1].kl, rtol=1e-4)
+  assert (plain[1].kl == 0).all()
+
+
+def test_a_pull_towards_the_old_policy_begins_at_nothing():
+  spec = UpdateSpec(2, 2, LossOptions(0.2, 0.5, kl_against="old"), "token")
+  free, held = (
+    run(dataclasses.replace(spec, options=dataclasses.replace(spec.options, beta=beta)))[1] for beta in (0.0, 0.5)
+  )
+  np.testing.assert_allclose(held.loss[0], free.loss[0], rtol=1e-6)
+  np.testing.assert_allclose(held.grad_norm[0], free.grad_norm[0], rtol=1e-6)
+  assert held.loss[1] > free.loss[1]

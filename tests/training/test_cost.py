@@ -18,7 +18,8 @@ from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import multihost
 from d1jax.pretrained import build_denoiser
-from d1jax.rl.trajectory import trajectory
+from d1jax.rl import methods
+from d1jax.rl.losses import LossOptions
 from d1jax.rl.update import UpdateSpec, update
 from d1jax.state import Frozen, create, merge
 from d1jax.training import cost
@@ -94,8 +95,8 @@ def test_a_rollout_with_adapters_beside_a_quantised_base():
   assert merged.flops < counted
 
 
-def counted_update(denoiser, trainable, frozen, sampler, spec, tile=None):
-  estimator = trajectory if spec.recorded_states else functools.partial(one_step, p_mask_prompt=0.1, tile=tile)
+def counted_update(denoiser, trainable, frozen, sampler, spec, tile=None, estimator=None):
+  estimator = estimator or functools.partial(one_step, p_mask_prompt=0.1, tile=tile)
   state = jax.eval_shape(lambda: create(lambda _: zeros(trainable), OPTIMIZER, KEY, KEY))
   program = functools.partial(
     update, denoiser=denoiser, estimator=estimator, sampler=sampler, optimizer=OPTIMIZER, spec=spec
@@ -111,7 +112,7 @@ def zeros(shapes):
 @pytest.mark.parametrize(("mu", "accumulation", "beta"), [(1, 1, 0.0), (1, 2, 0.1), (3, 1, 0.0), (4, 2, 0.1)])
 def test_score_and_update(adapters, mu, accumulation, beta):
   model, denoiser, trainable, frozen = parts(adapters)
-  spec = UpdateSpec(mu, accumulation, 0.2, beta, "token")
+  spec = UpdateSpec(mu, accumulation, LossOptions(0.2, beta), "token")
   score, steps = cost.update(model, SAMPLER, spec, PROMPT + 12, cost.whole(SAMPLER, 2, ROWS // 2), tiled=False)
   assert score.flops + steps.flops == counted_update(denoiser, trainable, frozen, SAMPLER, spec)
   assert (score.tokens, steps.tokens) == (((mu - 1) + mu * (beta > 0)) * ROWS * 12, mu * ROWS * 12)
@@ -119,23 +120,47 @@ def test_score_and_update(adapters, mu, accumulation, beta):
   assert (score.flops == 0) == (mu == 1 and beta == 0)
 
 
+def check_estimator(adapters, mu, beta, sampler, name, options):
+  """Each pass of an estimate is computed again in the backward pass, with `jax.checkpoint`."""
+  model, denoiser, trainable, frozen = parts(adapters)
+  recorded, passes = not methods.ESTIMATORS[name].redraws, methods.passes(name, options, sampler)
+  spec = UpdateSpec(mu, 2, LossOptions(0.2, beta), "token", recorded_states=recorded, passes=passes)
+  score, steps = cost.update(model, sampler, spec, PROMPT + 12, cost.whole(sampler, 1, ROWS), tiled=False)
+  estimator = methods.bind(name, options)
+  counted = counted_update(denoiser, trainable, frozen, sampler, spec, estimator=estimator)
+  assert score.flops + steps.flops + steps.repeated == counted
+  scored = (mu - 1) + mu * (beta > 0)
+  assert score.tokens == (min(scored, (mu > 1) + (beta > 0)) if recorded else scored) * ROWS * 12
+
+
 @either
 @pytest.mark.parametrize(("mu", "beta"), [(1, 0.1), (3, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
-  """Each of their passes is computed again in the backward pass, with `jax.checkpoint`."""
-  sampler = dataclasses.replace(SAMPLER, cfg_scale=cfg_scale)
-  model, denoiser, trainable, frozen = parts(adapters)
-  spec = UpdateSpec(mu, 2, 0.2, beta, "token", recorded_states=True)
-  score, steps = cost.update(model, sampler, spec, PROMPT + 12, cost.whole(sampler, 1, ROWS), tiled=False)
-  counted = counted_update(denoiser, trainable, frozen, sampler, spec)
-  assert score.flops + steps.flops + steps.repeated == counted
-  assert score.tokens == ((mu > 1) + (beta > 0)) * ROWS * 12
+  check_estimator(adapters, mu, beta, dataclasses.replace(SAMPLER, cfg_scale=cfg_scale), "step_merged", {})
+
+
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("coupled", {"samples": 1}),
+    ("elbo", {"samples": 2}),
+    ("quadrature", {"nodes": 3}),
+    ("sandwich", {"samples": 2, "exponent": 1.5}),
+    ("step_merged", {"segments": 2}),
+    ("sampled_steps", {"samples": 2}),
+    ("left_to_right", {}),
+    ("left_to_right", {"top_entropy": 0.3}),
+  ],
+)
+def test_every_estimator(name, options):
+  sampler = dataclasses.replace(SAMPLER, cfg_scale=1.0, temperature=0.5)
+  check_estimator(ADAPTERS, 2, 0.1, sampler, name, options)
 
 
 @pytest.mark.parametrize(("adapters", "tile"), [(None, None), (None, 8), (ADAPTERS, None)])
 def test_what_saves_memory_is_counted_apart(adapters, tile):
-  spec = UpdateSpec(2, 1, 0.2, 0.1, "token")
+  spec = UpdateSpec(2, 1, LossOptions(0.2, 0.1), "token")
   model, denoiser, trainable, frozen = parts(adapters, remat=True)
   reach = cost.whole(SAMPLER, 1, ROWS)
   score, steps = cost.update(model, SAMPLER, spec, PROMPT + 12, reach, tiled=tile is not None)

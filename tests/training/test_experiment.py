@@ -114,3 +114,13 @@ def test_a_canvas_is_shared_evenly(tmp_path, changes, message):
   else:
     with pytest.raises(ValueError, match=message):
       experiments.check_lengths(config, ways)
+
+
+def test_tiny_countdown_has_all_its_problems_and_room_for_their_answers():
+  config = jobs.load("grpo", "tiny,countdown")
+  experiment = experiments.build(config, None)
+  for split, count in config.task.sizes.items():
+    records = experiment.task.records(split)
+    assert len(records) == count
+    lengths = [len(experiment.tokenizer.completion(experiment.task.demonstration(r, "terse"))) for r in records]
+    assert max(lengths) <= config.rollout.completion_length

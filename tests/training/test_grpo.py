@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from d1jax.errors import RunError
+from d1jax.training import dump, grpo, recipe
 from d1jax.training import experiment as experiments
-from d1jax.training import grpo, recipe
 from d1jax.training.metrics import read_records
 from tests import jobs
 from tests.jobs import small
@@ -94,7 +94,7 @@ def records_of(workdir):
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_the_recorded_states_train_as_well(tmp_path, cap):
-  changes = {"grpo__estimator": "trajectory", "grpo__importance_cap": cap, "grpo__num_iterations": 2}
+  changes = {"grpo__estimator": "step_merged", "grpo__importance_cap": cap, "grpo__num_iterations": 2}
   recipe.run(small(tmp_path, grpo__steps=3, grpo__accumulation=2, grpo__beta=0.01, **changes))
   records = records_of(tmp_path)
   assert len(records) == 3
@@ -110,11 +110,14 @@ def test_the_recorded_states_train_as_well(tmp_path, cap):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"grpo__estimator": "two_step"}, "unknown grpo.estimator 'two_step'; choose one of: one_step, trajectory"),
+    ({"grpo__estimator": "two_step"}, "unknown grpo.estimator 'two_step'; choose one of: one_step, "),
+    ({"grpo__loss": "likelihood"}, "grpo.epsilon=0.5 clips a ratio, but grpo.loss=likelihood has none"),
+    ({"grpo__reward_weights": "sloved=1"}, "names 'sloved', which is no component; known: constraints, solved"),
+    ({"grpo__oversample": 0}, "grpo.oversample is 0; it must be at least 1"),
     ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states .* shifts the data, not the ratio"),
-    ({"grpo__importance_cap": 0.0, "grpo__estimator": "trajectory"}, "importance_cap=0.0 must be positive"),
+    ({"grpo__importance_cap": 0.0, "grpo__estimator": "step_merged"}, "importance_cap=0.0 must be positive"),
     (
-      {"grpo__importance_cap": 2.0, "grpo__estimator": "trajectory", "rollout__temperature": 0.0},
+      {"grpo__importance_cap": 2.0, "grpo__estimator": "step_merged", "rollout__temperature": 0.0},
       "importance_cap=2.0 .* compare the probabilities of draws, but rollout.temperature=0 takes the argmax",
     ),
     ({"rollout__cache": "dual", "rollout__temperature": 0.0}, "drift_every=4 compare the probabilities of draws"),
@@ -127,6 +130,33 @@ def test_combinations_that_make_no_sense_claim_no_folder(tmp_path, changes, mess
   with pytest.raises(RunError, match=message):
     recipe.run(small(tmp_path / "run", **changes))
   assert not (tmp_path / "run").exists()
+
+
+def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_path):
+  """Six groups of four are drawn an iteration, two of them trained on; it goes on from where it was."""
+  changes = {"grpo__prompts_per_iteration": 2, "grpo__oversample": 3, "grpo__rollout_chunks": 3, "grpo__dump_every": 1}
+  changes |= {
+    "grpo__overlong": 4,
+    "grpo__answered": 0.25,
+    "grpo__reward_weights": "solved=2",
+    "grpo__validate_every": 1,
+  }
+  results = recipe.run(small(tmp_path / "whole", grpo__steps=2, **changes))
+  recipe.run(small(tmp_path / "parts", grpo__steps=1, **changes))
+  resumed = recipe.run(small(tmp_path / "parts", grpo__steps=2, **changes))
+  assert resumed["params_fingerprint"] == results["params_fingerprint"]
+  for iteration, record in enumerate(records_of(tmp_path / "whole")):
+    dumped = dump.read(tmp_path / "whole" / "rollouts", iteration)
+    assert len(dumped.rewards) == len(dumped.advantages) == 24
+    silent = np.ptp(dumped.rewards.reshape(6, 4), axis=1) < 1e-6
+    assert record["no_signal"] == pytest.approx(silent.mean())
+    parts = ("constraints", "solved", "overlong", "answered")
+    assert record["reward"] == pytest.approx(sum(record[f"reward/{name}"] for name in parts), abs=1e-6)
+    assert record["reward/overlong"] <= 0 <= record["reward/answered"] <= 0.25
+    assert (record["cost/tokens/rollout"], record["cost/tokens/update"]) == (24 * 18, 8 * 18)
+    assert (record["cost/passes/rollout"], record["cost/passes/update"]) == (24 * 4, 8)
+    if silent.sum() <= 4:
+      assert record["grad_norm"] > 0
 
 
 def test_without_its_cache_a_sampler_is_the_exact_one(tmp_path):

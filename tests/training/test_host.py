@@ -4,6 +4,8 @@ import pytest
 
 from d1jax.diffusion.rollout import Rollout
 from d1jax.rl.grading import Graded, Grader
+from d1jax.rl.losses import RATIO_EDGES
+from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.rl.update import UpdateMetrics
 from d1jax.tasks import Grade
 from d1jax.training import experiment as experiments
@@ -47,6 +49,33 @@ def test_metrics_are_pooled_and_components_averaged():
   assert "importance/effective_sample_size" not in values
   weighted = UPDATE._replace(effective_sample_size=np.asarray([0.5, 0.75], np.float32))
   assert summarised(batch, weighted, []) == values | {"importance/effective_sample_size": 0.625}
+
+
+def test_figures_of_the_ratio_are_those_of_all_inner_steps_and_the_gap_that_of_the_first():
+  rng = np.random.default_rng(0)
+  ratios = np.exp(0.3 * rng.normal(size=(2, 4000)))
+  below = (np.log(ratios)[..., None] <= RATIO_EDGES).mean(axis=1).astype(np.float32)
+  metrics = UPDATE._replace(
+    ratio_below=below,
+    ratio_effective_sample_size=np.asarray([1.0, 0.5], np.float32),
+    sampling_gap=np.asarray([0.25, 9.0], np.float32),
+    clip_fraction=None,
+    ratio_deviation=None,
+  )
+  batch = graded(*[Grade({"right": float(i)}, {}) for i in range(4)])
+  values = summarised(batch, metrics, [])
+  assert (values["sampling_gap"], values["ratio/effective_sample_size"]) == (0.25, 0.75)
+  assert not {"clip_fraction", "ratio_deviation"} & set(values)
+  for share in (0.01, 0.5, 0.99):
+    exact, found = np.log(np.quantile(ratios, share)), np.log(values[f"ratio/p{100 * share:g}"])
+    assert abs(found - exact) <= max(0.34 * abs(exact), 0.02)
+
+
+def test_ratios_of_one_have_quantiles_of_one_and_far_ones_the_last_edge():
+  assert set(host.ratio_quantiles((RATIO_EDGES > 0) * np.float32(1 - 1e-6)).values()) == {1.0}
+  far = host.ratio_quantiles(np.where(RATIO_EDGES < 9, 0.5, 0.5).astype(np.float32))
+  assert far["ratio/p1"] == pytest.approx(np.exp(-10))
+  assert far["ratio/p99"] == pytest.approx(np.exp(10))
 
 
 def test_rows_of_several_tasks_count_where_they_have_something_to_say():
@@ -114,3 +143,17 @@ def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol)
     assert text == texts.prefills[index] + experiment.tokenizer.decode_all([ids.tolist()])[0]
     assert found.grades[row] == experiment.task.grade(text, texts.records[index], protocol)
     assert found.rewards[row] == np.float32(found.grades[row].reward)
+
+
+def test_rewards_are_shaped_by_length_and_answer(tmp_path):
+  experiment = experiments.build(small(tmp_path), None)
+  texts, grader = experiment.texts("train"), Grader(experiment.task, 0)
+  shaping = Shaping(overlong=6, answered=0.5)
+  record, chunks = np.asarray([5, 5, 0, 0], np.int32), jax.device_put((made_up(4, completion_length=18),))
+  plain, shaped = (host.grade_chunks(experiment, grader, texts, record, chunks, s) for s in (UNSHAPED, shaping))
+  for row, (before, after) in enumerate(zip(plain.graded.grades, shaped.graded.grades, strict=True)):
+    length = int(plain.rollout.completion_mask[row].sum())
+    assert after == shaping(before, length, 18)
+    assert shaped.rewards[row] == np.float32(after.reward)
+  assert shaped.sums["reward/overlong"][0] == pytest.approx(sum(g.components["overlong"] for g in shaped.graded.grades))
+  assert (shaped.rewards != plain.rewards).any()

@@ -9,7 +9,11 @@ from d1jax.training import ledger
 from d1jax.training.cost import Work
 
 CPU, CHIP = "cpu", "TPU v5 lite"  # of 197e12 FLOP/s
-WORK = {"rollout": Work(6_000, 60), "score": Work(1_000, 20), "update": Work(2_000, 40, repeated=1_000)}
+WORK = {
+  "rollout": Work(6_000, 60, passes=3),
+  "score": Work(1_000, 20, passes=1),
+  "update": Work(2_000, 40, repeated=1_000, passes=2),
+}
 
 
 @pytest.fixture
@@ -33,6 +37,9 @@ def test_the_seconds_of_a_compiled_update_are_shared_by_what_it_computes():
     "cost/tokens/rollout": 60,
     "cost/tokens/score": 20,
     "cost/tokens/update": 40,
+    "cost/passes/rollout": 3,
+    "cost/passes/score": 1,
+    "cost/passes/update": 2,
     "cost/devices": 2,
   }
 

@@ -93,7 +93,10 @@ def test_a_mix_has_room_for_the_longest_of_its_tasks(size, tasks):
     ]:
       assert np.max(mix[section][field]) >= np.max(alone[section][field])
     assert mix.grpo.steps >= alone.grpo.steps
-    assert mix.task.options.to_dict().get(task, {}) == alone.task.options.to_dict()
+    if (size, task) == ("tiny", "countdown"):  # alone it has easier problems, of which there are too few for a mix
+      assert (mix.task.options.to_dict().get(task), alone.task.options.largest) == (None, 20)
+    else:
+      assert mix.task.options.to_dict().get(task, {}) == alone.task.options.to_dict()
     assert mix.task.mix[task] == 1.0
   assert mix.rollout.completion_length % mix.rollout.block_length == 0
   if size == "tiny" and len(tasks) == 2:

@@ -1,0 +1,63 @@
+import math
+
+import pytest
+
+from d1jax.rl.shaping import UNSHAPED, Shaping, parse_weights
+from d1jax.tasks.base import Grade
+
+GRADE = Grade({"right": 1.0, "format": 0.5}, {"solved": (1, 1)}, "42")
+
+
+def test_without_shaping_a_grade_is_itself():
+  assert UNSHAPED(GRADE, 3, 8) is GRADE
+
+
+def test_components_are_weighed_and_metrics_stay():
+  shaped = Shaping({"format": 0.2})(GRADE, 3, 8)
+  assert shaped.components == {"right": 1.0, "format": 0.1}
+  assert (shaped.metrics, shaped.answer) == (GRADE.metrics, "42")
+  assert shaped.reward == 1.1
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 0.0), (4, 0.0), (5, -0.25), (7, -0.75), (8, -1.0)])
+def test_length_is_punished_over_the_last_tokens(length, expected):
+  shaped = Shaping({"overlong": 2.0}, overlong=4)(GRADE, length, 8)
+  assert shaped.components == {**GRADE.components, "overlong": 2 * expected}
+
+
+@pytest.mark.parametrize(("answer", "expected"), [("42", 0.25), (None, 0.0)])
+def test_an_answer_that_can_be_read_pays(answer, expected):
+  shaped = Shaping(answered=0.25)(Grade({"right": 0.0}, {}, answer), 8, 8)
+  assert shaped.components == {"right": 0.0, "answered": expected}
+
+
+def test_weights_are_read_from_text():
+  assert parse_weights("") == {}
+  assert parse_weights("right=1,format=-0.5, overlong=2e-1") == {"right": 1.0, "format": -0.5, "overlong": 0.2}
+
+
+@pytest.mark.parametrize("text", ["right", "right=", "=1", "right=much", "right=1;format=2"])
+def test_what_is_no_weight_is_refused(text):
+  with pytest.raises(ValueError, match=r"write NAME=WEIGHT, separated by commas"):
+    parse_weights(text)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"weights": {"rihgt": 1.0}}, "names 'rihgt', which is no component; known: right, format"),
+    ({"weights": {"overlong": 1.0}}, "names 'overlong'"),
+    ({"overlong": 9}, "grpo.overlong=9 is more than rollout.completion_length=8"),
+    ({"overlong": -1}, "grpo.overlong=-1"),
+    ({"answered": math.nan}, "grpo.answered=nan"),
+    ({"weights": {"right": math.inf}}, "the weight of right in grpo.reward_weights is inf"),
+  ],
+)
+def test_shaping_that_means_nothing_is_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Shaping(**fields).check(["right", "format"], 8)
+
+
+def test_a_component_of_the_same_name_is_refused():
+  with pytest.raises(ValueError, match="a component answered of its own"):
+    Shaping(answered=0.1).check(["answered"], 8)
