@@ -10,8 +10,10 @@ then one for each batch and mode:
 - `compile_seconds`, and `peak_bytes` beyond weights and prompts: for JAX what the compiler allots on each device; for
   PyTorch what it allocated on a GPU, on a CPU by how much the process grew.
 
-`forward` runs the forward passes of `exact` alone: no head, no draws. `dual_threshold` reveals four tokens a step,
-whatever their confidence: random weights are never confident, and this is what threshold decoding costs at its cap.
+`forward` runs the forward passes of `exact` alone, over its prompts and half-revealed completions: no head, no draws.
+One token repeated would not do: a GPU draws less power over equal rows, and clocks higher. `dual_threshold` reveals
+four tokens a step, whatever their confidence: random weights are never confident, and this is what threshold decoding
+costs at its cap.
 `--profile DIR` adds lines that say where the time of `exact` and `dual` goes. On a GPU set
 XLA_PYTHON_CLIENT_PREALLOCATE=false if PyTorch is there too.
 """
@@ -124,7 +126,10 @@ def rollout_arm(case: Case, model: Model, mode: str, batch: int) -> Arm:
 
 def forward_arm(case: Case, model: Model, batch: int) -> Arm:
   """The forward passes of exact mode and nothing else."""
-  tokens = np.full((batch, case.canvas), case.mask_id, np.int32)
+  prompt, chance = cases.prompts(case, batch), np.random.default_rng(0)
+  completion = chance.integers(0, case.mask_id, (batch, case.completion), np.int32)
+  completion[chance.random(completion.shape) < 0.5] = case.mask_id
+  tokens = np.concatenate([prompt, completion], axis=1)
   rows = cases.place(model, tokens, np.ones(tokens.shape, bool))
 
   def passes(params: Any, tokens: jax.Array, valid: jax.Array) -> jax.Array:
