@@ -2,9 +2,10 @@
 
 For each seed, every preset of `d1jax.rl.methods.METHODS` goes on from one SFT checkpoint of a tiny model, for as many
 iterations as its passes allow: forward passes of a completion in rollouts, scores and updates, a backward pass counted
-as two, come to `--passes` for all. The reference is scored by all, to log the KL to it. Checkpoints are chosen on the
-validation split, and the held-out split is looked at once. It prints a JSON line a run, whose figures are those of the
-last tenth of its iterations, then a table, and draws the curves: mean of the seeds, and from the worst to the best.
+as two, come to `--passes` for all. The reference is scored by all, to log the distance to it. Checkpoints are chosen
+on the validation split, and the held-out split is looked at once. It prints a JSON line a run, whose figures are those
+of the last tenth of its iterations, then a table, and draws the curves: mean of the seeds, and from the worst to the
+best.
 """
 
 import argparse
@@ -39,10 +40,8 @@ FIRST = next(iter(METHODS))
 POINTS = 10
 """Validations of a run."""
 
-FIGURES = ("kl", "entropy", "no_signal", "sampling_gap")
-"""Of a line, as medians over iterations: k3, by which the KL is estimated, has no mean to speak of where two policies
-lie some nats apart. Clips and ratios are left out: tiny's single optimiser step a rollout has none.
-"""
+FIGURES = ("reference_gap", "sampling_gap", "entropy", "no_signal")
+"""Of a line, as medians over iterations. Clips and ratios are left out: tiny's one step a rollout has none."""
 
 
 def passes_an_iteration(words: str) -> int:

@@ -190,12 +190,41 @@ def sampling_gap(terms: Terms, sample_logp: Float[Array, "B C"], *, of_sequences
     sample_logp: `Rollout.reveal_logp`.
     of_sequences: compares what tokens add up to, over their number.
   """
-  logp = jax.lax.stop_gradient(terms.scores.logp)
   if of_sequences:
     drawn = jnp.sum(jnp.where(terms.share > 0, sample_logp, 0.0), axis=1)
-    return jnp.sum(jnp.sum(terms.share, axis=1) * jnp.abs(_sums(terms, logp) - drawn) / _lengths(terms))
+    return _mean_over_sequences(terms, _sums(terms, jax.lax.stop_gradient(terms.scores.logp)) - drawn)
+  return _mean_over_tokens(terms, sample_logp)
+
+
+def reference_gap(terms: Terms, *, of_sequences: bool) -> Float[Array, ""] | None:
+  """Mean |log p - log p_ref| of the policy and of the reference, nats a token; a sum over a (micro-)batch.
+
+  An estimate of a divergence that is an exponential of the log-ratio, as `k3`, has no mean to speak of where the two
+  lie some nats apart; this has.
+
+  Args:
+    terms: of both policies.
+    of_sequences: compares what tokens add up to, over their number.
+
+  Returns:
+    None where no reference is scored.
+  """
+  if terms.ref_logp is None:
+    return None
+  if of_sequences:
+    return _mean_over_sequences(terms, _sums(terms, jax.lax.stop_gradient(terms.scores.logp) - terms.ref_logp))
+  return _mean_over_tokens(terms, terms.ref_logp)
+
+
+def _mean_over_sequences(terms: Terms, difference: Float[Array, "B"]) -> Float[Array, ""]:
+  """Of |difference| a token."""
+  return jnp.sum(jnp.sum(terms.share, axis=1) * jnp.abs(difference) / _lengths(terms))
+
+
+def _mean_over_tokens(terms: Terms, other: Float[Array, "B C"]) -> Float[Array, ""]:
+  """Of |log p - other|."""
   weights = terms.share * terms.scores.weight
-  return jnp.sum(weights * jnp.abs(jnp.where(weights > 0, logp - sample_logp, 0.0)))
+  return jnp.sum(weights * jnp.abs(jnp.where(weights > 0, jax.lax.stop_gradient(terms.scores.logp) - other, 0.0)))
 
 
 def _weighted(terms: Terms, options: LossOptions, logp: Float[Array, "B C"]) -> PolicyLoss:

@@ -19,7 +19,7 @@ from d1jax.diffusion.likelihood import Estimator, Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.rl.importance import effective_sample_size, truncated_importance, weight_sums
-from d1jax.rl.losses import AGGREGATIONS, LossOptions, Terms, sampling_gap, token_weights
+from d1jax.rl.losses import AGGREGATIONS, LossOptions, Terms, reference_gap, sampling_gap, token_weights
 from d1jax.rl.methods import LOSSES, ONE_PASS, Passes
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge, reference
 
@@ -75,12 +75,15 @@ class UpdateSpec:
 class UpdateMetrics(NamedTuple):
   """One value an inner step, see `PolicyLoss`; None where there is none.
 
+  A gap is a mean |log p - another log p|, nats a token; of whole sequences where the loss is of them.
+
   Attributes:
     finite: false where the step was refused.
     effective_sample_size: of the importance weights, as a share of the tokens.
     ratio_effective_sample_size: of the ratios to the old policy, as a share of what they are of, tokens or sequences.
     ratio_below: share of tokens whose log-ratio is at most each of `d1jax.rl.losses.RATIO_EDGES`.
-    sampling_gap: mean |log p - log p under which the rollout drew|, nats a token; of whole sequences where the loss is.
+    sampling_gap: to the log p under which the rollout drew.
+    reference_gap: to the reference's.
   """
 
   loss: Float[Array, "mu"]
@@ -93,6 +96,7 @@ class UpdateMetrics(NamedTuple):
   ratio_effective_sample_size: Float[Array, "mu"] | None = None
   ratio_below: Float[Array, "mu edges"] | None = None
   sampling_gap: Float[Array, "mu"] | None = None
+  reference_gap: Float[Array, "mu"] | None = None
 
 
 def inner_keys(key: Key[Array, ""], step: Int[Array, ""], num_iterations: int) -> Key[Array, "mu"]:
@@ -155,14 +159,14 @@ def update(
       weights, sums = weights * importance, weight_sums(importance, mask)
     terms = Terms(found, old_logp, ref_logp, advantages, weights, share)
     policy = minimised.function(terms, spec.options)
-    gap = sampling_gap(terms, rollout.reveal_logp, of_sequences=minimised.sequence)
-    return policy.loss, (policy, sums, gap)
+    sampling = sampling_gap(terms, rollout.reveal_logp, of_sequences=minimised.sequence)
+    return policy.loss, (policy, sums, sampling, reference_gap(terms, of_sequences=minimised.sequence))
 
   def inner(state: TrainState, xs: Any) -> tuple[TrainState, UpdateMetrics]:
     index, key, old_logp, ref_logp = xs
     gradient = jax.grad(micro_loss, has_aux=True)
 
-    grads, (policy, sums, gap) = sum_over_parts(
+    grads, (policy, sums, sampling, apart) = sum_over_parts(
       lambda part: gradient(state.trainable, part, key, index == 0), (batch, old_logp, ref_logp)
     )
     norm = optax.tree.norm(grads)
@@ -177,7 +181,8 @@ def update(
       effective_sample_size=None if sums is None else effective_sample_size(sums),
       ratio_effective_sample_size=None if policy.ratio_sums is None else effective_sample_size(policy.ratio_sums),
       ratio_below=policy.ratio_below,
-      sampling_gap=gap,
+      sampling_gap=sampling,
+      reference_gap=apart,
     )
     return apply_gradients(state, grads, optimizer, finite), metrics
 

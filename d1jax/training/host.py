@@ -171,7 +171,8 @@ def summarise(
     values["sampling_gap"] = float(metrics.sampling_gap[0])
   if metrics.ratio_below is not None:
     values |= ratio_quantiles(np.mean(metrics.ratio_below, axis=0))
-  means = {name: getattr(metrics, name) for name in ("loss", "kl", "clip_fraction", "ratio_deviation", "grad_norm")}
+  averaged = ("loss", "kl", "reference_gap", "clip_fraction", "ratio_deviation", "grad_norm")
+  means = {name: getattr(metrics, name) for name in averaged}
   means["importance/effective_sample_size"] = metrics.effective_sample_size
   means["ratio/effective_sample_size"] = metrics.ratio_effective_sample_size
   return values | {name: float(np.mean(value)) for name, value in means.items() if value is not None}

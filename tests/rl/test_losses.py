@@ -5,7 +5,17 @@ import pytest
 
 from d1jax.diffusion.likelihood import Scores
 from d1jax.rl.importance import effective_sample_size
-from d1jax.rl.losses import KLS, RATIO_EDGES, LossOptions, Terms, clipped_token, divergence, sampling_gap, token_weights
+from d1jax.rl.losses import (
+  KLS,
+  RATIO_EDGES,
+  LossOptions,
+  Terms,
+  clipped_token,
+  divergence,
+  reference_gap,
+  sampling_gap,
+  token_weights,
+)
 from d1jax.rl.methods import LOSSES
 
 RNG = np.random.default_rng(0)
@@ -253,6 +263,17 @@ def test_the_gap_to_what_drew_the_tokens():
   np.testing.assert_allclose(found, np.abs(d[mask]).mean(), rtol=1e-5)
   rows = sum(abs(d[b][mask[b]].sum()) for b in range(5)) / mask.sum()
   np.testing.assert_allclose(sampling_gap(terms(), OLD, of_sequences=True), rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [None, SAMPLED])
+def test_the_gap_to_the_reference(scale):
+  given = terms(ref=jnp.where(MASK, REF, jnp.nan), scale=scale)
+  mask, weights = np.asarray(MASK), np.asarray(given.scores.weight, np.float64)
+  d = np.where(mask, weights * np.asarray(LOGP - REF, np.float64), 0.0)
+  tokens, sequences = (reference_gap(given, of_sequences=x) for x in (False, True))
+  np.testing.assert_allclose(tokens, np.abs(d).sum() / mask.sum(), rtol=1e-5)
+  np.testing.assert_allclose(sequences, sum(abs(row.sum()) for row in d) / mask.sum(), rtol=1e-4)
+  assert reference_gap(terms(ref=None), of_sequences=False) is None
 
 
 @pytest.mark.parametrize(

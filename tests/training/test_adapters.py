@@ -172,6 +172,7 @@ def test_the_reference_is_the_base_and_rollouts_are_merged(tuned):
   records = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]
   assert records[0]["ratio_deviation"] >= 0
   assert records[-1]["kl"] > 0, "the policy moved away from the base"
+  assert records[-1]["reference_gap"] > 0
   for record in records:
     assert 0 <= record["merge_gap_mean"] <= record["merge_gap_max"] < 1e-4
   assert records[-1]["merge_gap_max"] > 0
