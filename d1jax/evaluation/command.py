@@ -58,6 +58,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """
   with input_checked():
     check_choice("protocol", config.protocol, tasks.PROTOCOLS)
+    multihost.from_main(lambda: output.compared_with(config))  # before anything is computed
     if config.generations is not None:
       return multihost.from_main(lambda: generations.run(config))
     if config.protocol == "d1" and config.early_exit:

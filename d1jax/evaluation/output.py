@@ -117,7 +117,7 @@ def finish(config: ConfigDict, folder: Path, identity: Mapping[str, Any], rows: 
     "protocol": config.protocol,
     **({} if config.generations else {"split": config.split}),
     "arms": arms,
-    "compare": _compare(config, rows, accuracy) if config.compare else None,
+    "compare": _compare(config, rows, accuracy),
     "versions": versions(),
     "revision": revision(),
   }
@@ -150,17 +150,33 @@ def _summary(row: Row, accuracy: str) -> dict[str, Any]:
     return summary.summarise(row.items, accuracy)
 
 
-def _compare(config: ConfigDict, rows: Sequence[Row], accuracy: str) -> dict[str, Any]:
-  """Every arm beside the arm of the same name of an earlier evaluation, which is the first of each pair."""
-  earlier = Path(config.compare)
-  known = earlier / "results.json"
+def compared_with(config: ConfigDict) -> dict[str, Any] | None:
+  """The results of the earlier evaluation that this one is compared with, if any.
+
+  Raises:
+    RunError: there are none, or they are of another protocol.
+  """
+  if not config.compare:
+    return None
+  known = Path(config.compare) / "results.json"
   if not known.exists():
-    raise RunError(f"config.compare={earlier} holds no finished evaluation (results.json); name its output folder")
+    raise RunError(
+      f"config.compare={config.compare} holds no finished evaluation (results.json); name its output folder"
+    )
   old = json.loads(known.read_text(encoding="utf-8"))
   if old["protocol"] != config.protocol:
     raise RunError(
-      f"{earlier} was graded under the protocol {old['protocol']}, this evaluation under {config.protocol}"
+      f"{config.compare} was graded under the protocol {old['protocol']}, this evaluation under {config.protocol}"
     )
+  return old
+
+
+def _compare(config: ConfigDict, rows: Sequence[Row], accuracy: str) -> dict[str, Any] | None:
+  """Every arm beside the arm of the same name of an earlier evaluation, which is the first of each pair."""
+  old = compared_with(config)
+  if old is None:
+    return None
   with input_checked():
+    earlier = Path(config.compare)
     pairs = {row.name: summary.compare(read_items(earlier, row.name), row.items, accuracy) for row in rows}
   return {"with": old["subject"], "params_fingerprint": old.get("params_fingerprint"), "arms": pairs}

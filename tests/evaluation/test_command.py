@@ -225,6 +225,9 @@ def test_two_evaluations_are_compared_question_by_question(finished, tmp_path):
   assert next(iter(same["compare"]["arms"].values()))["p"] == 1.0
   with pytest.raises(RunError, match="holds no finished evaluation"):
     evaluate(workdir, tmp_path / "d", compare=str(tmp_path / "nowhere"))
+  with pytest.raises(RunError, match="graded under the protocol strict, this evaluation under d1"):
+    evaluate(workdir, tmp_path / "d", compare=str(tmp_path / "b"), protocol="d1")
+  assert not (tmp_path / "d").exists(), "what can be known is said before anything is computed"
   with pytest.raises(RunError, match="have no partner"):
     evaluate(workdir, tmp_path / "e", compare=str(tmp_path / "b"), questions=8)
 
