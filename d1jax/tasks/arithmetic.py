@@ -103,7 +103,7 @@ def evaluate_as_python(text: str) -> int | float | complex | None:
   values: dict[ast.AST, Any] = {}
   try:
     # Reversed, children come before their parents: no recursion.
-    for node in reversed(list(ast.walk(ast.parse(text.strip(" \t"), mode="eval").body))):
+    for node in reversed(list(ast.walk(ast.parse(text.lstrip(" \t"), mode="eval").body))):
       if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         values[node] = node.value
       elif isinstance(node, ast.UnaryOp) and type(node.op) in _PYTHON_UNARY:

@@ -5,7 +5,7 @@ import warnings
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from d1jax.tasks import arithmetic
@@ -210,6 +210,7 @@ PYTHON_WORDS = [
 ]
 
 
+@example(words=["1", "\n", " "])
 @given(st.lists(st.sampled_from(PYTHON_WORDS), max_size=9))
 def test_python_expressions_agree_with_python(words):
   text = "".join(words)
