@@ -86,6 +86,12 @@ PIECES = [
   "/",
 ]
 
+LIMIT = 0.1
+"""CPU seconds of any grade."""
+
+YARDSTICK = 0.01
+"""CPU seconds of the loop in `slowness` on the idle machine of the measurements."""
+
 each_task = pytest.mark.parametrize("name", TASKS)
 
 
@@ -113,6 +119,14 @@ def cpu_seconds(task, text, record, protocol) -> float:
   return time.process_time() - start
 
 
+def slowness() -> float:
+  """How much longer Python takes now than where graders were measured, at least 1: other work on a core shares its
+  caches and clock, and some machines are slow."""
+  start = time.process_time()
+  sum(i * i for i in range(200_000))
+  return max(1.0, (time.process_time() - start) / YARDSTICK)
+
+
 @each_task
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_attacks_are_graded_quickly_and_nothing_is_run(name, protocol, capfd):
@@ -123,8 +137,10 @@ def test_attacks_are_graded_quickly_and_nothing_is_run(name, protocol, capfd):
     for wrapper in WRAPPERS:
       text = wrapper.format(attack, attack)
       seconds = cpu_seconds(task, text, record, protocol)
-      # Measured: 0.04 s at most, on a slow machine 0.12 s; where a pattern backtracks there is no end.
-      assert seconds < 2, (attack[:20], wrapper)
+      # Measured: 0.04 s at most.
+      if seconds >= LIMIT:
+        seconds = cpu_seconds(task, text, record, protocol) / slowness()
+      assert seconds < LIMIT, (attack[:20], wrapper)
       assert task.grade(text, record, protocol).metrics["solved"][0] == 0, (attack[:20], wrapper)
   assert set(sys.modules) == modules
   assert capfd.readouterr() == ("", "")
