@@ -34,8 +34,8 @@ from d1jax.rl import methods
 
 SPEC = SamplerSpec(completion_length=LENGTH, diffusion_steps=LENGTH, block_length=LENGTH, temperature=1.0)
 BATCH = 64
-UPPER_SHARE = 0.5
-"""w of SPG's loss, as in its preset."""
+UPPER_SHARE = methods.METHODS["spg"].method["upper_share"]
+"""w of SPG's loss."""
 
 SAMPLES = (1, 2, 4, 8)
 ARMS: tuple[tuple[str, dict[str, Any], str, tuple[int, ...]], ...] = (
