@@ -1,0 +1,141 @@
+"""Reads files that may be damaged, hostile or no files at all: whatever is wrong is one line that names the file.
+
+Everything that comes from outside (a model's folder, data, a run that somebody else made, or one's own after a crash)
+is read through here. What the file says is then checked by whoever asked for it.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+LARGEST = 1 << 30
+"""Bytes that a file which is read whole may have."""
+MOST_DIGITS = 40
+"""Digits of the longest whole number: any such number is a finite float too."""
+
+T = TypeVar("T")
+
+
+class FileError(ValueError):
+  """A file cannot be read, or does not hold what it should; the message is one line that names it."""
+
+
+def read_bytes(path: Any, largest: int = LARGEST) -> bytes:
+  """A regular file's bytes.
+
+  Args:
+    path: a `pathlib.Path`, or an `epath.Path` where files may lie in a bucket.
+    largest: bytes that it may have.
+
+  Raises:
+    FileError: there is no regular file (a folder, a pipe or a device is none), it cannot be read, or it is too large.
+  """
+  try:
+    if not path.is_file():
+      kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "is missing"
+      raise FileError(f"{path} {kind}, expected a file")
+    with path.open("rb") as file:
+      content = file.read(largest + 1)
+  except OSError as error:
+    raise FileError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error
+  if len(content) > largest:
+    raise FileError(f"{path} is larger than {largest:,} bytes")
+  return content
+
+
+def read_text(path: Any, largest: int = LARGEST) -> str:
+  """A UTF-8 file's text, without its byte-order mark; line ends stay as they are.
+
+  Raises:
+    FileError: see `read_bytes`; or it is not UTF-8.
+  """
+  return decode(read_bytes(path, largest), path)
+
+
+def decode(content: bytes, name: Any) -> str:
+  """The text of UTF-8 bytes, without a byte-order mark.
+
+  Raises:
+    FileError: it is not UTF-8; `name` says whose bytes these are.
+  """
+  try:
+    return content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    raise FileError(f"{name} is not UTF-8 (byte {error.start}: {error.reason})") from error
+
+
+def parse_json(text: str, name: Any, expected: type[T] | None = None, *, finite: bool = False) -> T:
+  """What a JSON text says.
+
+  Args:
+    text: the text.
+    name: what the messages call it, e.g. `FILE line 3`.
+    expected: the Python type that it must have (dict, list), None for any.
+    finite: whether NaN and Infinity, which JSON does not know and Python reads, are refused.
+
+  Raises:
+    FileError: it is no JSON, is nested too deep, holds a number beyond `MOST_DIGITS` digits, or is of another type.
+  """
+
+  def whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+      raise FileError(f"{name} holds a number of {len(digits)} digits")
+    return int(digits)
+
+  def real(digits: str) -> float:
+    value = float(digits)
+    if finite and not math.isfinite(value):
+      raise FileError(f"{name} holds the number {digits[:MOST_DIGITS]}, which is not finite")
+    return value
+
+  def constant(word: str) -> float:
+    return real(word)
+
+  try:
+    value = json.loads(text, parse_int=whole, parse_float=real, parse_constant=constant)
+  except FileError:
+    raise
+  except RecursionError:
+    _refuse(name, "is nested too deep")
+  except ValueError as error:
+    raise FileError(f"{name} is not JSON ({error})") from error
+  if expected is not None and not isinstance(value, expected):
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
+    _refuse(name, f"is not {kinds.get(expected, expected.__name__)}: {json.dumps(value)[:60]}")
+  return value
+
+
+def read_json(path: Any, expected: type[T] | None = None, *, finite: bool = False, largest: int = LARGEST) -> T:
+  """What a JSON file says; arguments and errors are those of `read_bytes`, `decode` and `parse_json`."""
+  return parse_json(read_text(path, largest), path, expected, finite=finite)
+
+
+def json_lines(text: str, name: Any) -> Iterator[tuple[int, str, Any]]:
+  """(line number, line, what it says) of each line of JSON lines that is not blank.
+
+  A line that is no JSON says a `FileError`, which is for the reader to raise or to count; lines end at a line feed
+  alone, since JSON may hold all other line ends of Unicode.
+  """
+  for number, line in enumerate(text.split("\n"), 1):
+    if line.strip():
+      try:
+        yield number, line, parse_json(line, f"{name} line {number}")
+      except FileError as error:
+        yield number, line, error
+
+
+def write_check(folder: Path) -> None:
+  """Raises a FileError where a folder that is to be made, or what it would lie in, is something else."""
+  for place in (folder, *folder.parents):
+    if place.is_symlink() and not place.exists():
+      raise FileError(f"{place} is a link to nothing")
+    if place.exists():
+      if not place.is_dir():
+        raise FileError(f"{place} is a file, expected a folder")
+      return
+
+
+def _refuse(name: Any, why: str) -> NoReturn:
+  raise FileError(f"{name} {why}")
