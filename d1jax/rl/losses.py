@@ -21,6 +21,10 @@ TARGETS = ("reference", "old")
 
 _Value = TypeVar("_Value")
 
+_LEAST_EPSILON = float(np.finfo(np.float32).eps)
+"""An epsilon of 0 clips at the neighbours of 1. At 1 itself, which is every ratio of the first inner step, the gradient
+flows, as it does in the authors' PyTorch; `jnp.clip` with two equal bounds would pass on a quarter of it."""
+
 _DISTANCES = 10.0 ** np.linspace(-5, 1, 25, dtype=np.float32)
 RATIO_EDGES = np.concatenate([-_DISTANCES[::-1], _DISTANCES])
 """Log-ratios at which their distribution function is summed: four a decade from 1e-5 to 10, to both sides of 0."""
@@ -73,7 +77,8 @@ class LossOptions:
   """What a loss can be told; `d1jax.rl.methods.check` says what goes with what.
 
   Attributes:
-    epsilon: half width of the clip; None where the loss has no ratio.
+    epsilon: half width of the clip; 0: a ratio that has moved the way of its advantage gets no gradient (ESPO on
+      Countdown); None where the loss has no ratio.
     beta: weight of the KL term.
     epsilon_high: half width of the clip's upper side (DAPO, arXiv 2503.14476, eq. 10); None: as the lower.
     kl: `k1`, `k2` or `k3`, see `divergence`.
@@ -245,6 +250,7 @@ def _clipped(
   """PPO's term of each ratio, and the figures that `PolicyLoss` has of them."""
   low = _given(options.epsilon, "epsilon")
   high = low if options.epsilon_high is None else options.epsilon_high
+  low, high = max(low, _LEAST_EPSILON), max(high, _LEAST_EPSILON)
   ratio = jnp.exp(log_ratio)
   clipped = jnp.clip(ratio, 1 - low, 1 + high)
   total = lambda x: jnp.sum(share * x)

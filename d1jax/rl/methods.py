@@ -228,8 +228,8 @@ def _check_loss(loss: str, options: LossOptions) -> None:
     value = getattr(options, field)
     if value is not None and not LOSSES[loss].ratio:
       raise ValueError(f"grpo.{field}={value} clips a ratio, but grpo.loss={loss} has none: set it to None")
-    if value is not None and not value > 0:
-      raise ValueError(f"grpo.{field}={value} must be positive")
+    if value is not None and not value >= 0:
+      raise ValueError(f"grpo.{field}={value} must not be negative")
   if options.epsilon is None and LOSSES[loss].ratio:
     raise ValueError(f"grpo.epsilon=None: grpo.loss={loss} clips its ratio; give the half width of the clip")
   if options.beta < 0:

@@ -175,6 +175,30 @@ def test_the_clip_binds_on_one_side_only(name, ratio, advantage, surrogate, acti
   np.testing.assert_allclose(gradient, 0.0 if active else -ratio * advantage, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["clipped_token", "clipped_sequence"])
+@pytest.mark.parametrize(
+  ("ratio", "advantage", "surrogate", "gradient"),
+  [
+    (1.0, 2.0, 2.0, 2.0),  # the first inner step: a policy gradient
+    (1.0, -2.0, -2.0, -2.0),
+    (1.01, 2.0, 2.0, 0.0),  # moved the way of its advantage: no more
+    (0.99, -2.0, -2.0, 0.0),
+    (0.99, 2.0, 1.98, 1.98),  # moved against it: the full push back
+    (1.01, -2.0, -2.02, -2.02),
+  ],
+)
+def test_an_epsilon_of_zero_lets_no_ratio_go_further(name, ratio, advantage, surrogate, gradient):
+  """As torch.min and torch.clamp have it, which ESPO's trainer is made of."""
+  logp, one = jnp.log(jnp.asarray([[ratio]])), jnp.ones((1, 1))
+
+  def loss(logp):
+    given = Terms(Scores(logp, one), jnp.zeros((1, 1)), None, jnp.asarray([advantage]), one, one)
+    return LOSSES[name].function(given, LossOptions(epsilon=0.0)).loss
+
+  value, slope = jax.value_and_grad(loss)(logp)
+  np.testing.assert_allclose((value, slope[0, 0]), (-surrogate, -gradient), rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KLS)
 def test_each_kl_estimates_the_divergence_and_its_gradient(kind):
   """By enumeration of what the policy p may draw, for p near the target and, where it is unbiased, far from it."""
