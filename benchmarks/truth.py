@@ -69,12 +69,12 @@ class Found(NamedTuple):
 
 
 def estimates(truth: Truth, rollout: Rollout, read: Callable[[Scores], Any], estimator: Any, keys: int) -> Found:
-  """Every path under `keys` keys; `read` takes the token terms of some rows from their scores."""
+  """Every path under `keys` keys; `read` takes what each token adds from the scores of some rows."""
   flat, unflatten = ravel_pytree(truth.params)
 
   def one(params: jax.Array, row: Rollout, key: Any) -> jax.Array:
     scores = estimator(truth.denoiser, unflatten(params), jax.tree.map(lambda x: x[None], row), truth.spec, key)
-    return jnp.sum(jnp.where(scores.weight > 0, scores.weight * read(scores), 0.0))
+    return jnp.sum(jnp.where(scores.weight > 0, read(scores), 0.0))
 
   every = jax.vmap(jax.value_and_grad(one), in_axes=(None, 0, None))
 
@@ -121,7 +121,7 @@ def compare(seeds: int, keys: int) -> list[dict[str, Any]]:
       estimator = methods.bind(name, {"p_mask_prompt": 0.0} | given)
       each: dict[str, list[np.ndarray]] = {}
       for truth, rollout, probability, reward in toys:
-        found = {"": estimates(truth, rollout, lambda scores: scores.logp, estimator, keys)}
+        found = {"": estimates(truth, rollout, _lower, estimator, keys)}
         if name == "sandwich":
           lower = found.pop("")
           found = {"lower": lower, "upper": spg(truth, rollout, reward, estimator, lower, keys)}
@@ -145,10 +145,20 @@ def compare(seeds: int, keys: int) -> list[dict[str, Any]]:
   return records
 
 
+def _lower(scores: Scores) -> jax.Array:
+  return scores.weight * scores.logp
+
+
+def _upper(scores: Scores) -> jax.Array:
+  assert scores.upper is not None
+  assert scores.upper_weight is not None
+  return scores.upper_weight * scores.upper
+
+
 def spg(truth: Truth, rollout: Rollout, reward: np.ndarray, estimator: Any, lower: Found, keys: int) -> Found:
   """The upper bound, with the gradient of SPG's loss: the lower bound's where the advantage is not negative."""
-  upper = estimates(truth, rollout, lambda scores: scores.upper, estimator, keys)
-  mixed = lambda scores: UPPER_SHARE * scores.upper + (1 - UPPER_SHARE) * scores.logp
+  upper = estimates(truth, rollout, _upper, estimator, keys)
+  mixed = lambda scores: UPPER_SHARE * _upper(scores) + (1 - UPPER_SHARE) * _lower(scores)
   both = estimates(truth, rollout, mixed, estimator, keys)
   negative = truth.advantage(np.asarray(rollout.completion), reward) < 0
   mean = np.where(negative[:, None], both.mean, lower.mean)

@@ -135,16 +135,16 @@ def elbo(
     else:
       first = 0 if antithetic else 1
       hide = jnp.minimum(first + jnp.floor(time * (count + 1 - first)).astype(jnp.int32), count)
-      hidden = _ranks(uniform, scored) < hide[:, None]
+      hidden = ranks(uniform, scored) < hide[:, None]
       weight = (count + 1 - first) / jnp.maximum(jnp.where(complement, count - hide, hide), 1)
     return Hidden(scored & (hidden ^ complement), weight / samples, pass_key)
 
   return _sums(denoiser, params, rollout, draw, samples, p_mask_prompt=p_mask_prompt, tile=tile).scores()
 
 
-def _ranks(uniform: Float[Array, "B C"], scored: Bool[Array, "B C"]) -> Int[Array, "B C"]:
-  """Each scored token's rank among its row's, 0 for the smallest; the others come last."""
-  order = jnp.argsort(jnp.where(scored, uniform, 2.0), axis=1, stable=True)
+def ranks(uniform: Float[Array, "B C"], among: Bool[Array, "B C"]) -> Int[Array, "B C"]:
+  """The rank of each token among those of its row that are `among`, 0 for the smallest; the others come last."""
+  order = jnp.argsort(jnp.where(among, uniform, 2.0), axis=1, stable=True)
   return jnp.argsort(order, axis=1, stable=True).astype(jnp.int32)
 
 

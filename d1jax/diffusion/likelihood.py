@@ -21,11 +21,13 @@ class Scores(NamedTuple):
     logp: estimated log-probability of each token.
     weight: of each token in a sequence's sum; 0 behind the stop id.
     upper: an upper bound of `logp`, from the estimators that have one.
+    upper_weight: of each token in the sum of `upper`, 0 where `weight` is.
   """
 
   logp: Float[Array, "B C"]
   weight: Float[Array, "B C"]
   upper: Float[Array, "B C"] | None = None
+  upper_weight: Float[Array, "B C"] | None = None
 
 
 Estimator = Callable[[Denoiser, Params, Rollout, SamplerSpec, Key[Array, ""]], Scores]

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from d1jax.diffusion.corruption import EPSILON, noise
+from d1jax.diffusion.corruption import noise
 from d1jax.diffusion.denoiser import Denoiser, Params
-from d1jax.diffusion.elbo import Hidden, Sums, check_samples, hidden_logps
+from d1jax.diffusion.elbo import Hidden, Sums, check_samples, hidden_logps, ranks
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.microbatch import sum_over_parts
@@ -28,17 +28,18 @@ def sandwich(
   p_mask_prompt: float = 0.0,
   tile: int | None = None,
 ) -> Scores:
-  """SPG's bounds (arXiv 2510.09541), from block-wise masks: `samples` forward passes.
+  """SPG's bounds (arXiv 2510.09541), from block-wise masks as its authors' code draws and weighs them: `samples`
+  forward passes.
 
   A sample draws one of the row's blocks of `spec.block_length` tokens, up to the one of the stop id; earlier blocks are
-  shown, later ones masked, and each of the block's tokens is masked with probability t ~ U(0.001, 1) and weighs
-  w = blocks / t. Lower is the bound of log p under block-wise random order, sum_k E w log p_k; upper is
-  sum_k (1 / b) log E w p_k^b, with the weights of a token's samples normalised to their sum, as in the lower one: upper
-  is never below lower, token by token. `weight` holds for both.
+  shown, later ones masked, and of the m tokens of the block l ~ U{1..m} are masked. All masked tokens are scored, those
+  of later blocks too (the paper's text scores the drawn block alone); see `bounds` for the weights.
 
-  It is above log p for certain only where b is at least the number of tokens (Hoelder's inequality); the paper's
-  theorem has a constant of the masks besides, which it drops as its gradient is 0. The mean of p^b is under a
-  logarithm: few samples bring upper closer to lower.
+  With one block, lower is the bound of log p under random order. With more it is not: later blocks are scored as
+  `one_step` does, with the earlier ones in sight. Upper is above log p for certain only with one block and where the
+  exponent is at least the number of tokens (Hoelder's inequality); the paper's theorem has a constant of the masks
+  besides, which it drops as its gradient is 0. The mean of p^b is under a logarithm: few samples bring upper closer to
+  lower.
 
   Args:
     denoiser: the mask predictor.
@@ -66,16 +67,44 @@ def sandwich(
     time, uniform = noise(pass_key, rollout.sample_id, scored.shape[1])
     which, _ = noise(jax.random.fold_in(pass_key, _BLOCK_STREAM), rollout.sample_id, 1)
     block = jnp.minimum(jnp.floor(which * blocks).astype(jnp.int32), blocks - 1)[:, None]
-    time = EPSILON + (1 - EPSILON) * time
-    masked = scored & (block_of == block) & (uniform < time[:, None])
-    drawn = Hidden(masked | (scored & (block_of > block)), blocks / time / samples, pass_key)
+    inside = scored & (block_of == block)
+    size = jnp.sum(inside, axis=1)
+    count = jnp.minimum(1 + jnp.floor(time * size).astype(jnp.int32), size)
+    masked = (inside & (ranks(uniform, inside) < count[:, None])) | (scored & (block_of > block))
+    drawn = Hidden(masked, mask_weight(masked, scored, samples), pass_key)
     logp = hidden_logps(denoiser, params, rollout, drawn, p_mask_prompt=p_mask_prompt, tile=tile)
-    weight = masked * drawn.weight[:, None]
-    part = jnp.where(masked, weight * logp, 0.0)
-    return Sums(weight, part), weight * jnp.exp(jnp.maximum(exponent * logp, _LEAST_POWER))
+    return mask_sums(drawn, logp, exponent)
 
   sums, powers = sum_over_parts(jax.checkpoint(one, prevent_cse=False), jnp.arange(samples))
-  scores = sums.scores()
+  return bounds(sums, powers, scored, exponent)
+
+
+def mask_weight(masked: Bool[Array, "B C"], scored: Bool[Array, "B C"], samples: int) -> Float[Array, "B"]:
+  """Weighs each of the m masked tokens of a row of n by n / (m samples): a sample is the mean of what it masks."""
+  return jnp.sum(scored, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1) / samples
+
+
+def mask_sums(drawn: Hidden, logp: Float[Array, "B C"], exponent: float) -> tuple[Sums, Float[Array, "B C"]]:
+  """What one mask adds, a token: its weight w, w log p, and w p^b."""
+  weight = drawn.hidden * drawn.weight[:, None]
+  part = jnp.where(drawn.hidden, weight * logp, 0.0)
+  return Sums(weight, part), weight * jnp.exp(jnp.maximum(exponent * logp, _LEAST_POWER))
+
+
+def bounds(sums: Sums, powers: Float[Array, "B C"], scored: Bool[Array, "B C"], exponent: float) -> Scores:
+  """Both bounds from the sums over samples s.
+
+  Lower, of a row: sum_s sum_k w log p_k, n times the mean over samples of the mean over what each masked. Upper: of a
+  token that some sample masked, (1 / b) log(sum_s w p^b / sum_s w); each weighs n over the number of such tokens. So
+  token by token upper is never below lower, but their weights differ.
+
+  Args:
+    sums: of `mask_sums`.
+    powers: likewise.
+    scored: the n tokens of each row.
+    exponent: b.
+  """
   seen = sums.weight > 0
   mean = jnp.where(seen, powers / jnp.where(seen, sums.weight, 1.0), 1.0)
-  return scores._replace(upper=jnp.log(mean) / exponent)
+  weight = seen * (jnp.sum(scored, axis=1) / jnp.maximum(jnp.sum(seen, axis=1), 1))[:, None]
+  return sums.scores()._replace(upper=jnp.log(mean) / exponent, upper_weight=weight)

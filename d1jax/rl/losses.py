@@ -173,17 +173,18 @@ def likelihood(terms: Terms, options: LossOptions) -> PolicyLoss:
 
   The KL is a sequence's, as in `clipped_sequence`.
   """
-  return _weighted(terms, options, terms.scores.logp)
+  return _weighted(terms, options, _parts(terms, terms.scores.logp, terms.scores.weight))
 
 
 def sandwich(terms: Terms, options: LossOptions) -> PolicyLoss:
   """SPG's loss (arXiv 2510.09541): `-A lower` where A is not negative, `-A (w upper + (1 - w) lower)` where it is.
 
-  The objective is then bounded from below on either side. w is `upper_share`; the KL is a sequence's, of the lower
-  bound.
+  The objective is then bounded from below on either side. w is `upper_share`; both bounds are sums over tokens, each
+  with weights of its own. The KL is a sequence's, of the lower bound.
   """
-  lower, upper = terms.scores.logp, _given(terms.scores.upper, "upper")
-  share = _given(options.upper_share, "upper_share")
+  scores, share = terms.scores, _given(options.upper_share, "upper_share")
+  upper = _parts(terms, _given(scores.upper, "upper"), _given(scores.upper_weight, "upper_weight"))
+  lower = _parts(terms, scores.logp, scores.weight)
   return _weighted(terms, options, jnp.where(terms.advantages[:, None] < 0, share * upper + (1 - share) * lower, lower))
 
 
@@ -232,10 +233,15 @@ def _mean_over_tokens(terms: Terms, other: Float[Array, "B C"]) -> Float[Array, 
   return jnp.sum(weights * jnp.abs(jnp.where(weights > 0, jax.lax.stop_gradient(terms.scores.logp) - other, 0.0)))
 
 
-def _weighted(terms: Terms, options: LossOptions, logp: Float[Array, "B C"]) -> PolicyLoss:
-  """The sum of weighted log-probabilities, and a sequence's KL."""
-  weights = terms.weights * terms.scores.weight
-  pull = weights * terms.advantages[:, None] * jnp.where(weights > 0, logp, 0.0)
+def _parts(terms: Terms, logp: Float[Array, "B C"], weight: Float[Array, "B C"]) -> Float[Array, "B C"]:
+  """What each token adds to its sequence's estimate; 0 where it does not count."""
+  counts = (terms.weights > 0) & (weight > 0)
+  return weight * jnp.where(counts, logp, 0.0)
+
+
+def _weighted(terms: Terms, options: LossOptions, parts: Float[Array, "B C"]) -> PolicyLoss:
+  """The weighted sum of the tokens' parts, and a sequence's KL."""
+  pull = terms.weights * terms.advantages[:, None] * parts
   row, share = (jnp.sum(x, axis=1) / _lengths(terms) for x in (terms.weights, terms.share))
   penalty, kl = _divergences(terms, options, lambda target: _sums(terms, target - terms.scores.logp))
   return PolicyLoss(options.beta * jnp.sum(row * penalty) - jnp.sum(pull), jnp.sum(share * kl))

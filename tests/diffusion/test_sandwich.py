@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,56 +14,86 @@ from tests.diffusion.invariance import PARAMS, check_rows_stand_alone, gradient_
 from tests.diffusion.test_elbo import many, means
 
 BLOCK = 2
-TRUTH = Truth(draw_params(0), SamplerSpec(LENGTH, LENGTH, BLOCK))
+TRUTH, ONE_BLOCK = (Truth(draw_params(0), SamplerSpec(LENGTH, LENGTH, block)) for block in (BLOCK, LENGTH))
+SOME = np.arange(0, 81, 9)
+"""Completions of the 81."""
 
 
-def exact_upper(exponent: float) -> np.ndarray:
-  """sum_k (1 / b) log E p_k^b over the block-wise orders."""
-  by_subset = {shown: np.asarray(logp, np.float64) for shown, logp in TRUTH.by_subset(TRUTH.params).items()}
-  total = np.zeros(len(TRUTH.completions))
-  orders = TRUTH.orders(BLOCK)
-  for i in range(LENGTH):
-    powers = [np.exp(exponent * by_subset[tuple(j in o[: o.index(i)] for j in range(LENGTH))][:, i]) for o in orders]
-    total += np.log(np.mean(powers, axis=0)) / exponent
-  return total
+def masks(block_length: int) -> list[tuple[float, tuple[bool, ...]]]:
+  """Every mask that may be drawn, and its probability: a block, a count of its tokens, which ones; all later ones."""
+  found, blocks = [], LENGTH // block_length
+  for block in range(blocks):
+    inside = range(block * block_length, (block + 1) * block_length)
+    for count in range(1, block_length + 1):
+      subsets = list(itertools.combinations(inside, count))
+      chance = 1 / (blocks * block_length * len(subsets))
+      found += [(chance, tuple(i in hide or i > inside[-1] for i in range(LENGTH))) for hide in subsets]
+  return found
 
 
-def test_lower_is_the_bound_under_block_wise_order():
-  some = np.arange(0, 81, 9)
-  mean, error = means(functools.partial(sandwich, samples=3, exponent=1.5), TRUTH, TRUTH.completions[some])
-  np.testing.assert_array_less(np.abs(mean - TRUTH.lower_bound(TRUTH.params, BLOCK)[some]), 4.5 * error)
-  np.testing.assert_array_less(mean - 4.5 * error, TRUTH.random_order(TRUTH.params, BLOCK)[some])
+def of_masks(truth: Truth, each) -> np.ndarray:
+  """The mean of `each(log p [O C], mask [C])` over the masks."""
+  by_subset = {shown: np.asarray(logp, np.float64) for shown, logp in truth.by_subset(truth.params).items()}
+  found = masks(truth.spec.block_length)
+  assert sum(chance for chance, _ in found) == pytest.approx(1)
+  return sum(c * each(by_subset[tuple(not x for x in mask)], np.asarray(mask)) for c, mask in found)
 
 
-@pytest.mark.parametrize("exponent", [1.5, 4.0])
-def test_upper_is_what_the_mathematics_says_and_above_log_p_at_large_exponents(exponent):
-  some = np.arange(0, 81, 9)
-  rollout = many(TRUTH, TRUTH.completions[some], 8)
-  score = jax.jit(functools.partial(sandwich, TRUTH.denoiser, spec=TRUTH.spec, samples=1000, exponent=exponent))
-  scores = score(TRUTH.params, rollout, key=jax.random.key(4))
+def exact_lower(truth: Truth) -> np.ndarray:
+  """n times the mean over masks of the mean over what each masks."""
+  return LENGTH * of_masks(truth, lambda logp, mask: logp[:, mask].mean(axis=1))
+
+
+def exact_upper(truth: Truth, exponent: float) -> np.ndarray:
+  """sum_k (1 / b) log(E w p_k^b / E w), w = n / m where a mask of m tokens hides token k, else 0."""
+  weighed = of_masks(truth, lambda logp, mask: np.exp(exponent * logp) * mask / mask.sum())
+  share = of_masks(truth, lambda logp, mask: np.ones_like(logp) * mask / mask.sum())
+  return np.sum(np.log(weighed / share), axis=1) / exponent
+
+
+@pytest.mark.parametrize("truth", [TRUTH, ONE_BLOCK], ids=["blocks", "one block"])
+def test_lower_is_the_mean_over_the_masks(truth):
+  mean, error = means(functools.partial(sandwich, samples=3, exponent=1.5), truth, truth.completions[SOME])
+  np.testing.assert_array_less(np.abs(mean - exact_lower(truth)[SOME]), 4.5 * error)
+
+
+def test_with_one_block_it_is_the_bound_of_log_p():
+  np.testing.assert_allclose(exact_lower(ONE_BLOCK), ONE_BLOCK.lower_bound(ONE_BLOCK.params, LENGTH), rtol=1e-5)
+  truth = np.asarray(ONE_BLOCK.random_order(ONE_BLOCK.params, LENGTH))
+  np.testing.assert_array_less(truth - 1e-5, exact_upper(ONE_BLOCK, float(LENGTH)))
+  np.testing.assert_array_less(exact_lower(ONE_BLOCK) - 1e-5, truth)
+
+
+@pytest.mark.parametrize(("truth", "exponent"), [(TRUTH, 1.5), (ONE_BLOCK, 4.0)], ids=["blocks", "one block"])
+def test_upper_is_the_mean_of_powers_over_the_masks(truth, exponent):
+  rollout = many(truth, truth.completions[SOME], 8)
+  score = jax.jit(functools.partial(sandwich, truth.denoiser, spec=truth.spec, samples=1000, exponent=exponent))
+  scores = score(truth.params, rollout, key=jax.random.key(4))
   assert (np.asarray(scores.upper) >= np.asarray(scores.logp) - 1e-5).all()
+  np.testing.assert_array_equal(scores.upper_weight, 1)  # every token is seen by one of so many
   each = np.asarray(jnp.sum(scores.upper, axis=1), np.float64).reshape(-1, 8)
   interval = 5 * each.std(axis=1, ddof=1) / np.sqrt(8) + 1e-3
-  np.testing.assert_array_less(np.abs(each.mean(axis=1) - exact_upper(exponent)[some]), interval)
-  truth = np.asarray(TRUTH.random_order(TRUTH.params, BLOCK))
-  if exponent >= LENGTH:
-    np.testing.assert_array_less(truth - 1e-5, exact_upper(exponent))
-    np.testing.assert_array_less(truth[some] - interval, each.mean(axis=1))
+  np.testing.assert_array_less(np.abs(each.mean(axis=1) - exact_upper(truth, exponent)[SOME]), interval)
 
 
-def test_only_the_chosen_block_is_scored_and_upper_is_never_below_lower():
-  rollout = toy.rollout(8)
-  spec = SamplerSpec(6, 6, 2)
+def test_a_mask_hides_a_part_of_one_block_and_all_later_ones():
+  """And what it hides weighs n over its number, in both bounds: with one sample they are alike."""
+  rollout = toy.rollout(64)
+  spec = SamplerSpec(6, 6, 3)
   score = functools.partial(sandwich, toy.DENOISER, PARAMS, spec=spec, key=jax.random.key(3), samples=1, exponent=1.5)
   scores = jax.jit(score)(rollout)
-  weight, ends = np.asarray(scores.weight), np.asarray(rollout.completion_mask).sum(axis=1)
-  assert (weight > 0).any()
-  for row, end in zip(weight, ends, strict=True):
-    blocks = {i // 2 for i in np.flatnonzero(row)}
-    assert len(blocks) <= 1
-    assert len(set(row[row > 0])) <= 1
-    assert row.max() == 0 or row.max() > -(-end // 2) - 1e-5
-  np.testing.assert_allclose(scores.upper, scores.logp, rtol=1e-4, atol=1e-5)  # one sample: no spread
+  met = set()
+  for row, n in zip(np.asarray(scores.weight), np.asarray(rollout.completion_mask).sum(axis=1).tolist(), strict=True):
+    hidden = np.flatnonzero(row)
+    first = hidden[0] // 3 * 3  # of the drawn block
+    count = sum(hidden < first + 3)
+    assert set(range(first + 3, n)) <= set(hidden.tolist())
+    assert hidden.max() < n
+    np.testing.assert_allclose(row[hidden], n / len(hidden), rtol=1e-6)
+    met.add((n, int(first), int(count)))
+  assert {(6, first, count) for first in (0, 3) for count in (1, 2, 3)} <= met
+  np.testing.assert_array_equal(scores.upper_weight, scores.weight)
+  np.testing.assert_allclose(scores.upper, scores.logp, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_finite_where_a_token_has_no_probability():

@@ -31,10 +31,11 @@ WEIGHTS = token_weights(MASK, "token")
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
 
 
-def terms(logp=LOGP, old=OLD, ref=REF, advantages=ADVANTAGES, weights=WEIGHTS, scale=None) -> Terms:
+def terms(logp=LOGP, old=OLD, ref=REF, advantages=ADVANTAGES, weights=WEIGHTS, scale=None, upper_scale=None) -> Terms:
   """Of the arrays above, where nothing else is given."""
   scale = MASK.astype(jnp.float32) if scale is None else scale
-  return Terms(Scores(logp, scale, UPPER + logp - LOGP), old, ref, advantages, weights, WEIGHTS)
+  scores = Scores(logp, scale, UPPER + logp - LOGP, scale if upper_scale is None else upper_scale)
+  return Terms(scores, old, ref, advantages, weights, WEIGHTS)
 
 
 def options(name: str, **fields) -> LossOptions:
@@ -81,7 +82,7 @@ def naive_divergence(kind, d):
   return {"k1": -d, "k2": d * d / 2, "k3": np.exp(d) - d - 1}[kind]
 
 
-def naive(name, weights, scale, given: LossOptions, ref=REF):
+def naive(name, weights, scale, upper_scale, given: LossOptions, ref=REF):
   """Loops over tokens, or over sequences, in float64: loss, kl, clip fraction, ratio deviation."""
   loss = kl = clipped = deviation = 0.0
   logp, old, upper = (np.asarray(x, np.float64) for x in (LOGP, OLD, UPPER))
@@ -116,8 +117,9 @@ def naive(name, weights, scale, given: LossOptions, ref=REF):
       gain, active = surrogate(ratio, a)
       loss, clipped, deviation = loss - row * gain, clipped + share * active, deviation + share * abs(ratio - 1)
     else:
-      bound = logp if name == "likelihood" or a >= 0 else given.upper_share * upper + (1 - given.upper_share) * logp
-      loss -= sum(weights[b, i] * scale[b, i] * a * bound[b, i] for i in chosen)
+      low = scale * logp
+      up = given.upper_share * upper_scale * upper + (1 - given.upper_share) * low if name == "sandwich" else low
+      loss -= sum(weights[b, i] * a * (low if a >= 0 else up)[b, i] for i in chosen)
   return (loss, kl, clipped, deviation) if LOSSES[name].ratio else (loss, kl)
 
 
@@ -132,8 +134,9 @@ def test_the_loss_is_a_loop(name, given, aggregation):
   weights, scale = token_weights(MASK, aggregation), SAMPLED if given else MASK.astype(jnp.float32)
   clip = {"epsilon": 0.1, "epsilon_high": 0.25} if LOSSES[name].ratio and given else {}
   told, ref = options(name, **given, **clip), REF if given else None
-  found = LOSSES[name].function(terms(ref=ref, weights=weights, scale=scale), told)
-  expected = naive(name, weights, scale, told, ref)
+  upper_scale = jnp.where(scale > 0, 0.5 + 2 * scale, 0.0)
+  found = LOSSES[name].function(terms(ref=ref, weights=weights, scale=scale, upper_scale=upper_scale), told)
+  expected = naive(name, weights, scale, np.asarray(upper_scale), told, ref)
   assert len(expected) == 2 or 0 < expected[2] < 1
   np.testing.assert_allclose([x for x in found[:4] if x is not None], expected, rtol=1e-4, atol=1e-6)
 
