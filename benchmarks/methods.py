@@ -1,6 +1,6 @@
 """Which method learns most at equal cost? `python -m benchmarks.methods`.
 
-For each seed, every preset of `d1jax.rl.methods.METHODS` goes on from one SFT checkpoint of a tiny model, for as many
+For each seed, every preset of `d1jax.rl.presets.METHODS` goes on from one SFT checkpoint of a tiny model, for as many
 iterations as its passes allow: forward passes of a completion in rollouts, scores and updates, a backward pass counted
 as two, come to `--passes` for all. The reference is scored by all, to log the distance to it. Checkpoints are chosen
 on the validation split, and the held-out split is looked at once. It prints a JSON line a run, whose figures are those
@@ -29,7 +29,8 @@ import numpy as np
 from benchmarks import timing
 from d1jax.aot.table import markdown
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.rl.methods import ADVANTAGES, METHODS
+from d1jax.rl.methods import ADVANTAGES
+from d1jax.rl.presets import METHODS
 from d1jax.training import method
 from d1jax.training.metrics import read_records
 

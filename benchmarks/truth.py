@@ -30,11 +30,11 @@ from benchmarks.enumeration import LENGTH, Truth, draw_params
 from d1jax.aot.table import markdown
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
-from d1jax.rl import methods
+from d1jax.rl import methods, presets
 
 SPEC = SamplerSpec(completion_length=LENGTH, diffusion_steps=LENGTH, block_length=LENGTH, temperature=1.0)
 BATCH = 64
-UPPER_SHARE = methods.METHODS["spg"].method["upper_share"]
+UPPER_SHARE = presets.METHODS["spg"].method["upper_share"]
 """w of SPG's loss."""
 
 SAMPLES = (1, 2, 4, 8)

@@ -12,7 +12,7 @@ v6e with `full`: 16).
 
 from ml_collections import config_dict
 
-from d1jax.rl.methods import METHODS, MethodPreset
+from d1jax.rl.presets import METHODS, MethodPreset
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -26,15 +26,6 @@ CHIPS = {
   "v5p": ((1, 1), (8, 1)),  # 95 GiB
   "h100": ((1, 1), (8, 1)),  # 80 GB
 }
-
-# Fields that in a mix have the largest value of its tasks.
-LARGEST = dict(
-  data=("prompt_buckets",),
-  rollout=("completion_length", "block_length"),
-  sft=("prompt_buckets", "completion_buckets"),
-  grpo=("steps", "num_iterations", "warmup_steps"),
-  evaluation=("prompt_buckets",),
-)
 
 ADAM = dict(b1=0.9, b2=0.99, weight_decay=0.1)
 
@@ -266,16 +257,18 @@ def _lay_out(c: config_dict.ConfigDict, chip: str) -> None:
 
 
 def _mix(parts: dict[str, config_dict.ConfigDict]) -> config_dict.ConfigDict:
-  """Several tasks, drawn from equally often, with room for the longest; other fields do not depend on the task."""
+  """Several tasks, drawn from equally often: of a field that depends on the task, the largest value."""
   c = next(iter(parts.values()))
   c.task.name = "+".join(parts)
   c.task.mix = dict.fromkeys(parts, 1.0)
   c.task.options = {name: part.task.options for name, part in parts.items() if part.task.options}
   for split in c.task.sizes:
     c.task.sizes[split] = max(part.task.sizes[split] for part in parts.values())
-  for section, fields in LARGEST.items():
-    for field in fields:
-      c[section][field] = max(part[section][field] for part in parts.values())
+  for section in ("data", "rollout", "sft", "grpo", "evaluation"):
+    for field in c[section]:
+      values = [part[section][field] for part in parts.values()]
+      if any(value != values[0] for value in values):
+        c[section][field] = max(values)
   return c
 
 

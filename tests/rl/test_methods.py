@@ -10,7 +10,8 @@ from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl import methods
 from d1jax.rl.losses import LossOptions
-from d1jax.rl.methods import ESTIMATORS, LOSSES, METHODS
+from d1jax.rl.methods import ESTIMATORS, LOSSES
+from d1jax.rl.presets import METHODS
 from d1jax.rl.update import update
 from d1jax.state import Frozen, create
 from d1jax.training import method
@@ -134,4 +135,9 @@ def test_options_reach_the_estimator_that_has_them():
 
 def test_losses_are_told_what_the_configuration_says():
   section, sampler = chosen("espo", epsilon_high=0.1, beta=0.2)
-  assert method.build(section, sampler).spec.options == LossOptions(4e-4, 0.2, 0.1, "k2", "reference", None)
+  assert method.build(section, sampler).spec.options == LossOptions(0.2, 0.2, 0.1, "k2", "reference", None)
+
+
+def test_an_epsilon_of_zero_is_taken():
+  section, sampler = chosen("espo", epsilon=0.0)
+  assert method.build(section, sampler).spec.options.epsilon == 0

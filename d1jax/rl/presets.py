@@ -1,0 +1,207 @@
+"""The papers' methods by name: what each is made of, and what its authors trained with.
+
+Where a preset differs from its reference, docs/methods.md says so.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from d1jax.rl.methods import Options
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodPreset:
+  """What a word of `configs/grpo.py` sets. A value may be a function of the rollout's fields.
+
+  Attributes:
+    source: the paper, and the code of its authors where that is public.
+    method: fields of `config.grpo` that make the method what it is.
+    rollout: fields of `config.rollout` that it cannot do without.
+    trained: fields of `config.grpo` that its authors trained LLaDA-8B with.
+    sampled: fields of `config.rollout` likewise.
+    by_task: fields of `config.grpo` likewise, where they depend on the task.
+    sampled_by_task: fields of `config.rollout` likewise.
+  """
+
+  source: str
+  method: Options
+  rollout: Options = dataclasses.field(default_factory=dict)
+  trained: Options = dataclasses.field(default_factory=dict)
+  sampled: Options = dataclasses.field(default_factory=dict)
+  by_task: Mapping[str, Options] = dataclasses.field(default_factory=dict)
+  sampled_by_task: Mapping[str, Options] = dataclasses.field(default_factory=dict)
+
+  def fields(self, rollout: Options) -> dict[str, dict[str, Any]]:
+    """Fields by section that hold for any model."""
+    own = _resolved(self.rollout, rollout)
+    return {"rollout": own, "grpo": _resolved(self.method, {**rollout, **own})}
+
+  def paper(self, rollout: Options, task: str) -> dict[str, dict[str, Any]]:
+    """Fields by section that its authors used on their model."""
+    own = _resolved({**self.sampled, **self.sampled_by_task.get(task, {})}, rollout)
+    return {"rollout": own, "grpo": _resolved({**self.trained, **self.by_task.get(task, {})}, {**rollout, **own})}
+
+
+def _resolved(fields: Options, rollout: Options) -> dict[str, Any]:
+  return {name: value(rollout) if callable(value) else value for name, value in fields.items()}
+
+
+_TOKENS = dict(loss="clipped_token", aggregation="token")
+_SEQUENCES = dict(loss="clipped_sequence", aggregation="sequence", p_mask_prompt=0.0)
+_NO_CLIP = dict(epsilon=None, beta=0.0)
+_SHRINK = 8
+"""Denoising steps that TraceRL merges into one state."""
+
+
+def _every_token(rollout: Options) -> int:
+  return rollout["completion_length"]
+
+
+def _trace_beta(rollout: Options) -> float:
+  """TraceRL's 0.01 weighs a KL that is summed over the tokens of a state, beside a surrogate that is their mean.
+
+  Both are means over tokens here, so that beta has the factor: 8 tokens a state at a token a step.
+  """
+  return 0.01 * _SHRINK * rollout["completion_length"] / rollout["diffusion_steps"]
+
+
+METHODS: dict[str, MethodPreset] = {
+  "d1": MethodPreset(
+    "arXiv 2504.12216, dllm-reasoning/d1", dict(**_TOKENS, advantage="mean", estimator="one_step", epsilon=0.5)
+  ),
+  "wd1": MethodPreset(
+    "arXiv 2507.08838, xiaohangt/wd1",
+    dict(estimator="one_step", loss="likelihood", advantage="softmax", aggregation="fixed", **_NO_CLIP),
+    by_task={"countdown": dict(num_iterations=12)},
+  ),
+  "coupled": MethodPreset(
+    "DiffuCoder, arXiv 2506.20639, apple/ml-diffucoder",
+    dict(**_TOKENS, advantage="leave_one_out", estimator="coupled", samples=1, epsilon=0.5, p_mask_prompt=0.0),
+    trained=dict(beta=0.01, learning_rate=1e-6, num_generations=10, num_iterations=2),
+    sampled=dict(diffusion_steps=_every_token, temperature=1.0),
+  ),
+  "espo": MethodPreset(
+    "arXiv 2512.03759, ML-GSAI/ESPO",
+    dict(
+      **_SEQUENCES,
+      advantage="leave_one_out",
+      estimator="elbo",
+      samples=4,
+      masking="count",
+      antithetic=True,
+      epsilon=0.2,
+      kl="k2",
+    ),
+    trained=dict(learning_rate=3e-6, num_iterations=8, weight_decay=0.01),
+    sampled=dict(temperature=1.0),
+    by_task={
+      "countdown": dict(beta=3e-3, epsilon=0.0),
+      "sudoku": dict(beta=1e-2),
+      "gsm8k": dict(beta=1e-3),
+      "math": dict(beta=1e-3, num_generations=16),
+    },
+    sampled_by_task={"gsm8k": dict(diffusion_steps=256), "math": dict(diffusion_steps=256)},
+  ),
+  "gdpo": MethodPreset(
+    "arXiv 2510.08554",
+    dict(**_SEQUENCES, advantage="mean", estimator="quadrature", nodes=3, epsilon=0.5, beta=0.0),
+    trained=dict(learning_rate=3e-7),
+  ),
+  "spg": MethodPreset(
+    "arXiv 2510.09541, facebookresearch/SPG",
+    dict(
+      estimator="sandwich",
+      samples=2,
+      exponent=1.5,
+      loss="sandwich",
+      upper_share=0.5,
+      advantage="mean",
+      aggregation="token",
+      **_NO_CLIP,
+    ),
+    trained=dict(num_iterations=4),
+    by_task={"sudoku": dict(exponent=1.0)},
+    sampled_by_task={"sudoku": dict(temperature=0.3)},
+  ),
+  # mu, beta and what else is not named are those of d1, whose scripts these are.
+  "stepmerge": MethodPreset(
+    "d2, arXiv 2509.21474, kuleshov-group/d2",
+    dict(
+      **_TOKENS,
+      advantage="mean",
+      estimator="step_merged",
+      segments=lambda r: min(16, r["diffusion_steps"] // 2),
+      epsilon=0.5,
+    ),
+    by_task={"gsm8k": dict(segments=8)},
+    sampled_by_task={
+      "sudoku": dict(completion_length=128, diffusion_steps=64, temperature=0.3),
+      "countdown": dict(completion_length=128, diffusion_steps=64),
+      "math": dict(completion_length=512, diffusion_steps=256),
+    },
+  ),
+  "tracerl": MethodPreset(
+    "arXiv 2509.06949, Gen-Verse/dLLM-RL",
+    dict(
+      **_TOKENS,
+      advantage="mean_std",
+      estimator="step_merged",
+      segments=lambda r: min(16, r["diffusion_steps"]),
+      epsilon=0.2,
+      kl_against="old",
+    ),
+    trained=dict(
+      beta=_trace_beta,
+      segments=lambda r: r["diffusion_steps"] // _SHRINK,
+      learning_rate=1e-6,
+      num_generations=8,
+      prompts_per_iteration=32,
+      num_iterations=1,
+      warmup_steps=0,
+      b2=0.999,
+      weight_decay=0.0,
+      max_grad_norm=1.0,
+    ),
+    sampled=dict(completion_length=512, diffusion_steps=512, temperature=0.8),
+  ),
+  "agrpo": MethodPreset(
+    "arXiv 2510.04019, probablyabot/agrpo",
+    dict(
+      loss="clipped_token",
+      aggregation="sequence",
+      advantage="mean",
+      estimator="sampled_steps",
+      samples=lambda r: max(2, r["diffusion_steps"] // 32),
+      epsilon=0.2,
+      beta=0.0,
+    ),
+    trained=dict(
+      samples=24,
+      learning_rate=5e-6,
+      num_generations=8,
+      num_iterations=1,
+      weight_decay=0.01,
+      max_grad_norm=1.0,
+    ),
+    sampled=dict(completion_length=384, block_length=12, diffusion_steps=128, temperature=0.6, remasking="random"),
+  ),
+  "justgrpo": MethodPreset(
+    "arXiv 2601.15165, LeapLabTHU/JustGRPO",
+    dict(estimator="left_to_right", loss="likelihood", advantage="mean_std", aggregation="fixed", **_NO_CLIP),
+    rollout=dict(block_length=1, diffusion_steps=_every_token, temperature=1.0),
+    trained=dict(
+      learning_rate=5e-6,
+      num_generations=16,
+      prompts_per_iteration=64,
+      num_iterations=1,
+      steps=125,
+      warmup_steps=0,
+      accumulation=16,
+      rollout_chunks=8,
+      b2=0.999,
+      weight_decay=0.0,
+      max_grad_norm=1.0,
+    ),
+  ),
+}
