@@ -235,9 +235,14 @@ def _choose(c: config_dict.ConfigDict, method: MethodPreset, task: str) -> None:
   """Sets what a method is, and on the large model what its paper trained with; the small one keeps its own rates."""
   for section, fields in method.fields(c.rollout.to_dict()).items():
     c[section].update(fields)
-  if c.model.size != "tiny":
-    for section, fields in method.paper(c.rollout.to_dict(), task).items():
-      c[section].update(fields)
+  if c.model.size == "tiny":
+    return
+  given, optimiser_steps = method.paper(c.rollout.to_dict(), task), c.grpo.steps * c.grpo.num_iterations
+  for section, fields in given.items():
+    c[section].update(fields)
+  # The warm-up counts optimiser steps, of which another mu makes more or fewer: it keeps its share of them.
+  if "warmup_steps" not in given["grpo"]:
+    c.grpo.warmup_steps = c.grpo.warmup_steps * c.grpo.steps * c.grpo.num_iterations // optimiser_steps
 
 
 def _lay_out(c: config_dict.ConfigDict, chip: str) -> None:

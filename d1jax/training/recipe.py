@@ -80,9 +80,12 @@ class Recipe:
     if config.sft.steps:
       self._demonstrations, held_out = sft.demonstrations(self.experiment)
       self._sft_optimizer = self.experiment.optimizer(config.sft, config.sft.steps)
+      experiments.warn_of_warm_up("sft", config.sft, config.sft.steps)
       self._validators["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
     if config.mode == "grpo":
-      self._grpo_optimizer = self.experiment.optimizer(config.grpo, config.grpo.steps * config.grpo.num_iterations)
+      optimiser_steps = config.grpo.steps * config.grpo.num_iterations
+      self._grpo_optimizer = self.experiment.optimizer(config.grpo, optimiser_steps)
+      experiments.warn_of_warm_up("grpo", config.grpo, optimiser_steps)
       self._programs = grpo.Programs(self.experiment, self._grpo_optimizer)
       self._train = self.experiment.texts("train")
       self._validators["grpo"] = self._by_accuracy()

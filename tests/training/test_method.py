@@ -1,3 +1,6 @@
+import itertools
+import runpy
+
 import pytest
 
 from d1jax.diffusion.rollout import SamplerSpec
@@ -6,6 +9,8 @@ from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.training import experiment as experiments
 from d1jax.training import method
 from tests import jobs
+
+SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
 
 
 @pytest.mark.parametrize("task", ["sudoku", "countdown", "gsm8k", "math", "sudoku,math"])
@@ -29,6 +34,44 @@ def test_every_method_is_a_word(name, size, task):
 @pytest.mark.parametrize("words", ["tiny", "smoke,countdown", "llada_8b,math", "llada_8b,gsm8k,v5e"])
 def test_d1_is_what_there_is_without_a_word(words):
   assert jobs.load("grpo", f"{words},d1").to_dict() == jobs.load("grpo", words).to_dict()
+
+
+def warm_up(config):
+  """Its share of the optimiser steps."""
+  return config.grpo.warmup_steps / (config.grpo.steps * config.grpo.num_iterations)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_word_lengthens_the_share_of_the_warm_up(size):
+  """Of any tasks in a mix; d1's share is 13% of sudoku's steps and less of the others'."""
+  load = runpy.run_path(str(jobs.ROOT / "configs" / "grpo.py"))["get_config"]
+  share = {task: warm_up(load(f"{size},{task}")) for task in TASKS}
+  for tasks in itertools.chain.from_iterable(itertools.combinations(TASKS, n) for n in range(1, len(TASKS) + 1)):
+    for name in METHODS:
+      config = load(",".join((size, *tasks, name)))
+      assert warm_up(config) <= max(share[task] for task in tasks), (tasks, name)
+      assert warm_up(config) <= 0.5
+
+
+@pytest.mark.parametrize(
+  ("words", "warmup_steps"),
+  [
+    ("sudoku", 500),
+    ("sudoku,coupled", 125),  # mu 2 for 8
+    ("countdown,wd1", 180),  # mu 12 for 8
+    ("sudoku,agrpo", 62),  # mu 1 for 8, rounded down
+    ("sudoku,tracerl", 0),  # as its authors have it
+    ("gsm8k,sudoku,agrpo", 62),
+  ],
+)
+def test_the_warm_up_is_counted_in_the_optimiser_steps_of_the_method(words, warmup_steps):
+  assert jobs.load("grpo", f"llada_8b,{words}").grpo.warmup_steps == warmup_steps
+
+
+def test_a_mix_has_room_for_the_largest_of_each_field():
+  config = jobs.load("grpo", "llada_8b,sudoku,gsm8k,math,stepmerge")
+  assert (config.rollout.completion_length, config.rollout.diffusion_steps) == (512, 256)
+  assert (config.rollout.temperature, config.grpo.segments, config.grpo.num_iterations) == (0.9, 16, 12)
 
 
 def test_one_method_at_a_time():
