@@ -2,10 +2,10 @@
 
 For each seed, every preset of `d1jax.rl.presets.METHODS` goes on from one SFT checkpoint of a tiny model, for as many
 iterations as its passes allow: forward passes of a completion in rollouts, scores and updates, a backward pass counted
-as two, come to `--passes` for all. The reference is scored by all, to log the distance to it. Checkpoints are chosen
-on the validation split, and the held-out split is looked at once. It prints a JSON line a run, whose figures are those
-of the last tenth of its iterations, then a table, and draws the curves: mean of the seeds, and from the worst to the
-best.
+as two, come to `--passes` for all. The warm-up has the same share of each. The reference is scored by all, to log the
+distance to it. Checkpoints are chosen on the validation split, and the held-out split is looked at once. It prints a
+JSON line a run, whose figures are those of the last tenth of its iterations, then a table, and draws the curves: mean
+of the seeds, and from the worst to the best.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks import timing
 from d1jax.aot.table import markdown
@@ -45,9 +46,14 @@ FIGURES = ("reference_gap", "sampling_gap", "entropy", "no_signal")
 """Of a line, as medians over iterations. Clips and ratios are left out: tiny's one step a rollout has none."""
 
 
-def passes_an_iteration(words: str) -> int:
+def preset(words: str) -> ConfigDict:
+  """What a run starts from."""
+  config: ConfigDict = runpy.run_path(str(ROOT / "configs" / "grpo.py"))["get_config"](words)
+  return config
+
+
+def passes_an_iteration(config: ConfigDict) -> int:
   """Of one completion: its rollout, the reference's score, and the update."""
-  config = runpy.run_path(str(ROOT / "configs" / "grpo.py"))["get_config"](words)
   sampler = SamplerSpec(**config.rollout)
   spec = method.build(config.grpo, sampler).spec
   steps = sampler.blocks * sampler.steps_per_block
@@ -69,9 +75,15 @@ def run(name: str, advantage: str | None, seed: int, options: argparse.Namespace
   workdir, start = (options.folder.absolute() / f"{each}-{seed}" for each in (label, FIRST))
   if label != FIRST and not workdir.exists():
     shutil.copytree(start / "checkpoints" / "sft", workdir / "checkpoints" / "sft")
-  each = passes_an_iteration(words)
+  config = preset(words)
+  each = passes_an_iteration(config)
   steps = max(POINTS, options.passes // each)
-  fields: dict[str, Any] = {"grpo.steps": steps, "grpo.validate_every": max(1, steps // POINTS)}
+  warm_up = steps * config.grpo.warmup_steps // config.grpo.steps
+  fields: dict[str, Any] = {
+    "grpo.steps": steps,
+    "grpo.warmup_steps": warm_up,
+    "grpo.validate_every": max(1, steps // POINTS),
+  }
   if advantage is not None:
     fields["grpo.advantage"] = advantage
   subprocess.run(command(words, seed, workdir, fields), cwd=ROOT, check=True, stdout=sys.stderr)
