@@ -36,6 +36,17 @@ def test_d1_is_what_there_is_without_a_word(words):
   assert jobs.load("grpo", f"{words},d1").to_dict() == jobs.load("grpo", words).to_dict()
 
 
+def test_the_documented_passes_are_those_of_the_words():
+  rows = [line.split("|")[1:-1] for line in (jobs.ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split("\n")]
+  start = next(i for i, row in enumerate(rows) if row and row[0].strip() == "K of a word")
+  names = [cell.strip(" `") for cell in rows[start][1:]]
+  assert names == list(METHODS)
+  for words, *cells in rows[start + 2 : start + 5]:
+    for name, cell in zip(names, cells, strict=True):
+      config = jobs.load("grpo", f"{words.strip(' `')},{name}")
+      assert method.build(config.grpo, SamplerSpec(**config.rollout)).spec.passes.number == int(cell), (words, name)
+
+
 def warm_up(config):
   """Its share of the optimiser steps."""
   return config.grpo.warmup_steps / (config.grpo.steps * config.grpo.num_iterations)
