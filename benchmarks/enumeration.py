@@ -103,28 +103,22 @@ class Truth:
       found[shown] = table[number[:, None], np.arange(length)[None, :], self.completions]
     return found
 
-  def orders(self, block_length: int) -> list[tuple[int, ...]]:
-    """The orders of reveal: blocks from left to right, each in any order."""
-    starts = range(0, self.spec.completion_length, block_length)
-    blocks = [itertools.permutations(range(start, start + block_length)) for start in starts]
-    return [tuple(itertools.chain(*order)) for order in itertools.product(*blocks)]
-
-  def by_order(self, params: Any, block_length: int) -> jax.Array:
-    """Log p [orders O] of each completion in each order, untempered, one token at a time."""
+  def by_order(self, params: Any) -> jax.Array:
+    """Log p [orders O] of each completion in each order of its tokens, untempered, one token at a time."""
     by_subset, found = self.by_subset(params), []
-    for order in self.orders(block_length):
+    for order in itertools.permutations(range(self.spec.completion_length)):
       before = lambda i, order=order: tuple(bool(j in order[: order.index(i)]) for j in range(len(order)))
       found.append(sum(by_subset[before(i)][:, i] for i in order))
     return jnp.stack(found)
 
-  def random_order(self, params: Any, block_length: int) -> jax.Array:
+  def random_order(self, params: Any) -> jax.Array:
     """Log p [O] under a uniformly random order: the first truth."""
-    each = self.by_order(params, block_length)
+    each = self.by_order(params)
     return jax.nn.logsumexp(each, axis=0) - jnp.log(each.shape[0])
 
-  def lower_bound(self, params: Any, block_length: int) -> jax.Array:
+  def lower_bound(self, params: Any) -> jax.Array:
     """The evidence lower bound [O] of `random_order`: the mean over orders of log p."""
-    return jnp.mean(self.by_order(params, block_length), axis=0)
+    return jnp.mean(self.by_order(params), axis=0)
 
   def along(self, params: Any, completion: np.ndarray, reveal_step: np.ndarray) -> jax.Array:
     """Tempered log p [B C] of each token at the state in which it was revealed: the second truth, summed."""

@@ -93,7 +93,7 @@ def judged(truth: Truth, rollout: Rollout, probability: np.ndarray, reward: np.n
   completion, steps = np.asarray(rollout.completion), np.asarray(rollout.reveal_step)
   which = truth.index(completion)
   truths = (
-    np.asarray(truth.random_order(truth.params, LENGTH))[which],
+    np.asarray(truth.random_order(truth.params))[which],
     np.asarray(truth.along(truth.params, completion, steps)).sum(axis=1),
     np.asarray(truth.sampler(truth.params))[which],
   )

@@ -62,12 +62,12 @@ def bound(low: float, high: float) -> np.ndarray:
 
 
 def test_the_enumerated_bound_is_the_integral_over_times_and_below_log_p():
-  lower = TRUTH.lower_bound(TRUTH.params, LENGTH)
+  lower = TRUTH.lower_bound(TRUTH.params)
   np.testing.assert_allclose(bound(0, 1), lower, rtol=1e-5)
-  gap = TRUTH.random_order(TRUTH.params, LENGTH) - lower
+  gap = TRUTH.random_order(TRUTH.params) - lower
   assert gap.min() >= 0
   assert gap.mean() > 0.1, "tokens should depend on one another"
-  assert jnp.sum(jnp.exp(TRUTH.random_order(TRUTH.params, LENGTH))) == pytest.approx(1, abs=1e-5)
+  assert jnp.sum(jnp.exp(TRUTH.random_order(TRUTH.params))) == pytest.approx(1, abs=1e-5)
 
 
 ESTIMATORS = {
@@ -89,7 +89,7 @@ def test_the_mean_over_many_masks_is_what_the_mathematics_says(name):
   assert (error < 0.02 * np.abs(mean)).all()
   np.testing.assert_array_less(np.abs(mean - expected()[some]), 4.5 * error)
   if name != "one node":  # too coarse for a polynomial of degree 3: no bound
-    truth = np.asarray(TRUTH.random_order(TRUTH.params, LENGTH))[some]
+    truth = np.asarray(TRUTH.random_order(TRUTH.params))[some]
     np.testing.assert_array_less(mean - 4.5 * error, truth)
 
 

@@ -58,8 +58,8 @@ def test_lower_is_the_mean_over_the_masks(truth):
 
 
 def test_with_one_block_it_is_the_bound_of_log_p():
-  np.testing.assert_allclose(exact_lower(ONE_BLOCK), ONE_BLOCK.lower_bound(ONE_BLOCK.params, LENGTH), rtol=1e-5)
-  truth = np.asarray(ONE_BLOCK.random_order(ONE_BLOCK.params, LENGTH))
+  np.testing.assert_allclose(exact_lower(ONE_BLOCK), ONE_BLOCK.lower_bound(ONE_BLOCK.params), rtol=1e-5)
+  truth = np.asarray(ONE_BLOCK.random_order(ONE_BLOCK.params))
   np.testing.assert_array_less(truth - 1e-5, exact_upper(ONE_BLOCK, float(LENGTH)))
   np.testing.assert_array_less(exact_lower(ONE_BLOCK) - 1e-5, truth)
 
