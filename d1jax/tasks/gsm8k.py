@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from d1jax.tasks import common, d1_evaluation, d1_rewards, latex, questions, rationals
+from d1jax.tasks import common, d1_evaluation, d1_rewards, latex, notation, questions, rationals
 from d1jax.tasks.base import DataError, Grade, Message, Record
 
 FILE = "gsm8k/train.jsonl"
@@ -19,10 +19,7 @@ _EVALUATION = (
 )
 _GOLD = "####"
 _OPEN_BOX = re.compile(r"\\?boxed\s*\{")
-_WORD = r"[A-Za-z][A-Za-z.'/-]+"
-_QUANTITY = re.compile(
-  rf"(?:[A-Za-z]+\s*=)?(.*?)(?:\s+({_WORD}(?:\s+{_WORD}){{0,3}})(?:\^[23]|[\u00b2\u00b3])?\.?)?", re.DOTALL
-)
+_NAMED = re.compile(r"(?:[A-Za-z]+ ?=)?(.*)", re.DOTALL)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -128,8 +125,8 @@ def _read(text: str) -> Fraction | None:
   if opened is not None:
     is_closed = answer.count("}") == answer.count("{")
     answer = answer[opened.end() :].removesuffix("}" if is_closed else "")
-  found = _QUANTITY.fullmatch(rationals.unquoted(answer))
-  return rationals.parse(found[1]) if found is not None and rationals.is_unit(found[2] or "") else None
+  found = _NAMED.match(notation.unwrapped(notation.plain(answer)))
+  return found and rationals.parse(found[1], shortest_word=2)
 
 
 def _format(reasoning: str, answer: str, style: str) -> str:
