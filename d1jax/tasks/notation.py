@@ -116,9 +116,9 @@ _MONEY = re.compile(rf"[-+]? ?({CURRENCY})")
 def plain(text: str) -> str:
   r"""Write signs, blanks and commands in one way: LaTeX's, and one blank where there are blanks of any kind.
 
-  `×`, `≥`, `√12`, `½` and `x²` become `\times`, `\ge`, `\sqrt{12}`, `\frac{1}{2}` and `x^{2}`; `~`, `\quad`, `\,`
-  and the like blanks; `\left`, `\right`, `\(` and `\)` go; `\dfrac12` and `{1\over2}` become `\frac12` and `\frac{1}{2}`,
-  `\textbf`, `\operatorname` and the like `\text`. Blanks between groups of three digits go: `1 000 000`.
+  `×`, `≥`, `√12`, `½` and `x²` become `\times`, `\ge`, `\sqrt{12}`, `\frac{1}{2}` and `x^{2}`. `~`, `\quad`, `\,` and
+  the like become blanks; `\left`, `\right`, `\(` and `\)` go. `\dfrac12` and `{1\over2}` become `\frac12` and
+  `\frac{1}{2}`, `\textbf`, `\operatorname` and the like `\text`. Blanks between groups of three digits go: `1 000 000`.
   """
   text = " ".join(text.split())
   if not text.isascii():
