@@ -41,7 +41,7 @@ _TOKEN = re.compile(r"\\?[(\[{)\]}]|,|\\cup(?![A-Za-z])")
 
 
 def is_same(answer: str, gold: str) -> bool:
-  """Tell whether an answer has the normal form of the gold answer; it may leave out the base of a number."""
+  """Tell whether an answer has the normal form of the gold answer; it may leave out the base of a number or a unit."""
   form, wanted = normal_form(answer), normal_form(gold)
   if form is None or wanted is None or contradict(answer, gold):
     return False
@@ -77,9 +77,9 @@ def normal_form(text: str) -> str | None:
 def clean(text: str) -> str:
   r"""Take away what does not change an answer's value, and keep LaTeX that can be parsed.
 
-  Gone are blanks and full stops at the ends, `$`, `\%`, degrees, `\left` and `\right`, `\!`, a unit in `\text{}` at the
-  end, a name before the only equals sign (`x = 5`, `(x, y) = (1, 2)`; also `x = 1, x = 2`) or before `\in`. Blanks of
-  any kind become one blank, `\dfrac` and the like `\frac`, `\mbox` and the like `\text`, `and` and `or` a comma.
+  Gone is what `notation` takes away: blanks and full stops at the ends, wrappers, a unit at the end; also `$`, `\%`,
+  degrees, and a name before the only equals sign (`x = 5`, `(x, y) = (1, 2)`; also `x = 1, x = 2`) or before `\in`.
+  `and`, `or` and semicolons become commas, inequalities intervals, signs and blanks what `notation.plain` writes.
   """
   text = _plain(text)
   text, _ = notation.split_unit(text)

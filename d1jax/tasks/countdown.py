@@ -150,7 +150,7 @@ class Countdown:
   def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
     r"""Grade the last answer block, or the whole text: its last `\boxed{}`, or all of it, must be an expression.
 
-    LaTeX's `\times`, `\cdot`, `\div` and `\frac{}{}` are read; an equation is no expression.
+    The signs and wrappers of `notation` are read, `\frac{4}{2}`, `[3*4]` and `3(4)`; an equation is no expression.
 
     Components of `strict`: `correct`, 1.0 when the expression uses exactly the given numbers and
     equals the target; `well_formed`, 0.1 when it uses exactly the numbers but misses. Component of

@@ -113,8 +113,9 @@ class Gsm8k:
 def _read(text: str) -> Fraction | None:
   r"""Read the number that a completion answers with: all of its last box, of its answer block, or of itself.
 
-  It may have one name in front (`x = 5`) and a unit of up to four words behind. A box that an answer block leaves open
-  ends with the block. A second number makes the answer none.
+  It may have one name (`x = 5`) or `Answer:` and the like in front, and a unit of up to four words behind. A box that
+  an answer block leaves open ends with the block. A second number makes the answer none, and so does any other
+  sentence: `It is 18`.
   """
   answer = common.final_answer(text)
   box = latex.last_box(answer)

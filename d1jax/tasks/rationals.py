@@ -16,7 +16,7 @@ _NUMBER = re.compile(
   r"|(?:/|(?P<mixed> [0-9]+)/)(?P<below>[0-9]+)"
   rf"| ?\\frac ?(?P<top>{_INTEGER}) ?(?P<bottom>{_INTEGER}))?"
 )
-_COUNTED = re.compile(rf"(.*?[^ /])(?: ?/ ?| )({notation.WORDS})(?:\^[23])?")
+_COUNTED = re.compile(rf"(.*?[^ ]) ({notation.WORDS})(?:\^[23])?")
 
 
 def parse(text: str, shortest_word: int = 4) -> Fraction | None:

@@ -138,7 +138,9 @@ class Sudoku:
     return record["solution"]
 
   def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
-    """Grade the last answer block, or the whole text, by the rules of Sudoku.
+    r"""Grade the last answer block, or the whole text, or the last `\boxed{}` in it, by the rules of Sudoku.
+
+    Bars, commas, brackets, rules and the like between the digits are left out, and so are the wrappers of `notation`.
 
     Components of `strict`: `constraints`, the share of the 12 rows, columns and boxes that hold 1
     to 4 once and change no clue; `solved`, 1.0 when all do. Component of `d1`: `sudoku`, the share
