@@ -3,7 +3,7 @@ r"""Answers to competition problems: their normal form, by which most are compar
 import functools
 import re
 
-from d1jax.tasks import latex, rationals
+from d1jax.tasks import latex, notation, rationals
 
 MOST_CHARACTERS = 1000
 """Longer answers have no normal form and equal nothing; the longest of MATH has 159 characters."""
@@ -17,19 +17,10 @@ MOST_ENTRIES = 50
 UNORDERED = ("{}", "cup")
 """The kinds of lists whose entries may come in any order."""
 
-_MARKS = (
-  *((r"\!", ""), ("{,}", ","), (r"\$", ""), ("$", ""), (r"\%", ""), ("%", ""), (r"\displaystyle", "")),
-  *(("\N{DEGREE SIGN}", ""), (r"^\circ", ""), (r"^{\circ}", ""), ("\N{MINUS SIGN}", "-")),
-)
 _COMMANDS = (
-  (re.compile(r"\\(?:left|right)(?![A-Za-z])"), ""),
-  (re.compile(r"(?<=[0-9])\\[,;: ](?=[0-9]{3}(?![0-9]))"), ""),
-  (re.compile(r"(?<!\\)\\[,;: ]"), " "),
-  (re.compile(r"\\[cdt]frac"), r"\\frac"),
-  (re.compile(r"\\(?:text|mbox|textnormal|textrm|textbf|mathrm|mathbf)\s*\{"), r"\\text{"),
-  (re.compile(r"\s?,?\s?(?:\\text\{\s?,?\s?(?:and|or)\s?\}|\b(?:and|or)\b)\s?"), ", "),
+  (re.compile(rf"\b{notation.CURRENCY}(?=[0-9])|\\?[$%]|\^\\circ"), ""),
+  (re.compile(r" ?,? ?(?:\\text\{ ?,? ?(?:and|or) ?\}|\b(?:and|or)\b) ?|;"), ", "),
 )
-_UNIT = re.compile(r"(?<=[^\s({\[,])\s?\\text\{([A-Za-z\s.'/-]+)\}(?:\^(?:[23]|\{[23]\}))?$")
 _NAME = re.compile(r"(^|,)\s?([A-Za-z]{1,2})\s?=\s?")
 _POINT = re.compile(r"(?:\([A-Za-z](?:\s?,\s?[A-Za-z])*\)\s?=|[A-Za-z]\s?\\in(?![A-Za-z]))\s?(?=[^=]*$)")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}")
@@ -39,24 +30,29 @@ _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 # Not in `\frac 3 8`.
 _BLANK_BETWEEN_DIGITS = re.compile(r"(?<=[0-9])(?<!frac[0-9])(?<!frac [0-9])\s(?=[0-9])")
 _MATRIX = re.compile(r"\\begin\{([bpB]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
+_ARRAY = re.compile(
+  r"(?:\[|\() ?\\begin\{((?:small)?matrix|array)\}(?: ?\{[clr| ]*\})?(.*)\\end\{\1\} ?(?:\]|\))", re.DOTALL
+)
+_RELATION = re.compile(r" ?(<|>|\\[lg]e(?![A-Za-z])) ?")
+_BOUND = re.compile(r"(?:[0-9+\-*/.^(){} ]|\\[A-Za-z]+)+")
 _ENCLOSED = re.compile(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", re.DOTALL)
 _BRACKETS = ("()", "(]", "[)", "[]", "{}")
 _TOKEN = re.compile(r"\\?[(\[{)\]}]|,|\\cup(?![A-Za-z])")
 
 
 def is_same(answer: str, gold: str) -> bool:
-  """Tell whether an answer has the normal form of the gold answer; it may leave out the base of a number."""
+  """Tell whether an answer has the normal form of the gold answer; it may leave out the base of a number or a unit."""
   form, wanted = normal_form(answer), normal_form(gold)
-  if form is None or wanted is None or have_different_names(answer, gold):
+  if form is None or wanted is None or contradict(answer, gold):
     return False
   based = _BASED.fullmatch(wanted)
   return form == wanted or (based is not None and form == based[1])
 
 
-def have_different_names(answer: str, gold: str) -> bool:
-  """Tell whether both are values with a name, `x = 5` and `y = 5`, and not the same one."""
-  left, right = ({name for _, name in _NAME.findall(_plain(text))} for text in (answer, gold))
-  return bool(left and right and left != right)
+def contradict(answer: str, gold: str) -> bool:
+  """Tell whether both answers say what they are of, `x = 5` and `y = 5` or `5 cm` and `5 m`, and not the same."""
+  left, right = (_names(_plain(text)) for text in (answer, gold))
+  return bool(left and right and left != right) or notation.have_different_units(answer, gold)
 
 
 def is_copied(answer: str, problem: str) -> bool:
@@ -81,14 +77,15 @@ def normal_form(text: str) -> str | None:
 def clean(text: str) -> str:
   r"""Take away what does not change an answer's value, and keep LaTeX that can be parsed.
 
-  Gone are blanks and full stops at the ends, `$`, `\%`, degrees, `\left` and `\right`, `\!`, a unit in `\text{}` at the
-  end, a name before the only equals sign (`x = 5`, `(x, y) = (1, 2)`; also `x = 1, x = 2`) or before `\in`. Blanks of
-  any kind become one blank, `\dfrac` and the like `\frac`, `\mbox` and the like `\text`, `and` and `or` a comma.
+  Gone is what `notation` takes away: blanks and full stops at the ends, wrappers, a unit at the end; also `$`, `\%`,
+  degrees, and a name before the only equals sign (`x = 5`, `(x, y) = (1, 2)`; also `x = 1, x = 2`) or before `\in`.
+  `and`, `or` and semicolons become commas, inequalities intervals, signs and blanks what `notation.plain` writes.
   """
   text = _plain(text)
-  unit = _UNIT.search(text)
-  if unit is not None and rationals.is_unit(unit[1]):
-    text = text[: unit.start()]
+  text, _ = notation.split_unit(text)
+  _, interval = _as_interval(text)
+  if interval:
+    return interval
   found = _NAME.findall(text)
   if len(found) == text.count("=") and len({name for _, name in found}) == 1:
     return _NAME.sub(r"\1", text)
@@ -104,7 +101,7 @@ def split(text: str) -> tuple[str, list[str]]:
   """
   for _ in range(MOST_DEPTH):
     text = text.strip()
-    matrix = _MATRIX.fullmatch(text)
+    matrix = _MATRIX.fullmatch(text) or _ARRAY.fullmatch(text)
     if matrix is not None:
       rows = [row.split("&") for row in matrix[2].split(r"\\") if row.strip()]
       return " ".join(["matrix", *(str(len(row)) for row in rows)]), [entry for row in rows for entry in row]
@@ -127,12 +124,43 @@ def split(text: str) -> tuple[str, list[str]]:
 
 
 def _plain(text: str) -> str:
-  text = " ".join(text.split())
-  for old, new in _MARKS:
-    text = text.replace(old, new)
+  text = notation.plain(text)
   for pattern, replacement in _COMMANDS:
     text = pattern.sub(replacement, text)
-  return rationals.unquoted(text.strip().rstrip(".").strip())
+  return notation.unwrapped(text.strip().rstrip("."))
+
+
+def _names(text: str) -> set[str]:
+  variable, _ = _as_interval(text)
+  return {variable} if variable else {name for _, name in _NAME.findall(text)}
+
+
+def _as_interval(text: str) -> tuple[str, str]:
+  r"""Write the inequalities that bound a letter by numbers as an interval; returns the letter and the interval.
+
+  `x \ge 2` is `[2,\infty)` and `-2 \le x < 7` is `[-2,7)`. Two empty texts for anything else, and for `2 < x < 7`: the
+  interval `(2,7)` cannot be told from a point.
+  """
+  sides = [side.strip() for side in _RELATION.split(text)]
+  values, signs = sides[::2], sides[1::2]
+  candidates = values[1:2] if len(values) == 3 else values
+  letter = next((side for side in candidates if len(side) == 1 and side.isalpha()), "")
+  if not letter or len(values) not in (2, 3):
+    return "", ""
+  lower: list[tuple[str, bool]] = []
+  upper: list[tuple[str, bool]] = []
+  for left, sign, right in zip(values, signs, values[1:], strict=False):
+    value = left if right == letter else right
+    if not _BOUND.fullmatch(value):
+      return "", ""
+    bounds = lower if (sign in ("<", r"\le")) == (right == letter) else upper
+    bounds.append((value, sign in "<>"))
+  low, is_open_below = lower[0] if lower else (r"-\infty", True)
+  high, is_open_above = upper[0] if upper else (r"\infty", True)
+  is_point = is_open_below and is_open_above and r"\infty" not in low + high
+  if max(len(lower), len(upper)) > 1 or is_point:
+    return "", ""
+  return letter, f"{'(' if is_open_below else '['}{low},{high}{')' if is_open_above else ']'}"
 
 
 @functools.lru_cache(256)

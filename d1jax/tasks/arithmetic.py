@@ -23,14 +23,15 @@ MOST_BITS = 1 << 17
 MOST_NUMBERS = 6
 """The solver's limit; its search grows about thirtyfold with each number."""
 
-_WORD = re.compile(r"0|[1-9][0-9]*|[-+*/()]")
+_WORD = re.compile(r"0|[1-9][0-9]*|[-+*/()\[\]]")
 _OPERATORS = {
   "+": operator.add,
   "-": operator.sub,
   "*": operator.mul,
   "/": operator.truediv,
 }
-_RANK = {"(": -1, ")": 0, "+": 1, "-": 1, "*": 2, "/": 2}
+_OPENING = {")": "(", "]": "["}
+_RANK = {"(": -1, "[": -1, ")": 0, "]": 0, "+": 1, "-": 1, "*": 2, "/": 2}
 
 
 def words(text: str) -> list[str]:
@@ -41,9 +42,10 @@ def words(text: str) -> list[str]:
 def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
   """Compute the exact value of an expression and list the numbers that it uses, in order.
 
-  None for anything but ASCII integers without leading zeros, binary + - * / and parentheses; for
-  more than 200 characters; for a division by zero. Unary signs, `**`, `//`, decimals and numbers
-  joined across blanks are thus refused. Operator precedence by two stacks, without recursion.
+  None for anything but ASCII integers without leading zeros, binary + - * /, parentheses and square
+  brackets, and a minus at the start of the whole or of what is in brackets; for more than 200 characters; for a
+  division by zero. Other unary signs, `**`, `//`, decimals and numbers joined across blanks are thus
+  refused. Operator precedence by two stacks, without recursion.
   """
   text = text.strip()
   if len(text) > MOST_CHARACTERS or not text.isascii():
@@ -54,13 +56,18 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
   values: list[Fraction] = []
   numbers: list[int] = []
   pending = ["("]
-  expects_operand = True
+  expects_operand = is_start = True
   for word in [*found, ")"]:
     if not pending:  # A parenthesis too many has closed the whole.
       return None
-    if expects_operand != (word == "(" or word not in _RANK):
+    if word == "-" and is_start:  # -3+4 is 0-3+4, and uses the same numbers.
+      values.append(Fraction(0))
+      expects_operand = False
+    is_opening = word in ("(", "[")
+    is_start = is_opening
+    if expects_operand != (is_opening or word not in _RANK):
       return None
-    if word == "(":
+    if is_opening:
       pending.append(word)
     elif expects_operand:
       values.append(Fraction(int(word)))
@@ -72,8 +79,9 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
         if pending[-1] == "/" and not right:
           return None
         values.append(_OPERATORS[pending.pop()](values.pop(), right))
-      if word == ")":
-        pending.pop()
+      if word in _OPENING:
+        if pending.pop() != _OPENING[word]:
+          return None
       else:
         pending.append(word)
         expects_operand = True

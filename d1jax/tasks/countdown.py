@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from d1jax.tasks import arithmetic, common, d1_evaluation, d1_rewards, held_out, latex, tables
+from d1jax.tasks import arithmetic, common, d1_evaluation, d1_rewards, held_out, latex, notation, tables
 from d1jax.tasks.base import DataError, Grade, Message, Record
 
 FILE = "countdown/train.jsonl"
@@ -37,7 +37,9 @@ _EVALUATION = (
 )
 
 _SIGNS = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"))
-_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
+_FRACTION = re.compile(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
+# 3(4) and (3)(4); it is done before fractions get their parentheses, since 3\frac{1}{2} may be a mixed number.
+_PRODUCT = re.compile(r"(?<=[0-9)\]]) ?(?=[(\[])")
 _LIST = re.compile(r"[0-9]{1,9}(, ?[0-9]{1,9})*")
 
 # How many tenths of all multisets of numbers a split owns.
@@ -148,7 +150,7 @@ class Countdown:
   def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
     r"""Grade the last answer block, or the whole text: its last `\boxed{}`, or all of it, must be an expression.
 
-    LaTeX's `\times`, `\cdot`, `\div` and `\frac{}{}` are read; an equation is no expression.
+    The signs and wrappers of `notation` are read, `\frac{4}{2}`, `[3*4]` and `3(4)`; an equation is no expression.
 
     Components of `strict`: `correct`, 1.0 when the expression uses exactly the given numbers and
     equals the target; `well_formed`, 0.1 when it uses exactly the numbers but misses. Component of
@@ -177,13 +179,11 @@ def _format(reasoning: str, expression: str, style: str) -> str:
 
 
 def _expression(answer: str) -> str:
-  """Return the last box of an answer, or all of it, with its LaTeX signs and fractions as plain ones."""
-  if "\\" not in answer:
-    return answer
-  box = latex.last_box(answer)
-  text = answer if box is None else box
+  """Return the last box of an answer, or all of it, with plain signs and no wrapper."""
+  text = latex.boxed_or_whole(answer)
   if len(text) > arithmetic.MOST_CHARACTERS:
     return text
+  text = _PRODUCT.sub("*", notation.unwrapped(notation.plain(text)))
   for sign, plain in _SIGNS:
     text = text.replace(sign, plain)
   found = 1

@@ -58,7 +58,7 @@ def is_equivalent(answer: str, gold: str, problem: str) -> bool:
   """
   if answers.is_same(answer, gold):
     return True
-  if max(len(answer), len(gold)) > answers.MOST_CHARACTERS or answers.have_different_names(answer, gold):
+  if max(len(answer), len(gold)) > answers.MOST_CHARACTERS or answers.contradict(answer, gold):
     return False
   if answers.is_copied(answer, problem):
     return False
@@ -70,7 +70,7 @@ def _is_equal(answer: str, gold: str, depth: int) -> bool:
   if answers.is_same(answer, gold):
     return True
   form, wanted = answers.normal_form(answer), answers.normal_form(gold)
-  if form is None or wanted is None or depth == 0 or answers.have_different_names(answer, gold):
+  if form is None or wanted is None or depth == 0 or answers.contradict(answer, gold):
     return False
   if rationals.parse(wanted) is not None and (rationals.parse(form) is not None or _UNDONE.search(answer)):
     return False

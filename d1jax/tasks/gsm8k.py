@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-from d1jax.tasks import common, d1_evaluation, d1_rewards, latex, questions, rationals
+from d1jax.tasks import common, d1_evaluation, d1_rewards, latex, notation, questions, rationals
 from d1jax.tasks.base import DataError, Grade, Message, Record
 
 FILE = "gsm8k/train.jsonl"
@@ -19,10 +19,7 @@ _EVALUATION = (
 )
 _GOLD = "####"
 _OPEN_BOX = re.compile(r"\\?boxed\s*\{")
-_WORD = r"[A-Za-z][A-Za-z.'/-]+"
-_QUANTITY = re.compile(
-  rf"(?:[A-Za-z]+\s*=)?(.*?)(?:\s+({_WORD}(?:\s+{_WORD}){{0,3}})(?:\^[23]|[\u00b2\u00b3])?\.?)?", re.DOTALL
-)
+_NAMED = re.compile(r"(?:[A-Za-z]+ ?=)?(.*)", re.DOTALL)
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -116,8 +113,9 @@ class Gsm8k:
 def _read(text: str) -> Fraction | None:
   r"""Read the number that a completion answers with: all of its last box, of its answer block, or of itself.
 
-  It may have one name in front (`x = 5`) and a unit of up to four words behind. A box that an answer block leaves open
-  ends with the block. A second number makes the answer none.
+  It may have one name (`x = 5`) or `Answer:` and the like in front, and a unit of up to four words behind. A box that
+  an answer block leaves open ends with the block. A second number makes the answer none, and so does any other
+  sentence: `It is 18`.
   """
   answer = common.final_answer(text)
   box = latex.last_box(answer)
@@ -128,8 +126,8 @@ def _read(text: str) -> Fraction | None:
   if opened is not None:
     is_closed = answer.count("}") == answer.count("{")
     answer = answer[opened.end() :].removesuffix("}" if is_closed else "")
-  found = _QUANTITY.fullmatch(rationals.unquoted(answer))
-  return rationals.parse(found[1]) if found is not None and rationals.is_unit(found[2] or "") else None
+  found = _NAMED.match(notation.unwrapped(notation.plain(answer)))
+  return found and rationals.parse(found[1], shortest_word=2)
 
 
 def _format(reasoning: str, answer: str, style: str) -> str:

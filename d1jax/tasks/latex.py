@@ -2,7 +2,7 @@ r"""LaTeX answers: what stands in `\boxed{}`, and the string normaliser of MATH'
 
 import re
 
-_TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 # What MATH's normaliser replaces before and after it cuts the units.
 _FIRST = (
@@ -13,11 +13,11 @@ _THEN = ((r"\%", ""), (" .", " 0."), ("{.", "{0."))
 
 
 def last_box(text: str) -> str | None:
-  r"""Return the inside of the last `\boxed{...}` that is closed, or None.
+  r"""Return the inside of the last `\boxed{...}` or `\fbox{...}` that is closed, or None.
 
   Of nested boxes the innermost counts; `\{` and `\}` are no braces. Linear time.
   """
-  if r"\boxed" not in text:
+  if r"\boxed" not in text and r"\fbox" not in text:
     return None
   pending: list[int] = []  # Where boxes start, and -1 for other braces.
   last, end = -1, -1
@@ -91,3 +91,9 @@ def _stack_slash(text: str) -> str:
   # Python refuses, with a ValueError too, to read thousands of digits.
   numbers = int(above), int(below[0])
   return r"\frac{{{}}}{{{}}}".format(*numbers) if text == "{}/{}".format(*numbers) else text
+
+
+def boxed_or_whole(text: str) -> str:
+  """Return the last box of a text, or all of it without one."""
+  box = last_box(text)
+  return text if box is None else box

@@ -3,54 +3,51 @@
 import re
 from fractions import Fraction
 
+from d1jax.tasks import notation
+
 MOST_CHARACTERS = 100
 """Longer texts are no numbers; this bounds the time that reading and comparing takes."""
 
-# Words that are no units: behind a number they make it another number, or one of several.
-_CHANGING = re.compile(
-  r"\b(?:(?:hundred|thousand|million|billion|trillion|dozen|half|halve|quarter|third)s?"
-  r"|and|or|to|plus|minus|times|over|[ap]\.?m)(?![A-Za-z])",
-  re.IGNORECASE,
-)
-_CURRENCY = r"(?:\\?\$|£|€)"
-_THIN = r"\\[,;:! ]"
 _INTEGER = r"[0-9]|\{\s*-?[0-9]+\s*\}"
 _NUMBER = re.compile(
-  rf"(?P<sign>{_CURRENCY}\s*[-+]|[-+]?\s*{_CURRENCY}?)\s*"
-  rf"(?P<whole>[0-9]{{1,3}}(?:(?:,|\{{,\}}|,?{_THIN})[0-9]{{3}})+(?![0-9])|[0-9]*)"
-  r"(?:\.(?P<decimals>[0-9]+)"
-  rf"|(?:/|(?P<mixed>\s+[0-9]+)/)(?P<below>[0-9]+)"
-  rf"|\s*\\[cdt]?frac\s*(?P<top>{_INTEGER})\s*(?P<bottom>{_INTEGER}))?"
-  r"(?P<rest>.*)",
-  re.DOTALL,
+  rf"(?P<sign>{notation.CURRENCY} ?[-+]|[-+]? ?{notation.CURRENCY}?) ?"
+  r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)"
+  r"(?:\.(?P<decimals>[0-9]*)(?:\\(?:overline|bar) ?\{(?P<repeated>[0-9]+)\})?(?<!\.)"
+  r"|(?:/|(?P<mixed> [0-9]+)/)(?P<below>[0-9]+)"
+  rf"| ?\\frac ?(?P<top>{_INTEGER}) ?(?P<bottom>{_INTEGER}))?"
 )
-_UNIT = re.compile(
-  rf"(?:\s|{_THIN})*"
-  r"(?:\\?%|\\(?:text|textrm|textnormal|mathrm|mbox)\s*\{(?P<words>[A-Za-z\s.'/-]*)\}(?:\s*\^\s*(?:[23]|\{[23]\}))?)?"
-  r"\s*\.?\s*"
-)
-_QUOTES = (
-  *(("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")),
-  *((rf"\{command}{{", "}") for command in ("text", "textbf", "mathbf", "mathrm", "mbox")),
-)
+_COUNTED = re.compile(rf"(.*?[^ ]) ({notation.WORDS})(?:\^[23])?")
 
 
-def parse(text: str) -> Fraction | None:
+def parse(text: str, shortest_word: int = 4) -> Fraction | None:
   r"""Read a number exactly; None for anything else, and for more than 100 characters.
 
-  Understood are a sign; `$`, `£` or `€` in front; commas, also LaTeX's `{,}` and thin blanks, between groups of three
-  digits; a decimal part or a denominator; `\frac{1}{2}` and `\frac12`; mixed numbers, `2\frac{1}{2}` and `2 1/2`; a
-  percent sign (50% is 50) or a unit in `\text{}` behind; a full stop at the end; `$...$`, `\(...\)`, `\[...\]`,
-  `**...**`, `\text{...}` and the like around it all. Other words are not, nor are exponents and sums.
+  Understood are a sign; a sign of money in front or behind; commas and blanks between groups of three digits; a decimal
+  part, also a repeating one (`0.\overline{3}`); a denominator; `\frac{1}{2}` and `\frac12`; mixed numbers,
+  `2\frac{1}{2}` and `2 1/2`; parentheses around it; a unit behind (`notation.split_unit`), of which a percent sign is
+  one (50% is 50); and all that `notation` takes away. Exponents and sums are not.
+
+  Args:
+    text: at most 100 characters.
+    shortest_word: other words than units may stand behind the number if they have as many letters. Shorter ones may
+      be products of variables.
   """
-  text = text.strip()
-  if len(text) > MOST_CHARACTERS:
+  if len(text.strip()) > MOST_CHARACTERS:
     return None
-  found = _NUMBER.fullmatch(unquoted(text.replace("\N{MINUS SIGN}", "-")))
-  unit = found and _UNIT.fullmatch(found["rest"])
-  if found is None or unit is None or not is_unit(unit["words"] or ""):
+  answer = notation.unwrapped(notation.plain(text))
+  text, _ = notation.split_unit(answer)
+  counted = _COUNTED.fullmatch(text)
+  if counted is not None and min(map(len, counted[2].split())) >= shortest_word and notation.is_unit(counted[2]):
+    text = counted[1]
+  if text != answer:  # `$18$ dollars`
+    text = notation.unwrapped(text)
+  if text[:1] + text[-1:] == "()" and "," not in text:  # (100,101) are two numbers.
+    text = text[1:-1]
+  found = _NUMBER.fullmatch(text)
+  if found is None:
     return None
-  whole, decimals, mixed = re.sub(r"\D", "", found["whole"]), found["decimals"] or "", found["mixed"]
+  whole, decimals, mixed = found["whole"].replace(",", ""), found["decimals"] or "", found["mixed"]
+  repeated = found["repeated"] or ""
   if found["top"]:
     top, bottom = int(found["top"].strip("{}")), int(found["bottom"].strip("{}"))
     if whole and (top < 0 or bottom < 0):
@@ -60,6 +57,9 @@ def parse(text: str) -> Fraction | None:
       return None
     top, bottom = int(mixed or whole), int(found["below"])
     whole = whole if mixed else ""
+  elif repeated:
+    # 0.1\overline{6} is (16 - 1) / 90.
+    top, bottom = int(decimals + repeated) - int(decimals or 0), (10 ** len(repeated) - 1) * 10 ** len(decimals)
   elif whole or decimals:
     top, bottom = int(decimals or 0), 10 ** len(decimals)
   else:
@@ -68,19 +68,3 @@ def parse(text: str) -> Fraction | None:
     return None
   value = int(whole or 0) + Fraction(top, bottom)
   return -value if "-" in found["sign"] else value
-
-
-def unquoted(text: str) -> str:
-  r"""Take away `$...$`, `\(...\)`, `\[...\]`, `**...**`, `\text{...}` and the like, with a full stop behind them."""
-  for opening, closing in _QUOTES * 2:
-    bare = text.removesuffix(".")
-    if bare.startswith(opening) and bare.endswith(closing) and len(bare) > len(opening + closing):
-      inside = bare[len(opening) : -len(closing)]
-      if "}" not in inside.partition("{")[0]:  # Else the braces are two pairs: `\text{A5}_{11}`.
-        text = inside.strip()
-  return text
-
-
-def is_unit(words: str) -> bool:
-  """Tell whether words may stand behind a number without changing it."""
-  return _CHANGING.search(words) is None

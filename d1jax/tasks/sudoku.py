@@ -3,10 +3,14 @@
 import dataclasses
 import itertools
 import operator
+import re
 from collections.abc import Mapping, Sequence
 
-from d1jax.tasks import common, d1_evaluation, d1_rewards, sudoku_grids, sudoku_puzzles, tables
+from d1jax.tasks import common, d1_evaluation, d1_rewards, latex, notation, sudoku_grids, sudoku_puzzles, tables
 from d1jax.tasks.base import Grade, Message, Record
+
+MOST_CHARACTERS = 1000
+"""Longer answers hold no grid."""
 
 DEFAULT_SIZES = {"demonstrations": 4000, "train": 20000, "validation": 400, "test": 880}
 
@@ -42,6 +46,10 @@ _UNIT_CELLS = (
 _UNITS = tuple(operator.itemgetter(*cells) for cells in _UNIT_CELLS)
 _COMPLETE = frozenset(itertools.permutations("1234"))
 _DIGITS = frozenset("0123456789")
+_RULES = re.compile(r"^[ |+:]*[-=]{2}[-=+|: ]*$", re.MULTILINE)
+_SEPARATORS = re.compile(
+  r"[\s|,;&()\[\]{}\"']|\\\\|\\hline(?![a-z])|\\(?:begin|end)\{(?:array|[bpvB]?matrix)\}(?:\{[clr|\s]*\})?"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +138,9 @@ class Sudoku:
     return record["solution"]
 
   def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
-    """Grade the last answer block, or the whole text, by the rules of Sudoku.
+    r"""Grade the last answer block, or the whole text, or the last `\boxed{}` in it, by the rules of Sudoku.
+
+    Bars, commas, brackets, rules and the like between the digits are left out, and so are the wrappers of `notation`.
 
     Components of `strict`: `constraints`, the share of the 12 rows, columns and boxes that hold 1
     to 4 once and change no clue; `solved`, 1.0 when all do. Component of `d1`: `sudoku`, the share
@@ -148,7 +158,7 @@ class Sudoku:
 
 
 def _strict(text: str, record: Record) -> Grade:
-  answer = "".join(common.final_answer(text).split())
+  answer = _digits(common.final_answer(text))
   puzzle, solution = record["puzzle"], record["solution"]
   empty = puzzle.count("0")
   if len(answer) != 16 or not _DIGITS.issuperset(answer):
@@ -164,6 +174,17 @@ def _strict(text: str, record: Record) -> Grade:
   satisfied = sum([unit(kept) in _COMPLETE for unit in _UNITS])
   well_formed = not answer.strip("1234")
   return _grade(satisfied, right, empty, int(well_formed), answer)
+
+
+def _digits(answer: str) -> str:
+  """Return what an answer holds without blanks and, where that is no grid, without the signs around a grid."""
+  digits = "".join(answer.split())
+  if _DIGITS.issuperset(digits):
+    return digits
+  box = latex.boxed_or_whole(answer)
+  if len(box) > MOST_CHARACTERS:
+    return digits
+  return _SEPARATORS.sub("", notation.unwrapped(notation.plain(_RULES.sub("", box))))
 
 
 def _grade(satisfied: int, right: int, empty: int, well_formed: int, answer: str | None) -> Grade:

@@ -59,6 +59,17 @@ ATTACKS = [
     "\\lim_{x \\to 0} x",
   ),
   *("٣" * 100_000, "²" * 100_000, "9" * 90 + "/" + "9" * 9, "\\frac{1}{0}", "9" * 900, "$" * 49 + "x" + "$" * 49),
+  # Notation.
+  *("{1\\over" * 150, "\u221a(" * 400, "\u00bd" * 900, "1 000 " * 150, "Answer: " * 120, "5 " + "a/" * 440, "x<" * 300),
+  *(
+    "[\\begin{array}" * 60,
+    "-(" * 90,
+    "3(4)" * 45,
+    "```" * 300,
+    "5 " + "per " * 200,
+    "\\overline{3}" * 70,
+    "----\n" * 190,
+  ),
   # What would be seen if it ran.
   *("__import__('os').abort()", "print(1)", "exec('import this')", "\\__import__('os').abort()", "breakpoint()"),
 ]

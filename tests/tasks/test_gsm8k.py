@@ -162,7 +162,16 @@ def test_what_a_reader_takes_for_the_number(answer):
       "18x",
       "18 x",
     ),
-    *("The answer is 18.", "18 is what I get in the end", "x = y = 18", "\\boxed{}18", "\\boxed{17} 18", "1 8", "+-18"),
+    *(
+      "The answer is not 18.",
+      "It is 18.",
+      "18 is what I get in the end",
+      "x = y = 18",
+      "\\boxed{}18",
+      "\\boxed{17} 18",
+      "1 8",
+      "+-18",
+    ),
   ],
 )
 def test_a_number_among_others_or_in_a_sentence_is_no_answer(answer):

@@ -24,7 +24,7 @@ PIECES = st.lists(st.sampled_from(BRACES + OTHERS)).map("".join)
     (r"\boxed{}", ""),
     (r"\boxed{5", None),
     (r"\boxed 5$", None),
-    (r"\fbox{5}", None),
+    (r"\fbox{5}", "5"),
     ("boxed{5}", None),
     ("", None),
   ],
