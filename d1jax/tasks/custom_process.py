@@ -44,6 +44,17 @@ def build(settings: Settings) -> Task:
     task = maker(**settings.keywords)
   except BaseException as error:  # SystemExit too: it would end the process and say nothing.
     raise TaskError(f"{_place(path, error)}: build(seed, root, sizes, options) failed: {_said(error)}") from error
+  try:
+    _check(task, path)
+  except TaskError:
+    raise
+  except Exception as error:  # of a property
+    raise TaskError(f"{_place(path, error)}: the task that build() made fails: {_said(error)}") from error
+  return task
+
+
+def _check(task: object, path: str) -> None:
+  """Raises a TaskError unless it has what a task has."""
   if not isinstance(task, Task):
     missing = ", ".join(name for name in _MEMBERS if not hasattr(task, name))
     raise TaskError(f"{path}: build() made a {type(task).__name__} without {missing}; a task has {', '.join(_MEMBERS)}")
@@ -51,7 +62,6 @@ def build(settings: Settings) -> Task:
     raise TaskError(f"{path}: the task's name is {checked.shortened(task.name)}, expected a text without a slash")
   if not isinstance(task.splits, tuple | list) or not all(isinstance(split, str) for split in task.splits):
     raise TaskError(f"{path}: the task's splits are {checked.shortened(task.splits)}, expected a tuple of texts")
-  return task
 
 
 def load(path: str) -> ModuleType:

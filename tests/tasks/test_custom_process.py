@@ -38,6 +38,10 @@ def built(tmp_path, text):
     ("import nowhere_at_all", "my_task.py line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
     ("raise ValueError('two\\nlines')", "my_task.py line 1: ValueError: two lines"),
     ("import sys; sys.exit(0)", "my_task.py line 1: SystemExit: 0; run it"),
+    (
+      f"{WHOLE}  name = property(lambda _: 1 / 0)\nbuild = lambda **_: Whole()",
+      "line 10: the task .* fails: ZeroDivisionE",
+    ),
     ("x = 1", r"my_task.py: defines no build\(\*, seed, root, sizes\)"),
     ("build = 3", "my_task.py: defines no build"),
     ("def build(seed):\n  pass", "my_task.py: build.* failed: TypeError: .*unexpected keyword argument 'root'"),
