@@ -131,15 +131,23 @@ def main() -> None:
   """Serve, and end at once when nobody asks any more: threads that the task left behind do not keep the process."""
   connection = Connection(int(sys.argv[1]))
 
+  stops = (signal.SIGTERM, signal.SIGINT)
+
   def forked() -> None:
     connection.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
 
-  # Stop signals are for the run to answer; programs that the task starts have their own again.
-  for number in (signal.SIGTERM, signal.SIGINT):
+  # Stop signals are for the run to answer. What the task starts answers them itself again, from its first moment on:
+  # a signal that comes while a process forks waits until the copy is ready for it.
+  for number in stops:
     signal.signal(number, lambda *_: None)
-  os.register_at_fork(after_in_child=forked)
+  os.register_at_fork(
+    before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, stops),
+    after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, stops),
+    after_in_child=forked,
+  )
   try:
     serve(connection)
   except (EOFError, OSError):

@@ -15,7 +15,7 @@ from d1jax.tasks import SPLITS, Custom, DataError, Grade, Task, TaskError, build
 PARITY = str(Path(__file__).with_name("parity_task.py"))
 
 TASK = """
-import os, re, sys, threading, time
+import multiprocessing, os, re, sys, time
 from d1jax.tasks import SPLITS, Grade
 
 def hang(): re.match("(a+)+$", "a" * 50 + "b")  # never lets another thread of Python run
@@ -26,6 +26,9 @@ def interrupt(): raise KeyboardInterrupt
 def mute(): sys.stdout.close()
 def read(): input()
 def fork(): return os.fork() and None
+def start():
+  process = multiprocessing.Process(target=time.sleep, args=(60,))
+  process.start(), process.terminate(), process.join()
 def say(): print("hello from the grader")
 
 class Mine:
@@ -144,9 +147,9 @@ def test_a_grader_that_ends_its_process_is_an_error_of_one_line(task, text, mess
   assert task.grade("right", RECORD).reward == 1.0
 
 
-def test_a_grader_may_print_fork_and_close_its_standard_output(path, capfd):
+def test_a_grader_may_print_start_processes_and_close_its_standard_output(path, capfd):
   task = build("x", module=path)
-  for text in ("say", "fork", "mute"):
+  for text in ("say", "fork", "start", "mute"):
     assert len({task.grade(t, RECORD).answer for t in (text, "", "right")}) == 1, "one process has answered in turn"
   assert capfd.readouterr().out == "hello from the grader\n"
 
