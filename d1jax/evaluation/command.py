@@ -157,6 +157,8 @@ def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
     own = ConfigDict(trained.to_dict())
     own.task.style = config.style or trained.task.style
     own.evaluation.prompt_buckets = tuple(config.prompt_buckets) or trained.evaluation.prompt_buckets
+    if isinstance(task, tasks.Custom):
+      task.try_out(own.task.style, config.protocol)
     experiment = dataclasses.replace(found.experiment, config=own, task=task)
     texts = experiment.texts(config.split, config.prefill)
     output.check_accuracy(task, texts.records[0], own.task.style, config.protocol)

@@ -21,7 +21,7 @@ from d1jax.parallel import multihost
 from d1jax.parallel.mesh import place
 from d1jax.rl.grading import Graded, decode
 from d1jax.state import Frozen, merge_for_rollout
-from d1jax.tasks import Record, Task
+from d1jax.tasks import Record, Task, TaskError, checked
 from d1jax.tasks.base import Grade
 from d1jax.training.experiment import Experiment, Texts
 from d1jax.training.workdir import Folder, write_atomically
@@ -95,7 +95,9 @@ def evaluation(task: Task, records: Sequence[Record], texts: list[str], grades: 
 def baseline(task: Task, records: Sequence[Record], style: str, protocol: str = "strict") -> Evaluation:
   """What a completion without a model earns: the task's constant answer."""
   texts = [task.baseline(record, style) for record in records]
-  return evaluation(task, records, texts, [task.grade(t, r, protocol) for t, r in zip(texts, records, strict=True)])
+  return evaluation(
+    task, records, texts, [checked.grade(task, t, r, protocol) for t, r in zip(texts, records, strict=True)]
+  )
 
 
 def grade_completions(
@@ -110,11 +112,23 @@ def grade_completions(
   """The texts that were graded, and their grades.
 
   `strict` reads the prefill and the text up to the first stop id. `d1` reads all tokens, special ones spelled out,
-  without the prefill, as d1's evaluation does; its grades have the metrics of `strict` too.
+  without the prefill, as d1's evaluation does; its grades have the metrics of `strict` too. All processes call this
+  together, each with its own rows.
+
+  Raises:
+    TaskError: the task does not keep its contract, on any process; it is raised on all.
   """
   shown = [a + b for a, b in zip(prefills, decode(tokenizer, completion, mask), strict=True)]
   texts = shown if protocol == "strict" else tokenizer.decode_raw([row.tolist() for row in completion])
-  return texts, [grade_text(task, *row, protocol) for row in zip(records, shown, texts, strict=True)]
+  failure, grades = "", []
+  try:
+    grades = [grade_text(task, *row, protocol) for row in zip(records, shown, texts, strict=True)]
+  except TaskError as error:
+    failure = str(error)
+  for failed in multihost.gather(failure):
+    if failed:
+      raise TaskError(failed)
+  return texts, grades
 
 
 def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) -> Grade:
@@ -127,10 +141,10 @@ def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) 
     raw: what other protocols read.
     protocol: of the grade.
   """
-  strict = task.grade(shown, record)
+  strict = checked.grade(task, shown, record)
   if protocol == "strict":
     return strict
-  other = task.grade(raw, record, protocol)
+  other = checked.grade(task, raw, record, protocol)
   return dataclasses.replace(other, metrics={**other.metrics, **strict.metrics}, answer=strict.answer)
 
 

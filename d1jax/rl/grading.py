@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from d1jax.data.tokenizer import Tokenizer
-from d1jax.tasks import custom, worker
-from d1jax.tasks.base import Grade, Record, Task
+from d1jax.tasks import checked, worker
+from d1jax.tasks.base import Grade, Record, Task, TaskError
 
 SLICES = 4
 """Parts of a batch for each worker, so that one with slow texts does not hold up the rest."""
@@ -119,11 +119,16 @@ class Grader:
 
     Returns:
       A function that waits for the grades. A worker that dies takes all others with it; they are started anew and the
-      batch is graded again, once. If one dies then too, it raises a WorkersDiedError.
+      batch is graded again, once. If one dies then too, it raises a WorkersDiedError. It raises a TaskError where a
+      grade holds what it may not, such as a reward that is not finite.
     """
     if not self._workers:
-      grades = [self._task.grade(text, record, protocol) for text, record in zip(texts, records, strict=True)]
-      return lambda: grades
+      done: Future[list[Grade]] = Future()
+      try:
+        done.set_result([checked.grade(self._task, *row, protocol) for row in zip(texts, records, strict=True)])
+      except TaskError as error:
+        done.set_exception(error)
+      return done.result
     size = max(len(texts) // (SLICES * self._workers), 1)
     slices = [(texts[i : i + size], records[i : i + size], protocol) for i in range(0, len(texts), size)]
     pool, futures = self._begin(slices)
@@ -134,9 +139,7 @@ class Grader:
     if self._pool is None:
       # Not a fork server: where a signal goes to every process, a dying one would fail what it is asked for.
       context = multiprocessing.get_context("spawn")
-      self._pool = ProcessPoolExecutor(
-        self._workers, context, worker.start, (custom.used(self._pickled), self._pickled)
-      )
+      self._pool = ProcessPoolExecutor(self._workers, context, worker.start, (self._pickled,))
     futures: list[Future[list[Grade]]] = []
     with _without_main():
       for part in slices:

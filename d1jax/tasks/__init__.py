@@ -2,7 +2,7 @@
 
 `build("sudoku", seed=0)` makes a task by its name, `build_mix({"sudoku": 1, "countdown": 2})` several in one. A new
 task is one new file and one line in the table below, or a file of your own (`custom`). This folder imports nothing else
-of the package, and no array library but numpy.
+of the package but its errors, and no array library but numpy.
 """
 
 import dataclasses
@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from d1jax.tasks import custom
-from d1jax.tasks.base import DataError, Grade, Message, Record, Task
+from d1jax.tasks.base import DataError, Grade, Message, Record, Task, TaskError
 from d1jax.tasks.common import PROTOCOLS, SPLITS, STYLES, check_choice, split_hash
 from d1jax.tasks.countdown import Countdown
+from d1jax.tasks.custom import Custom
 from d1jax.tasks.gsm8k import Gsm8k
 from d1jax.tasks.hendrycks_math import HendrycksMath
 from d1jax.tasks.mixture import Mixture
@@ -24,6 +25,7 @@ __all__ = [
   "STYLES",
   "TASKS",
   "Countdown",
+  "Custom",
   "DataError",
   "Grade",
   "Gsm8k",
@@ -33,6 +35,7 @@ __all__ = [
   "Record",
   "Sudoku",
   "Task",
+  "TaskError",
   "build",
   "build_mix",
   "split_hash",
@@ -68,7 +71,7 @@ def build(
 
   Raises:
     ValueError: an unknown name or option (the message lists the known ones), or a bad value.
-    DataError: `module` does not build a task.
+    TaskError: `module` does not build a task.
   """
   if module is not None:
     return custom.build(module, seed=seed, root=root, sizes=sizes, options=options)

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from d1jax.errors import RunError
+
 Record = Mapping[str, Any]
 Message = dict[str, str]
 """One chat turn: `{"role": "user", "content": ...}`."""
@@ -13,13 +15,21 @@ class DataError(ValueError):
   """Input data that cannot be used; the message names the file, the line and the remedy."""
 
 
+class TaskError(DataError, RunError):
+  """A task that does not keep its contract, whenever that shows; one line that names the task, the call and the text.
+
+  It ends a run as wrong input does, also in the midst of training.
+  """
+
+
 @dataclasses.dataclass(frozen=True)
 class Grade:
   """What one completion earned.
 
   Attributes:
-    components: named rewards; the reward of a completion is their sum.
-    metrics: named (numerator, denominator) pairs, pooled over a split by adding both.
+    components: named rewards, finite; the reward of a completion is their sum.
+    metrics: named (numerator, denominator) pairs, pooled over a split by adding both; 0 <= numerator <= denominator.
+      `solved` must be among those of `strict`, with a positive denominator: validation chooses checkpoints by it.
     answer: what was read from the text, in a normal form (equal answers are equal texts), by which several samples
       of one question vote; None without an answer.
   """

@@ -2,22 +2,52 @@
 
 A frozen dataclass with those fields is enough (`build = MyTask`); `tests/tasks/parity_task.py` is a worked example. The
 file is run as ordinary Python with the rights of the run: point only at files that you trust.
+
+It is run in a process of its own (`custom_process`), for one reason: a grader that hangs in a regular expression, calls
+`os._exit` or runs out of memory cannot be stopped in the run's own process. A call costs about 0.1 ms more, and the
+start half a second.
 """
 
-import hashlib
-import importlib.util
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
 import sys
-import traceback
-from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
-from d1jax.tasks.base import DataError, Task
+from d1jax.tasks import checked
+from d1jax.tasks.base import Grade, Message, Record, TaskError
+from d1jax.tasks.common import split_hash
+from d1jax.tasks.custom_process import Settings
 
-_PREFIX = "d1jax_custom_task_"
+CALL_SECONDS = 30.0
+"""The wall time of a call, such as one grade."""
 
-_MEMBERS = sorted({*Task.__annotations__, *(name for name in vars(Task) if not name.startswith("_"))})
+START_SECONDS = 600.0
+"""The wall time of what may read files: the start with its `build`, and the records of a split."""
+
+ATTEMPTS = 2
+"""How often a call is made whose process dies: once it may be for want of memory, or a signal to all processes."""
+
+TRIED = 2
+"""Records of each split that are graded before a run."""
+
+GARBAGE = "\0 ?? </answer> 1/0 \\boxed{ [None] 9e999"
+"""A text that is tried."""
+
+PROGRAM = "from d1jax.tasks import custom_process; custom_process.main()"
+"""What the process runs."""
+
+HELD_OUT = {"validation", "test"}
+"""The splits whose questions belong to no other. SFT and diffu-GRPO may train on the same ones."""
+
+log = logging.getLogger(__name__)
 
 
 def build(
@@ -27,7 +57,7 @@ def build(
   root: str | None = None,
   sizes: Mapping[str, int] | None = None,
   options: Mapping[str, Any] | None = None,
-) -> Task:
+) -> "Custom":
   """Build the task of a user's file.
 
   Args:
@@ -38,61 +68,210 @@ def build(
     options: handed on, as keywords.
 
   Raises:
-    DataError: the file cannot be found or run, or does not build a `Task`; the message names it and says why.
+    TaskError: the file cannot be found or run, or does not build a `Task`; the message names it and says why.
   """
-  module = load(path)
-  maker = getattr(module, "build", None)
-  if not callable(maker):
-    raise DataError(f"{path}: defines no build(*, seed, root, sizes); add it, such as `build = MyTask`")
-  try:
-    task = maker(seed=seed, root=root, sizes=dict(sizes or {}), **(options or {}))
-  except Exception as error:
-    raise DataError(f"{_place(path, error)}: build(seed, root, sizes, options) failed: {_said(error)}") from error
-  if not isinstance(task, Task):
-    missing = ", ".join(name for name in _MEMBERS if not hasattr(task, name))
-    raise DataError(f"{path}: build() made a {type(task).__name__} without {missing}; a task has {', '.join(_MEMBERS)}")
-  return task
+  keywords = {"seed": seed, "root": root, "sizes": dict(sizes or {}), **(options or {})}
+  return Custom(Settings(path, keywords))
 
 
-def load(path: str) -> ModuleType:
-  """Import a user's file once, under a name that follows from its path, so that what it defines can be pickled.
+class Custom:
+  """The task of a user's file, which lives in another process. Every answer is checked, and every call bounded.
 
-  Raises:
-    DataError: it cannot be found, or running it fails.
+  It is asked from any thread, one call after the other. Pickled, it is its settings: another process starts its own.
+
+  Attributes:
+    name: of the task.
+    splits: of the task.
   """
-  file = Path(path).resolve()
-  name = f"{_PREFIX}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-  if name in sys.modules:
-    return sys.modules[name]
-  spec = importlib.util.spec_from_file_location(name, file)
-  if not file.is_file() or spec is None or spec.loader is None:
-    raise DataError(f"{path}: no such Python file under {Path.cwd()}; name the .py file that defines build")
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[name] = module
-  try:
-    spec.loader.exec_module(module)
-  except Exception as error:
-    del sys.modules[name]
-    raise DataError(f"{_place(path, error)}: {_said(error)}; run it with Python alone to see more") from error
-  return module
+
+  _process: "_Process | None"
+
+  def __init__(self, settings: Settings):
+    """Starts the process and builds the task.
+
+    Raises:
+      TaskError: see `build`.
+    """
+    self._settings = settings
+    self._forget()
+    self.name, self.splits = self._call()
+
+  def records(self, split: str) -> Sequence[Record]:
+    """Return the records of one split; the task is asked twice, once, and must answer the same.
+
+    Raises:
+      TaskError: it does not, or there are none; as of every method, the call fails in one of the ways that docs name.
+    """
+    if split not in self._records:
+      found, again = self._call("records", split), self._call("records", split)
+      call = f"{self._settings.path}: {checked.called('records', (split,))}"
+      if split_hash(found) != split_hash(again):
+        raise TaskError(f"{call} returned other records the second time: draw them with a generator seeded by `seed`")
+      if not found and self._settings.keywords["sizes"].get(split) != 0:
+        raise TaskError(f"{call} returned no record: leave the split out of `splits`, or set task.sizes.{split}=0")
+      self._records[split] = tuple(found)
+    return self._records[split]
+
+  def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
+    """Return the chat messages and the text that the completion starts with."""
+    return self._call("prompt", record, style)
+
+  def demonstration(self, record: Record, style: str) -> str:
+    """Write a correct completion."""
+    return self._call("demonstration", record, style)
+
+  def baseline(self, record: Record, style: str) -> str:
+    """Write the completion of a model that knows nothing but the format."""
+    return self._call("baseline", record, style)
+
+  def cluster(self, record: Record) -> str:
+    """Name the record's cluster."""
+    return self._call("cluster", record)
+
+  def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
+    """Grade a completion."""
+    return self._call("grade", text, record, protocol)
+
+  def try_out(self, style: str, protocol: str) -> None:
+    """Ask for all records and prompts, and grade a few texts, so that mistakes show before anything is compiled.
+
+    Args:
+      style: of the prompts.
+      protocol: that training pays by; `strict` is tried in any case.
+
+    Raises:
+      TaskError: a call fails, or a question of `validation` or `test` is in another split too.
+    """
+    seen: dict[str, str] = {}
+    for split in self.splits:
+      records = self.records(split)
+      for record in records:
+        self._check_split(split, record, style, seen)
+      for record in records[:TRIED]:
+        texts = ["", GARBAGE]
+        if split == "demonstrations":
+          texts.append(self.demonstration(record, style))
+        elif split in HELD_OUT:
+          texts.append(self.baseline(record, style))
+          self.cluster(record)
+        for text in texts:
+          for name in dict.fromkeys(("strict", protocol)):
+            self.grade(text, record, name)
+
+  def _check_split(self, split: str, record: Record, style: str, seen: dict[str, str]) -> None:
+    messages, _ = self.prompt(record, style)
+    question = " ".join(" ".join(message["content"] for message in messages).split())
+    other = seen.setdefault(question, split)
+    if other != split and {other, split} & HELD_OUT:
+      raise TaskError(
+        f"{self._settings.path}: the question {checked.shortened(question)} is in the splits {other} and {split}:"
+        f" records() must give a question of {' or '.join(sorted(HELD_OUT))} to no other split, or nothing is held out"
+      )
+
+  def _call(self, method: str = "", *arguments: Any) -> Any:
+    """What the task's process answers; it is replaced where it dies, and ended where it takes too long.
+
+    Without a method: the name and the splits of the task.
+    """
+    path = f"{self._settings.path}:"
+    with self._lock:
+      for _ in range(ATTEMPTS):
+        is_built, seconds = False, START_SECONDS
+        try:
+          if self._process is None or not self._process.is_usable():
+            self._process = _Process(self._settings)
+          if not method:
+            return self._process.task
+          is_built, seconds = True, START_SECONDS if method == "records" else CALL_SECONDS
+          return self._process.ask((method, arguments), seconds)
+        except TimeoutError:
+          call = checked.called(method, arguments) if is_built else "build()"
+          raise TaskError(f"{path} {call} took more than {seconds:g} seconds and was ended: bound its time") from None
+        except _DiedError as error:
+          code, call = error.code, checked.called(method, arguments) if is_built else "build()"
+          log.warning("%s %s ended the process of the task (exit code %d)", path, call, code)
+    raise TaskError(f"{path} {call} ended its process twice (exit code {code}; -9: memory ran out); it must return")
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {"_settings": self._settings, "name": self.name, "splits": self.splits}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._forget()
+
+  def _forget(self) -> None:
+    self._lock, self._process = threading.Lock(), None
+    self._records: dict[str, Sequence[Record]] = {}
 
 
-def used(pickled: bytes) -> list[str]:
-  """The paths of the files that a pickled object names, which another process must `load` before it unpickles it."""
-  return [
-    str(module.__file__)
-    for name, module in sys.modules.items()
-    if name.startswith(_PREFIX) and name.encode() in pickled
-  ]
+class _DiedError(Exception):
+  """The process of a task ended over a call."""
+
+  def __init__(self, code: int):
+    super().__init__(code)
+    self.code = code
 
 
-def _place(path: str, error: Exception) -> str:
-  """The file, and its line that failed, where it is known."""
-  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(Path(path).resolve())]
-  line = error.lineno if isinstance(error, SyntaxError) and not lines else next(reversed(lines), None)
-  return path if line is None else f"{path} line {line}"
+class _Process:
+  """One process of a task. It ends with this object, with this process, and when a call was not answered.
+
+  Attributes:
+    task: name and splits.
+  """
+
+  def __init__(self, settings: Settings):
+    """Starts it, and has it build the task."""
+    # This process's modules, and sets in the same order whenever the run goes on.
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    ours, theirs = socket.socketpair()
+    with theirs:
+      self._program = subprocess.Popen(
+        [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno())],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+        env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+      )
+    self._connection = Connection(ours.detach())
+    self._owner = os.getpid()
+    self._end = weakref.finalize(self, _end, self._program, self._connection, self._owner)
+    self.task: tuple[str, Sequence[str]] = self.ask(settings, START_SECONDS)
+
+  def is_usable(self) -> bool:
+    """Whether it can be asked from here; a process that was forked off starts its own."""
+    return self._end.alive and self._owner == os.getpid()
+
+  def ask(self, request: Any, seconds: float) -> Any:
+    """What it answers.
+
+    Raises:
+      TaskError: the task refused.
+      TimeoutError: it took too long.
+      _DiedError: it died.
+    """
+    try:
+      self._connection.send((seconds, request))
+      if not self._connection.poll(seconds):
+        raise TimeoutError
+      is_well, found = self._connection.recv()
+    except (EOFError, ConnectionError):
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        self._program.wait(1)
+      self._end()
+      raise _DiedError(self._program.returncode) from None
+    except BaseException:  # An answer that is still on its way would be taken for the next one's.
+      self._end()
+      raise
+    if not is_well:
+      raise TaskError(found)
+    return found
 
 
-def _said(error: Exception) -> str:
-  text = error.msg if isinstance(error, SyntaxError) else str(error)
-  return " ".join(f"{type(error).__name__}: {text}".split())
+def _end(program: subprocess.Popen[bytes], connection: Connection, owner: int) -> None:
+  """Ends a process and what it has started, if it is one of this process."""
+  connection.close()
+  if owner == os.getpid():
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+      os.killpg(program.pid, signal.SIGKILL)
+    program.kill()
+    program.wait()

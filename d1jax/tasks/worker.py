@@ -7,31 +7,28 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from d1jax.tasks import custom
+from d1jax.tasks import checked
 from d1jax.tasks.base import Grade, Record, Task
 
 _held: list[Task] = []
 
 
-def start(paths: Sequence[str], pickled: bytes) -> None:
+def start(pickled: bytes) -> None:
   """Take the task in; called once, when the process starts.
 
   Ctrl-C is left to the process that asked for the grades. When that dies, whatever way, this one ends too.
 
   Args:
-    paths: files of custom tasks (`custom.used`).
     pickled: the task.
   """
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  for path in paths:
-    custom.load(path)
   _held.append(pickle.loads(pickled))
 
 
 def grade(texts: Sequence[str], records: Sequence[Record], protocol: str) -> list[Grade]:
   """Grade completions, one record each, with the task that the process holds."""
-  return [_held[0].grade(text, record, protocol) for text, record in zip(texts, records, strict=True)]
+  return [checked.grade(_held[0], text, record, protocol) for text, record in zip(texts, records, strict=True)]
 
 
 def _end_with_parent() -> None:

@@ -295,6 +295,8 @@ def build(
   """
   task = build_task(config)
   check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
+  if isinstance(task, tasks.Custom):
+    task.try_out(config.task.style, config.task.protocol)
   sampler = SamplerSpec(**config.rollout)
   if sampler.early_exit and config.task.protocol == "d1":
     raise ValueError(

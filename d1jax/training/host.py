@@ -20,6 +20,7 @@ from d1jax.rl.losses import RATIO_EDGES
 from d1jax.rl.selection import NO_SIGNAL
 from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.rl.update import UpdateMetrics
+from d1jax.tasks.base import TaskError
 from d1jax.training.experiment import Experiment, Texts
 
 QUANTILES = (0.01, 0.5, 0.99)
@@ -73,7 +74,7 @@ def grade_chunks(
     shaping: makes rewards of grades.
 
   Raises:
-    RunError: the grader's workers died twice over a chunk, on any process.
+    RunError: the grader's workers died twice over a chunk, or the task does not keep its contract, on any process.
   """
   protocol = experiment.config.task.protocol
   fetched: list[Rollout] = []
@@ -95,6 +96,8 @@ def grade_chunks(
   try:
     with jax.profiler.TraceAnnotation("grading"):
       grades = [grade for wait in pending for grade in wait()]
+  except TaskError as error:
+    failure = str(error)
   except WorkersDiedError as error:
     failure = f"{error}. It is --config.grpo.grading_workers"
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)

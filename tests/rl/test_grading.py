@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from d1jax.rl.grading import Grader, WorkersDiedError, decode, graded_texts
-from d1jax.tasks import Grade, build, build_mix
+from d1jax.tasks import Grade, TaskError, build, build_mix
 
 ROOT = Path(__file__).parents[2]
 PARITY = str(ROOT / "tests/tasks/parity_task.py")
@@ -46,7 +46,7 @@ class Echo:
 
   def grade(self, text, record, protocol="strict"):
     answer = f"{os.getpid()} {'jax' in sys.modules} {protocol}"
-    return Grade({"length": 0.5 * len(text)}, {"row": (record["row"], 1)}, answer)
+    return Grade({"length": 0.5 * len(text)}, {"row": (record["row"], 1000)}, answer)
 
 
 class Dying(Echo):
@@ -61,6 +61,13 @@ class Dying(Echo):
         self.path.write_text("died once")
       os._exit(9)
     return super().grade(text, record, protocol)
+
+
+class Giving(Echo):
+  """Gives what its record says for the text `bad`."""
+
+  def grade(self, text, record, protocol="strict"):
+    return record["grade"] if text == "bad" else super().grade(text, record, protocol)
 
 
 class Raising(Echo):
@@ -113,7 +120,7 @@ def test_grades_come_in_the_order_of_the_texts(workers):
       first, second = grader.submit(texts, records, "strict"), grader.submit(texts[::-1], records[::-1], "d1")
       for wait, rows, protocol in ((first, records, "strict"), (second, records[::-1], "d1")):
         grades = wait()
-        assert [g.metrics["row"] for g in grades] == [(r["row"], 1) for r in rows]
+        assert [g.metrics["row"] for g in grades] == [(r["row"], 1000) for r in rows]
         assert [g.components["length"] for g in grades] == [0.5 * (1 + r["row"] % 3) for r in rows]
         assert all(g.answer.endswith(protocol) for g in grades)
 
@@ -195,6 +202,37 @@ def test_ctrl_c_is_left_to_the_process_that_asked(caplog):
 def test_what_a_grader_raises_is_raised_here(workers):
   with Grader(Raising(), workers) as grader, pytest.raises(ZeroDivisionError, match="in a"):
     grader.submit(*batch(3), "strict")()
+
+
+@pytest.mark.parametrize(
+  ("grade", "message"),
+  [
+    (Grade({"a": float("nan")}, {}), "gave the reward component 'a' the value nan, expected a finite number"),
+    (Grade({"a": -1e300}, {}), r"gave the reward component 'a' the value -1e\+300, expected a finite number"),
+    (Grade({"a": "1"}, {}), "gave the reward component 'a' the value '1', expected a finite number"),
+    (Grade({}, {"m": (2, 1)}), r"gave the metric 'm' the value \(2, 1\), expected \(numerator, denominator\)"),
+    (None, "returned None, expected a Grade"),
+  ],
+)
+def test_a_bad_grade_is_an_error_where_it_arrives(grade, message):
+  """Of any task; that of a text in the middle of a batch, when its grades are waited for."""
+  texts, records = batch(8)
+  records[5]["grade"] = grade
+  wait = Grader(Giving(), 0).submit([*texts[:5], "bad", *texts[6:]], records, "strict")
+  with pytest.raises(
+    TaskError, match=rf"^the task echo: grade\(text='bad', record=\{{'row': 5, .*\) {message}"
+  ) as caught:
+    wait()
+  assert "\n" not in str(caught.value)
+
+
+def test_a_bad_grade_of_a_worker_is_the_same_error_and_the_next_batch_is_graded(tmp_path):
+  texts, records = batch(8)
+  records[5]["grade"] = Grade({"a": float("nan")}, {})
+  with Grader(Giving(), 1) as grader:
+    with pytest.raises(TaskError, match=r"^the task echo: grade\(text='bad', .* 'a' the value nan, expected a finite"):
+      grader.submit([*texts[:5], "bad", *texts[6:]], records, "strict")()
+    assert len(grader.submit(texts, records, "strict")()) == 8
 
 
 def test_closing_ends_the_workers_and_a_later_batch_starts_new_ones():

@@ -1,130 +1,253 @@
+"""What belongs to the process of a custom task. What its file and its answers may be is in test_custom_process."""
+
+import os
 import pickle
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from d1jax.tasks import SPLITS, DataError, Task, build, custom
+from d1jax.errors import RunError
+from d1jax.tasks import SPLITS, Custom, DataError, Grade, Task, TaskError, build, custom
 
 PARITY = str(Path(__file__).with_name("parity_task.py"))
 
-WHOLE = """
-class Whole:
-  name, splits = "whole", ("train",)
-  def records(self, split): return ()
-  def prompt(self, record, style): return [], ""
-  def demonstration(self, record, style): return ""
-  def baseline(self, record, style): return ""
-  def cluster(self, record): return ""
-  def grade(self, text, record, protocol="strict"): raise NotImplementedError
+TASK = """
+import multiprocessing, os, re, sys, time
+from d1jax.tasks import SPLITS, Grade
+
+def hang(): re.match("(a+)+$", "a" * 50 + "b")  # never lets another thread of Python run
+def die(): os._exit(7)
+def close(): os.closerange(3, 256)
+def kill(): os.kill(os.getpid(), 9)
+def interrupt(): raise KeyboardInterrupt
+def mute(): sys.stdout.close()
+def read(): input()
+def fork(): return os.fork() and None
+def start():
+  process = multiprocessing.Process(target=time.sleep, args=(60,))
+  process.start(), process.terminate(), process.join()
+def say(): print("hello from the grader")
+
+class Mine:
+  name, splits = "mine", SPLITS
+  def __init__(self, seed, root, sizes, **options): self.options = options
+  def records(self, split):
+    if split == self.options.get("asked"): return self.options["answers"]
+    return [{"n": (SPLITS.index(split), n)} for n in range(3)]
+  def prompt(self, record, style):
+    if style == self.options.get("style"): raise KeyError("style")
+    return [{"role": "user", "content": f"{style} {record['n']}"}], ""
+  def demonstration(self, record, style): return self.options.get("demonstration", "right")
+  def baseline(self, record, style): return self.options.get("baseline", "wrong")
+  def cluster(self, record): return self.options.get("cluster", "one")
+  def grade(self, text, record, protocol="strict"):
+    n, record["n"] = record["n"], None
+    if text in globals(): globals()[text]()
+    if text == self.options.get("text"): return self.options.get("grade")
+    return Grade({"right": float(text == "right")}, {"solved": (int(text == "right"), 1)}, f"{n} {os.getpid()}")
+
+build = Mine
 """
 
 
-def written(tmp_path, text, name="my_task.py"):
-  (tmp_path / name).write_text(text)
-  return str(tmp_path / name)
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+  file = tmp_path_factory.mktemp("task") / "mine.py"
+  file.write_text(TASK)
+  return str(file)
 
 
-def test_the_task_of_a_file_has_its_own_name_and_gets_what_every_task_gets():
-  task = build("sudoku", seed=3, root="somewhere", sizes={"train": 5}, module=PARITY, share=0.5)
+@pytest.fixture(scope="module")
+def task(path):
+  return build("x", module=path)
+
+
+RECORD = {"n": (1, 2)}
+
+
+def test_the_task_of_a_file_gets_what_every_task_gets_and_is_one():
+  task = build("sudoku", seed=3, root="somewhere", sizes={"train": 50}, module=PARITY, share=0.5)
   assert isinstance(task, Task)
-  assert task.name == "parity"
-  assert (task.seed, task.root, task.sizes, task.share) == (3, "somewhere", {"train": 5}, 0.5)
-  assert len(task.records("train")) == 5
+  assert (task.name, task.splits) == ("parity", SPLITS)
+  assert len(task.records("train")) == 32
+  assert task.records("train") != build("parity", module=PARITY, share=0.5).records("train")
 
 
 def test_the_worked_example_is_a_good_task():
   task = build("parity", module=PARITY)
+  task.try_out("terse", "strict")
   splits = [{record["digits"] for record in task.records(split)} for split in SPLITS]
   assert [len(split) for split in splits] == [64] * 4
   assert len(set.union(*splits)) == 256
-  assert task.records("test") == build("parity", module=PARITY).records("test")
-  for record in task.records("test"):
+  for record in task.records("test")[:8]:
     assert task.grade(task.demonstration(record, "terse"), record).reward == 1.0
     assert task.grade("neither", record).reward == 0.0
   assert task.demonstration({"digits": "01100000"}, "terse") == "even"
   assert task.grade(" odd\n", {"digits": "01100000"}).reward == 0.1
+  with pytest.raises(
+    TaskError, match=r"parity_task.py line \d+: grade.*protocol='d1'\) failed: .*choose one of: strict"
+  ):
+    task.try_out("terse", "d1")
 
 
-def test_a_file_is_imported_once_and_its_objects_can_be_pickled(tmp_path):
-  path = written(tmp_path, f"print('imported'){WHOLE}build = lambda **_: Whole()", "counting.py")
-  first, second = build("x", module=path), build("x", module=path)
-  assert type(first) is type(second)
-  assert type(pickle.loads(pickle.dumps(first))) is type(first)
+def test_a_built_in_task_with_another_reward_is_eight_lines(tmp_path):
+  """The example of docs/tasks.md."""
+  docs = (Path(__file__).parents[2] / "docs/tasks.md").read_text(encoding="utf-8")
+  (example,) = (block for block in re.findall("```python\n(.*?)```", docs, re.DOTALL) if "Mine(Sudoku)" in block)
+  (tmp_path / "mine.py").write_text(example)
+  task, plain = build("x", module=str(tmp_path / "mine.py"), clues=(14, 15)), build("sudoku", clues=(14, 15))
+  assert task.records("test") == plain.records("test")
+  record = task.records("test")[0]
+  right = plain.demonstration(record, "terse")
+  long = task.grade(right + "\n" * 100, record)
+  assert dict(long.components) == {**plain.grade(right + "\n" * 100, record).components, "short": -0.1}
+  assert task.grade(right, record).components["short"] == 0.0
 
 
-def test_another_process_needs_the_files_of_what_it_is_sent_and_no_other(tmp_path):
-  path, other = (written(tmp_path, f"{WHOLE}build = lambda **_: Whole()", name) for name in ("one.py", "two.py"))
-  one, two = build("x", module=path), build("x", module=other)
-  assert custom.used(pickle.dumps(one)) == [str(Path(path).resolve())]
-  assert custom.used(pickle.dumps([two, one])) == [str(Path(p).resolve()) for p in (path, other)]
-  assert custom.used(pickle.dumps(build("sudoku"))) == []
+def test_answers_cross_as_they_are(task):
+  assert task.records("train")[0] == {"n": (1, 0)}, "a tuple stays a tuple"
+  assert task.prompt(RECORD, "d1") == ([{"role": "user", "content": "d1 (1, 2)"}], "")
+  grade = task.grade("right", RECORD)
+  assert (grade.components, grade.metrics) == ({"right": 1.0}, {"solved": (1, 1)})
+  assert grade.answer.startswith("(1, 2) ")
+  assert RECORD == {"n": (1, 2)}, "what a grader does to its record has no effect"
 
 
-def test_the_name_of_a_module_follows_from_its_path_alone(tmp_path, monkeypatch):
-  (tmp_path / "other").mkdir()
-  path, other = written(tmp_path, "a = 1"), written(tmp_path / "other", "a = 2")
-  monkeypatch.chdir(tmp_path)
-  assert custom.load("my_task.py") is custom.load(path)
-  assert (custom.load(path).a, custom.load(other).a) == (1, 2)
-  assert custom.load(path).__name__ != custom.load(other).__name__
+def test_a_grader_that_hangs_is_ended_and_the_next_text_is_graded(task, monkeypatch):
+  before = task.grade("", RECORD).answer
+  with monkeypatch.context() as patch:
+    patch.setattr(custom, "CALL_SECONDS", 0.2)
+    with pytest.raises(
+      TaskError, match=r"mine.py: grade\(text='hang', record=\{'n': \(1, 2\)\}, .* took more than 0.2 s"
+    ):
+      task.grade("hang", RECORD)
+  assert task.grade("", RECORD).answer != before
 
 
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("x = 1\n\ny = 1 / 0\n", "my_task.py line 3: ZeroDivisionError: division by zero"),
-    ("def f():\n  return (\n", "my_task.py line 2: SyntaxError: '.' was never closed"),
-    ("import nowhere_at_all", "my_task.py line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
-    ("raise ValueError('two\\nlines')", "my_task.py line 1: ValueError: two lines"),
-    ("x = 1", r"my_task.py: defines no build\(\*, seed, root, sizes\)"),
-    ("build = 3", "my_task.py: defines no build"),
-    ("def build(seed):\n  pass", "my_task.py: build.* failed: TypeError: .*unexpected keyword argument 'root'"),
-    ("def build(**_):\n  raise ValueError('no clues')", "my_task.py line 2: build.* failed: ValueError: no clues"),
-    (
-      "def build(**_):\n  return 5",
-      r"my_task.py: build\(\) made a int without baseline, cluster, demonstration, grade,",
-    ),
-    (f"{WHOLE}  del cluster\ndef build(**_):\n  return Whole()", "made a Whole without cluster; a task has baseline,"),
-    (f"{WHOLE}  del splits\ndef build(**_):\n  return Whole()", "made a Whole without splits; a task has"),
+    ("die", r"mine.py: grade\(text='die', .*\) ended its process twice \(exit code 7; .*\); it must return"),
+    ("kill", r"grade\(text='kill', .*\) ended its process twice \(exit code -9; -9: memory ran out\)"),
+    ("close", r"grade\(text='close', .*\) ended its process twice \(exit code 0; "),
+    ("interrupt", r"mine.py line \d+: grade\(text='interrupt', .*\) failed: KeyboardInterrupt$"),
+    ("read", r"mine.py line \d+: grade\(text='read', .*\) failed: EOFError: EOF when reading a line$"),
   ],
 )
-def test_a_bad_file_is_named_with_its_line(tmp_path, text, message):
-  path = written(tmp_path, text)
-  with pytest.raises(DataError, match=message) as caught:
-    build("sudoku", module=path)
-  assert str(caught.value).startswith(path)
+def test_a_grader_that_ends_its_process_is_an_error_of_one_line(task, text, message):
+  with pytest.raises(RunError, match=message) as caught:
+    task.grade(text, RECORD)
+  assert isinstance(caught.value, DataError), "so that it is wrong input at the start of a run as well"
   assert "\n" not in str(caught.value)
+  assert caught.value.exit_code == 2
+  assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args, "a worker sends it"
+  assert task.grade("right", RECORD).reward == 1.0
 
 
-def test_a_file_that_failed_can_be_corrected(tmp_path):
-  with pytest.raises(DataError, match="NameError"):
-    build("x", module=written(tmp_path, "oops"))
-  assert build("x", module=written(tmp_path, f"{WHOLE}build = lambda **_: Whole()")).name == "whole"
+def test_a_grader_may_print_start_processes_and_close_its_standard_output(path, capfd):
+  task = build("x", module=path)
+  for text in ("say", "fork", "start", "mute"):
+    assert len({task.grade(t, RECORD).answer for t in (text, "", "right")}) == 1, "one process has answered in turn"
+  assert capfd.readouterr().out == "hello from the grader\n"
 
 
-@pytest.mark.parametrize("name", ["absent.py", "folder.py", "notes.txt"])
-def test_what_is_no_python_file_is_an_error(tmp_path, name):
-  (tmp_path / "folder.py").mkdir()
-  (tmp_path / "notes.txt").write_text("hello")
-  with pytest.raises(DataError, match=f"{name}: no such Python file under {re.escape(str(Path.cwd()))}"):
-    build("sudoku", module=str(tmp_path / name))
+def test_stop_signals_are_for_the_run_to_answer(task):
+  answer = task.grade("", RECORD).answer
+  for number in (signal.SIGINT, signal.SIGTERM):
+    os.kill(int(answer.split()[-1]), number)
+  assert task.grade("", RECORD).answer == answer
 
 
-def test_every_member_of_a_task_is_asked_for(tmp_path):
-  """Each one is missed on its own, and no other."""
-  whole = custom.load(written(tmp_path, WHOLE, "whole.py")).Whole
-  members = [name for name in vars(whole) if not name.startswith("_")]
-  assert len(members) == 8
-  for member in members:
-    partial = type("Partial", (), {name: value for name, value in vars(whole).items() if name != member})
-    path = written(tmp_path, "made = {}\ndef build(**_):\n  return made['task']", f"without_{member}.py")
-    custom.load(path).made["task"] = partial()
-    with pytest.raises(DataError, match=f"made a Partial without {member}; a task has"):
-      build("x", module=path)
+def test_the_process_ends_with_the_task(path):
+  task = build("x", module=path)
+  pid = int(task.grade("", RECORD).answer.split()[-1])
+  os.kill(pid, 0)
+  del task
+  with pytest.raises(ProcessLookupError):
+    os.kill(pid, 0)
+
+
+def test_a_process_without_anybody_to_answer_ends_itself(path):
+  """Twice the time of its call, however busy it is: the run that would have ended it was killed."""
+  settings = custom.Settings(path, {"seed": 0, "root": None, "sizes": {}})
+  process = custom._Process(settings)
+  process._connection.send((0.1, ("grade", ("hang", RECORD, "strict"))))
+  end = time.monotonic() + 20
+  while process._program.poll() is None and time.monotonic() < end:
+    time.sleep(0.02)
+  assert process._program.returncode == -signal.SIGALRM
+
+
+def test_a_task_is_sent_to_another_process_as_its_settings(task):
+  other = pickle.loads(pickle.dumps(task))
+  assert (other.name, other.splits, other.records("test")) == (task.name, task.splits, task.records("test"))
+  assert other.grade("", RECORD).answer != task.grade("", RECORD).answer
+
+
+NAN = Grade({"a": float("nan")}, {"solved": (1, 1)})
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"style": "terse"}, r"line \d+: prompt\(record=\{'n': \(0, 0\)\}, style='terse'\) failed: KeyError: 'style'$"),
+    (
+      {"demonstration": None},
+      r"demonstration\(record=\{'n': \(0, 0\)\}, style='terse'\) returned None, expected a text$",
+    ),
+    ({"baseline": None}, r"baseline\(record=\{'n': \(2, 0\)\}, style='terse'\) returned None, expected a text$"),
+    ({"cluster": []}, r"cluster\(record=\{'n': \(2, 0\)\}\) returned \[\], expected a text$"),
+    (
+      {"text": "", "grade": NAN},
+      r"grade\(text='', .*\) gave the reward component 'a' the value nan, expected a finite",
+    ),
+    ({"text": "right"}, r"grade\(text='right', .*\) returned None, expected a Grade"),
+    ({"text": "wrong"}, r"grade\(text='wrong', .*\) returned None, expected a Grade"),
+    ({"text": custom.GARBAGE}, r"grade\(text='.x00 \?\? .* returned None, expected a Grade"),
+    ({"asked": "train", "answers": []}, r"records\(split='train'\) returned no record: .* task\.sizes\.train=0$"),
+    (
+      {"asked": "test", "answers": [{"n": (9, 9)}, {"n": (1, 2)}]},
+      r"the question 'terse \(1, 2\)' is in the splits train and test: .* test or validation to no other split",
+    ),
+    ({"asked": "validation", "answers": [{"n": (0, 2)}]}, "is in the splits demonstrations and validation: "),
+  ],
+)
+def test_mistakes_show_when_a_task_is_tried_out(path, options, message):
+  task = build("x", module=path, **options)
+  with pytest.raises(TaskError, match=re.escape(path) + ".*" + message):
+    task.try_out("terse", "strict")
+
+
+def test_what_is_no_mistake_passes(path):
+  shared = build("x", module=path, asked="train", answers=[{"n": (0, 0)}])
+  shared.try_out("terse", "strict")  # demonstrations and training may ask the same
+  build("x", module=path, sizes={"train": 0}, asked="train", answers=[]).try_out("terse", "strict")
+
+
+def test_records_are_asked_for_twice(tmp_path):
+  (tmp_path / "drawn.py").write_text(TASK.replace("range(3)", "__import__('random').sample(range(10**6), 3)"))
+  with pytest.raises(
+    TaskError, match=r"records\(split='train'\) returned other records the second time: draw them with"
+  ):
+    build("x", module=str(tmp_path / "drawn.py")).records("train")
+
+
+def test_a_file_that_cannot_start_is_an_error(tmp_path, monkeypatch):
+  with pytest.raises(TaskError, match=r"absent.py: no such Python file under "):
+    build("x", module=str(tmp_path / "absent.py"))
+  (tmp_path / "exits.py").write_text("import os; os._exit(0)")
+  with pytest.raises(TaskError, match=r"exits.py: build\(\) ended its process twice \(exit code 0"):
+    build("x", module=str(tmp_path / "exits.py"))
+  monkeypatch.setattr(custom, "START_SECONDS", 0.2)
+  (tmp_path / "hangs.py").write_text("while True: pass")
+  with pytest.raises(TaskError, match=r"hangs.py: build\(\) took more than 0.2 seconds and was ended: bound its time$"):
+    build("x", module=str(tmp_path / "hangs.py"))
 
 
 def test_a_task_of_a_file_does_not_enter_the_table():
-  build("parity", module=PARITY)
+  assert isinstance(build("parity", module=PARITY), Custom)
   with pytest.raises(ValueError, match="unknown task 'parity'; choose one of: sudoku, countdown"):
     build("parity")

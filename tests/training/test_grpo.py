@@ -31,29 +31,26 @@ def test_a_wrong_number_of_workers_claims_no_folder(tmp_path):
 
 
 DEADLY = """
-import multiprocessing, os
+import os
 from d1jax.tasks.sudoku import Sudoku
 
 class Deadly(Sudoku):
-  name = "deadly"
-
   def grade(self, text, record, protocol="strict"):
-    if multiprocessing.parent_process() is not None:
-      os._exit(3)
-    return super().grade(text, record, protocol)
+    os._exit(0)
 
 build = Deadly
 """
 
 
-def test_workers_that_die_again_and_again_end_the_job_with_one_line(tmp_path):
+def test_a_grader_that_exits_ends_the_job_before_it_begins(tmp_path):
   (tmp_path / "deadly.py").write_text(DEADLY)
-  changes = {"task__module": str(tmp_path / "deadly.py"), "sft__steps": 0, "grpo__grading_workers": 1}
+  config = small(tmp_path / "run", task__module=str(tmp_path / "deadly.py"))
   with pytest.raises(
-    RunError, match=r"grade deadly died twice .*: use fewer workers, .*grpo\.grading_workers$"
+    RunError, match=r"deadly.py: grade\(text='', .* ended its process twice \(exit code 0; "
   ) as caught:
-    recipe.run(small(tmp_path / "run", **changes))
-  assert "\n" not in str(caught.value)
+    recipe.run(config)
+  assert caught.value.exit_code == 2
+  assert not (tmp_path / "run").exists()
 
 
 def running():

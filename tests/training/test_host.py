@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 
 from d1jax.diffusion.rollout import Rollout
-from d1jax.rl.grading import Graded, Grader
+from d1jax.errors import RunError
+from d1jax.rl.grading import Graded, Grader, WorkersDiedError
 from d1jax.rl.losses import RATIO_EDGES
 from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.rl.update import UpdateMetrics
-from d1jax.tasks import Grade
+from d1jax.tasks import Grade, TaskError
 from d1jax.training import experiment as experiments
 from d1jax.training import host
 from tests.jobs import small
@@ -143,6 +144,32 @@ def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol)
     assert text == texts.prefills[index] + experiment.tokenizer.decode_all([ids.tolist()])[0]
     assert found.grades[row] == experiment.task.grade(text, texts.records[index], protocol)
     assert found.rewards[row] == np.float32(found.grades[row].reward)
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (TaskError("mine.py: it is not finite"), "^mine.py: it is not finite$"),
+    (WorkersDiedError("they died"), r"^they died. It is --config.grpo.grading_workers$"),
+  ],
+)
+def test_a_failure_to_grade_is_told_to_all_processes_and_ends_the_run(tmp_path, monkeypatch, error, message):
+  experiment, told = experiments.build(small(tmp_path), None), []
+  grader, record = Grader(experiment.task, 0), np.zeros(4, np.int32)
+
+  def fail():
+    raise error
+
+  def gather(part):
+    told.append(part["failure"])
+    return [part]
+
+  monkeypatch.setattr(grader, "submit", lambda *_: fail)
+  monkeypatch.setattr(host.multihost, "gather", gather)
+  chunks = jax.device_put((made_up(4, completion_length=18),))
+  with pytest.raises(RunError, match=message) as caught:
+    host.grade_chunks(experiment, grader, experiment.texts("train"), record, chunks)
+  assert told == [str(caught.value)]
 
 
 def test_rewards_are_shaped_by_length_and_answer(tmp_path):
