@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d1jax.files import FileError, read_json
+from d1jax.files import FileError, read_json, write_check
 from d1jax.models import names
 from d1jax.models.families import shown
 from d1jax.models.lora import PROJECTIONS, Adapter, LoraSpec
@@ -160,7 +160,11 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Ma
     spec: what it was made from.
     base: name or folder of the model that it belongs to.
     scheme: `names.LLADA` or `names.LLAMA`, as the base's files.
+
+  Raises:
+    ValueError: the folder, or one that it would lie in, is a file.
   """
+  write_check(folder)
   folder.mkdir(parents=True, exist_ok=True)
   tensors: dict[str, np.ndarray] = {}
   modules = {target: _module(scheme, target) for target in spec.targets}

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -327,3 +328,21 @@ def test_a_truncated_file_is_named(networks, copied):
   path.write_bytes(path.read_bytes()[:-2])
   with pytest.raises(ValueError, match="truncated"):
     peft.load(folder, networks["llada"])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_an_adapter_has_the_permissions_of_new_files(tmp_path, networks, umask):
+  spec, adapter = peft.load(GOLDENS / "llama_qv", networks["llama"])
+  before = os.umask(umask)
+  try:
+    peft.save(tmp_path / "out", adapter, spec, base="", scheme=names.LLAMA)
+  finally:
+    os.umask(before)
+  assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, networks):
+  spec, adapter = peft.load(GOLDENS / "llama_qv", networks["llama"])
+  (tmp_path / "out").write_text("mine", encoding="utf-8")
+  with pytest.raises(ValueError, match="out is a file, expected a folder"):
+    peft.save(tmp_path / "out", adapter, spec, base="", scheme=names.LLAMA)
