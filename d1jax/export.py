@@ -67,7 +67,7 @@ def _from_checkpoint(folder: Path, output: Path, config: ConfigDict) -> None:
     "eos_token_id": tokenizer.stop_ids[0],
     "pad_token_id": tokenizer.pad_id,
   }
-  export.export(output, params, weights.network.size, source=source, token_ids=token_ids)
+  _say_left_out(export.export(output, params, weights.network.size, source=source, token_ids=token_ids))
   if source is None:
     for name, content in tokenizer.files.items():
       if not (output / name).exists():
@@ -80,7 +80,12 @@ def _from_adapter(base: Path, adapter: Path, output: Path) -> None:
   _, tree = peft.load(adapter, loaded.network)
   params = lora.merged(lora.overlay(loaded.params, tree))
   token_ids = {"mask_token_id": ids.mask_id, "eos_token_id": ids.stop_ids[0], "pad_token_id": ids.pad_id}
-  export.export(output, params, loaded.network.size, source=base, token_ids=token_ids)
+  _say_left_out(export.export(output, params, loaded.network.size, source=base, token_ids=token_ids))
+
+
+def _say_left_out(names_of_links: list[str]) -> None:
+  if names_of_links:
+    print(f"left out, as links out of the model's folder: {', '.join(names_of_links)}")
 
 
 def _save_adapter(output: Path, adapter: Params, weights: Weights) -> None:

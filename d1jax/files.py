@@ -14,6 +14,7 @@ LARGEST = 1 << 30
 """Bytes that a file which is read whole may have."""
 MOST_DIGITS = 40
 """Digits of the longest whole number: any such number is a finite float too."""
+_CHUNK = 1 << 20
 
 T = TypeVar("T")
 
@@ -37,12 +38,14 @@ def read_bytes(path: Any, largest: int = LARGEST) -> bytes:
       kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "is missing"
       raise FileError(f"{path} {kind}, expected a file")
     with path.open("rb") as file:
-      content = file.read(largest + 1)
+      content = bytearray()  # a read of `largest` bytes at once would allocate them, however small the file is
+      while len(content) <= largest and (chunk := file.read(_CHUNK)):
+        content += chunk
   except OSError as error:
     raise FileError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error
   if len(content) > largest:
     raise FileError(f"{path} is larger than {largest:,} bytes")
-  return content
+  return bytes(content)
 
 
 def read_text(path: Any, largest: int = LARGEST) -> str:

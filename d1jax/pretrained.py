@@ -48,21 +48,22 @@ class Source(NamedTuple):
 
 
 def inspect(folder: Path) -> Source:
-  """Reads everything but the weights.
+  """Reads everything but the values of the weights.
 
   Raises:
-    ValueError: a file is missing, broken or says something that is not supported.
+    ValueError: a file is missing, broken, claims more than another holds or says something that is not supported.
   """
-  description = families.describe(folder)
+  description = pretrained.describe(folder)
   tokenizer = tokenizers.load(folder)
   if tokenizer is None:  # the ids that config.json names, and no meaning for any other
     ids = folders.special_ids(folders.read(folder), {}, size=description.size.vocab)
   else:
     ids = folders.SpecialIds(tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id, None, tokenizer.vocab)
   source = Source(folder, description, tokenizer, ids)
-  if ids.vocab > source.size.vocab:
+  most = description.size.vocab + families.ROWS  # a few added tokens and a mask are as many rows as it may grow by
+  if ids.vocab > min(most, source.size.vocab):
     raise ValueError(
-      f"{folder}: the tokenizer has {ids.vocab} ids, the embedding {source.size.vocab} rows:"
+      f"{folder}: the tokenizer has {ids.vocab} ids, the embedding {description.size.vocab} rows:"
       " these files are of two models"
     )
   return source

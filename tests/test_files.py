@@ -1,6 +1,7 @@
 """Files that are damaged, hostile or no files at all: one line that names the file."""
 
 import os
+import tracemalloc
 
 import pytest
 
@@ -20,6 +21,17 @@ def test_text_is_read_without_its_byte_order_mark(tmp_path):
   path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n')
   assert files.read_text(path) == '{"a": 1}\r\n'
   assert files.read_json(path, dict) == {"a": 1}
+
+
+def test_a_small_file_takes_little_memory(tmp_path):
+  path = tmp_path / "a"
+  path.write_bytes(b"1" * 3_000_000)
+  tracemalloc.start()
+  try:
+    assert files.read_bytes(path) == b"1" * 3_000_000
+    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+  finally:
+    tracemalloc.stop()
 
 
 def test_what_is_no_regular_file_is_refused_and_never_opened(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from d1jax.models import pretrained
 from d1jax.parallel.mesh import make_mesh
 from d1jax.pretrained import inspect
 from tests import hub
+from tests.models import folders
 
 FAMILIES = ("llada", "dream", "qwen2", "llama")
 
@@ -105,6 +107,31 @@ def test_a_tokenizer_larger_than_the_embedding_is_an_error(tmp_path):
   path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token_id": 3, "eos_token_id": 4, "pad_token_id": 4}))
   with pytest.raises(ValueError, match="262 ids, the embedding 200 rows"):
     inspect(folder)
+
+
+@pytest.mark.parametrize("ids", [200 + 128, 10**9], ids=str)
+def test_a_new_mask_far_behind_the_embedding_makes_no_vocabulary_of_its_size(tmp_path, ids):
+  """The vocabulary grows for a mask and a few added tokens, not to whatever a file claims."""
+  folder = hub.write(tmp_path / "other", vocab=200)
+  folders.edit_config(folder, mask_token_id=ids, eos_token_id=4, pad_token_id=4, vocab_size=ids + 1)
+  with pytest.raises(ValueError, match=f"{ids + 1} ids, the embedding 200 rows: these files are of two models"):
+    inspect(folder)
+
+
+@pytest.mark.parametrize(
+  ("key", "family"),
+  [("n_layers", "llada"), ("embedding_size", "llada"), ("d_model", "llada"), ("vocab_size", "qwen2")],
+)
+def test_a_claimed_size_takes_no_memory(tmp_path, key, family):
+  folder = hub.write(tmp_path / "other", family)
+  folders.edit_config(folder, **{key: 10**9})
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match=f"{key}=1000000000 is more than the safetensors hold"):
+      d1jax.from_pretrained(folder)
+    assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+  finally:
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "nf4"])

@@ -1,10 +1,11 @@
 """The tokenizer files of a Hugging Face folder, and the special ids that they name."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from d1jax.files import FileError, decode, parse_json, read_bytes
 
 CORE = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 """The files that hold a vocabulary."""
@@ -39,11 +40,15 @@ class SpecialIds:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-  """Reads the files of a folder that say what its tokenizer is; names without content are left out."""
+  """Reads the files of a folder that say what its tokenizer is; names that it does not have are left out.
+
+  Raises:
+    ValueError: there is no such folder, or a name is no regular file: a link to nothing, a folder, a pipe.
+  """
   if not folder.is_dir():
     raise ValueError(f"{folder} is not a folder; name the folder that holds the tokenizer's files")
   paths = {name: folder / name for name in (*CORE, *EXTRAS, *MODEL)}
-  return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+  return {name: read_bytes(path) for name, path in paths.items() if path.is_symlink() or path.exists()}
 
 
 def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -51,12 +56,9 @@ def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
   if name not in files:
     return {}
   try:
-    found = json.loads(files[name].decode("utf-8"))
-  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(f"{name} is not valid JSON ({error}); fetch the file again") from None
-  if not isinstance(found, dict):
-    raise ValueError(f"{name} holds a {type(found).__name__}, expected a JSON object; fetch the file again")
-  return found
+    return parse_json(decode(files[name], name), name, dict)
+  except FileError as error:
+    raise ValueError(f"{error}; fetch the file again") from None
 
 
 def _content(name: str, key: str, value: Any) -> str:

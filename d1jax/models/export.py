@@ -5,6 +5,7 @@ bits as there. A network that came from no folder is written as a LLaDA.
 """
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
+from d1jax.files import write_check
 from d1jax.models import families, names
 from d1jax.models.lora import Adapted
 from d1jax.models.quantize import Quantized
-from d1jax.models.tensor_files import INDEX, SINGLE, TensorFiles
+from d1jax.models.tensor_files import INDEX, SINGLE, TensorFiles, write
 from d1jax.models.transformer import Params, TransformerSize
 
 SHARD = 2 * 2**30
@@ -42,8 +43,10 @@ def export(
   source: Path | None,
   token_ids: Mapping[str, int],
   shard_bytes: int = SHARD,
-) -> None:
+) -> list[str]:
   """Writes weights, config.json and, from `source`, every other file that is not weights.
+
+  Everything is written into a new folder beside the one that is asked for, and moved there when it is complete.
 
   Args:
     folder: made; must not exist, or be empty.
@@ -53,9 +56,13 @@ def export(
     token_ids: `mask_token_id`, `eos_token_id`, `pad_token_id`; written where the source's config.json lacks them.
     shard_bytes: the most bytes of a file.
 
+  Returns:
+    The names of the source's files that were not copied, because they are links out of it.
+
   Raises:
-    ValueError: the folder is in use, or a weight is quantised.
+    ValueError: the folder is in use or cannot be one, or a weight is quantised.
   """
+  write_check(folder)
   if folder.exists() and any(folder.iterdir()):
     raise ValueError(f"{folder} is not empty; name a new folder")
   is_kept = lambda kind: any(
@@ -65,29 +72,48 @@ def export(
     raise ValueError("quantised weights cannot be exported; read the base again in bfloat16 or float32")
   if is_kept(Adapted):
     raise ValueError("weights with adapters beside them cannot be exported; merge them first")
-  draft = folder.with_name(folder.name + ".tmp")
-  shutil.rmtree(draft, ignore_errors=True)
-  draft.mkdir(parents=True)
-  if source is None:
-    config, scheme, dtypes = _llada_config(size), names.LLADA, dict[str, str]()
-  else:
-    _copy_all_but_weights(source, draft)
-    files = TensorFiles(source)
-    config, scheme = dict(families.describe(source).config), names.scheme_of(files.shapes)
-    dtypes = files.dtypes
-  config = _sized(config, size) | {k: v for k, v in token_ids.items() if config.get(k) is None}
-  (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-  _write_shards(draft, _tensors(params, scheme, size.layers, dtypes), shard_bytes)
-  if folder.exists():
-    folder.rmdir()
-  draft.rename(folder)
+  folder = folder.resolve()  # a link to an empty folder stays one
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  draft = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
+  draft.mkdir()  # fails rather than take a folder that another process has made
+  try:
+    left_out: list[str] = []
+    if source is None:
+      config, scheme, dtypes = _llada_config(size), names.LLADA, dict[str, str]()
+    else:
+      left_out = _copy_all_but_weights(source, draft)
+      files = TensorFiles(source)
+      config, scheme = dict(families.describe(source).config), names.scheme_of(files.shapes)
+      dtypes = files.dtypes
+    config = _sized(config, size) | {k: v for k, v in token_ids.items() if config.get(k) is None}
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_shards(draft, _tensors(params, scheme, size.layers, dtypes), shard_bytes)
+    if folder.exists():
+      folder.rmdir()
+    draft.rename(folder)
+  except BaseException:
+    shutil.rmtree(draft, ignore_errors=True)
+    raise
+  return left_out
 
 
-def _copy_all_but_weights(source: Path, target: Path) -> None:
+def _copy_all_but_weights(source: Path, target: Path) -> list[str]:
+  """Copies files, but no link to anything but another file of the source, and returns the names of those links.
+
+  A link in a downloaded folder may point to any file of this machine, and an export is made to be given away. In the
+  hub's cache all files are links, from `snapshots/REVISION` to `blobs` beside it.
+  """
+  home = source.resolve()
+  inside = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+  left_out = []
   for path in sorted(source.iterdir()):
     is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
     if path.is_file() and not is_weights:
-      shutil.copyfile(path, target / path.name)
+      if path.resolve().parent in inside:
+        shutil.copyfile(path, target / path.name)
+      else:
+        left_out.append(path.name)
+  return left_out
 
 
 def _sized(config: dict[str, Any], size: TransformerSize) -> dict[str, Any]:
@@ -138,8 +164,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard
 
   def flush() -> None:
     path = folder / f"{len(written)}.part"
-    save_file(held, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # the library makes files that only their owner can read
+    write(path, held)
     written.append((path, list(held)))
     held.clear()
 

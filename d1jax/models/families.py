@@ -5,16 +5,31 @@ diffusion model, predicts the next one: the state at position i predicts token i
 """
 
 import dataclasses
-import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from d1jax.files import FileError, read_json
 from d1jax.models.layers import RopeScaling
 from d1jax.models.transformer import TransformerSize
 
 Config = Mapping[str, Any]
+
+DEFAULTS: Mapping[str, Config] = {
+  "llada": {"mlp_ratio": 4, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "weight_tying": True},
+  "dream": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+  "llama": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+  "qwen2": {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+}
+"""What a key that config.json lacks means, by model type: the defaults of the configuration's class. Llama 2's files,
+e.g., do not state `rope_theta`. Sizes must be stated.
+
+Sources: `ModelConfig` of LLaDA-8B's configuration_llada.py, `DreamConfig` of Dream-7B's configuration_dream.py, and
+`LlamaConfig` and `Qwen2Config` of transformers 4.57.1. What `LLADA_FIXED` and `LLAMA_FIXED` list may be left out, too,
+and is then taken to be as this network has it; the other defaults of LLaDA's class are GPT-2's.
+"""
 
 LLADA_FIXED: Config = {
   "alibi": False,
@@ -44,11 +59,27 @@ LLAMA_FIXED: Config = {
   "mlp_bias": False,
   "use_sliding_window": False,
   "partial_rotary_factor": 1.0,
-  "quantization_config": None,
   "use_mrope": False,
-  "pretraining_tp": 1,
 }
-"""The same for Llama, Qwen2 and Dream."""
+"""The same for Llama, Qwen2 and Dream. `pretraining_tp` is of no effect: it cuts the same products into parts."""
+
+ROWS = 128
+"""A vocabulary that grows becomes a multiple of this many rows."""
+
+SIZE_KEYS: Mapping[str, tuple[str, ...]] = {
+  "vocab": ("embedding_size", "vocab_size"),
+  "embed": ("d_model", "hidden_size"),
+  "heads": ("n_heads", "num_attention_heads"),
+  "kv_heads": ("n_kv_heads", "num_key_value_heads"),
+  "head_dim": ("head_dim",),
+  "mlp": ("mlp_hidden_size", "intermediate_size", "mlp_ratio"),
+  "layers": ("n_layers", "num_hidden_layers"),
+}
+"""What config.json calls the sizes of a network."""
+
+shown = reprlib.Repr()
+shown.maxstring = shown.maxother = 80
+"""Writes a value of a file into a message, shortened where it is long or deep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +99,11 @@ class Description:
   config: Config
 
   @property
+  def tied_key(self) -> str:
+    """The key that says whether the head is the embedding."""
+    return "weight_tying" if self.family == "llada" else "tie_word_embeddings"
+
+  @property
   def mask_id(self) -> int | None:
     """The mask token, None in a causal model that has none yet."""
     return self.config.get("mask_token_id")
@@ -82,35 +118,69 @@ def describe(folder: Path) -> Description:
   """
   path = folder / "config.json"
   try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    family = str(config["model_type"]).lower()
-  except FileNotFoundError:
-    raise ValueError(f"{path} is missing: point to the folder of a downloaded model") from None
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is not the configuration of a model ({error!r})") from None
+    config = read_json(path, dict)
+  except FileError as error:
+    raise ValueError(f"{error}; point to the folder of a downloaded model") from None
+  if "model_type" not in config:
+    raise ValueError(f"{path} is not the configuration of a model (it has no model_type)")
+  family = str(config["model_type"]).lower() if isinstance(config["model_type"], str) else ""
   if family not in FAMILIES:
-    raise ValueError(f"{path}: model_type {config['model_type']!r} is not supported; known: {', '.join(FAMILIES)}")
+    known = ", ".join(FAMILIES)
+    raise ValueError(f"{path}: model_type {shown.repr(config['model_type'])} is not supported; known: {known}")
   read, shift = FAMILIES[family]
   try:
-    return Description(family, read(config), shift, config)
+    if config.get("quantization_config"):
+      raise ValueError(
+        f"quantization_config={shown.repr(config['quantization_config'])} is not supported: fetch the unquantised"
+        " model, or take the key out of config.json if the weights are not quantised"
+      )
+    return Description(family, read({**DEFAULTS[family], **config}), shift, config)
   except KeyError as error:
     raise ValueError(f"{path}: {error} is missing") from None
   except (TypeError, ValueError) as error:
     raise ValueError(f"{path}: {error}") from None
 
 
+def check_claims(folder: Path, description: Description, shapes: Mapping[str, tuple[int, ...]]) -> None:
+  """Compares the sizes that config.json claims with the most that the weights' files can hold.
+
+  For the time before anything is made of the sizes, be it a list of names: a network of 10^9 layers would take all
+  memory before the first of its tensors was found to be missing. Whether each tensor has its shape is checked later.
+
+  Args:
+    folder: whose config.json it is.
+    description: what it says.
+    shapes: of the tensors in the files.
+
+  Raises:
+    ValueError: no tensor has an axis as long as a size, or there are fewer tensors than layers.
+  """
+  stored = [axis for shape in shapes.values() if 0 not in shape for axis in shape]  # an empty tensor can claim any size
+  longest = max(stored, default=0)
+  for name, keys in SIZE_KEYS.items():
+    value = getattr(description.size, name) or 0
+    most = len(shapes) if name == "layers" else longest
+    if value > most:
+      key = next((key for key in keys if description.config.get(key) == value), keys[-1])
+      held = f"there are {most} tensors" if name == "layers" else f"the longest axis of a tensor has {most}"
+      raise ValueError(
+        f"{folder / 'config.json'}: {key}={shown.repr(value)} is more than the safetensors hold: {held};"
+        " fetch the files of one and the same model"
+      )
+
+
 def with_rows(size: TransformerSize, rows: int | None) -> TransformerSize:
-  """The size with a vocabulary of at least `rows`; one that grows, grows to a multiple of 128."""
+  """The size with a vocabulary of at least `rows`; one that grows, grows to a multiple of `ROWS`."""
   if rows is None or rows <= size.vocab:
     return size
-  return dataclasses.replace(size, vocab=-(-rows // 128) * 128)
+  return dataclasses.replace(size, vocab=-(-rows // ROWS) * ROWS)
 
 
 def _check_fixed(config: Config, fixed: Config) -> None:
   for name, expected in fixed.items():
     value = config.get(name, expected)
     if value != expected and not (value is None and not expected):
-      raise ValueError(f"{name}={value!r} is not supported, only {expected!r}")
+      raise ValueError(f"{name}={shown.repr(value)} is not supported, only {expected!r}")
 
 
 def _positive(config: Config, name: str) -> float:
@@ -118,22 +188,22 @@ def _positive(config: Config, name: str) -> float:
   value = config[name]
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
   if not is_number or not math.isfinite(value) or value <= 0:
-    raise ValueError(f"{name}={value!r} is not a positive number")
+    raise ValueError(f"{name}={shown.repr(value)} is not a positive number")
   return float(value)
 
 
 def _count(config: Config, name: str) -> int:
   """A whole number above zero."""
   if not isinstance(config[name], int) or _positive(config, name) < 1:
-    raise ValueError(f"{name}={config[name]!r} is not a positive whole number")
+    raise ValueError(f"{name}={shown.repr(config[name])} is not a positive whole number")
   return int(config[name])
 
 
 def _flag(config: Config, name: str) -> bool:
-  """True or false; false where it is not stated."""
-  value = config.get(name) or False
+  """True or false; null is false."""
+  value = config[name] or False
   if not isinstance(value, bool):
-    raise ValueError(f"{name}={value!r} is neither true nor false")
+    raise ValueError(f"{name}={shown.repr(value)} is neither true nor false")
   return value
 
 
@@ -145,7 +215,10 @@ def _stated(config: Config, name: str, instead: str) -> str:
 def _llada(config: Config) -> TransformerSize:
   _check_fixed(config, LLADA_FIXED)
   if config.get("multi_query_attention"):
-    raise ValueError(f"multi_query_attention={config['multi_query_attention']!r} is not supported; use n_kv_heads")
+    value = shown.repr(config["multi_query_attention"])
+    raise ValueError(f"multi_query_attention={value} is not supported; use n_kv_heads")
+  if config.get("mlp_hidden_size") is None:
+    config = {**config, "mlp_hidden_size": _count(config, "mlp_ratio") * _count(config, "d_model")}
   return TransformerSize(
     vocab=_count(config, _stated(config, "embedding_size", "vocab_size")),
     embed=_count(config, "d_model"),
@@ -164,13 +237,13 @@ def _rope_scaling(config: Config) -> tuple[float, RopeScaling | None]:
   name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
   rope = config.get(name) or {}
   if not isinstance(rope, Mapping):
-    raise ValueError(f"{name}={rope!r} is not a table of options")
+    raise ValueError(f"{name}={shown.repr(rope)} is not a table of options")
   theta = _positive(config if rope.get("rope_theta") is None else rope, "rope_theta")
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "default":
     return theta, None
   if kind != "llama3":
-    raise ValueError(f"rope_type={kind!r} is not supported; known: default, llama3")
+    raise ValueError(f"rope_type={shown.repr(kind)} is not supported; known: default, llama3")
   low, high = _positive(rope, "low_freq_factor"), _positive(rope, "high_freq_factor")
   if low >= high:
     raise ValueError(f"{name}: low_freq_factor={low} is not below high_freq_factor={high}")
@@ -181,7 +254,7 @@ def _llama(config: Config, *, qkv_bias: bool = False) -> TransformerSize:
   _check_fixed(config, LLAMA_FIXED)
   kinds = config.get("layer_types") or []
   if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-    raise ValueError(f"layer_types={kinds!r} is not supported, only full_attention")
+    raise ValueError(f"layer_types={shown.repr(kinds)} is not supported, only full_attention")
   theta, scaling = _rope_scaling(config)
   return TransformerSize(
     vocab=_count(config, "vocab_size"),

@@ -42,8 +42,23 @@ LLADA: Mapping[Path, str] = {
 }
 """LLaDA; `ff_out` is a block's down projection and, outside the blocks, the head."""
 
-IGNORED = (".rotary_emb.inv_freq",)
-"""Endings of buffers that some old files carry and no network needs."""
+BUFFERS = (
+  "inv_freq",
+  "original_inv_freq",
+  "cos_cached",
+  "sin_cached",
+  "position_ids",
+  "causal_mask",
+  "attention_mask",
+  "attn_mask",
+  "masked_bias",
+)
+"""Last words of the names of buffers: rotary tables, positions and masks, which follow from the configuration."""
+
+
+def is_buffer(tensor: str) -> bool:
+  """Whether a tensor is one that some files carry and no network needs."""
+  return tensor.rpartition(".")[2] in BUFFERS
 
 
 def scheme_of(tensors: Collection[str]) -> Mapping[Path, str]:

@@ -1,6 +1,7 @@
 """Adapters as folders of the PEFT library: adapter_config.json and adapter_model.safetensors, in both directions."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
+from d1jax.files import FileError, read_json, write_check
 from d1jax.models import names
+from d1jax.models.families import shown
 from d1jax.models.lora import PROJECTIONS, Adapter, LoraSpec
-from d1jax.models.tensor_files import TensorFiles
+from d1jax.models.tensor_files import TensorFiles, write
 from d1jax.models.transformer import Network, Params
+
+LARGEST_SCALE = 1e6
+"""Of lora_alpha / r; in use are 0.01 to 100, and float32 ends at 3e38."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -72,20 +77,7 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
   Raises:
     ValueError: an option is not supported, or a tensor is missing, unknown or misshaped; the message names it.
   """
-  path = folder / CONFIG
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rank, alpha, dropout = int(config["r"]), float(config["lora_alpha"]), float(config.get("lora_dropout", 0.0))
-    LoraSpec(rank, alpha, dropout)
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is not the configuration of a LoRA adapter ({error!r})") from None
-  if config.get("init_lora_weights", True) not in STARTS:
-    raise ValueError(f"{path}: init_lora_weights={config['init_lora_weights']!r} is not supported: it changes the base")
-  for name, expected in {**FIXED, **OTHERS}.items():
-    value = config.get(name, expected)
-    is_empty = value is None or value is False or value in ({}, [])
-    if value != expected and (expected or not is_empty):
-      raise ValueError(f"{path}: {name}={value!r} is not supported, only {expected!r}")
+  rank, alpha, dropout = _options(folder / CONFIG)
   files = TensorFiles(folder, f"{WEIGHTS}.index.json", WEIGHTS)
   shapes, layers = jax.eval_shape(network.init, jax.random.key(0))["blocks"], network.size.layers
   spelled = names.LLADA if any(".transformer.blocks." in name for name in files.shapes) else names.LLAMA
@@ -109,10 +101,54 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
     tree.setdefault(part, {})[weight] = Adapter(stacks[0], stacks[1], alpha / rank, dropout)
     targets.append(target)
   if unread:
-    raise ValueError(f"{folder / WEIGHTS}: {min(unread)} belongs to no projection of the network")
+    example = next(
+      (target for target in PROJECTIONS if f"{_module(spelled, target)}.".rpartition(".{}.")[2] in min(unread)),
+      "q_proj",
+    )
+    expected = f"{PREFIX}{_module(spelled, example)}.lora_A.weight".format("N")
+    raise ValueError(
+      f"{folder / WEIGHTS}: {min(unread)} belongs to no projection of the network; expected names are such as"
+      f" {expected}, with N from 0 to {layers - 1}"
+    )
   if not targets:
     raise ValueError(f"{folder / WEIGHTS} holds no tensors of an adapter")
   return LoraSpec(rank, alpha, dropout, tuple(targets)), {"blocks": tree}
+
+
+def _options(path: Path) -> tuple[int, float, float]:
+  """Rank, alpha and dropout of an adapter_config.json, whose other options are those that an adapter here can have."""
+  try:
+    config = read_json(path, dict)
+  except FileError as error:
+    raise ValueError(f"{error}; point to the folder of a LoRA adapter") from None
+  numbers = {
+    "r": config.get("r"),
+    "lora_alpha": config.get("lora_alpha"),
+    "lora_dropout": config.get("lora_dropout", 0),
+  }
+  for name, value in numbers.items():
+    kinds = int if name == "r" else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+      number = "a whole number" if name == "r" else "a number"
+      raise ValueError(
+        f"{path} is not the configuration of a LoRA adapter ({name}={shown.repr(value)} is not {number})"
+      )
+  rank, alpha, dropout = int(numbers["r"]), float(numbers["lora_alpha"]), float(numbers["lora_dropout"])
+  try:
+    LoraSpec(rank, alpha, dropout)
+  except ValueError as error:
+    raise ValueError(f"{path} is not the configuration of a LoRA adapter ({error})") from None
+  if alpha / rank > LARGEST_SCALE:
+    raise ValueError(f"{path}: lora_alpha={alpha:g} is more than {LARGEST_SCALE:g} times r={rank}; correct it")
+  start = config.get("init_lora_weights", True)
+  if start not in STARTS:
+    raise ValueError(f"{path}: init_lora_weights={shown.repr(start)} is not supported: it changes the base")
+  for name, expected in {**FIXED, **OTHERS}.items():
+    value = config.get(name, expected)
+    is_empty = value is None or value is False or value in ({}, [])
+    if value != expected and (expected or not is_empty):
+      raise ValueError(f"{path}: {name}={shown.repr(value)} is not supported, only {expected!r}")
+  return rank, alpha, dropout
 
 
 def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Mapping[names.Path, str]) -> None:
@@ -124,7 +160,11 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Ma
     spec: what it was made from.
     base: name or folder of the model that it belongs to.
     scheme: `names.LLADA` or `names.LLAMA`, as the base's files.
+
+  Raises:
+    ValueError: the folder, or one that it would lie in, is a file.
   """
+  write_check(folder)
   folder.mkdir(parents=True, exist_ok=True)
   tensors: dict[str, np.ndarray] = {}
   modules = {target: _module(scheme, target) for target in spec.targets}
@@ -134,8 +174,7 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Ma
     for side, layers in (("A", stack.a), ("B", stack.b)):
       for i, value in enumerate(np.asarray(jax.device_get(layers))):
         tensors[f"{PREFIX}{module.format(i)}.lora_{side}.weight"] = np.ascontiguousarray(value.T)
-  save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-  (folder / WEIGHTS).chmod(0o644)  # the library makes files that only their owner can read
+  write(folder / WEIGHTS, tensors)
   config = {
     **FIXED,
     "base_model_name_or_path": base,

@@ -45,11 +45,22 @@ def load(
     quantized: `int8` or `nf4` stores the projections in few bits.
     rows: the least vocabulary; see `read`.
   """
-  description = families.describe(folder)
+  description = describe(folder)
   network = transformer.build(families.with_rows(description.size, rows), dtype=dtype)
   here = SingleDeviceSharding(jax.local_devices()[0])
   placements = jax.tree.map(lambda _: here, abstract(network, dtype, quantized))
   return Loaded(network, read(folder, network, dtype, placements, quantized=quantized), description)
+
+
+def describe(folder: Path) -> families.Description:
+  """What config.json says, once the headers of the weights' files have shown that they can hold networks of its sizes.
+
+  Raises:
+    ValueError: see `families.describe`, `TensorFiles` and `families.check_claims`.
+  """
+  description = families.describe(folder)
+  families.check_claims(folder, description, TensorFiles(folder).shapes)
+  return description
 
 
 def abstract(network: Network, dtype: DTypeLike, quantized: str | None = None) -> Params:
@@ -81,6 +92,8 @@ def read(
     ValueError: a tensor is missing, unknown, misshaped or truncated; the message names it.
   """
   files, known, rows = check(folder, network)
+  if network.size.tied:
+    _check_tied(files, families.describe(folder))
   whole = abstract(network, dtype, quantized)
   params = whole
   for path, template in known.items():
@@ -123,20 +136,28 @@ def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Pa
   scheme = names.scheme_of(files.shapes)
   shapes = jax.eval_shape(network.init, jax.random.key(0))
   known = {path: scheme.get(path, ".".join(path)) for path in _paths(shapes)}
-  rows, layers = families.describe(folder).size.vocab, network.size.layers
+  description, layers = families.describe(folder), network.size.layers
+  rows = description.size.vocab
   expected: dict[str, tuple[int, ...]] = {}
   for path, template in known.items():
     shape = _get(shapes, path).shape[path[0] == "blocks" :]
     for name in names.tensors_of(path, template, layers):
       expected[name] = shape[::-1] if names.is_transposed(path) else shape
   vocabulary = [known[path] for path in (("embedding",), ("head",)) if path in known]
+  head = scheme[("head",)]
+  if network.size.tied and head in files.shapes:  # many tied models store their head all the same; `read` compares it
+    expected[head] = expected[scheme[("embedding",)]]
+    vocabulary.append(head)
   missing = [name for name in expected if name not in files.shapes]
-  extra = [name for name in files.shapes if name not in expected and not name.endswith(names.IGNORED)]
+  extra = [name for name in files.shapes if name not in expected]
   if missing or extra:
+    reason = "config.json and the safetensors do not belong together"
+    if missing == [head] and not extra:
+      flag = f'"{description.tied_key}": true'
+      reason = f"if the head is the embedding, write {flag} into config.json, otherwise fetch the files again"
     raise ValueError(
       f"{folder if missing else files.file_of(extra[0])}: tensor {(missing or extra)[0]} is"
-      f" {'missing' if missing else 'unknown'} ({len(missing)} missing, {len(extra)} unknown):"
-      " config.json and the safetensors do not belong together"
+      f" {'missing' if missing else 'unknown'} ({len(missing)} missing, {len(extra)} unknown): {reason}"
     )
   for name, shape in expected.items():
     found = files.shapes[name]
@@ -145,6 +166,29 @@ def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Pa
     if found != shape:
       raise ValueError(f"{files.file_of(name)}: tensor {name} has shape {found}, config.json asks for {shape}")
   return files, known, rows
+
+
+def _check_tied(files: TensorFiles, description: families.Description) -> None:
+  """Raises a ValueError when a head is stored and is not the embedding, which would be taken for it."""
+  scheme = names.scheme_of(files.shapes)
+  table, head = scheme[("embedding",)], scheme[("head",)]
+  if head not in files.shapes:
+    return
+  for rows in _rows(files, table):
+    if not np.array_equal(files.read(table, rows), files.read(head, rows)):
+      key = description.tied_key
+      says = "says" if key in description.config else "leaves out, which means,"
+      raise ValueError(
+        f'{files.file_of(head)}: tensor {head} is not {table}, though config.json {says} "{key}": true;'
+        f' if the model has a head of its own, write "{key}": false into it, otherwise fetch the files again'
+      )
+
+
+def _rows(files: TensorFiles, name: str) -> Iterator[slice]:
+  """The rows of a table in pieces of at most `PIECE` bytes as float64."""
+  rows, width = files.shapes[name]
+  step = max(1, PIECE // (8 * width))
+  return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
 def _fill(files: TensorFiles, tensors: list[str], path: names.Path, leaf: Any, placement: Any, quantized: str) -> Any:
@@ -223,11 +267,8 @@ def _writer(device: Any, stacked: bool, transposed: bool, quantized: str) -> Any
 
 def _mean_row(files: TensorFiles, name: str) -> np.ndarray:
   """The mean of a tensor's rows, summed on the host in the order of the file: the same bits whatever the devices."""
-  rows, width = files.shapes[name]
-  step = max(1, PIECE // (8 * width))
-  starts = range(0, rows, step)
-  total = sum(files.read(name, slice(i, min(i + step, rows))).astype(np.float64).sum(0) for i in starts)
-  return np.asarray(total / rows, np.float32)
+  total = sum(files.read(name, rows).astype(np.float64).sum(0) for rows in _rows(files, name))
+  return np.asarray(total / files.shapes[name][0], np.float32)
 
 
 def _with_new_rows(w: jax.Array, rows: int, mean: np.ndarray, placement: Sharding, axis: int) -> jax.Array:

@@ -1,21 +1,32 @@
 """The safetensors of a folder: one `model.safetensors`, or shards behind `model.safetensors.index.json`."""
 
 import contextlib
-import json
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from d1jax.files import FileError, decode, parse_json, read_json
+from d1jax.models import names
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-FLOATS = ("F32", "BF16", "F16")
+FLOATS: Mapping[str, tuple[type, int, int]] = {
+  "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
+  "BF16": (np.uint16, 0x7FFF, 0x7F80),
+  "F16": (np.uint16, 0x7FFF, 0x7C00),
+}
+"""What can be read: the bits of a number as a whole one, those behind its sign, and infinity's; NaNs are above it."""
+LONGEST_HEADER = 100_000_000
+"""Bytes of a header that the library safetensors reads at most."""
 
 
 class TensorFiles:
   """The tensors of a folder by name; values are read a slice at a time, and no file stays open.
+
+  Buffers (`names.is_buffer`) are left out: files of old models carry some, and no network needs them.
 
   Attributes:
     shapes: of each tensor.
@@ -26,7 +37,8 @@ class TensorFiles:
     """Reads the headers of all files.
 
     Raises:
-      ValueError: a file is missing, truncated or no safetensors file, or index and files disagree; named.
+      ValueError: a file is missing, truncated or no safetensors file, index and files disagree, or the index names a
+        file outside of the folder; named.
     """
     self._files: dict[str, Path] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
@@ -45,6 +57,8 @@ class TensorFiles:
             raise ValueError(f"{path}: tensor {name} is in {self._files[name]}, too; fetch both again")
           self._files[name] = path
           part = file.get_slice(name)
+          if names.is_buffer(name):
+            continue
           self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
           if self.dtypes[name] not in FLOATS:
             raise ValueError(f"{path}: tensor {name} is {self.dtypes[name]}; only {', '.join(FLOATS)} can be read")
@@ -59,24 +73,49 @@ class TensorFiles:
     return self._files[name]
 
   def read(self, name: str, *index: slice) -> np.ndarray:
-    """A slice of a tensor, as it is stored."""
-    with _opened(self._files[name]) as file:
-      return file.get_slice(name)[index]
+    """A slice of a tensor, as it is stored.
+
+    Raises:
+      ValueError: the file is damaged by now, or the slice holds a NaN or an infinity.
+    """
+    path = self._files[name]
+    with _opened(path) as file:
+      part = file.get_slice(name)[index]
+    kind, magnitude, infinity = FLOATS[self.dtypes[name]]
+    if part.size and np.bitwise_and(part.view(kind), kind(magnitude)).max() >= infinity:
+      raise ValueError(f"{path}: tensor {name} holds NaN or infinity, and no text could come of it; fetch it again")
+    return part
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Writes a file that PyTorch's side reads, with the permissions of any new file: the library's own files can be read
+  by their owner alone, whatever the umask.
+  """
+  path.touch()
+  mode = path.stat().st_mode
+  save_file(dict(tensors), path, metadata={"format": "pt"})
+  path.chmod(mode)
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"{path} is not an index of safetensors ({error!r}); fetch it again") from None
+    found = read_json(path, dict).get("weight_map")
+  except FileError as error:
+    raise ValueError(f"{error}; fetch it again") from None
   if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
     raise ValueError(f"{path}: weight_map does not map tensors to files; fetch it again")
+  for tensor, name in found.items():
+    if name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
+      raise ValueError(f"{path}: {name!r}, the file of tensor {tensor}, is outside of the folder; fetch it again")
   return found
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+  """An open file; a pipe would be waited for and a device read for ever, so that only regular files are opened."""
   try:
+    if path.exists() and not path.is_file():
+      raise ValueError(f"{path} cannot be read (it is no regular file); fetch it again")
     with safe_open(path, "numpy") as file:
       yield file
   except FileNotFoundError:
@@ -88,13 +127,16 @@ def _opened(path: Path) -> Iterator[Any]:
 def _damage(path: Path) -> str | None:
   """Names the first tensor that a truncated file lacks."""
   try:
+    size = path.stat().st_size
     with path.open("rb") as file:
       length = int.from_bytes(file.read(8), "little")
-      if length > os.path.getsize(path):
-        return "its header is cut"
-      header = json.loads(file.read(length))
-    end = os.path.getsize(path) - 8 - length
-    cut = [n for n, entry in header.items() if n != "__metadata__" and entry["data_offsets"][1] > end]
-  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+      if length > size - 8:
+        return f"its header is cut: {length:,} bytes in a file of {size:,}"
+      header = parse_json(decode(file.read(min(length, LONGEST_HEADER)), "its header"), "its header", dict)
+    ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    cut = [name for name, end in ends.items() if end > size - 8 - length]
+  except FileError as error:
+    return str(error)
+  except (OSError, LookupError, TypeError, AttributeError):
     return None
   return f"tensor {cut[0]} is truncated" if cut else None

@@ -26,6 +26,7 @@ from d1jax.models.layers import (
   RMSNorm,
   RopeScaling,
   fold_tokens,
+  look_up,
   no_constraint,
   plain_attention,
   project,
@@ -189,9 +190,7 @@ class Transformer(nnx.Module):
   ) -> tuple[jax.Array, Any]:
     """Embedding, blocks, final norm; `kept` goes from layer to layer through `attend(kept, layer, q, k, v)`."""
     residual = ("batch", "length", None)
-    # The table is gathered over its embed axis first; otherwise XLA replicates the result of the look-up.
-    table = self.constrain(self.embedding[...].astype(self.dtype), ("vocab", None))
-    x = self.constrain(table[tokens], residual)
+    x = self.constrain(look_up(self.embedding[...], tokens, self.dtype, self.constrain), residual)
     block, weights = nnx.split(self.blocks)
 
     def body(carry: tuple[jax.Array, Any], layer: tuple[nnx.State, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:

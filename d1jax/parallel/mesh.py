@@ -108,6 +108,16 @@ def _spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
   return PartitionSpec(*(None if axis is None else rules[axis] for axis in axes))
 
 
+def _disjoint(spec: PartitionSpec) -> PartitionSpec:
+  """The spec with every axis of the mesh where it stands last, and there alone."""
+  entries = []
+  for i, entry in enumerate(spec):
+    later = set(itertools.chain(*map(_names, spec[i + 1 :])))
+    own = _names(entry)
+    entries.append(tuple(name for name in own if name not in later) if later & set(own) else entry)
+  return PartitionSpec(*entries)
+
+
 def sharding(mesh: Mesh, rules: Rules, *axes: str | None) -> NamedSharding:
   """The placement of an array with these logical axes; no axes: replicated."""
   return NamedSharding(mesh, _spec(axes, rules))
@@ -140,13 +150,15 @@ def check_divides(abstract: Any, placements: Any) -> None:
 def constrainer(mesh: Mesh, rules: Rules) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
   """`constrain(x, axes)` for a model: the one way that it states where an activation lives.
 
-  A length that the mesh does not divide, as windows of a cache have, stays whole.
+  A length that the mesh does not divide, as windows of a cache have, stays whole. Where two axes of an array would be
+  cut along one axis of the mesh, the last of them is: ("batch", "length", "embed") leaves a batch over `data` alone
+  where embed is over `fsdp`.
   """
   lengths = ways(mesh, rules, "length")
 
   def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     cut = [None if axis == "length" and size % lengths else axis for axis, size in zip(axes, x.shape, strict=True)]
-    return jax.lax.with_sharding_constraint(x, sharding(mesh, rules, *cut))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _disjoint(_spec(cut, rules))))
 
   return constrain
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -16,7 +17,6 @@ def files_of(**values) -> dict[str, bytes]:
 def test_a_folder_is_read_by_name_and_what_is_not_named_is_not(tmp_path):
   for name in ("tokenizer.json", "config.json", "chat_template.jinja", "model.safetensors", "tokenization_dream.py"):
     (tmp_path / name).write_bytes(name.encode())
-  (tmp_path / "vocab.json").mkdir()
   found = folder.read(tmp_path)
   assert found == {n: n.encode() for n in ("tokenizer.json", "chat_template.jinja", "config.json")}
 
@@ -26,11 +26,41 @@ def test_what_is_no_folder_is_named(tmp_path):
     folder.read(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b'{"a": \xff}', b"[1, 2]", b"null", b"[" * 100_000])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "nothing"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json", "generation_config.json"])
+def test_a_name_that_is_no_regular_file_is_an_error(tmp_path, kind, name):
+  path = tmp_path / name
+  if kind == "folder":
+    path.mkdir()
+  elif kind == "pipe":
+    os.mkfifo(path)
+  else:
+    path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "blobs" / "1")
+  with pytest.raises(ValueError, match=f"{name} is .*, expected a file"):
+    folder.read(tmp_path)
+
+
+def test_links_are_followed(tmp_path):
+  """The hub's cache is made of them."""
+  (tmp_path / "blobs").mkdir()
+  (tmp_path / "blobs" / "1").write_bytes(b"{}")
+  snapshot = tmp_path / "snapshots" / "main"
+  snapshot.mkdir(parents=True)
+  (snapshot / "config.json").symlink_to("../../blobs/1")
+  assert folder.read(snapshot) == {"config.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+  "content", [b"{", b"", b'{"a": \xff}', b"[1, 2]", b"null", b"[" * 100_000, b'{"a": 1' + b"0" * 400 + b"}"]
+)
 def test_broken_json_is_named(content):
   with pytest.raises(ValueError, match=r"config\.json .*fetch the file again"):
     folder.parse({"config.json": content}, "config.json")
   assert folder.parse({"config.json": content}, "other.json") == {}
+
+
+def test_a_byte_order_mark_is_read():
+  assert folder.parse({"config.json": b'\xef\xbb\xbf{"a": 1}'}, "config.json") == {"a": 1}
 
 
 def test_llada_s_ids_come_from_its_config():

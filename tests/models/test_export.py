@@ -1,5 +1,7 @@
 import functools
 import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +208,7 @@ def widened(params):
 @pytest.mark.parametrize("calls", [1, 3])
 def test_an_interrupted_export_leaves_nothing_under_the_name(tmp_path, llada, monkeypatch, calls):
   """And the next one starts again."""
-  original, left = export.save_file, [calls]
+  original, left = export.write, [calls]
 
   def fail(*args, **options):
     left[0] -= 1
@@ -214,11 +216,95 @@ def test_an_interrupted_export_leaves_nothing_under_the_name(tmp_path, llada, mo
       raise OSError("no space left on device")
     original(*args, **options)
 
-  monkeypatch.setattr(export, "save_file", fail)
+  monkeypatch.setattr(export, "write", fail)
   with pytest.raises(OSError, match="no space left"):
     write(tmp_path / "out", llada, shard_bytes=40_000)
-  assert not (tmp_path / "out").exists()
-  monkeypatch.setattr(export, "save_file", original)
+  assert not list(tmp_path.iterdir())
+  monkeypatch.setattr(export, "write", original)
   write(tmp_path / "out", llada)
   assert [path.name for path in tmp_path.iterdir()] == ["out"]
   assert_same_tensors(read_all(tmp_path / "out"), read_all(llada[0]))
+
+
+def test_folders_and_files_beside_the_output_are_left_alone(tmp_path, llada):
+  mine = tmp_path / "out.tmp"
+  mine.mkdir()
+  (mine / "thesis.tex").write_text("all of it", encoding="utf-8")
+  (tmp_path / "other.tmp").write_text("a file", encoding="utf-8")
+  write(tmp_path / "out", llada)
+  write(tmp_path / "other", llada)
+  assert {path.name for path in tmp_path.iterdir()} == {"out", "out.tmp", "other", "other.tmp"}
+  assert (mine / "thesis.tex").read_text(encoding="utf-8") == "all of it"
+
+
+def test_links_out_of_the_source_are_not_copied(tmp_path, llada):
+  """A clone of a hostile repository may have them, and an export is given away."""
+  secret = tmp_path / "secret.txt"
+  secret.write_text("a password", encoding="utf-8")
+  source = tmp_path / "source"
+  shutil.copytree(llada[0], source)
+  (source / ".git").mkdir()
+  (source / ".git" / "config").write_text("a token", encoding="utf-8")
+  (source / "README.md").unlink()
+  (source / "README.md").symlink_to(secret)
+  (source / "up.txt").symlink_to("../secret.txt")
+  (source / "remote.txt").symlink_to(".git/config")
+  (source / "loop.txt").symlink_to("loop.txt")
+  (source / "same.py").symlink_to("modeling_llada.py")
+  os.mkfifo(source / "pipe")
+  loaded = llada[1]
+  left_out = export.export(tmp_path / "out", loaded.params, loaded.network.size, source=source, token_ids={})
+  assert left_out == ["README.md", "remote.txt", "up.txt"]
+  files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+  assert files.keys() == {"config.json", SINGLE, "tokenizer_config.json", "modeling_llada.py", "same.py"}
+  assert files["same.py"] == OTHERS["modeling_llada.py"]
+  assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_snapshot_of_the_hubs_cache_is_copied_whole(tmp_path, llada):
+  cache = tmp_path / "models--a--b"
+  source = cache / "snapshots" / "0123"
+  source.mkdir(parents=True)
+  shutil.copytree(llada[0], cache / "blobs")
+  for path in (cache / "blobs").iterdir():
+    (source / path.name).symlink_to(f"../../blobs/{path.name}")
+  (tmp_path / "secret.txt").write_text("a password", encoding="utf-8")
+  (source / "secret.txt").symlink_to("../../../secret.txt")
+  loaded = pretrained.load(source, jnp.float32)
+  left_out = export.export(tmp_path / "out", loaded.params, loaded.network.size, source=source, token_ids={})
+  assert left_out == ["secret.txt"]
+  assert {name: (tmp_path / "out" / name).read_bytes() for name in OTHERS} == OTHERS
+  assert_same_tensors(read_all(tmp_path / "out"), read_all(llada[0]))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_an_export_has_the_permissions_of_new_files(tmp_path, llada, umask):
+  before = os.umask(umask)
+  try:
+    write(tmp_path / "out", llada)
+  finally:
+    os.umask(before)
+  assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+  for path in (tmp_path / "out").iterdir():
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "link to nothing"])
+def test_what_cannot_be_a_folder_is_refused_and_stays(tmp_path, llada, kind):
+  path = tmp_path / "out"
+  if kind == "link to nothing":
+    path.symlink_to(tmp_path / "nowhere")
+  else:
+    path.write_text("mine", encoding="utf-8")
+  target = path / "deeper" if kind == "below a file" else path
+  with pytest.raises(ValueError, match=f"{path} is a (file, expected a folder|link to nothing)"):
+    write(target, llada)
+  assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path, llada):
+  (tmp_path / "real").mkdir()
+  (tmp_path / "out").symlink_to("real")
+  write(tmp_path / "out", llada)
+  assert (tmp_path / "out").is_symlink()
+  assert_same_tensors(read_all(tmp_path / "real"), read_all(llada[0]))

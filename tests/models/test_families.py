@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import os
 
 import jax
 import pytest
@@ -105,7 +107,8 @@ LLADA_CHANGES = [
   ("n_layers", -2),
   ("n_layers", {"n": 2}),
   ("mlp_hidden_size", "96"),
-  ("mlp_hidden_size", None),
+  ("mlp_ratio", None),
+  ("mlp_ratio", 2.5),
   ("embedding_size", "83"),
   ("rope_theta", "500000.0"),
   ("rope_theta", None),
@@ -113,12 +116,14 @@ LLADA_CHANGES = [
   ("rms_norm_eps", "1e-05"),
   ("rms_norm_eps", float("inf")),
   ("weight_tying", "false"),
+  ("quantization_config", {"load_in_4bit": True}),
 ]
 
 
 @pytest.mark.parametrize(("key", "value"), LLADA_CHANGES, ids=str)
 def test_what_lladas_configuration_may_not_say(folder_of, key, value):
-  folder = folder_of("llada", **{key: value})
+  mlp = {"mlp_hidden_size": None} if key == "mlp_ratio" else {}
+  folder = folder_of("llada", **mlp, **{key: value})
   with pytest.raises(ValueError, match=key) as caught:
     describe(folder)
   assert str(folder / "config.json") in str(caught.value)
@@ -134,7 +139,6 @@ HUB_CHANGES = [
   ("use_sliding_window", True),
   ("use_mrope", True),
   ("partial_rotary_factor", 0.5),
-  ("pretraining_tp", 2),
   ("quantization_config", {"load_in_4bit": True}),
   ("layer_types", ["full_attention", "sliding_attention"]),
   ("layer_types", ["chunked_attention"]),
@@ -169,15 +173,41 @@ def test_what_the_others_configurations_may_not_say(folder_of, family, key, valu
 
 @pytest.mark.parametrize(
   ("family", "key"),
-  [("llada", k) for k in ("model_type", "d_model", "n_heads", "mlp_hidden_size", "n_layers", "rope_theta")]
-  + [("llada", "rms_norm_eps")]
-  + [("qwen2", k) for k in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "rope_theta")]
-  + [("qwen2", k) for k in ("num_hidden_layers", "rms_norm_eps")],
+  [("llada", k) for k in ("model_type", "d_model", "n_heads", "n_layers")]
+  + [("qwen2", k) for k in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size")]
+  + [("qwen2", "num_hidden_layers")],
 )
 def test_a_missing_key_is_named(folder_of, family, key):
   folder = folder_of(family, **{key: ...})
-  with pytest.raises(ValueError, match=f"config.json.*'{key}'"):
+  with pytest.raises(ValueError, match=f"config.json.*{key}"):
     describe(folder)
+
+
+@pytest.mark.parametrize(
+  ("family", "changes", "expected"),
+  [
+    ("llama", {"rope_theta": ..., "rope_scaling": ...}, {"rope_theta": 10000.0, "rope_scaling": None}),  # Llama 2
+    ("llama", {"rms_norm_eps": ...}, {"norm_eps": 1e-6}),
+    ("llama", {"tie_word_embeddings": ...}, {"tied": False}),
+    ("llama", {"pretraining_tp": 2}, {}),
+    ("llama", {"pretraining_tp": ...}, {}),
+    ("llama_tied", {"rope_parameters": {"rope_type": "default"}}, {"rope_theta": 10000.0, "rope_scaling": None}),
+    ("qwen2", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-6}),
+    ("qwen2", {"tie_word_embeddings": ...}, {"tied": False}),
+    ("dream", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-6}),
+    ("llada", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-5}),
+    ("llada", {"mlp_hidden_size": None}, {"mlp": 256}),
+    ("llada", {"mlp_hidden_size": ..., "mlp_ratio": ...}, {"mlp": 256}),
+    ("llada", {"mlp_hidden_size": None, "mlp_ratio": 2}, {"mlp": 128}),
+    ("llada", {"weight_tying": ...}, {"tied": True}),
+    ("llada", {"weight_tying": None}, {"tied": False}),
+    ("llada", {"quantization_config": None}, {}),
+  ],
+  ids=str,
+)
+def test_what_is_not_stated_is_as_the_class_of_the_configuration_has_it(folder_of, family, changes, expected):
+  whole = describe(folder_of(family)).size
+  assert describe(folder_of(family, **changes)).size == dataclasses.replace(whole, **expected)
 
 
 def test_a_missing_vocabulary_is_named(folder_of):
@@ -195,7 +225,7 @@ def test_what_may_be_null_or_left_out(folder_of):
   whole = describe(folder_of("llada")).size
   nulls = {name: None for name in families.LLADA_FIXED if not families.LLADA_FIXED[name]}
   assert describe(folder_of("llada", **nulls, n_kv_heads=None)).size == whole
-  assert describe(folder_of("llada", **dict.fromkeys(families.LLADA_FIXED, ...), weight_tying=...)).size == whole
+  assert describe(folder_of("llada", **dict.fromkeys(families.LLADA_FIXED, ...))).size == whole
   dream = describe(folder_of("dream")).size
   assert describe(folder_of("dream", head_dim=None, layer_types=["full_attention"] * 3)).size == dream
   alone = describe(folder_of("dream", num_key_value_heads=None)).size
@@ -251,22 +281,91 @@ def test_what_rotary_options_may_not_say(folder_of, key, scaling, named):
     describe(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"llada"', "3", '[{"model_type": "llada"}]', "\x00"])
-def test_a_file_that_is_no_configuration_is_named(tmp_path, text):
-  (tmp_path / "config.json").write_text(text, encoding="utf-8")
-  with pytest.raises(ValueError, match=r"config\.json is not the configuration of a model"):
+@pytest.mark.parametrize(
+  ("content", "reason"),
+  [
+    (b"", "is not JSON"),
+    (b"{", "is not JSON"),
+    (b"\x00", "is not JSON"),
+    (b"[]", "is not an object"),
+    (b"null", "is not an object"),
+    (b'"llada"', "is not an object"),
+    (b'[{"model_type": "llada"}]', "is not an object"),
+    (b'{"model_type": "\xff\xfe"}', "is not UTF-8"),
+    (b"[" * 100_000, "is nested too deep"),
+    (b'{"model_type": "llada", "a": ' + b"[" * 100_000, "is nested too deep"),
+    (b'{"model_type": "llada", "n_layers": 1' + b"0" * 400 + b"}", "holds a number of 401 digits"),
+  ],
+  ids=lambda value: str(value)[:40],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path, content, reason):
+  (tmp_path / "config.json").write_bytes(content)
+  with pytest.raises(ValueError, match=rf"config\.json {reason}.*; point to the folder of a downloaded model"):
     describe(tmp_path)
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path):
-  (tmp_path / "config.json").write_bytes(b'{"model_type": "\xff\xfe"}')
-  with pytest.raises(ValueError, match=r"config\.json is not the configuration of a model"):
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "device"])
+def test_what_is_no_regular_file_is_named(tmp_path, kind):
+  path = tmp_path / "config.json"
+  if kind == "folder":
+    path.mkdir()
+  elif kind == "pipe":
+    os.mkfifo(path)
+  elif kind == "device":
+    path.symlink_to("/dev/zero")
+  with pytest.raises(ValueError, match=r"config\.json is .*, expected a file; point to"):
     describe(tmp_path)
 
 
-def test_a_missing_file_is_named(tmp_path):
-  with pytest.raises(ValueError, match=r"nowhere/config\.json is missing: point to"):
-    describe(tmp_path / "nowhere")
+def test_a_byte_order_mark_is_read(folder_of):
+  folder = folder_of("llada")
+  expected = describe(folder)
+  path = folder / "config.json"
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert describe(folder) == expected
+
+
+def test_long_and_deep_values_are_shortened_in_messages(folder_of):
+  deep: list = []
+  for _ in range(200):
+    deep = [deep]
+  for value in (deep, "a" * 10_000, list(range(10_000)), {str(i): i for i in range(10_000)}):
+    with pytest.raises(ValueError, match="hidden_act=") as caught:
+      describe(folder_of("llama", hidden_act=value))
+    assert len(str(caught.value)) < 400
+
+
+SHAPES = {"a": (83, 64), "b": (96, 64), "c": (10**12, 0)}
+
+
+@pytest.mark.parametrize("value", [97, 10**9, 10**12, 10**30], ids=str)
+@pytest.mark.parametrize(
+  ("family", "key", "others"),
+  [
+    ("llada", "n_layers", {}),
+    ("llada", "embedding_size", {}),
+    ("llada", "vocab_size", {"embedding_size": None}),
+    ("llada", "d_model", {"n_heads": 1, "n_kv_heads": 1}),
+    ("llada", "mlp_hidden_size", {}),
+    ("llama", "num_hidden_layers", {}),
+    ("llama", "vocab_size", {}),
+    ("llama", "intermediate_size", {}),
+    ("llama", "hidden_size", {"head_dim": 16}),
+    ("llama", "num_attention_heads", {"head_dim": 16, "num_key_value_heads": None}),
+    ("llama", "head_dim", {}),
+  ],
+)
+def test_a_claim_beyond_what_the_files_hold_is_refused(folder_of, family, key, others, value):
+  value += value % 2 if key in ("d_model", "head_dim") else 0
+  folder = folder_of(family, **{**others, key: value})
+  with pytest.raises(ValueError, match=rf"config\.json: {key}={value} is more than the safetensors hold") as caught:
+    families.check_claims(folder, describe(folder), SHAPES)
+  assert "fetch the files of one and the same model" in str(caught.value)
+
+
+def test_sizes_that_the_files_hold_pass(folder_of):
+  folder = folder_of("llada")
+  families.check_claims(folder, describe(folder), SHAPES)
 
 
 @pytest.mark.parametrize(("changes", "named"), [({"n_heads": 3}, "heads=6"), ({"n_kv_heads": 3}, "kv_heads=3")])

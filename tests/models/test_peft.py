@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -193,12 +194,77 @@ def test_a_configuration_without_rank_or_alpha_is_named(networks, copied, option
     peft.load(copied(options=options), networks["llada"])
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", "3"])
-def test_a_file_that_is_no_configuration_is_named(networks, copied, text):
+@pytest.mark.parametrize(
+  ("content", "reason"),
+  [
+    (b"", "is not JSON"),
+    (b"{", "is not JSON"),
+    (b"[]", "is not an object"),
+    (b"null", "is not an object"),
+    (b"3", "is not an object"),
+    (b"\xff", "is not UTF-8"),
+    (b"[" * 100_000, "is nested too deep"),
+    (b'{"r": 4, "lora_alpha": 1' + b"0" * 400 + b"}", "holds a number of 401 digits"),
+  ],
+  ids=lambda value: str(value)[:40],
+)
+def test_a_file_that_is_no_configuration_is_named(networks, copied, content, reason):
   folder = copied()
-  (folder / peft.CONFIG).write_text(text, encoding="utf-8")
-  with pytest.raises(ValueError, match=r"adapter_config\.json is not the configuration"):
+  (folder / peft.CONFIG).write_bytes(content)
+  with pytest.raises(ValueError, match=rf"adapter_config\.json {reason}.*; point to the folder of a LoRA adapter"):
     peft.load(folder, networks["llada"])
+
+
+def test_a_byte_order_mark_is_read(networks, copied):
+  folder = copied()
+  path = folder / peft.CONFIG
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert peft.load(folder, networks["llada"])[0] == LoraSpec(4, 8.0)
+
+
+@pytest.mark.parametrize(
+  ("options", "named"),
+  [
+    ({"r": float("inf")}, "r=inf is not a whole number"),
+    ({"r": 4.0}, "r=4.0 is not a whole number"),
+    ({"r": True}, "r=True is not a whole number"),
+    ({"r": 10**30}, r"has shape \(4, 64\), expected \(10{30}, 64\)"),
+    ({"lora_alpha": float("inf")}, "lora_alpha=inf is not a number"),
+    ({"lora_alpha": float("nan")}, "lora_alpha=nan is not a number"),
+    ({"lora_alpha": "8"}, "lora_alpha='8' is not a number"),
+    ({"lora_alpha": 1e19}, r"lora_alpha=1e\+19 is more than 1e\+06 times r=4; correct it"),
+    ({"lora_alpha": 10**30}, r"lora_alpha=1e\+30 is more than 1e\+06 times r=4"),
+    ({"lora_dropout": float("nan")}, "lora_dropout=nan is not a number"),
+    ({"lora_dropout": None}, "lora_dropout=None is not a number"),
+  ],
+  ids=str,
+)
+def test_numbers_that_cannot_be_are_named(networks, copied, options, named):
+  with pytest.raises(ValueError, match=named):
+    peft.load(copied(options=options), networks["llada"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_adapter_that_is_not_finite_is_refused(networks, copied, value):
+  a = load_file(GOLDENS / "llada_all" / peft.WEIGHTS)[LLADA_Q]
+  a[1, 2] = value
+  with pytest.raises(ValueError, match=f"tensor {LLADA_Q} holds NaN or infinity"):
+    peft.load(copied(**{LLADA_Q: a}), networks["llada"])
+
+
+@pytest.mark.parametrize(
+  ("prefix", "suffix"), [("", ".weight"), ("base_model.", ".weight"), ("module.", ".weight"), (None, ".default.weight")]
+)
+def test_adapters_under_other_names_are_told_the_expected_ones(networks, copied, prefix, suffix):
+  """As other trainers and older versions of PEFT write them."""
+  held = load_file(GOLDENS / "llama_qv" / peft.WEIGHTS)
+  rename = lambda key: (key if prefix is None else prefix + key.removeprefix(peft.PREFIX)).replace(".weight", suffix)
+  folder = copied("llama_qv", **dict.fromkeys(held, ...), **{rename(key): value for key, value in held.items()})
+  first = min(map(rename, held))
+  expected = "base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight"
+  with pytest.raises(ValueError, match=re.escape(f"{first} belongs to no projection of the network")) as caught:
+    peft.load(folder, networks["llama"])
+  assert f"expected names are such as {expected}, with N from 0 to 1" in str(caught.value)
 
 
 @pytest.mark.parametrize("file", [peft.CONFIG, peft.WEIGHTS])
@@ -262,3 +328,21 @@ def test_a_truncated_file_is_named(networks, copied):
   path.write_bytes(path.read_bytes()[:-2])
   with pytest.raises(ValueError, match="truncated"):
     peft.load(folder, networks["llada"])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_an_adapter_has_the_permissions_of_new_files(tmp_path, networks, umask):
+  spec, adapter = peft.load(GOLDENS / "llama_qv", networks["llama"])
+  before = os.umask(umask)
+  try:
+    peft.save(tmp_path / "out", adapter, spec, base="", scheme=names.LLAMA)
+  finally:
+    os.umask(before)
+  assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, networks):
+  spec, adapter = peft.load(GOLDENS / "llama_qv", networks["llama"])
+  (tmp_path / "out").write_text("mine", encoding="utf-8")
+  with pytest.raises(ValueError, match="out is a file, expected a folder"):
+    peft.save(tmp_path / "out", adapter, spec, base="", scheme=names.LLAMA)

@@ -263,12 +263,86 @@ def test_a_network_of_other_sizes_than_the_folder_is_refused(damaged):
     pretrained.read(folder, network, jnp.float32, placements)
 
 
-def test_rotary_buffers_are_ignored(damaged):
-  buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for i in range(2)}
+def test_buffers_are_ignored(damaged):
+  names_of = ("self_attn.rotary_emb.inv_freq", "self_attn.position_ids", "self_attn.masked_bias")
+  buffers = {f"model.layers.{i}.{name}": np.ones(8, np.int64) for i in range(2) for name in names_of}
   folder = damaged("llama", **buffers)
   weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if k not in buffers}
   found = pretrained.load(folder, jnp.float32)
   assert_same(found.params, by_hand(weights, found.network.size, names.LLAMA, np.float32))
+
+
+def tied(damaged, family, change):
+  """A tied folder that stores a head: the embedding, changed by a function."""
+  scheme = names.LLADA if family == "llada" else names.LLAMA
+  shapes = folders.shapes_of(family, folders.SIZES[family])
+  table = folders.draw(scheme[("embedding",)], shapes[scheme[("embedding",)]])
+  folder = damaged(family, **{scheme[("head",)]: change(table)})
+  folders.edit_config(folder, **{"weight_tying" if family == "llada" else "tie_word_embeddings": True})
+  return folder, table
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama_tied", "llada", "dream"])
+def test_a_tied_model_may_store_its_head_a_second_time(damaged, family):
+  """As the small models of Qwen do."""
+  folder, table = tied(damaged, family, lambda table: table.copy())
+  found = pretrained.load(folder, jnp.float32)
+  assert "head" not in found.params
+  np.testing.assert_array_equal(found.params["embedding"], table)
+  grown = pretrained.load(folder, jnp.float32, rows=100).params
+  assert grown["embedding"].shape == (128, 64)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llada"])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(damaged, monkeypatch, family):
+  def change(table):
+    table = table.copy()
+    table[-1, -1] += 1e-6
+    return table
+
+  monkeypatch.setattr(pretrained, "PIECE", 8 * 64 * 5)
+  folder, _ = tied(damaged, family, change)
+  key = "weight_tying" if family == "llada" else "tie_word_embeddings"
+  with pytest.raises(ValueError, match=f'is not .*, though config.json says "{key}": true; .* write "{key}": false'):
+    pretrained.load(folder, jnp.float32)
+  folders.edit_config(folder, **{key: False})  # what it advises
+  assert "head" in pretrained.load(folder, jnp.float32).params
+  if family == "llada":
+    folders.edit_config(folder, **{key: ...})
+    with pytest.raises(ValueError, match=f'though config.json leaves out, which means, "{key}": true'):
+      pretrained.load(folder, jnp.float32)
+
+
+def test_a_stored_head_of_another_shape_is_refused(damaged):
+  folder, _ = tied(damaged, "qwen2", lambda table: table[:-1].copy())
+  refused(folder, "lm_head.weight has shape (71, 64), config.json asks for (72, 64)")
+
+
+@pytest.mark.parametrize("family", ["dream", "llada"])
+def test_a_missing_head_names_the_flag(damaged, family):
+  scheme, key = (names.LLADA, "weight_tying") if family == "llada" else (names.LLAMA, "tie_word_embeddings")
+  folder = damaged(family, **{scheme[("head",)]: ...})
+  advice = f'if the head is the embedding, write "{key}": true into config.json, otherwise fetch the files again'
+  refused(folder, scheme[("head",)], "is missing (1 missing, 0 unknown)", advice)
+  folders.edit_config(folder, **{key: True})
+  assert "head" not in pretrained.load(folder, jnp.float32).params
+
+
+@pytest.mark.parametrize("key", ["n_layers", "embedding_size", "mlp_hidden_size", "d_model"])
+def test_a_size_that_the_files_do_not_have_is_refused_before_anything_is_made_of_it(damaged, key):
+  folder = damaged()
+  folders.edit_config(folder, **{key: 10**30})
+  with pytest.raises(ValueError, match=f"config.json: {key}=10{{30}} is more than the safetensors hold"):
+    pretrained.load(folder, jnp.float32)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(None, QUERY), ("nf4", QUERY), (None, EMBEDDING), (None, EMBED_NORM)])
+def test_weights_that_are_not_finite_are_refused(tmp_path, kind, name):
+  weights = folders.write(tmp_path, "llada", **WIDE)
+  weights[name].flat[3] = np.nan
+  save_file(weights, tmp_path / "model.safetensors")
+  with pytest.raises(ValueError, match=f"tensor {name} holds NaN or infinity"):
+    pretrained.load(tmp_path, jnp.float32, quantized=kind)
 
 
 def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):

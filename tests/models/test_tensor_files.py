@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -165,6 +166,134 @@ def test_a_file_that_is_no_safetensors_is_named(tmp_path, content):
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
   (tmp_path / tensor_files.SINGLE).mkdir()
   refused(tmp_path, tmp_path / tensor_files.SINGLE, "cannot be read")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", [tensor_files.SINGLE, tensor_files.INDEX])
+def test_a_pipe_or_a_device_is_named_and_not_read(single, kind, name):
+  """It would be waited for, or read for ever."""
+  folder, _ = single
+  path = folder / name
+  path.unlink(missing_ok=True)
+  if kind == "pipe":
+    os.mkfifo(path)
+  else:
+    path.symlink_to("/dev/zero")
+  refused(folder, path, "no regular file", "fetch it again")
+
+
+def test_an_index_that_is_a_folder_is_named(single):
+  folder, _ = single
+  (folder / tensor_files.INDEX).mkdir()
+  refused(folder, folder / tensor_files.INDEX, "is a folder", "fetch it again")
+
+
+def with_header(path, header, data=b"", length=None):
+  """Writes a file whose header says anything."""
+  text = header if isinstance(header, bytes) else json.dumps(header).encode()
+  path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+def entry(begin, end, shape=(4,), dtype="F32"):
+  return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+  ("header", "length"),
+  [
+    ({"a": entry(0, 16)}, 2**63),
+    ({"a": entry(0, 16)}, 2**64 - 1),
+    ({"a": entry(0, 16)}, 10**9),
+    ({"a": entry(0, 4 * 10**12, (10**12,))}, None),
+    ({"a": entry(0, 16, (10**12,))}, None),
+    ({"a": entry(0, 16, (10**30,))}, None),
+    ({"a": entry(16, 0)}, None),
+    ({"a": entry(-16, 0)}, None),
+    ({"a": entry(8, 24), "b": entry(0, 16)}, None),
+    ({"a": entry(0, 16), "b": entry(0, 16)}, None),
+    ({"a": entry(0, 16), "b": entry(20, 36)}, None),
+    ({"a": entry(0, 16, dtype="F33")}, None),
+    ({"a": {"dtype": "F32", "shape": [4]}}, None),
+    (b"[" * 100_000, None),
+    (b'{"a": ' + b"[" * 100_000, None),
+    (b'{"a": {"dtype": "F32", "shape": [1' + b"0" * 5000 + b'], "data_offsets": [0, 16]}}', None),
+    (b"\xff" * 40, None),
+  ],
+  ids=lambda value: str(value)[:60],
+)
+def test_a_header_that_lies_is_refused(tmp_path, header, length):
+  path = tmp_path / tensor_files.SINGLE
+  with_header(path, header, b"\0" * 32, length)
+  refused(tmp_path, path, "cannot be read", "fetch it again")
+
+
+@pytest.mark.parametrize(
+  "name", ["../outside.safetensors", "a/../../outside.safetensors", "ABSOLUTE", "/dev/zero", "a\0b"]
+)
+def test_an_index_may_not_name_what_is_outside_of_the_folder(tmp_path, name):
+  folder = tmp_path / "model"
+  weights = folders.write(folder, "llada", shards=3)
+  outside = tmp_path / "outside.safetensors"
+  save_file({QUERY: weights[QUERY]}, outside)
+  name = str(outside) if name == "ABSOLUTE" else name
+  edit_index(folder, **{QUERY: name})
+  refused(folder, folder / tensor_files.INDEX, repr(name), QUERY, "is outside of the folder")
+
+
+@pytest.mark.parametrize("name", ["", ".", "deeper", "x" * 5000, "no.safetensors"])
+def test_an_index_that_names_no_file_is_refused(sharded, name):
+  folder, _ = sharded
+  (folder / "deeper").mkdir()
+  edit_index(folder, **{QUERY: name})
+  refused(folder, "fetch it again")
+
+
+def test_shards_may_lie_deeper_and_may_be_links(sharded, tmp_path_factory):
+  """In the hub's cache all files are links to `../../blobs`."""
+  folder, weights = sharded
+  path = file_with(folder, QUERY)
+  blob = tmp_path_factory.mktemp("blobs") / "0123"
+  path.rename(blob)
+  (folder / "deeper").mkdir()
+  (folder / "deeper" / path.name).symlink_to(blob)
+  held = load_file(blob)
+  edit_index(folder, **dict.fromkeys(held, f"deeper/{path.name}"))
+  found = TensorFiles(folder).read(QUERY, slice(None), slice(None))
+  assert found.tobytes() == weights[QUERY].tobytes()
+
+
+def test_an_index_with_a_byte_order_mark_is_read(sharded):
+  folder, weights = sharded
+  path = folder / tensor_files.INDEX
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+  assert TensorFiles(folder).shapes.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_what_is_not_finite_is_refused_when_it_is_read(tmp_path, dtype, value):
+  largest = float(ml_dtypes.finfo(dtype).max)
+  values = np.asarray([[0, 1, -1], [largest, -largest, -0.0], [1e-7, value, 2]], dtype)
+  save_file({"a": values, "b": values[:2]}, tmp_path / tensor_files.SINGLE)
+  files = TensorFiles(tmp_path)
+  np.testing.assert_array_equal(files.read("a", slice(0, 2)), values[:2])
+  files.read("b", slice(None))
+  with pytest.raises(ValueError, match=r"model\.safetensors: tensor a holds NaN or infinity.*fetch it again"):
+    files.read("a", slice(1, 3))
+
+
+@pytest.mark.parametrize(
+  "buffer", ["rotary_emb.inv_freq", "self_attn.position_ids", "self_attn.masked_bias", "causal_mask"]
+)
+@pytest.mark.parametrize("dtype", [np.int64, np.float32, np.bool_])
+def test_buffers_are_left_out_whatever_their_type(sharded, buffer, dtype):
+  folder, weights = sharded
+  name = f"model.layers.0.{buffer}"
+  path = file_with(folder, QUERY)
+  rewrite(path, **{name: np.ones(3, dtype)})
+  edit_index(folder, **{name: path.name})
+  files = TensorFiles(folder)
+  assert files.shapes.keys() == files.dtypes.keys() == weights.keys()
 
 
 def test_a_missing_shard_is_named(sharded):
