@@ -158,7 +158,7 @@ def test_what_a_process_leaves_behind_is_ended(tmp_path):
   wait_until(lambda: gone(tmp_path, 9))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="four processes of the recipe")
 def test_a_real_run_in_two_processes_goes_on_after_one_is_preempted(tmp_path):
   workdir = tmp_path / "run"
   settings = {"PYTHON": sys.executable, "WORKDIR": str(workdir), "RETRY_WAIT": "1"}

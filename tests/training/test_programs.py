@@ -101,7 +101,7 @@ def tpu():
     yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="the TPU's compiler takes minutes for a network of LLaDA's sizes")
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_rollouts_on_tpus_send_activations_and_no_weights(tpu, cache):
   experiment, programs = large(tpu, rollout__cache=cache, model__overrides__embed=EMBED)
