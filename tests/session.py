@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import fcntl
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -16,8 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+
+Value = TypeVar("Value")
 
 VARIABLE = "D1JAX_TEST_SESSION"
 """The environment variable that names the folder, and by which a process of the session is known."""
@@ -58,20 +62,22 @@ def _locked(path: Path) -> Iterator[None]:
     yield
 
 
-def shared(name: str, make: Callable[[Path], object]) -> Path:
+def shared(name: str, make: Callable[[Path], Value]) -> tuple[Path, Value]:
   """A folder that one test of the session makes and all of them read; who changes it copies it first.
 
   Args:
     name: of the folder.
     make: fills a folder that does not exist yet.
+
+  Returns:
+    The folder, and what `make` returned.
   """
   folder = FOLDER / "shared" / name
   with _locked(folder.with_suffix(".lock")):
     if not (done := folder.with_suffix(".done")).exists():
       shutil.rmtree(folder, ignore_errors=True)  # of an attempt that failed
-      make(folder)
-      done.touch()
-  return folder
+      done.write_bytes(pickle.dumps(make(folder)))
+    return folder, pickle.loads(done.read_bytes())
 
 
 def yardstick() -> float:

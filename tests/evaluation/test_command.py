@@ -12,15 +12,15 @@ from d1jax.evaluation import command, evaluator, items, output
 from d1jax.training import experiment as experiments
 from d1jax.training import recipe
 from d1jax.training.interrupts import Interrupts
-from tests import hub
+from tests import hub, runs
 from tests.jobs import load, small
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """A finished job and its results; tests must not change the folder."""
-  workdir = tmp_path_factory.mktemp("finished")
-  return workdir, recipe.run(small(workdir, grpo__steps=4))
+def finished():
+  """The folder of a finished job and its results."""
+  workdir, _, results = runs.finished()
+  return workdir, results
 
 
 def evaluate(workdir: Path, output: Path | None = None, words: str = "", **changes):

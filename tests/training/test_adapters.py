@@ -27,6 +27,7 @@ from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
 from d1jax.training.workdir import read_tokenizer
 from tests import hub, jobs
+from tests.session import shared
 
 FIELDS = {
   "lora.rank": 4,
@@ -71,16 +72,25 @@ def job(name: str, folder, workdir, **changes) -> ConfigDict:
   return config
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return hub.write(tmp_path_factory.mktemp("hub") / "llada")
+def base():
+  """A folder to train adapters on."""
+  return shared("llada", hub.write)[0]
+
+
+def adapted():
+  """A run of supervised fine-tuning of adapters on the base: its folder, configuration and results."""
+  workdir, results = shared("adapted", lambda workdir: recipe.run(job("sft", base(), workdir)))
+  return workdir, job("sft", base(), workdir), results
 
 
 @pytest.fixture(scope="module")
-def sft(folder, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("sft") / "run"
-  config = job("sft", folder, workdir)
-  return workdir, config, recipe.run(config)
+def folder():
+  return base()
+
+
+@pytest.fixture(scope="module")
+def sft():
+  return adapted()
 
 
 @pytest.fixture(scope="module")
