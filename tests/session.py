@@ -131,7 +131,18 @@ def pytest_testnodedown(node) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Refuses slow tests that do not say why they are."""
+  """Makes most cases slow where a test asks for few, and refuses slow tests that do not say why they are."""
+  cases: dict[str, list[pytest.Item]] = {}
+  for item in items:
+    if item.get_closest_marker("few"):
+      cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+  for own in cases.values():
+    mark = own[0].get_closest_marker("few")
+    (count,) = mark.args
+    quick = {i * len(own) // count for i in range(count)}  # from all over
+    for i, item in enumerate(own):
+      if i not in quick:
+        item.add_marker(pytest.mark.slow(**mark.kwargs))
   silent = {item.nodeid for item in items for mark in item.iter_markers("slow") if not mark.kwargs.get("reason")}
   if silent:
     names = "\n  ".join(sorted(silent))

@@ -88,6 +88,7 @@ def test_an_exact_rollout_moves_no_weights_and_no_more_than_activations(case):
   assert made == ({(rows, canvas, embed)} if mesh["tensor"] > 1 else set())
 
 
+@pytest.mark.slow(reason="the TPU's compiler, once more")
 def test_a_cached_rollout_moves_windows():
   """[local batch, W, D] at most in the passes over a window of W."""
   config = V5E.config
@@ -101,12 +102,14 @@ def test_a_cached_rollout_moves_windows():
   assert (blocks * layers, (rows, canvas, embed)) in passes, "a refresh"
 
 
+@pytest.mark.slow(reason="the TPU's compiler, once more")
 def test_without_rules_of_their_own_rollouts_move_weights():
   config = V5E.config
   config.rollout_rules = {}
   assert analysis(config).program("rollout")["weights_in_loop"] > 0
 
 
+@pytest.mark.slow(reason="the TPU's compiler, once more")
 def test_a_run_prints_and_writes_what_it_found(tmp_path, capsys):
   config = jobs.load("aot", "tiny")
   config.topology = "v5e:2x2"
@@ -134,6 +137,7 @@ def test_a_run_prints_and_writes_what_it_found(tmp_path, capsys):
   assert written["iteration"]["seconds"] == pytest.approx(sum(runs * max(line.values()) for runs, line in lines))
 
 
+@pytest.mark.slow(reason="the TPU's compiler, once more")
 def test_what_does_not_fit_ends_with_1_and_says_what_to_change(capsys):
   config = V5E.config
   config.update_from_flattened_dict({"grpo.prompts_per_iteration": 40_000, "grpo.rollout_chunks": 1})
@@ -151,6 +155,7 @@ def test_what_does_not_fit_ends_with_1_and_says_what_to_change(capsys):
   assert "rollout does not fit: " in capsys.readouterr().out
 
 
+@pytest.mark.slow(reason="the TPU's compiler, once more")
 def test_state_beside_a_program_counts():
   """A chip that has room for a program alone does not fit where the run holds more beside it."""
   tiny = analysis(V5E.config)

@@ -248,6 +248,7 @@ def test_the_d1_protocol_reads_on_and_refuses_an_early_exit(finished, tmp_path):
     recipe.run(small(tmp_path / "run", rollout__early_exit=True, task__protocol="d1"))
 
 
+@pytest.mark.slow(reason="256 tokens a completion, one at a time")
 def test_a_models_folder_is_evaluated_as_d1_does(tmp_path):
   folder = hub.write(tmp_path / "model")
   config = load("eval", "llada_8b,sudoku,countdown")

@@ -133,6 +133,7 @@ def check_estimator(adapters, mu, beta, sampler, name, options):
   assert score.tokens == (min(scored, (mu > 1) + (beta > 0)) if recorded else scored) * ROWS * 12
 
 
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @either
 @pytest.mark.parametrize(("mu", "beta"), [(1, 0.1), (3, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
@@ -140,6 +141,7 @@ def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
   check_estimator(adapters, mu, beta, dataclasses.replace(SAMPLER, cfg_scale=cfg_scale), "step_merged", {})
 
 
+@pytest.mark.few(4, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(
   ("name", "options"),
   [

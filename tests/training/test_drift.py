@@ -116,6 +116,7 @@ def grpo_records(workdir):
   return [untimed(r) for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_run_logs_the_drift_of_its_cache(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     recipe.run(started(tmp_path, grpo__steps=5, grpo__drift_every=2, **CACHED))
@@ -132,6 +133,7 @@ def test_a_run_logs_the_drift_of_its_cache(tmp_path, caplog):
   assert "without the cache" not in caplog.text
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_cache_that_is_always_fresh_changes_nothing(tmp_path):
   exact = recipe.run(started(tmp_path / "exact", grpo__steps=3, **CACHED | {"rollout__cache": "none"}))
   fields = {"rollout__refresh_every": 1, "grpo__drift_every": 1, "grpo__drift_limit": 1e-5}

@@ -15,6 +15,7 @@ from tests import jobs
 from tests.jobs import small, started
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_workers_change_no_number(tmp_path):
   runs = [recipe.run(started(tmp_path / str(n), grpo__grading_workers=n, grpo__steps=3)) for n in (0, 2)]
   assert runs[0]["params_fingerprint"] == runs[1]["params_fingerprint"]
@@ -93,6 +94,7 @@ def records_of(workdir):
   return [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]
 
 
+@pytest.mark.slow(reason="runs the recipe")
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_the_recorded_states_train_as_well(tmp_path, cap):
   changes = {"grpo__estimator": "step_merged", "grpo__importance_cap": cap, "grpo__num_iterations": 2}
@@ -133,6 +135,7 @@ def test_combinations_that_make_no_sense_claim_no_folder(tmp_path, changes, mess
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_path):
   """Six groups of four are drawn an iteration, two of them trained on; it goes on from where it was."""
   changes = {"grpo__prompts_per_iteration": 2, "grpo__oversample": 3, "grpo__rollout_chunks": 3, "grpo__dump_every": 1}
@@ -160,6 +163,7 @@ def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_pat
       assert record["grad_norm"] > 0
 
 
+@pytest.mark.slow(reason="compiles a rollout three times")
 def test_without_its_cache_a_sampler_is_the_exact_one(tmp_path):
   """The program that a run falls back to gives the rollouts of a run that never had a cache, bit for bit."""
   found = []

@@ -217,6 +217,7 @@ def test_of_equally_good_checkpoints_the_later_is_the_best(finished):
   assert results["best_iteration"] == {"sft": 120, "grpo": 4}  # nothing is solved: all are equal
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_sft_alone(tmp_path, capsys):
   results = recipe.run(small(tmp_path, "sft", sft__steps=4))
   assert "before" not in results
@@ -225,6 +226,7 @@ def test_sft_alone(tmp_path, capsys):
   assert "SFT + diffu-GRPO" not in capsys.readouterr().out
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
   """Validation, saving and dumping included; counted by JAX's own monitoring events."""
   compilations = []

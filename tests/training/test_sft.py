@@ -42,6 +42,7 @@ def job(root, workdir, **changes):
   return small(workdir, "sft", **(fields | changes))
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_file_trains_in_buckets_and_validates_by_its_held_out_loss(root, tmp_path, capsys):
   results = recipe.run(job(root, tmp_path / "run"))
   records = read_records(tmp_path / "run" / "metrics.jsonl")
