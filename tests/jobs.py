@@ -52,6 +52,9 @@ STARTED = {
   "sft__steps": 0,
 }
 
+BRIEF = STARTED | {"sft__steps": 40, "sft__validate_every": 20}
+"""Both stages, from the start, for tests that stop and kill processes."""
+
 
 def untimed(record: dict) -> dict:
   """A record of `metrics.jsonl` without what a clock says."""

@@ -17,7 +17,7 @@ TIMEOUT = 20
 
 
 def start(workdir):
-  return jobs.start_processes(2, *jobs.flags(workdir), timeout=TIMEOUT)
+  return jobs.start_processes(2, *jobs.flags(workdir, **jobs.BRIEF), timeout=TIMEOUT)
 
 
 def wait(processes, seconds):

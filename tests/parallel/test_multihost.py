@@ -154,7 +154,7 @@ def test_small_things_are_heard_by_all(peers, count):
 def undisturbed(tmp_path_factory):
   """The folder of a job of one process with two devices that ran in one go."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir)))
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir, **jobs.BRIEF)))
   assert code == 0, err
   return workdir
 
@@ -175,7 +175,7 @@ def same_end(workdir, undisturbed):
 
 
 def resumed(workdir, count):
-  found = jobs.finish_processes(jobs.start_processes(count, *jobs.flags(workdir), devices=2 // count))
+  found = jobs.finish_processes(jobs.start_processes(count, *jobs.flags(workdir, **jobs.BRIEF), devices=2 // count))
   assert [code for code, _, _ in found] == [0] * count, found
   return found
 
@@ -199,8 +199,8 @@ def test_a_job_of_two_processes_is_the_job_of_one(tmp_path, undisturbed):
 @SLOW
 @pytest.mark.parametrize(("count", "then"), [(2, 1), (1, 2)])
 def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, undisturbed, count, then):
-  processes = jobs.start_processes(count, *jobs.flags(tmp_path), devices=2 // count)
-  jobs.wait_for(tmp_path, "sft", 20, processes[0])  # a hundred iterations before the next stage
+  processes = jobs.start_processes(count, *jobs.flags(tmp_path, **jobs.BRIEF), devices=2 // count)
+  jobs.wait_for(tmp_path, "sft", 5, processes[0])
   processes[-1].send_signal(signal.SIGTERM)
   found = jobs.finish_processes(processes)
   assert [code for code, _, _ in found] == [75] * count, found
@@ -216,8 +216,8 @@ def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, undisturbe
 @SLOW
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, killed):
-  processes = jobs.start_processes(2, *jobs.flags(tmp_path), timeout=20)
-  jobs.wait_for(tmp_path, "sft", 20, processes[0])
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), timeout=20)
+  jobs.wait_for(tmp_path, "sft", 5, processes[0])
   processes[killed].kill()
   found = jobs.finish_processes(processes, timeout=45)
   code, _, err = found[1 - killed]
@@ -231,7 +231,7 @@ def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, killed):
 @SLOW
 def test_processes_with_other_commands_refuse_to_run(tmp_path):
   commands = [(f"--config.seed={seed}",) for seed in (0, 5)]
-  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path), each=commands))
+  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), each=commands))
   assert [code for code, _, _ in found] == [2, 2]
   for _, _, err in found:
     assert "the configuration of process 1 is not that of process 0" in err.splitlines()[-1]
@@ -240,7 +240,7 @@ def test_processes_with_other_commands_refuse_to_run(tmp_path):
 
 @SLOW
 def test_a_coordinator_that_never_comes_is_named(tmp_path):
-  job = jobs.start(*jobs.flags(tmp_path), *(f"--config.distributed.{flag}" for flag in ALONE))
+  job = jobs.start(*jobs.flags(tmp_path, **jobs.BRIEF), *(f"--config.distributed.{flag}" for flag in ALONE))
   code, out, err = jobs.finish(job, timeout=60)
   assert (code, out) == (75, "")
   assert "did not meet at 127.0.0.1:1 within 2 seconds" in err.strip().splitlines()[-1]
@@ -248,7 +248,7 @@ def test_a_coordinator_that_never_comes_is_named(tmp_path):
 
 @SLOW
 def test_a_loss_that_is_not_finite_ends_all_with_its_code(tmp_path):
-  flags = jobs.flags(tmp_path, sft__learning_rate=1e38)
+  flags = jobs.flags(tmp_path, **jobs.BRIEF, sft__learning_rate=1e38)
   found = jobs.finish_processes(jobs.start_processes(2, *flags))
   assert [code for code, _, _ in found] == [70, 70]
   assert len({err.strip().splitlines()[-1] for _, _, err in found}) == 1
@@ -289,8 +289,8 @@ def test_an_evaluation_of_two_processes_is_that_of_one(tmp_path, undisturbed):
 
 @SLOW
 def test_a_process_that_stands_still_is_given_up(tmp_path):
-  processes = jobs.start_processes(2, *jobs.flags(tmp_path), timeout=10)
-  jobs.wait_for(tmp_path, "sft", 20, processes[0])
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), timeout=10)
+  jobs.wait_for(tmp_path, "sft", 5, processes[0])
   processes[1].send_signal(signal.SIGSTOP)
   code, _, err = jobs.finish(processes[0], timeout=60)
   processes[1].kill()

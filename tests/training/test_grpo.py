@@ -74,7 +74,7 @@ def running():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_to_all_processes_stops_the_job_as_one_to_the_job_does(tmp_path, number, code):
   """As a terminal sends Ctrl-C, and some schedulers SIGTERM."""
-  changes = {"sft__steps": 5, "sft__validate_every": 5, "grpo__steps": 400, "grpo__validate_every": 400}
+  changes = jobs.STARTED | {"grpo__steps": 400, "grpo__validate_every": 400}
   process = jobs.start(*jobs.flags(tmp_path, **changes, grpo__grading_workers=2))
   jobs.wait_for(tmp_path, "grpo", 3, process)
   workers = [pid for pid, parent in running().items() if parent == process.pid]
