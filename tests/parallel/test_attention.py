@@ -71,6 +71,7 @@ def interpreted(monkeypatch):
   return made
 
 
+@pytest.mark.few(2, reason="the kernel is interpreted")
 @pytest.mark.parametrize(
   ("t", "s", "heads", "padded"),
   [

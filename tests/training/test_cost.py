@@ -190,6 +190,7 @@ def test_fine_tuning(adapters, accumulation):
   assert (work.flops, work.tokens) == (dot_flops(step, state, frozen, batch), ROWS * 9)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("row_multiple", [1, 4, 8])
 def test_rows_that_end_early_cost_nothing_behind(monkeypatch, row_multiple):
   monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
@@ -213,6 +214,7 @@ def test_steps_that_confidence_saves_are_not_counted(early_exit):
   assert reach.rows.shape == reach.steps.shape == (1, spec.blocks)
 
 
+@pytest.mark.slow(reason="builds the experiment and compiles its programs")
 def test_processes_put_together_what_their_rows_say(monkeypatch):
   monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
   chunks = [Stopping(3).sample(LONG, stops) for stops in (STOPS, STOPS[::-1])]

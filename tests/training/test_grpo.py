@@ -47,6 +47,7 @@ build = Deadly
 """
 
 
+@pytest.mark.slow(reason="compiles the recipe's programs and starts workers")
 def test_workers_that_die_again_and_again_end_the_job_with_one_line(tmp_path):
   (tmp_path / "deadly.py").write_text(DEADLY)
   changes = {"task__module": str(tmp_path / "deadly.py"), "sft__steps": 0, "grpo__grading_workers": 1}

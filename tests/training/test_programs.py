@@ -133,6 +133,7 @@ def iterate(experiment, programs, cached=True):
   return host, jax.device_get(state.trainable), jax.device_get(figures)
 
 
+@pytest.mark.slow(reason="compiles rollouts and updates, twice each")
 @pytest.mark.parametrize(
   "fields",
   [{"rollout__cache": "dual", "rollout__diffusion_steps": 6}, {"lora__rank": 4, "model__overrides__embed": 64}],

@@ -66,6 +66,7 @@ def test_demonstrations_of_test_questions_are_left_out(root, tmp_path, capsys, m
   assert "left out 1 of 48 demonstrations, which answer test questions" in capsys.readouterr().out
 
 
+@pytest.mark.slow(reason="compiles an update for each pair of buckets")
 def test_every_pair_of_buckets_is_compiled_before_the_first_step(root, tmp_path):
   config = job(root, tmp_path, sft__prompt_buckets=(140, 160))
   experiment = experiments.build(config, None)
