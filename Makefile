@@ -1,5 +1,5 @@
 # make train   d1's recipe on a small model: SFT, diffu-GRPO, evaluation
-# make test    the quick tests (make test-slow: the others)
+# make test    the quick tests (make test-slow: the others, and more examples of those that draw them)
 # make lint    ruff and mypy
 # make setup   the virtual environment alone
 
@@ -16,10 +16,10 @@ train: setup
 	$(RUN) -m d1jax.main --config=configs/grpo.py $(ARGS)
 
 test: $(VENV)/.tests
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.tests
-	$(RUN) -m pytest -n 2 -m slow $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "slow or hypothesis" --hypothesis-profile=full $(ARGS)
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff format --check .

@@ -2,14 +2,13 @@
 
 Programs are compiled without LLVM's optimisations, which halves the time of the suite; XLA's own passes run as
 always. Set `XLA_FLAGS=--xla_backend_optimization_level=2` to test what a user runs. What takes long to compile is
-compiled once for all tests of a worker and the jobs that they start.
+compiled once for all tests of a session and the jobs that they start.
 """
 
-import atexit
 import os
-import shutil
-import tempfile
 from pathlib import Path
+
+from tests.session import FOLDER
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -20,21 +19,29 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_force_host_platform_device_count=8",
   )
 )
-CACHE = tempfile.mkdtemp(prefix="d1jax-tests-")
-"""Compiled programs; a folder for each worker, since JAX does not lock it."""
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+# JAX does not lock it: what is read while it is written is not understood, and compiled once more.
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(FOLDER / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from tests import typechecker
+from tests import session, typechecker
+
+# No deadline: how fast the machine is decides nothing. `make test-slow` asks for the full profile.
+hypothesis.settings.register_profile("full", max_examples=100, deadline=None)
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None)
+hypothesis.settings.load_profile("quick")
 
 # All rooms but tasks, whose annotations hold no arrays and whose graders run a hundred thousand times.
 ROOMS = ("models", "diffusion", "rl", "data", "parallel", "training", "evaluation", "generation", "intervals")
 ROOMS += ("fingerprint", "keys", "microbatch", "report", "state")
 install_import_hook([f"d1jax.{room}" for room in ROOMS], f"{typechecker.__name__}.checked")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  config.pluginmanager.register(session)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -37,6 +37,24 @@ SMALL = {
   "evaluation.batch_size": 16,
 }
 
+START = ROOT / "tests" / "start"
+"""A folder that can write answers (`tests/make_start.py`)."""
+STARTED = {
+  "model__overrides__embed": None,
+  "model__overrides__heads": None,
+  "model__overrides__mlp": None,
+  "model__overrides__layers": None,
+  "model__pretrained": str(START),
+  "data__prompt_buckets": (56,),
+  "evaluation__prompt_buckets": (56,),
+  "rollout__temperature": 1.0,  # at a higher one it does not write digits alone
+  "sft__prompt_buckets": (56,),
+  "sft__steps": 0,
+}
+
+BRIEF = STARTED | {"sft__steps": 40, "sft__validate_every": 20}
+"""Both stages, from the start, for tests that stop and kill processes."""
+
 
 def untimed(record: dict) -> dict:
   """A record of `metrics.jsonl` without what a clock says."""
@@ -63,10 +81,16 @@ def small(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:
   return config
 
 
+def started(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:
+  """A job that starts from `START`, so that diffu-GRPO has rewards without supervised fine-tuning before."""
+  return small(workdir, name, **(STARTED | changes))
+
+
 def flags(workdir: Path, **changes) -> list[str]:
-  """The same job as command line flags."""
+  """The same job as command line flags; a field that is None is the configuration's."""
   fields = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": workdir}
-  return ["--config=configs/grpo.py:smoke", *(f"--config.{field}={value}" for field, value in fields.items())]
+  given = (f"--config.{field}={value}" for field, value in fields.items() if value is not None)
+  return ["--config=configs/grpo.py:smoke", *given]
 
 
 def start(

@@ -112,7 +112,20 @@ def words(tree: ast.AST) -> set[str]:
   return found
 
 
-each_file = pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def each_file(check):
+  """A test of every file: one test, that lists every file that offends, since all are read in one pass."""
+
+  def test():
+    offenders = []
+    for path in SOURCES:
+      try:
+        check(path)
+      except AssertionError as error:
+        offenders.append(f"{name_of(path)}: {error}")
+    assert not offenders, "\n".join(offenders)
+
+  test.__name__, test.__doc__ = check.__name__, check.__doc__
+  return test
 
 
 @each_file

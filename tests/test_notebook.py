@@ -83,12 +83,16 @@ def committed():
   return nbformat.read(NOTEBOOK, as_version=4)
 
 
+SLOW = pytest.mark.slow(reason="a kernel that runs the recipe")
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
   folder = tmp_path_factory.mktemp("notebook")
   return execute(folder, "smoke"), folder / "runs" / "demo-smoke"
 
 
+@SLOW
 def test_it_trains_and_shows_what_the_run_left(executed):
   book, run = executed
   results = json.loads((run / "results.json").read_text())
@@ -105,6 +109,7 @@ def test_it_trains_and_shows_what_the_run_left(executed):
     assert int(puzzles) == arm["n"] == 88
 
 
+@SLOW
 def test_it_asks_the_model_and_shows_how_the_answer_came(executed):
   book, run = executed
   assert film(book) == (run / "film.gif").read_bytes()

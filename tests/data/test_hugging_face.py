@@ -90,7 +90,7 @@ def test_a_completion_ends_the_turn_and_the_sequence(dream, llada):
   assert llada.completion("hi").count(49153) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(text=st.text())
 def test_any_text_comes_back_to_the_letter(text):
   tokenizer = _without_normalizer()
@@ -108,7 +108,6 @@ def _without_normalizer() -> HuggingFaceTokenizer:
   return _MADE[0]
 
 
-@settings(max_examples=60, deadline=None)
 @given(pieces=st.lists(st.sampled_from(["<|hole|>", "<|end|>", "<|im_end|>", "<|", "|>", "hole", " ", "a", "\n"])))
 def test_no_text_becomes_a_special_token(pieces):
   text = "".join(pieces)
@@ -237,7 +236,6 @@ def test_tokenizer_json_stands_before_vocab_json():
   assert tokenizer.prompt(USER, "") == HuggingFaceTokenizer(small_files()).prompt(USER, "")
 
 
-@settings(max_examples=100, deadline=None)
 @given(rows=st.lists(st.lists(st.integers(-5, 600), max_size=12), max_size=4))
 def test_decoding_is_total(rows):
   tokenizer = _without_normalizer()

@@ -184,12 +184,14 @@ PATH_ESTIMATORS = {
 }
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", PATH_ESTIMATORS)
 def test_rows_stand_alone(name):
   estimator, options = PATH_ESTIMATORS[name]
   check_rows_stand_alone(estimator, **options)
 
 
+@pytest.mark.slow(reason="compiles five large programs")
 def test_memory_does_not_grow_with_passes():
   few, many = (gradient_bytes(functools.partial(sampled_steps, samples=n)) for n in (2, 6))
   assert many <= 1.03 * few

@@ -45,6 +45,7 @@ def tiled(tile, forbidden_ids=FORBIDDEN, shards=1):
 SIZES = [(96, 24, 1), (96, 24, 8), (96, 1000, 4), (104, 40, 8), (104, 8, 8), (13, 1, 1), (13, 5, 1), (4096, 500, 2)]
 
 
+@pytest.mark.few(4, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(("vocab", "tile", "shards"), SIZES)
 def test_tiles_change_neither_values_nor_gradients(vocab, tile, shards):
   given = case(vocab)
@@ -177,6 +178,7 @@ def memory(function, vocab: int, dtype=jnp.float32):
 PASSES = [(name, jnp.float32) for name in PROGRAMS] + [("trained head", jnp.bfloat16)]
 
 
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(("name", "dtype"), PASSES)
 def test_memory_does_not_depend_on_the_vocabulary(name, dtype):
   program = PROGRAMS[name](tiled(512))
@@ -214,6 +216,7 @@ def largest_exchange(text: str) -> int:
   return max(math.prod(int(n) for n in shape.split(",") if n) for shape in found)
 
 
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_sharded_head_gives_the_same_and_is_never_gathered(sizes):
   program, given, text = placed(sizes, sizes[-1])

@@ -12,15 +12,15 @@ from d1jax.evaluation import command, evaluator, items, output
 from d1jax.training import experiment as experiments
 from d1jax.training import recipe
 from d1jax.training.interrupts import Interrupts
-from tests import hub
+from tests import hub, runs
 from tests.jobs import load, small
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """A finished job and its results; tests must not change the folder."""
-  workdir = tmp_path_factory.mktemp("finished")
-  return workdir, recipe.run(small(workdir, grpo__steps=4))
+def finished():
+  """The folder of a finished job and its results."""
+  workdir, _, results = runs.finished()
+  return workdir, results
 
 
 def evaluate(workdir: Path, output: Path | None = None, words: str = "", **changes):
@@ -248,6 +248,7 @@ def test_the_d1_protocol_reads_on_and_refuses_an_early_exit(finished, tmp_path):
     recipe.run(small(tmp_path / "run", rollout__early_exit=True, task__protocol="d1"))
 
 
+@pytest.mark.slow(reason="256 tokens a completion, one at a time")
 def test_a_models_folder_is_evaluated_as_d1_does(tmp_path):
   folder = hub.write(tmp_path / "model")
   config = load("eval", "llada_8b,sudoku,countdown")

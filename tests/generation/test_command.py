@@ -14,17 +14,14 @@ from PIL import Image
 
 from d1jax.errors import InterruptedRunError, RunError, StorageError
 from d1jax.generation import command, terminal
-from d1jax.training import recipe
-from tests import hub, jobs
-from tests.training.test_adapters import job
+from tests import hub, jobs, runs
+from tests.training import test_adapters
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """A run of supervised fine-tuning of every weight."""
-  workdir = tmp_path_factory.mktemp("run")
-  recipe.run(jobs.small(workdir, "sft", sft__steps=40))
-  return workdir
+def finished():
+  """The folder of a run that trained every weight."""
+  return runs.finished()[0]
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +30,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def adapted(folder, tmp_path_factory):
-  """A run that trained adapters on a folder."""
-  workdir = tmp_path_factory.mktemp("adapters") / "run"
-  recipe.run(job("sft", folder, workdir, sft__steps=3))
-  return workdir
+def adapted():
+  """The folder of a run that trained adapters on a folder."""
+  return test_adapters.adapted()[0]
 
 
 def asked(workdir) -> tuple[list[str], list[str]]:
@@ -233,6 +228,9 @@ def test_what_a_model_writes_cannot_steer_a_terminal_but_reaches_a_pipe(folder, 
   assert screen.getvalue().startswith("\ufffd[2J")
 
 
+SLOW = pytest.mark.slow(reason="a process that imports JAX")
+
+
 def start(*arguments: str, **streams) -> subprocess.Popen:
   """Starts the real command."""
   environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -240,6 +238,7 @@ def start(*arguments: str, **streams) -> subprocess.Popen:
   return subprocess.Popen(line, cwd=jobs.ROOT, env=environment, stderr=subprocess.PIPE, **streams)
 
 
+@SLOW
 def test_the_real_command_reads_a_pipe(finished):
   prompts, answers = asked(finished)
   process = start(f"--config.checkpoint={finished}", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -248,6 +247,7 @@ def test_the_real_command_reads_a_pipe(finished):
   assert [line for line in out.decode().splitlines() if line and not line.startswith("[")] == answers[:2]
 
 
+@SLOW
 @pytest.mark.parametrize("reader", ["Broken pipe", "No space left on device"])
 def test_an_output_that_takes_nothing_is_one_line(finished, reader):
   flags = (f"--config.checkpoint={finished}", "--config.prompt=1003")
@@ -261,6 +261,7 @@ def test_an_output_that_takes_nothing_is_one_line(finished, reader):
   assert err == f"d1jax: standard output took no more text ({reader}); send it to a file that has room\n"
 
 
+@SLOW
 def test_a_terminal_that_is_asked_nothing_is_one_line():
   ours, theirs = pty.openpty()
   process = start("--config.pretrained=nowhere", stdin=theirs, stdout=subprocess.PIPE)

@@ -158,17 +158,17 @@ def test_what_a_process_leaves_behind_is_ended(tmp_path):
   wait_until(lambda: gone(tmp_path, 9))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="four processes of the recipe")
 def test_a_real_run_in_two_processes_goes_on_after_one_is_preempted(tmp_path):
   workdir = tmp_path / "run"
   settings = {"PYTHON": sys.executable, "WORKDIR": str(workdir), "RETRY_WAIT": "1"}
   environment = Machine(tmp_path / "machine").environment(**settings)
   environment.pop("XLA_FLAGS", None)
-  flags = [flag for flag in jobs.flags(workdir) if not flag.startswith("--config.workdir=")]
+  flags = [flag for flag in jobs.flags(workdir, **jobs.BRIEF) if not flag.startswith("--config.workdir=")]
   process = subprocess.Popen(
     ["launch/local.sh", *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
-  jobs.wait_for(workdir, "sft", 20, process)
+  jobs.wait_for(workdir, "sft", 5, process)
   (second,) = (
     int(path.parent.name)
     for path in Path("/proc").glob("[0-9]*/cmdline")

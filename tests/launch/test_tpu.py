@@ -157,7 +157,7 @@ def test_flags_reach_the_program_on_a_host_unchanged(tmp_path):
   assert [line.partition("] ")[2] for line in host.stdout.splitlines()] == [ascii(word) for word in words]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="gcloud takes seconds a command")
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="no gcloud to ask whether it knows the flags")
 @both
 @pytest.mark.parametrize("action", [(), ("stop",)], ids=["start", "stop"])

@@ -173,6 +173,7 @@ def test_every_start_is_one_program():
   np.testing.assert_allclose(static, found[3], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(4, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("options", [{}, {"remat": True}, {"unroll": 3}], ids=str)
 @pytest.mark.parametrize("in_a_loop", [False, True])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
@@ -208,6 +209,7 @@ def test_the_cache_is_updated_in_place(options, in_a_loop, mesh):
   assert memory.temp_size_in_bytes < held / 2
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 4), (2, 2, 2)], ids=str)
 def test_a_mesh_changes_nothing(shape):
   """Also where it has more devices than key-value heads."""
@@ -237,6 +239,7 @@ def adapters(params):
   return jax.tree.map(lambda a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32), shapes)
 
 
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
 def test_adapters_and_few_bits_go_through_windows(base):
   network, params, encode, window = model("llada")

@@ -47,6 +47,7 @@ def config_of(folder):
   return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.few(4, reason="each case writes and reads a model")
 @pytest.mark.parametrize("family", folders.FAMILIES)
 @pytest.mark.parametrize(("dtype", "shard_bytes"), [("float32", 40_000), ("bfloat16", export.SHARD)])
 def test_a_round_trip_keeps_every_bit(tmp_path, family, dtype, shard_bytes):

@@ -25,6 +25,7 @@ def logits(network, predicted, params, tokens, valid):
   return network.encode(params, tokens, valid)[:, :predicted] @ network.head(params)
 
 
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @SIZES
 @pytest.mark.parametrize(("rows", "canvas", "predicted"), [(1, 7, 7), (3, 12, 5), (2, 9, 0)])
 def test_a_pass_over_the_canvas(size, rows, canvas, predicted):
@@ -34,6 +35,7 @@ def test_a_pass_over_the_canvas(size, rows, canvas, predicted):
   assert flops.forward(size, rows, canvas, canvas, predicted) == counted
 
 
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @SIZES
 @pytest.mark.parametrize("window", [1, 5, 11])
 def test_a_window_attends_to_the_cached_canvas(size, window):
@@ -47,6 +49,7 @@ def test_a_window_attends_to_the_cached_canvas(size, window):
   assert flops.forward(size, rows, window, canvas, window) == dot_flops(windowed, shapes(network), tokens, valid)
 
 
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @SIZES
 @pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["full", "adapters"])
 def test_forward_and_backward_of_what_is_trained(size, adapters):

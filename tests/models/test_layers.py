@@ -182,6 +182,7 @@ def transformers_llama3(inv_freq, factor, low_freq_factor, high_freq_factor, old
   return np.where(is_medium_freq, smoothed_inv_freq, inv_freq_llama)
 
 
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(
   ("half", "theta", "scaling"),
   [

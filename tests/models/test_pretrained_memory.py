@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from tests.models import folders
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(reason="writes and reads gigabytes of weights")
 
 ROOT = Path(__file__).parents[2]
 SIZE = dict(vocab=8192, embed=2048, heads=16, kv_heads=16, head_size=128, mlp=2048, layers=22)

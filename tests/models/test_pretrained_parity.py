@@ -71,12 +71,14 @@ def folder_of(tmp_path_factory):
   return root.joinpath
 
 
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("family", folders.FAMILIES)
 def test_float32_logits_are_those_of_transformers(folder_of, family):
   loaded = pretrained.load(folder_of(family), dtype=jnp.float32)
   assert errors(loaded.network, loaded.params, golden_of(family)).max() < FLOAT32
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("family", folders.FAMILIES)
 def test_bfloat16_is_as_near_to_float32_as_pytorch_is(folder_of, family):
   loaded = pretrained.load(folder_of(family), dtype=jnp.bfloat16)
@@ -93,6 +95,7 @@ def base_of(folder_of):
   return lambda name: loaded[ADAPTERS[name]]
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_are_those_of_peft(base_of, name):
   base = base_of(name)

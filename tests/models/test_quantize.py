@@ -222,6 +222,7 @@ def run_layers(stack, x):
   return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, stack)[0]
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("kind", quantize.KINDS)
 def test_a_scan_dequantises_a_layer_at_a_time(kind):
   stack = quantize_(jnp.asarray(normal(LAYERS, WIDTH, WIDTH) / 8), kind)

@@ -120,6 +120,7 @@ def test_forward_is_lladas(logits, params, batch):
   np.testing.assert_allclose(np.asarray(found)[keep], expected[keep], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("options", [{"unroll": 3}, {"remat": True}, {"remat": True, "unroll": 2}])
 def test_unrolling_and_recomputing_change_nothing(value_and_grad, params, batch, options):
   value, gradient = value_and_grad

@@ -71,6 +71,7 @@ def interpreted(monkeypatch):
   return made
 
 
+@pytest.mark.few(2, reason="the kernel is interpreted")
 @pytest.mark.parametrize(
   ("t", "s", "heads", "padded"),
   [
@@ -251,7 +252,11 @@ def test_what_cudnn_is_given_means_the_same(monkeypatch, t, padding):
   assert_agree(kernels.cudnn_attention, arrays(t, 33, n=4, padding=padding))
 
 
-@pytest.fixture(scope="module", params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+SLOW = pytest.mark.slow(reason="the TPU's compiler, for one more kind of chip")
+KINDS = ["v5e:2x2", pytest.param("v5p:2x2x1", marks=SLOW), pytest.param("v6e:2x2", marks=SLOW)]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def tpu(request):
   """Four TPUs of a kind, to compile for."""
   if importlib.util.find_spec("libtpu") is None:

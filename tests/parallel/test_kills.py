@@ -17,7 +17,7 @@ TIMEOUT = 20
 
 
 def start(workdir):
-  return jobs.start_processes(2, *jobs.flags(workdir), timeout=TIMEOUT)
+  return jobs.start_processes(2, *jobs.flags(workdir, **jobs.BRIEF), timeout=TIMEOUT)
 
 
 def wait(processes, seconds):
@@ -73,7 +73,8 @@ def kill(processes, victim, workdir):
     assert (workdir / "results.json").exists()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow(reason="forty processes, which start again and again")
+@pytest.mark.parametrize("kills", [20])
 def test_a_job_that_is_killed_at_random_moments_ends_the_same(tmp_path, undisturbed, kills):
   expected, seconds = undisturbed
   chance = random.Random(kills)

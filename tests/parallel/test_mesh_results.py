@@ -157,7 +157,7 @@ def results(world: World, rollout: Any) -> Results:
   return Results(world, draws(world), own, state, new_state, jax.device_get(metrics), alias)
 
 
-SLOW = pytest.mark.slow
+SLOW = pytest.mark.slow(reason="one mesh more, for which everything is compiled")
 MESHES = [
   (2, 1, 1),
   (2, 2, 2),

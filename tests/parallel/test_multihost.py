@@ -22,6 +22,8 @@ from tests import jobs
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 ALONE = ("coordinator=127.0.0.1:1", "processes=2", "process=1", "timeout=2")
 
+SLOW = pytest.mark.slow(reason="several processes of the recipe; the quick tests have one job of two processes")
+
 
 @pytest.fixture
 def updates(monkeypatch) -> list[tuple[str, int]]:
@@ -115,7 +117,7 @@ def told(count):
   return [json.loads(out.splitlines()[-1]) for _, out, _ in found]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW)])
 def test_several_processes_do_as_one_does(peers, count):
   (single,), found = peers(1), peers(count)
   for own in found:
@@ -133,7 +135,7 @@ def test_several_processes_do_as_one_does(peers, count):
   assert single["losses"][0] != 0
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW)])
 def test_small_things_are_heard_by_all(peers, count):
   found = peers(count)
   assert [own["is_main"] for own in found] == [True] + [False] * (count - 1)
@@ -152,7 +154,7 @@ def test_small_things_are_heard_by_all(peers, count):
 def undisturbed(tmp_path_factory):
   """The folder of a job of one process with two devices that ran in one go."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir)))
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir, **jobs.BRIEF)))
   assert code == 0, err
   return workdir
 
@@ -173,11 +175,12 @@ def same_end(workdir, undisturbed):
 
 
 def resumed(workdir, count):
-  found = jobs.finish_processes(jobs.start_processes(count, *jobs.flags(workdir), devices=2 // count))
+  found = jobs.finish_processes(jobs.start_processes(count, *jobs.flags(workdir, **jobs.BRIEF), devices=2 // count))
   assert [code for code, _, _ in found] == [0] * count, found
   return found
 
 
+@SLOW
 def test_a_job_of_two_processes_is_the_job_of_one(tmp_path, undisturbed):
   (_, out, _), (_, silent, said) = resumed(tmp_path, 2)
   same_end(tmp_path, undisturbed)
@@ -193,10 +196,11 @@ def test_a_job_of_two_processes_is_the_job_of_one(tmp_path, undisturbed):
   assert {name for name in mine if "tensorboard" not in name} == {name for name in theirs if "tensorboard" not in name}
 
 
+@SLOW
 @pytest.mark.parametrize(("count", "then"), [(2, 1), (1, 2)])
 def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, undisturbed, count, then):
-  processes = jobs.start_processes(count, *jobs.flags(tmp_path), devices=2 // count)
-  jobs.wait_for(tmp_path, "sft", 20, processes[0])  # a hundred iterations before the next stage
+  processes = jobs.start_processes(count, *jobs.flags(tmp_path, **jobs.BRIEF), devices=2 // count)
+  jobs.wait_for(tmp_path, "sft", 5, processes[0])
   processes[-1].send_signal(signal.SIGTERM)
   found = jobs.finish_processes(processes)
   assert [code for code, _, _ in found] == [75] * count, found
@@ -209,10 +213,11 @@ def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, undisturbe
   same_end(tmp_path, undisturbed)
 
 
+@SLOW
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, killed):
-  processes = jobs.start_processes(2, *jobs.flags(tmp_path), timeout=20)
-  jobs.wait_for(tmp_path, "sft", 20, processes[0])
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), timeout=20)
+  jobs.wait_for(tmp_path, "sft", 5, processes[0])
   processes[killed].kill()
   found = jobs.finish_processes(processes, timeout=45)
   code, _, err = found[1 - killed]
@@ -223,31 +228,33 @@ def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, killed):
   assert "run the same command again, it goes on from the last checkpoint" in said
 
 
+@SLOW
 def test_processes_with_other_commands_refuse_to_run(tmp_path):
   commands = [(f"--config.seed={seed}",) for seed in (0, 5)]
-  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path), each=commands))
+  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), each=commands))
   assert [code for code, _, _ in found] == [2, 2]
   for _, _, err in found:
     assert "the configuration of process 1 is not that of process 0" in err.splitlines()[-1]
   assert not (tmp_path / "config.json").exists()
 
 
+@SLOW
 def test_a_coordinator_that_never_comes_is_named(tmp_path):
-  job = jobs.start(*jobs.flags(tmp_path), *(f"--config.distributed.{flag}" for flag in ALONE))
+  job = jobs.start(*jobs.flags(tmp_path, **jobs.BRIEF), *(f"--config.distributed.{flag}" for flag in ALONE))
   code, out, err = jobs.finish(job, timeout=60)
   assert (code, out) == (75, "")
   assert "did not meet at 127.0.0.1:1 within 2 seconds" in err.strip().splitlines()[-1]
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_loss_that_is_not_finite_ends_all_with_its_code(tmp_path):
-  flags = jobs.flags(tmp_path, sft__learning_rate=1e38)
+  flags = jobs.flags(tmp_path, **jobs.BRIEF, sft__learning_rate=1e38)
   found = jobs.finish_processes(jobs.start_processes(2, *flags))
   assert [code for code, _, _ in found] == [70, 70]
   assert len({err.strip().splitlines()[-1] for _, _, err in found}) == 1
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path, undisturbed):
   shutil.copytree(undisturbed, tmp_path / "run")
   (tmp_path / "run" / "results.json").unlink()
@@ -260,7 +267,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path, undisturbed):
   same_end(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.slow
+@SLOW
 def test_an_evaluation_of_two_processes_is_that_of_one(tmp_path, undisturbed):
   flags = ["--config=configs/eval.py", f"--config.checkpoint={undisturbed}", "--config.batch_size=16"]
   flags += ["--config.temperatures=(0.0,1.0)", "--config.samples=2", "--config.seeds=(3,)"]
@@ -280,10 +287,10 @@ def test_an_evaluation_of_two_processes_is_that_of_one(tmp_path, undisturbed):
   assert not [line for line in found[1][1].splitlines() if not line.startswith("[Gloo]")]
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_process_that_stands_still_is_given_up(tmp_path):
-  processes = jobs.start_processes(2, *jobs.flags(tmp_path), timeout=10)
-  jobs.wait_for(tmp_path, "sft", 20, processes[0])
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), timeout=10)
+  jobs.wait_for(tmp_path, "sft", 5, processes[0])
   processes[1].send_signal(signal.SIGSTOP)
   code, _, err = jobs.finish(processes[0], timeout=60)
   processes[1].kill()

@@ -3,7 +3,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from d1jax.tasks import answers, equivalence, rationals
@@ -161,7 +161,6 @@ def test_many_entries_are_not_all_asked(monkeypatch):
   assert len(asked) == 4
 
 
-@settings(deadline=None)
 @given(PIECES | st.text() | st.lists(st.sampled_from(MATH), max_size=12).map("".join), PIECES)
 def test_every_pair_gets_a_verdict(answer, gold):
   assert same(answer, gold) == same(answer, gold)

@@ -27,6 +27,7 @@ from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
 from d1jax.training.workdir import read_tokenizer
 from tests import hub, jobs
+from tests.session import shared
 
 FIELDS = {
   "lora.rank": 4,
@@ -71,16 +72,25 @@ def job(name: str, folder, workdir, **changes) -> ConfigDict:
   return config
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return hub.write(tmp_path_factory.mktemp("hub") / "llada")
+def base():
+  """A folder to train adapters on."""
+  return shared("llada", hub.write)[0]
+
+
+def adapted():
+  """A run of supervised fine-tuning of adapters on the base: its folder, configuration and results."""
+  workdir, results = shared("adapted", lambda workdir: recipe.run(job("sft", base(), workdir)))
+  return workdir, job("sft", base(), workdir), results
 
 
 @pytest.fixture(scope="module")
-def sft(folder, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("sft") / "run"
-  config = job("sft", folder, workdir)
-  return workdir, config, recipe.run(config)
+def folder():
+  return base()
+
+
+@pytest.fixture(scope="module")
+def sft():
+  return adapted()
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +141,7 @@ def test_a_checkpoint_holds_the_adapters_alone(sft):
   assert stored < 3 * 4 * count + 400_000  # ids, metadata and indices beside the arrays
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_an_adapter_run_goes_on_to_the_same_bits(sft, folder, tmp_path):
   _, _, results = sft
   recipe.run(job("sft", folder, tmp_path / "run", sft__steps=3))
@@ -167,6 +178,7 @@ def test_a_damaged_folder_is_one_line_before_anything_is_written(folder, tmp_pat
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_the_reference_is_the_base_and_rollouts_are_merged(tuned):
   workdir, config, results = tuned
   records = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]
@@ -184,6 +196,7 @@ def test_the_reference_is_the_base_and_rollouts_are_merged(tuned):
   assert isinstance(added["blocks"]["mlp"]["up"], jax.Array)
 
 
+@pytest.mark.slow(reason="runs the recipe")
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_trains_unmerged(folder, tmp_path, kind):
   config = job("grpo", folder, tmp_path / kind, model__quantize=kind, task__protocol="d1", grpo__steps=1)
@@ -203,6 +216,7 @@ def eval_config(workdir) -> ConfigDict:
   return config
 
 
+@pytest.mark.slow(reason="compiles a rollout and an update twice")
 def test_dropout_is_off_wherever_log_probabilities_meet(folder, tmp_path):
   """The same rollout and update with a dropout of 0 and of 0.9."""
   outcomes = []
@@ -222,6 +236,7 @@ def test_dropout_is_off_wherever_log_probabilities_meet(folder, tmp_path):
   assert outcomes[0][1:] == outcomes[1][1:]
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_dropout_is_on_in_supervised_fine_tuning(sft, folder, tmp_path):
   recipe.run(job("sft", folder, tmp_path / "dry", lora__dropout=0.0, sft__steps=3))
   wet, dry = ([r["loss"] for r in read_records(w / "metrics.jsonl")] for w in (sft[0], tmp_path / "dry"))
@@ -308,6 +323,7 @@ def test_a_base_that_has_moved_is_named(sft, folder, tmp_path):
   assert TensorFiles(export.run(target)).shapes == TensorFiles(folder).shapes
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_quantised_run_is_exported_on_the_dense_base(folder, tmp_path):
   config = job("sft", folder, tmp_path / "run", model__quantize="nf4", sft__steps=3)
   recipe.run(config)
@@ -345,6 +361,7 @@ def test_a_used_folder_is_not_overwritten(sft, tmp_path):
       export.run(export_config(checkpoint=sft[0], output=tmp_path / "used", form=form))
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_full_fine_tuning_starts_from_the_folder(folder, tmp_path):
   config = job("grpo", folder, tmp_path / "full", lora__rank=0, task__protocol="d1", grpo__steps=1)
   recipe.run(config)

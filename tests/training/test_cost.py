@@ -133,6 +133,7 @@ def check_estimator(adapters, mu, beta, sampler, name, options):
   assert score.tokens == (min(scored, (mu > 1) + (beta > 0)) if recorded else scored) * ROWS * 12
 
 
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @either
 @pytest.mark.parametrize(("mu", "beta"), [(1, 0.1), (3, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
@@ -140,6 +141,7 @@ def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
   check_estimator(adapters, mu, beta, dataclasses.replace(SAMPLER, cfg_scale=cfg_scale), "step_merged", {})
 
 
+@pytest.mark.few(4, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(
   ("name", "options"),
   [
@@ -188,6 +190,7 @@ def test_fine_tuning(adapters, accumulation):
   assert (work.flops, work.tokens) == (dot_flops(step, state, frozen, batch), ROWS * 9)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("row_multiple", [1, 4, 8])
 def test_rows_that_end_early_cost_nothing_behind(monkeypatch, row_multiple):
   monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
@@ -211,6 +214,7 @@ def test_steps_that_confidence_saves_are_not_counted(early_exit):
   assert reach.rows.shape == reach.steps.shape == (1, spec.blocks)
 
 
+@pytest.mark.slow(reason="builds the experiment and compiles its programs")
 def test_processes_put_together_what_their_rows_say(monkeypatch):
   monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
   chunks = [Stopping(3).sample(LONG, stops) for stops in (STOPS, STOPS[::-1])]

@@ -13,11 +13,10 @@ import pytest
 from d1jax.training import drift, recipe
 from d1jax.training.metrics import read_records
 from tests import jobs, toy
-from tests.jobs import small, untimed
+from tests.jobs import started, untimed
 
-# With a single layer no key or value depends on other tokens, and no cache is ever stale.
-CACHED = {"model__overrides__layers": 2, "rollout__diffusion_steps": 6, "rollout__temperature": 1.0}
-CACHED |= {"rollout__cache": "dual"}
+# The start has two layers: with a single one no key or value depends on other tokens, and no cache is ever stale.
+CACHED = {"rollout__diffusion_steps": 6, "rollout__cache": "dual"}
 FIGURES = {"token_agreement", "logp_difference", "logp_bias", "effective_sample_size", "reward_gap"}
 
 
@@ -117,9 +116,10 @@ def grpo_records(workdir):
   return [untimed(r) for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_run_logs_the_drift_of_its_cache(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
-    recipe.run(small(tmp_path, grpo__steps=5, grpo__drift_every=2, **CACHED))
+    recipe.run(started(tmp_path, grpo__steps=5, grpo__drift_every=2, **CACHED))
   records = grpo_records(tmp_path)
   looked = [r["iteration"] for r in records if {f"drift/{name}" for name in FIGURES} <= r.keys()]
   assert looked == [1, 3, 5]
@@ -133,10 +133,11 @@ def test_a_run_logs_the_drift_of_its_cache(tmp_path, caplog):
   assert "without the cache" not in caplog.text
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_cache_that_is_always_fresh_changes_nothing(tmp_path):
-  exact = recipe.run(small(tmp_path / "exact", grpo__steps=3, **CACHED | {"rollout__cache": "none"}))
+  exact = recipe.run(started(tmp_path / "exact", grpo__steps=3, **CACHED | {"rollout__cache": "none"}))
   fields = {"rollout__refresh_every": 1, "grpo__drift_every": 1, "grpo__drift_limit": 1e-5}
-  fresh = recipe.run(small(tmp_path / "fresh", grpo__steps=3, **CACHED, **fields))
+  fresh = recipe.run(started(tmp_path / "fresh", grpo__steps=3, **CACHED, **fields))
   assert fresh["params_fingerprint"] == exact["params_fingerprint"]
   for record in grpo_records(tmp_path / "fresh"):
     assert (record["drift/token_agreement"], record["drift/reward_gap"]) == (1, 0)
@@ -144,8 +145,9 @@ def test_a_cache_that_is_always_fresh_changes_nothing(tmp_path):
     assert "cache_off" not in record
 
 
+@pytest.mark.slow(reason="three processes of the recipe")
 def test_a_job_killed_after_its_cache_went_off_ends_bit_identical(tmp_path):
-  changes = CACHED | {"grpo__steps": 10, "grpo__drift_every": 100, "grpo__drift_limit": 1e-6}
+  changes = jobs.STARTED | CACHED | {"grpo__steps": 10, "grpo__drift_every": 100, "grpo__drift_limit": 1e-6}
   flags = lambda name: jobs.flags(tmp_path / name, **changes)
   code, _, err = jobs.finish(jobs.start(*flags("whole")))
   assert code == 0, err

@@ -116,6 +116,7 @@ def test_a_canvas_is_shared_evenly(tmp_path, changes, message):
       experiments.check_lengths(config, ways)
 
 
+@pytest.mark.slow(reason="draws thousands of problems by search")
 def test_tiny_countdown_has_all_its_problems_and_room_for_their_answers():
   config = jobs.load("grpo", "tiny,countdown")
   experiment = experiments.build(config, None)

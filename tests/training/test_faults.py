@@ -12,59 +12,83 @@ from d1jax.errors import OutOfMemoryError, RunError, StorageError, explained, is
 from d1jax.training.metrics import read_records
 from tests import jobs
 
+SLOW = pytest.mark.slow(reason="processes of the whole recipe; the quick tests stop and kill a shorter one")
+ONE_MORE = pytest.mark.slow(reason="one more process that imports JAX")
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
   """The results of a job that ran in one go."""
   workdir = tmp_path_factory.mktemp("undisturbed")
-  code, out, err = jobs.finish(jobs.start(*jobs.flags(workdir)))
+  code, out, err = jobs.finish(jobs.start(*jobs.flags(workdir, **jobs.BRIEF)))
   assert code == 0, err
   assert "SFT + diffu-GRPO" in out
   return json.loads((workdir / "results.json").read_text())
 
 
-def resume_and_compare(workdir, undisturbed):
+def resume_and_compare(workdir, undisturbed, changes=jobs.BRIEF):
   """Runs the job again to its end, which must be that of the undisturbed one."""
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir)))
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir, **changes)))
   assert code == 0, err
   results = json.loads((workdir / "results.json").read_text())
   assert results["params_fingerprint"] == undisturbed["params_fingerprint"]
   for arm in ("before", "after"):
     assert results[arm] == undisturbed[arm]
   records = [(r["stage"], r["iteration"]) for r in read_records(workdir / "metrics.jsonl")]
-  assert records == [(stage, i) for stage, n in (("sft", 120), ("grpo", 6)) for i in range(1, n + 1)]
+  stages = (("sft", changes["sft__steps"]), ("grpo", 6))
+  assert records == [(stage, i) for stage, n in stages for i in range(1, n + 1)]
   return err
 
 
-@pytest.mark.parametrize(
-  ("number", "code", "stage"), [(signal.SIGTERM, 75, "grpo"), (signal.SIGINT, 130, "sft")], ids=["SIGTERM", "Ctrl-C"]
-)
-def test_a_stop_saves_and_the_job_goes_on(tmp_path, undisturbed, number, code, stage):
-  process = jobs.start(*jobs.flags(tmp_path))
-  jobs.wait_for(tmp_path, stage, 1, process)
-  exit_code, _, err = jobs.interrupt(process, number)
-  assert exit_code == code, err
+def check_stopped(workdir, err, name, stage):
+  """A job that was stopped has said so, and saved itself."""
   said = err.strip().splitlines()[-1]
-  assert said.startswith(f"d1jax: {number.name}: saved at {stage} iteration")
+  assert said.startswith(f"d1jax: {name}: saved at {stage} iteration")
   assert "run the same command again" in said
   stopped_at = int(said.split("iteration ")[1].split(";")[0])
-  assert (tmp_path / "checkpoints" / stage / str(stopped_at)).is_dir()
+  assert (workdir / "checkpoints" / stage / str(stopped_at)).is_dir()
+
+
+def test_a_job_that_is_stopped_and_then_killed_ends_bit_identical(tmp_path):
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(whole, **jobs.STARTED)))
+  assert code == 0, err
+  undisturbed = json.loads((whole / "results.json").read_text())
+  process = jobs.start(*jobs.flags(broken, **jobs.STARTED))
+  jobs.wait_for(broken, "grpo", 1, process)
+  code, _, err = jobs.interrupt(process, signal.SIGTERM)
+  assert code == 75, err
+  check_stopped(broken, err, "SIGTERM", "grpo")
+  process = jobs.start(*jobs.flags(broken, **jobs.STARTED))
+  jobs.wait_for(broken, "grpo", 4, process)
+  assert jobs.interrupt(process, signal.SIGKILL)[0] == -signal.SIGKILL
+  assert not (broken / "results.json").exists()
+  resume_and_compare(broken, undisturbed, jobs.STARTED)
+
+
+@SLOW
+def test_ctrl_c_saves_and_the_job_goes_on(tmp_path, undisturbed):
+  process = jobs.start(*jobs.flags(tmp_path, **jobs.BRIEF))
+  jobs.wait_for(tmp_path, "sft", 1, process)
+  code, _, err = jobs.interrupt(process, signal.SIGINT)
+  assert code == 130, err
+  check_stopped(tmp_path, err, "SIGINT", "sft")
   resume_and_compare(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize(("stage", "iteration"), [("sft", 60), ("grpo", 3)])
-def test_a_killed_job_ends_bit_identical(tmp_path, undisturbed, stage, iteration):
-  process = jobs.start(*jobs.flags(tmp_path))
-  jobs.wait_for(tmp_path, stage, iteration, process)
+@SLOW
+def test_a_job_killed_in_its_first_stage_ends_bit_identical(tmp_path, undisturbed):
+  process = jobs.start(*jobs.flags(tmp_path, **jobs.BRIEF))
+  jobs.wait_for(tmp_path, "sft", 30, process)
   assert jobs.interrupt(process, signal.SIGKILL)[0] == -signal.SIGKILL
   assert not (tmp_path / "results.json").exists()
   resume_and_compare(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("delay", [2, 6, 9, 12])
 def test_a_kill_at_any_moment(tmp_path, undisturbed, delay):
-  process = jobs.start(*jobs.flags(tmp_path))
+  process = jobs.start(*jobs.flags(tmp_path, **jobs.BRIEF))
   try:
     process.wait(timeout=delay)
   except jobs.subprocess.TimeoutExpired:
@@ -76,7 +100,7 @@ def test_a_kill_at_any_moment(tmp_path, undisturbed, delay):
 def stopped(tmp_path_factory):
   """The folder of a job that was stopped in its second stage."""
   workdir = tmp_path_factory.mktemp("stopped")
-  process = jobs.start(*jobs.flags(workdir))
+  process = jobs.start(*jobs.flags(workdir, **jobs.BRIEF))
   jobs.wait_for(workdir, "grpo", 4, process)
   jobs.interrupt(process, signal.SIGTERM)
   return workdir
@@ -102,6 +126,7 @@ def damage(folder, how):
   largest.write_bytes(content)
 
 
+@SLOW
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, stopped, undisturbed, how):
   steps = stopped_job(stopped, tmp_path)
@@ -113,16 +138,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, stopped, un
   assert (tmp_path / "checkpoints" / "corrupt" / f"grpo-{steps[-1]}").is_dir()
 
 
+@SLOW
 def test_without_a_good_checkpoint_the_job_says_so(tmp_path, stopped):
   for step in stopped_job(stopped, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints" / "grpo" / str(step) / "state")
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path)))
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path, **jobs.BRIEF)))
   assert code == 2
   assert "can be read; delete the folder to start this stage again" in err.splitlines()[-1]
 
 
+@SLOW
 def test_a_loss_that_is_not_finite_stops_with_its_own_code(tmp_path):
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path, sft__learning_rate=1e38)))
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path, **jobs.BRIEF, sft__learning_rate=1e38)))
   assert code == 70
   said = err.strip().splitlines()[-1]
   assert "loss or gradient is not finite" in said
@@ -131,9 +158,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_own_code(tmp_path):
   assert saved, "the last finite state is saved"
 
 
+@SLOW
 def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, undisturbed):
   """No file may grow beyond 24 KiB, which a checkpoint does; the same path as a full disk or quota takes."""
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path), largest_file_kib=24))
+  code, _, err = jobs.finish(jobs.start(*jobs.flags(tmp_path, **jobs.BRIEF), largest_file_kib=24))
   assert code == 74, err
   said = err.strip().splitlines()[-1]
   assert "took no more data" in said
@@ -145,13 +173,21 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, undisturbed):
   ("arguments", "message"),
   [
     (["--config=configs/grpo.py", "--config.grpo.lerning_rate=1"], "unknown field 'lerning_rate' Did you mean"),
-    (["--config=configs/grpo.py", "--config.grpo.learning_rate=fast"], "could not convert string to float: 'fast'"),
-    (["--config=configs/grpo.py:tinny"], "unknown preset word 'tinny'; known: tiny, smoke, llada_8b"),
-    (["--config=configs/grpo.py:tiny,smoke"], "preset words tiny, smoke exclude each other"),
-    (["--config=configs/nothing.py"], "no such file; the configurations are in configs/"),
-    (["--confg=configs/grpo.py"], "Unknown command line flag 'confg'"),
-    (["--config=configs/grpo.py", "extra"], "unexpected argument 'extra'"),
-    ([], "no configuration; try --config=configs/grpo.py"),
+    pytest.param(
+      ["--config=configs/grpo.py", "--config.grpo.learning_rate=fast"],
+      "could not convert string to float: 'fast'",
+      marks=ONE_MORE,
+    ),
+    pytest.param(
+      ["--config=configs/grpo.py:tinny"], "unknown preset word 'tinny'; known: tiny, smoke, llada_8b", marks=ONE_MORE
+    ),
+    pytest.param(
+      ["--config=configs/grpo.py:tiny,smoke"], "preset words tiny, smoke exclude each other", marks=ONE_MORE
+    ),
+    pytest.param(["--config=configs/nothing.py"], "no such file; the configurations are in configs/", marks=ONE_MORE),
+    pytest.param(["--confg=configs/grpo.py"], "Unknown command line flag 'confg'", marks=ONE_MORE),
+    pytest.param(["--config=configs/grpo.py", "extra"], "unexpected argument 'extra'", marks=ONE_MORE),
+    pytest.param([], "no configuration; try --config=configs/grpo.py", marks=ONE_MORE),
   ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, message):

@@ -12,11 +12,12 @@ from d1jax.training import dump, grpo, recipe
 from d1jax.training import experiment as experiments
 from d1jax.training.metrics import read_records
 from tests import jobs
-from tests.jobs import small
+from tests.jobs import small, started
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_workers_change_no_number(tmp_path):
-  runs = [recipe.run(small(tmp_path / str(n), grpo__grading_workers=n, grpo__steps=3)) for n in (0, 2)]
+  runs = [recipe.run(started(tmp_path / str(n), grpo__grading_workers=n, grpo__steps=3)) for n in (0, 2)]
   assert runs[0]["params_fingerprint"] == runs[1]["params_fingerprint"]
   assert runs[0]["after"] == runs[1]["after"]
   here, pooled = (read_records(tmp_path / str(n) / "metrics.jsonl") for n in (0, 2))
@@ -66,10 +67,11 @@ def running():
   return found
 
 
+@pytest.mark.slow(reason="a process of the recipe, and its workers")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_to_all_processes_stops_the_job_as_one_to_the_job_does(tmp_path, number, code):
   """As a terminal sends Ctrl-C, and some schedulers SIGTERM."""
-  changes = {"sft__steps": 5, "sft__validate_every": 5, "grpo__steps": 400, "grpo__validate_every": 400}
+  changes = jobs.STARTED | {"grpo__steps": 400, "grpo__validate_every": 400}
   process = jobs.start(*jobs.flags(tmp_path, **changes, grpo__grading_workers=2))
   jobs.wait_for(tmp_path, "grpo", 3, process)
   workers = [pid for pid, parent in running().items() if parent == process.pid]
@@ -89,10 +91,11 @@ def records_of(workdir):
   return [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "grpo"]
 
 
+@pytest.mark.slow(reason="runs the recipe")
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_the_recorded_states_train_as_well(tmp_path, cap):
   changes = {"grpo__estimator": "step_merged", "grpo__importance_cap": cap, "grpo__num_iterations": 2}
-  recipe.run(small(tmp_path, grpo__steps=3, grpo__accumulation=2, grpo__beta=0.01, **changes))
+  recipe.run(started(tmp_path, grpo__steps=3, grpo__accumulation=2, grpo__beta=0.01, **changes))
   records = records_of(tmp_path)
   assert len(records) == 3
   assert any(r["grad_norm"] > 0 for r in records)
@@ -129,6 +132,7 @@ def test_combinations_that_make_no_sense_claim_no_folder(tmp_path, changes, mess
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_path):
   """Six groups of four are drawn an iteration, two of them trained on; it goes on from where it was."""
   changes = {"grpo__prompts_per_iteration": 2, "grpo__oversample": 3, "grpo__rollout_chunks": 3, "grpo__dump_every": 1}
@@ -138,9 +142,9 @@ def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_pat
     "grpo__reward_weights": "solved=2",
     "grpo__validate_every": 1,
   }
-  results = recipe.run(small(tmp_path / "whole", grpo__steps=2, **changes))
-  recipe.run(small(tmp_path / "parts", grpo__steps=1, **changes))
-  resumed = recipe.run(small(tmp_path / "parts", grpo__steps=2, **changes))
+  results = recipe.run(started(tmp_path / "whole", grpo__steps=2, **changes))
+  recipe.run(started(tmp_path / "parts", grpo__steps=1, **changes))
+  resumed = recipe.run(started(tmp_path / "parts", grpo__steps=2, **changes))
   assert resumed["params_fingerprint"] == results["params_fingerprint"]
   for iteration, record in enumerate(records_of(tmp_path / "whole")):
     dumped = dump.read(tmp_path / "whole" / "rollouts", iteration)
@@ -156,6 +160,7 @@ def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_pat
       assert record["grad_norm"] > 0
 
 
+@pytest.mark.slow(reason="compiles a rollout three times")
 def test_without_its_cache_a_sampler_is_the_exact_one(tmp_path):
   """The program that a run falls back to gives the rollouts of a run that never had a cache, bit for bit."""
   found = []

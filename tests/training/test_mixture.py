@@ -45,6 +45,7 @@ def finished(tmp_path_factory):
   return workdir, config, recipe.run(config)
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_prompts_are_drawn_by_the_weights(finished):
   """Eight prompts an iteration, four completions each: a Sudoku prompt is 33 tokens long, one of Countdown shorter."""
   workdir, _, _ = finished
@@ -61,6 +62,7 @@ def test_prompts_are_drawn_by_the_weights(finished):
     assert "countdown/cell_accuracy" not in r
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_each_task_has_its_share_of_the_results(finished):
   _, _, results = finished
   after = results["after"]
@@ -112,6 +114,7 @@ def test_a_tokenizer_of_a_mix_knows_the_characters_of_every_task(tmp_path):
     assert tokenizer.decode_all([tokenizer.completion(text)]) == [text]
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_task_of_a_users_file_is_trained_in_workers(tmp_path):
   results = recipe.run(small(tmp_path, **CUSTOM, task__options={"share": 0.5}, grpo__grading_workers=2))
   assert results["after"]["n"] == 24

@@ -72,6 +72,7 @@ def test_other_processes_trace_nothing(tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_run_traces_what_it_is_told_and_names_its_parts(tmp_path):
   changes = {"sft__steps": 2, "sft__validate_every": 2, "grpo__steps": 3}
   recipe.run(small(tmp_path, **changes))

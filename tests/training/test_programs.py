@@ -101,7 +101,7 @@ def tpu():
     yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="the TPU's compiler takes minutes for a network of LLaDA's sizes")
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_rollouts_on_tpus_send_activations_and_no_weights(tpu, cache):
   experiment, programs = large(tpu, rollout__cache=cache, model__overrides__embed=EMBED)
@@ -133,6 +133,7 @@ def iterate(experiment, programs, cached=True):
   return host, jax.device_get(state.trainable), jax.device_get(figures)
 
 
+@pytest.mark.slow(reason="compiles rollouts and updates, twice each")
 @pytest.mark.parametrize(
   "fields",
   [{"rollout__cache": "dual", "rollout__diffusion_steps": 6}, {"lora__rank": 4, "model__overrides__embed": 64}],

@@ -19,15 +19,13 @@ from d1jax.training import experiment as experiments
 from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
 from d1jax.training.workdir import read_tokenizer
-from tests.jobs import small
+from tests import runs
+from tests.jobs import small, started
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """A finished job and its configuration; tests must not change the folder."""
-  workdir = tmp_path_factory.mktemp("finished")
-  config = small(workdir, grpo__dump_every=1, grpo__steps=4)
-  return workdir, config, recipe.run(config)
+def finished():
+  return runs.finished()
 
 
 def pixels(path):
@@ -219,14 +217,16 @@ def test_of_equally_good_checkpoints_the_later_is_the_best(finished):
   assert results["best_iteration"] == {"sft": 120, "grpo": 4}  # nothing is solved: all are equal
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_sft_alone(tmp_path, capsys):
-  results = recipe.run(small(tmp_path, "sft"))
+  results = recipe.run(small(tmp_path, "sft", sft__steps=4))
   assert "before" not in results
   assert results["after"]["n"] == 24
   assert results["checkpoint"].startswith(str(tmp_path / "checkpoints" / "sft"))
   assert "SFT + diffu-GRPO" not in capsys.readouterr().out
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
   """Validation, saving and dumping included; counted by JAX's own monitoring events."""
   compilations = []
@@ -241,7 +241,7 @@ def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
     return original(*arguments)
 
   monkeypatch.setattr(grpo, "summarise", counting)
-  recipe.run(small(tmp_path, grpo__validate_every=1, grpo__dump_every=1))
+  recipe.run(started(tmp_path, grpo__validate_every=1, grpo__dump_every=1))
   assert counts[0] > 0, "the listener hears nothing"
   assert counts[1:] == [counts[1]] * 5, f"compilations by iteration: {counts}"
 

@@ -42,6 +42,7 @@ def job(root, workdir, **changes):
   return small(workdir, "sft", **(fields | changes))
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_file_trains_in_buckets_and_validates_by_its_held_out_loss(root, tmp_path, capsys):
   results = recipe.run(job(root, tmp_path / "run"))
   records = read_records(tmp_path / "run" / "metrics.jsonl")
@@ -65,6 +66,7 @@ def test_demonstrations_of_test_questions_are_left_out(root, tmp_path, capsys, m
   assert "left out 1 of 48 demonstrations, which answer test questions" in capsys.readouterr().out
 
 
+@pytest.mark.slow(reason="compiles an update for each pair of buckets")
 def test_every_pair_of_buckets_is_compiled_before_the_first_step(root, tmp_path):
   config = job(root, tmp_path, sft__prompt_buckets=(140, 160))
   experiment = experiments.build(config, None)

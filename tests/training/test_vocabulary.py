@@ -49,6 +49,7 @@ def test_the_rollout_unembeds_one_block_at_a_time(experiment):
   assert 0 < found <= rows * config.rollout.block_length < rows * (200 + 256)
 
 
+@pytest.mark.slow(reason="compiles large updates")
 def test_the_update_holds_logits_of_a_tile_at_a_time(experiment):
   config = experiment.config
   update = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["update"]
@@ -58,6 +59,7 @@ def test_the_update_holds_logits_of_a_tile_at_a_time(experiment):
   assert widest(text) <= 1, "a mask of forbidden ids, and no logits"
 
 
+@pytest.mark.slow(reason="compiles large updates")
 def test_supervised_fine_tuning_holds_logits_of_a_tile_at_a_time(experiment):
   config = experiment.config
   steps = sft.Steps(experiment, experiment.optimizer(config.sft, 1))
