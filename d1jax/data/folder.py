@@ -1,10 +1,12 @@
 """The tokenizer files of a Hugging Face folder, and the special ids that they name."""
 
 import dataclasses
-import json
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from d1jax import files as outside
 
 CORE = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 """The files that hold a vocabulary."""
@@ -14,6 +16,9 @@ EXTRAS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json
 
 MODEL = ("generation_config.json", "config.json")
 """The files of the model that name token ids, in the order in which they win."""
+
+DATE = "prompt_date.txt"
+"""The day, as in 2026-11-30, that a chat template takes for today; a run keeps it among the tokenizer's files."""
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The keys under which tokenizer_config.json and special_tokens_map.json name special tokens."""
@@ -42,8 +47,16 @@ def read(folder: Path) -> dict[str, bytes]:
   """Reads the files of a folder that say what its tokenizer is; names without content are left out."""
   if not folder.is_dir():
     raise ValueError(f"{folder} is not a folder; name the folder that holds the tokenizer's files")
-  paths = {name: folder / name for name in (*CORE, *EXTRAS, *MODEL)}
-  return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+  paths = {name: folder / name for name in (*CORE, *EXTRAS, *MODEL, DATE)}
+  return {name: outside.read_bytes(path) for name, path in paths.items() if path.exists() or path.is_symlink()}
+
+
+def text(files: Mapping[str, bytes], name: str) -> str:
+  """The text of a file that is there; a ValueError where it is not UTF-8."""
+  try:
+    return outside.decode(files[name], name)
+  except outside.FileError as error:
+    raise ValueError(f"{error}; fetch the file again") from None
 
 
 def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -51,12 +64,21 @@ def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
   if name not in files:
     return {}
   try:
-    found = json.loads(files[name].decode("utf-8"))
-  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-    raise ValueError(f"{name} is not valid JSON ({error}); fetch the file again") from None
-  if not isinstance(found, dict):
-    raise ValueError(f"{name} holds a {type(found).__name__}, expected a JSON object; fetch the file again")
+    found: dict[str, Any] = outside.parse_json(text(files, name), name, dict)
+  except outside.FileError as error:
+    raise ValueError(f"{error}; fetch the file again") from None
   return found
+
+
+def date(files: Mapping[str, bytes]) -> datetime.date:
+  """The day that a chat template takes for today: the one that the files name, or the present one."""
+  if DATE not in files:
+    return datetime.date.today()
+  written = text(files, DATE).strip()
+  try:
+    return datetime.date.fromisoformat(written)
+  except ValueError:
+    raise ValueError(f"{DATE}: {written[:40]!r} is no date; write one like 2026-11-30") from None
 
 
 def _content(name: str, key: str, value: Any) -> str:

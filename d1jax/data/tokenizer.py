@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import sentencepiece
 
 from d1jax.data import chat, folder
-from d1jax.data.hugging_face import HuggingFaceTokenizer
+from d1jax.data.confined import ConfinedTokenizer
 
 MASK_PIECE = "<mask>"
 MODEL_TYPES = ("char", "unigram", "bpe")
@@ -79,7 +79,7 @@ def from_files(files: Mapping[str, bytes]) -> Tokenizer:
     files: contents by name; `d1jax.data.folder` lists the names that are read.
   """
   if any(name in files for name in folder.CORE[:-1]):
-    return HuggingFaceTokenizer(files)
+    return ConfinedTokenizer(files)
   if "tokenizer.model" not in files:
     raise ValueError(
       f"there is {', '.join(sorted(files)) or 'nothing'}, but no tokenizer.json, no vocab.json with merges.txt and no"

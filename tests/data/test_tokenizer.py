@@ -5,7 +5,7 @@ import re
 import pytest
 import sentencepiece
 
-from d1jax.data.hugging_face import HuggingFaceTokenizer
+from d1jax.data.confined import ConfinedTokenizer
 from d1jax.data.tokenizer import (
   MASK_PIECE,
   SentencePieceTokenizer,
@@ -218,7 +218,7 @@ def test_errors_name_the_folder_and_the_file(tmp_path):
 
 def test_a_vocabulary_wins_over_a_sentencepiece_model(tmp_path, model):
   tokenizer = load(write_files(tmp_path, small_files() | {"tokenizer.model": model}))
-  assert isinstance(tokenizer, HuggingFaceTokenizer)
+  assert isinstance(tokenizer, ConfinedTokenizer)
 
 
 def test_a_tokenizer_comes_back_from_a_folder_of_its_own_files(tmp_path):
