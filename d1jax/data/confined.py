@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d1jax.data import chat, hugging_face
+from d1jax.data import characters, chat, hugging_face
 from d1jax.errors import RunError
 from d1jax.helper import EndedError, Helper
 
@@ -59,6 +59,8 @@ class ConfinedTokenizer:
     found = self._ask("ids", self._vocabulary)
     self.vocab, self.mask_id, self.pad_id = (int(found[name]) for name in ("vocab", "mask_id", "pad_id"))
     self.stop_ids: tuple[int, ...] = tuple(found["stop_ids"])
+    self._unk_id = found["unk_id"]
+    self._unknown = characters.Unknown(self.unknown)
     if self._template:
       self._ask("try_template", self._template)
     self._ask("try_tokenizer", self._vocabulary)
@@ -71,6 +73,8 @@ class ConfinedTokenizer:
     """
     names = " and ".join(filter(None, (self._template, self._vocabulary)))
     found: list[int] = self._ask("prompt", names, [dict(message) for message in messages], prefill)
+    if self._unk_id in found:
+      self._unknown.check("".join(message["content"] for message in messages) + prefill)
     return found
 
   def completion(self, text: str) -> list[int]:
@@ -80,6 +84,13 @@ class ConfinedTokenizer:
       ValueError: the text becomes the mask, or takes too much time or memory.
     """
     found: list[int] = self._ask("completion", self._vocabulary, text)
+    if self._unk_id in found:
+      self._unknown.check(text)
+    return found
+
+  def unknown(self, text: str) -> list[str]:
+    """The characters of a text that have no token, each once."""
+    found: list[str] = self._ask("unknown", self._vocabulary, text)
     return found
 
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:

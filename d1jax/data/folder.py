@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d1jax import files as outside
+from d1jax.files import FileError, decode, parse_json, read_bytes
 
 CORE = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 """The files that hold a vocabulary."""
@@ -44,19 +44,15 @@ class SpecialIds:
 
 
 def read(folder: Path) -> dict[str, bytes]:
-  """Reads the files of a folder that say what its tokenizer is; names without content are left out."""
+  """Reads the files of a folder that say what its tokenizer is; names that it does not have are left out.
+
+  Raises:
+    ValueError: there is no such folder, or a name is no regular file: a link to nothing, a folder, a pipe.
+  """
   if not folder.is_dir():
     raise ValueError(f"{folder} is not a folder; name the folder that holds the tokenizer's files")
   paths = {name: folder / name for name in (*CORE, *EXTRAS, *MODEL, DATE)}
-  return {name: outside.read_bytes(path) for name, path in paths.items() if path.exists() or path.is_symlink()}
-
-
-def text(files: Mapping[str, bytes], name: str) -> str:
-  """The text of a file that is there; a ValueError where it is not UTF-8."""
-  try:
-    return outside.decode(files[name], name)
-  except outside.FileError as error:
-    raise ValueError(f"{error}; fetch the file again") from None
+  return {name: read_bytes(path) for name, path in paths.items() if path.is_symlink() or path.exists()}
 
 
 def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -64,10 +60,17 @@ def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
   if name not in files:
     return {}
   try:
-    found: dict[str, Any] = outside.parse_json(text(files, name), name, dict)
-  except outside.FileError as error:
+    return parse_json(decode(files[name], name), name, dict)
+  except FileError as error:
     raise ValueError(f"{error}; fetch the file again") from None
-  return found
+
+
+def text(files: Mapping[str, bytes], name: str) -> str:
+  """The text of a file that is there; a ValueError where it is not UTF-8."""
+  try:
+    return decode(files[name], name)
+  except FileError as error:
+    raise ValueError(f"{error}; fetch the file again") from None
 
 
 def date(files: Mapping[str, bytes]) -> datetime.date:

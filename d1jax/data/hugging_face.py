@@ -5,7 +5,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from d1jax.data import backend, chat, folder
+from d1jax.data import backend, characters, chat, folder
 
 
 def own_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -39,6 +39,7 @@ class HuggingFaceTokenizer:
     mask_id: of the mask, behind the tokenizer's own ids where the folder names none.
     stop_ids: each ends a completion.
     pad_id: of padding.
+    unk_id: of what has no token; None where the folder names none.
   """
 
   def __init__(self, files: Mapping[str, bytes]):
@@ -58,7 +59,10 @@ class HuggingFaceTokenizer:
     own = {f"{role}_id": self._tokenizer.token_to_id(text) if text else None for role, text in self._tokens.items()}
     ids = folder.special_ids(self.files, own, size=self._size)
     self.vocab, self.mask_id, self.stop_ids, self.pad_id = ids.vocab, ids.mask_id, ids.stop_ids, ids.pad_id
+    self.unk_id = own.get("unk_token_id")
     self._bos = () if ids.bos_id is None else (ids.bos_id,)
+    asked = folder.parse(self.files, "tokenizer_config.json").get("add_bos_token")
+    self._start = () if asked is False else self._bos
     added = self._tokenizer.get_added_tokens_decoder()
     special = {i: token.content for i, token in added.items() if token.special}
     roles = {self.mask_id, self.pad_id, *self.stop_ids, *self._bos}
@@ -82,14 +86,14 @@ class HuggingFaceTokenizer:
     """The ids of a conversation that the model is to continue, the given start of its answer included.
 
     The chat template is asked for the start of an assistant's turn, and the prefill follows. No start token is added
-    to those that the template writes. Without a template: the start token, where the folder names one, the
-    contents of the messages one after the other, and the prefill.
+    to those that the template writes. Without a template: the start token, where the folder names one and does
+    not say `"add_bos_token": false`, the contents of the messages one after the other, and the prefill.
 
     Raises:
       ValueError: the template fails, or the text becomes a mask.
     """
     if self._template is None:
-      return [*self._bos, *self._encode("".join(m["content"] for m in messages) + prefill)]
+      return [*self._start, *self._encode("".join(m["content"] for m in messages) + prefill)]
     # What is special in the messages is covered before the template sees it and read as characters afterwards.
     spelled: list[str] = []
     key = _unused([self._template.source, prefill, *(text for message in messages for text in message.values())])
@@ -120,6 +124,12 @@ class HuggingFaceTokenizer:
     end = self._end if self._end and self._end[-1] in self.stop_ids else [*self._end, self.stop_ids[0]]
     return [*self._encode(text), *end]
 
+  def unknown(self, text: str) -> list[str]:
+    """The characters of a text that have no token, each once."""
+    found = list(dict.fromkeys(text))
+    shown = self.decode_all([self._encode(char) for char in found])
+    return [char for char, read in zip(found, shown, strict=True) if not characters.is_read(char, read)]
+
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids; special tokens vanish, as do ids beyond the tokenizer.
 
@@ -147,8 +157,7 @@ class HuggingFaceTokenizer:
       self._tokenizer.encode_special_tokens = False
 
   def _ids(self, text: str) -> list[int]:
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-      raise ValueError(f"the text {text[:80]!r} is not Unicode (half a surrogate pair?); correct it")
+    characters.check_unicode(text)
     with backend.library(self._name):
       ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
     if self.mask_id in ids:

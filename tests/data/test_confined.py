@@ -40,6 +40,7 @@ def test_it_does_what_the_tokenizer_does():
   assert outside.completion("a\nb") == inside.completion("a\nb")
   assert outside.decode_all([ids, []]) == inside.decode_all([ids, []])
   assert outside.decode_raw([ids]) == inside.decode_raw([ids])
+  assert outside.unknown("aé\n 漢") == inside.unknown("aé\n 漢") == []
   with pytest.raises(ValueError, match="is not Unicode"):
     outside.completion("a\ud800")
 

@@ -21,19 +21,6 @@ def test_a_folder_is_read_by_name_and_what_is_not_named_is_not(tmp_path):
   assert found == {n: n.encode() for n in ("tokenizer.json", "chat_template.jinja", "config.json")}
 
 
-def test_what_is_no_file_is_named(tmp_path):
-  (tmp_path / "vocab.json").mkdir()
-  with pytest.raises(ValueError, match=r"vocab\.json is a folder, expected a file"):
-    folder.read(tmp_path)
-
-
-def test_the_date_of_prompts_is_a_file():
-  assert folder.date({"prompt_date.txt": b"2026-11-03\n"}) == datetime.date(2026, 11, 3)
-  assert folder.date({}) == datetime.date.today()
-  with pytest.raises(ValueError, match=r"prompt_date\.txt: 'today' is no date; write one like 2026-11-30"):
-    folder.date({"prompt_date.txt": b"today"})
-
-
 def test_what_is_no_folder_is_named(tmp_path):
   with pytest.raises(ValueError, match=r"nowhere is not a folder; name the folder"):
     folder.read(tmp_path / "nowhere")
@@ -121,3 +108,10 @@ def test_extra_tokens_are_lists_or_named():
   assert folder.extra_tokens(files) == ["<a>", "<b>", "<c>", "<d>"]
   with pytest.raises(ValueError, match="additional_special_tokens is '<a>'; expected a list"):
     folder.extra_tokens(files_of(tokenizer_config={"additional_special_tokens": "<a>"}))
+
+
+def test_the_date_of_prompts_is_a_file():
+  assert folder.date({"prompt_date.txt": b"2026-11-03\n"}) == datetime.date(2026, 11, 3)
+  assert folder.date({}) == datetime.date.today()
+  with pytest.raises(ValueError, match=r"prompt_date\.txt: 'today' is no date; write one like 2026-11-30"):
+    folder.date({"prompt_date.txt": b"today"})

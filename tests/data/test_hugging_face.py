@@ -214,6 +214,10 @@ def test_without_a_template_the_texts_follow_the_start_token():
   assert ids[0] == START
   assert tokenizer.decode_all([ids]) == ["x y z"]
   assert START not in HuggingFaceTokenizer(small_files(None)).prompt(turns, " z")
+  assert HuggingFaceTokenizer(changed(files, "tokenizer_config.json", add_bos_token=True)).prompt(turns, " z") == ids
+  assert (
+    HuggingFaceTokenizer(changed(files, "tokenizer_config.json", add_bos_token=False)).prompt(turns, " z") == ids[1:]
+  )
 
 
 def test_files_make_the_same_tokenizer_again(dream):
