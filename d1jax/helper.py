@@ -99,7 +99,10 @@ class Helper:
       )
     self._socket, self._answers = ours, ours.makefile("rb")
     self._started += 1
-    self._exchange(b"", START_SECONDS)
+    try:
+      self._exchange(b"", START_SECONDS)
+    except EndedError as error:
+      raise EndedError(f"does not start: it {error}") from None
 
   def _exchange(self, line: bytes, seconds: float) -> bytes:
     assert self._socket is not None

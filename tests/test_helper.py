@@ -95,7 +95,7 @@ def test_what_dies_between_questions_is_replaced(stub):
 
 def test_what_does_not_start_is_said(tmp_path):
   (tmp_path / "broken.py").write_text("import no_such_module")
-  with pytest.raises(EndedError, match="ended with the exit code 1"):
+  with pytest.raises(EndedError, match="does not start: it ended with the exit code 1"):
     Helper(tmp_path / "broken.py").ask(b"a")
 
 

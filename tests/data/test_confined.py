@@ -1,11 +1,14 @@
 """Tokenizers and templates in their own process: the same ids, and nothing that is hostile gets far."""
 
+import contextlib
 import gc
 import json
 import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from d1jax.data import backend, confined
 from d1jax.data.confined import ConfinedTokenizer, TokenizerError
@@ -14,6 +17,10 @@ from d1jax.data.hugging_face import HuggingFaceTokenizer
 from d1jax.errors import RunError
 from tests.data.folders import small_files
 
+ANYTHING = st.recursive(
+  st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=9),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+)
 USER = [{"role": "user", "content": "hi <|hole|> é"}]
 WRITTEN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -139,3 +146,29 @@ def test_the_process_answers_whatever_goes_wrong_and_has_limits_around_each_ques
 def test_the_process_imports_little():
   code = "import sys, d1jax.data.confined_process; assert not {'jax', 'numpy', 'sentencepiece'} & set(sys.modules)"
   subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.slow  # 300 folders, each read by the process; some end it
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_whatever_a_folder_says_is_a_tokenizer_or_an_error(data):
+  """One value of one file is replaced by another of any type, or bytes are."""
+  files = as_json() if data.draw(st.booleans()) else small_files()
+  name = data.draw(st.sampled_from(sorted(files)))
+  if name.endswith(".json") and data.draw(st.booleans()):
+    whole = json.loads(files[name])
+    place, key = whole, data.draw(st.sampled_from(sorted(whole)))
+    while isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+      place = place[key]
+      key = data.draw(st.sampled_from(sorted(place)))
+    place[key] = data.draw(ANYTHING)
+    files[name] = json.dumps(whole).encode()
+  else:
+    content = bytearray(files[name])
+    start = data.draw(st.integers(0, len(content)))
+    content[start : start + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+    files[name] = bytes(content)
+  with contextlib.suppress(ValueError):
+    tokenizer = ConfinedTokenizer(files)
+    ids = tokenizer.prompt(USER, "") + tokenizer.completion("a b")
+    assert len(tokenizer.decode_all([ids])) == 1
