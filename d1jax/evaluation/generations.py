@@ -187,7 +187,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
   """
   if not path.is_file():
     raise DataError(f"{path}: is no regular file; name a file of completions, or a folder of them")
-  number, size, rest = 0, 0, b""
+  number, size = 0, 0
+  parts: list[bytes] = []  # of a line that has not ended yet
   with contextlib.ExitStack() as stack:
     try:
       file: Any = stack.enter_context(path.open("rb"))
@@ -200,13 +201,17 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         block = file.read(_BLOCK)
       except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}); fetch or write it again") from None
-      *whole, rest = (rest + block).split(b"\n") if block else (rest, b"")
+      parts.append(block)
+      whole: list[bytes] = []
+      if b"\n" in block or not block:
+        *whole, rest = (b"".join(parts) + (b"" if block else b"\n")).split(b"\n")
+        parts = [rest]
       for line in whole:
         number += 1
         if line.strip():
           yield number, decode(line, f"{path} line {number}")
       size += len(block)
-      if size > LARGEST or len(rest) > LONGEST_LINE or number > MOST_LINES:
+      if size > LARGEST or sum(map(len, parts)) > LONGEST_LINE or number > MOST_LINES:
         raise DataError(
           f"{path}: holds more than {LARGEST >> 20} MiB, a line of more than {LONGEST_LINE >> 20} MiB, or more than"
           f" {MOST_LINES:,} lines; split it"
