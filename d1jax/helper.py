@@ -88,15 +88,19 @@ class Helper:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONHASHSEED": "0", **self._environment}
     ours, theirs = socket.socketpair()
     with theirs:
-      self._process = subprocess.Popen(
-        [sys.executable, "-P", str(self._program), str(theirs.fileno())],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
-        env=environment,
-        start_new_session=True,
-      )
+      try:
+        self._process = subprocess.Popen(
+          [sys.executable, "-P", str(self._program), str(theirs.fileno())],
+          stdin=subprocess.DEVNULL,
+          stdout=subprocess.DEVNULL,
+          stderr=subprocess.DEVNULL,
+          pass_fds=[theirs.fileno()],
+          env=environment,
+          start_new_session=True,
+        )
+      except OSError as error:
+        ours.close()
+        raise EndedError(f"does not start ({error})") from None
     self._socket, self._answers = ours, ours.makefile("rb")
     self._started += 1
     try:

@@ -99,6 +99,15 @@ def test_what_does_not_start_is_said(tmp_path):
     Helper(tmp_path / "broken.py").ask(b"a")
 
 
+def test_a_machine_that_starts_no_process_is_said(stub, monkeypatch):
+  def refuse(*arguments, **options):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+  monkeypatch.setattr(helper.subprocess, "Popen", refuse)
+  with pytest.raises(EndedError, match=r"does not start \(.*Resource temporarily unavailable\)"):
+    stub.ask(b"a")
+
+
 def test_threads_take_turns(stub):
   wrong = []
 

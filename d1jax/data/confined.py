@@ -108,6 +108,11 @@ class ConfinedTokenizer:
     with _helper.lock:
       try:
         started = _helper.start()
+      except EndedError as error:
+        raise TokenizerError(
+          f"the process for tokenizers {error}; `python -c 'import d1jax.data.confined_process'` shows what it lacks"
+        ) from None
+      try:
         while _gone:
           _exchange("forget", _gone.pop(), [])
         if self._told != started:

@@ -15,6 +15,7 @@ from d1jax.data.confined import ConfinedTokenizer, TokenizerError
 from d1jax.data.confined_process import Server
 from d1jax.data.hugging_face import HuggingFaceTokenizer
 from d1jax.errors import RunError
+from d1jax.helper import Helper
 from tests.data.folders import small_files
 
 ANYTHING = st.recursive(
@@ -141,6 +142,15 @@ def test_the_process_answers_whatever_goes_wrong_and_has_limits_around_each_ques
   assert "KeyError" in ask("__class__", 7, [])["error"]
   assert ask("forget", 7, []) == {"value": None}
   assert "KeyError" in ask("ids", 7, [])["error"]
+
+
+def test_a_process_that_does_not_start_is_one_line(tmp_path, monkeypatch):
+  (tmp_path / "broken.py").write_text("import no_such_module")
+  monkeypatch.setattr(confined, "_helper", Helper(tmp_path / "broken.py"))
+  with pytest.raises(
+    TokenizerError, match=r"the process for tokenizers does not start: it .*; `python -c '(.*)'` shows"
+  ):
+    ConfinedTokenizer(small_files())
 
 
 def test_the_process_imports_little():
