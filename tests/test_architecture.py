@@ -19,10 +19,11 @@ SOURCES = sorted((ROOT / "d1jax").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 # A room, and the rooms it may import beside itself. Files at the top of the package are rooms of their own.
-# `files` reads what comes from outside and `errors` says how a run ends; everybody may use both.
-BASE = {"files", "errors"}
+# `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs; everybody may use them.
+BASE = {"files", "errors", "helper"}
 ALLOWED = {
   "files": set(),
+  "helper": set(),
   "models": set(),
   "tasks": set(),
   "data": set(),

@@ -1,6 +1,7 @@
 """The machine behind a Hugging Face tokenizer: one of the library `tokenizers`, built from a folder's files."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -15,6 +16,30 @@ SPLIT = (
 QWEN2_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast", "DreamTokenizer")
 """The tokenizer classes whose vocab.json and merges.txt are read as Qwen2 reads them."""
 
+LARGEST_ID = 2**31 - 1
+"""The library counts to 2**32, arrays of ids to this."""
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@contextlib.contextmanager
+def library(name: str) -> Iterator[None]:
+  """Turns whatever the library raises into a ValueError that names a file: what it raises has no type of its own.
+
+  A panic of it is a BaseException.
+  """
+  try:
+    yield
+  except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    raise
+  except MemoryError:
+    raise ValueError(f"{name}: the tokenizer takes more memory than it may; it cannot be used") from None
+  except BaseException as error:
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(
+      f"{name}: the library tokenizers fails ({type(error).__name__}: {reason}); fetch the file again"
+    ) from None
+
 
 def build(files: Mapping[str, bytes]) -> Tokenizer:
   """Builds the tokenizer of a folder: from tokenizer.json, or from vocab.json and merges.txt.
@@ -26,21 +51,24 @@ def build(files: Mapping[str, bytes]) -> Tokenizer:
     ValueError: a file is broken or absent, or two files give a token different ids.
   """
   tokenizer = _from_json(files) if "tokenizer.json" in files else _from_vocabulary(files)
-  tokenizer.no_truncation()
-  tokenizer.no_padding()
+  name = "tokenizer.json" if "tokenizer.json" in files else "vocab.json"
+  with library(name):
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
   special = {token for token in folder.named_tokens(files).values() if token is not None}
   special.update(folder.extra_tokens(files))
   declared = _declared(files, special)
-  for content, (name, i, _) in declared.items():
+  for content, (file, i, _) in declared.items():
     known = tokenizer.token_to_id(content)
     if known is not None and known != i:
-      raise ValueError(f"{name} gives {content!r} the id {i}, but the vocabulary has it at {known}; {_ONE_MODEL}")
-  tokenizer.add_tokens([token for _, _, token in sorted(declared.values(), key=lambda item: item[1])])
-  for content, (name, i, _) in declared.items():
+      raise ValueError(f"{file} gives {content!r} the id {i}, but the vocabulary has it at {known}; {_ONE_MODEL}")
+  with library(name):
+    tokenizer.add_tokens([token for _, _, token in sorted(declared.values(), key=lambda item: item[1])])
+  for content, (file, i, _) in declared.items():
     got = tokenizer.token_to_id(content)
     if got != i:
       raise ValueError(
-        f"{name} gives {content!r} the id {i}, but the next free id is {got}: tokens before it are absent; {_ONE_MODEL}"
+        f"{file} gives {content!r} the id {i}, but the next free id is {got}: tokens before it are absent; {_ONE_MODEL}"
       )
   _make_special(tokenizer, special)
   return tokenizer
@@ -54,10 +82,8 @@ def _from_json(files: Mapping[str, bytes]) -> Tokenizer:
   model = folder.parse(files, name).get("model")
   if isinstance(model, dict) and model.get("dropout"):
     raise ValueError(f"{name}: model.dropout={model['dropout']} makes ids random; set it to null")
-  try:
-    return Tokenizer.from_str(files[name].decode("utf-8"))
-  except Exception as error:  # what the library raises has no type of its own
-    raise ValueError(f"{name} is not a file of the library tokenizers ({error}); fetch the file again") from None
+  with library(name):
+    return Tokenizer.from_str(folder.text(files, name))
 
 
 def _from_vocabulary(files: Mapping[str, bytes]) -> Tokenizer:
@@ -74,11 +100,12 @@ def _from_vocabulary(files: Mapping[str, bytes]) -> Tokenizer:
       raise ValueError(f"{other} is there, but {name} is not; fetch {name}, or tokenizer.json")
   vocab = folder.parse(files, "vocab.json")
   for token, i in vocab.items():
-    if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-      raise ValueError(f"vocab.json: the id of {token!r} is {i!r}; expected an integer. Fetch the file again")
+    _check_id("vocab.json", token, i)
   if len(set(vocab.values())) != len(vocab):
     raise ValueError("vocab.json: two tokens have the same id; fetch the file again")
-  tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=_merges(files["merges.txt"], vocab)))
+  merges = _merges(folder.text(files, "merges.txt"), vocab)
+  with library("vocab.json and merges.txt"):
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
   tokenizer.normalizer = normalizers.NFC()
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -90,14 +117,17 @@ def _from_vocabulary(files: Mapping[str, bytes]) -> Tokenizer:
   return tokenizer
 
 
-def _merges(content: bytes, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def _check_id(name: str, token: str, i: object) -> None:
+  if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i <= LARGEST_ID:
+    raise ValueError(
+      f"{name}: the id of {token[:80]!r} is {i!r}; expected an integer from 0 to {LARGEST_ID}. Fetch the file again"
+    )
+
+
+def _merges(content: str, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
   """The pairs of merges.txt, in order; each, and what it makes, must be in the vocabulary."""
-  try:
-    lines = content.decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"merges.txt: byte {error.start} is not UTF-8; fetch the file again") from None
   pairs = []
-  for number, line in enumerate(lines, start=1):
+  for number, line in enumerate(content.replace("\r\n", "\n").removesuffix("\n").split("\n"), start=1):
     if number == 1 and line.startswith("#version"):
       continue
     left, space, right = line.partition(" ")
@@ -117,8 +147,7 @@ def _declared(files: Mapping[str, bytes], special: set[str]) -> dict[str, tuple[
 
   def declare(name: str, i: Any, token: AddedToken) -> None:
     content = token.content
-    if not isinstance(i, int) or isinstance(i, bool) or i < 0:
-      raise ValueError(f"{name}: the id of {content!r} is {i!r}; expected an integer. Fetch the file again")
+    _check_id(name, content, i)
     other, known, _ = found.setdefault(content, (name, i, token))
     if known != i:
       raise ValueError(f"{other} gives {content!r} the id {known}, {name} gives it {i}; {_ONE_MODEL}")
@@ -127,14 +156,26 @@ def _declared(files: Mapping[str, bytes], special: set[str]) -> dict[str, tuple[
       raise ValueError(f"{first} gives the id {i} to {owner!r}, {name} gives it to {content!r}; {_ONE_MODEL}")
 
   name = "tokenizer_config.json"
-  for key, value in (folder.parse(files, name).get("added_tokens_decoder") or {}).items():
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not key.isdecimal():
-      raise ValueError(f"{name}: added_tokens_decoder has {key!r}: {value!r}, expected an id and a token's description")
-    flags = {k: value[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in value}
-    declare(name, int(key), AddedToken(value["content"], **flags))
+  listed = folder.parse(files, name).get("added_tokens_decoder") or {}
+  if not isinstance(listed, dict):
+    raise ValueError(f"{name}: added_tokens_decoder is no object; fetch the file again")
+  for key, value in listed.items():
+    flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
+    is_id = key.isascii() and key.isdecimal() and len(key) < 11
+    described = isinstance(value, dict) and isinstance(value.get("content"), str)
+    if not is_id or not described or not all(isinstance(flag, bool) for flag in flags.values()):
+      shown = f"{value!r:.120}"
+      raise ValueError(
+        f"{name}: added_tokens_decoder has {key[:80]!r}: {shown}, expected an id and a token's description"
+      )
+    with library(name):
+      token = AddedToken(value["content"], **flags)
+    declare(name, int(key), token)
   name = "added_tokens.json"
   for content, i in folder.parse(files, name).items():
-    declare(name, i, AddedToken(content, special=content in special, normalized=content not in special))
+    with library(name):
+      token = AddedToken(content, special=content in special, normalized=content not in special)
+    declare(name, i, token)
   return found
 
 

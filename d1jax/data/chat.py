@@ -66,17 +66,17 @@ def _to_json(
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _now(form: str) -> str:
-  return datetime.datetime.now().strftime(form)
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-  """The environment that transformers gives to chat templates."""
+def _environment(date: datetime.date) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+  """The environment that transformers gives to chat templates, with a clock that stands still."""
+  midnight = datetime.datetime.combine(date, datetime.time.min)
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
   )
   environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
-  given: dict[str, Callable[..., Any]] = {"raise_exception": _raise, "strftime_now": _now}
+  given: dict[str, Callable[..., Any]] = {
+    "raise_exception": _raise,
+    "strftime_now": lambda form: midnight.strftime(form),
+  }
   environment.globals.update(given | {"dict": _Dict(), "namespace": _Namespace})
   return environment
 
@@ -89,10 +89,7 @@ def find_template(files: Mapping[str, bytes]) -> tuple[str, str] | None:
   """
   name = "chat_template.jinja"
   if name in files:
-    try:
-      return files[name].decode("utf-8"), name
-    except UnicodeDecodeError as error:
-      raise ValueError(f"{name}: byte {error.start} is not UTF-8; fetch the file again") from None
+    return folder.text(files, name), name
   name = "tokenizer_config.json"
   found = folder.parse(files, name).get("chat_template")
   if isinstance(found, list):
@@ -118,27 +115,33 @@ class ChatTemplate:
   """A conversation written as the model was trained to read it.
 
   The template is rendered as transformers does it (`apply_chat_template`), exactly as it stands in the folder: it may
-  ignore `add_generation_prompt`, as LLaDA's does, or write the day's date. It is a program of somebody else's: the
-  sandbox lets it compute text and change nothing, but cannot stop it from running for long.
+  ignore `add_generation_prompt`, as LLaDA's does. It is a program of somebody else's: the sandbox lets it compute text
+  and change nothing, and the process that it runs in (`confined`) bounds its time and memory.
   """
 
-  def __init__(self, source: str, tokens: Mapping[str, str | None], *, name: str):
+  def __init__(self, source: str, tokens: Mapping[str, str | None], *, name: str, date: datetime.date):
     """Compiles a template.
 
     Args:
       source: the template.
       tokens: the special tokens that it may write (`bos_token`, ...); None and absent ones are written as nothing.
       name: of the file it is in, for errors.
+      date: what it takes for today, at midnight.
+
+    Raises:
+      ValueError: it does not parse.
     """
     self.source = source
     self._name = name
     self._tokens = {role: text for role, text in tokens.items() if text is not None}
     try:
-      self._template = _environment().from_string(source)
+      self._template = _environment(date).from_string(source)
     except jinja2.exceptions.TemplateSyntaxError as error:
       raise ValueError(
         f"{name}: line {error.lineno} of the chat template does not parse ({error.message}); fetch the file again"
       ) from None
+    except Exception as error:  # Jinja computes what is constant; too deep a nesting, a division by zero
+      raise ValueError(f"{name}: the chat template cannot be read ({_shown(error)}); correct it") from error
 
   def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
     """Writes a conversation.
@@ -162,6 +165,15 @@ class ChatTemplate:
     except Exception as error:
       roles = [message.get("role") for message in messages]
       raise ValueError(
-        f"{self._name}: the chat template fails for the roles {roles} ({type(error).__name__}: {error});"
+        f"{self._name}: the chat template fails for the roles {roles} ({_shown(error)});"
         " give it a conversation that it knows, or correct it"
       ) from error
+
+
+def _shown(error: Exception) -> str:
+  """An error as a part of a sentence."""
+  if isinstance(error, MemoryError):
+    return "it takes more memory than it may"
+  if isinstance(error, RecursionError):
+    return "it is nested too deep"
+  return f"{type(error).__name__}: {str(error)[:200]}"

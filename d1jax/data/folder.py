@@ -1,6 +1,7 @@
 """The tokenizer files of a Hugging Face folder, and the special ids that they name."""
 
 import dataclasses
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ EXTRAS = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json
 
 MODEL = ("generation_config.json", "config.json")
 """The files of the model that name token ids, in the order in which they win."""
+
+DATE = "prompt_date.txt"
+"""The day, as in 2026-11-30, that a chat template takes for today; a run keeps it among the tokenizer's files."""
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The keys under which tokenizer_config.json and special_tokens_map.json name special tokens."""
@@ -47,7 +51,7 @@ def read(folder: Path) -> dict[str, bytes]:
   """
   if not folder.is_dir():
     raise ValueError(f"{folder} is not a folder; name the folder that holds the tokenizer's files")
-  paths = {name: folder / name for name in (*CORE, *EXTRAS, *MODEL)}
+  paths = {name: folder / name for name in (*CORE, *EXTRAS, *MODEL, DATE)}
   return {name: read_bytes(path) for name, path in paths.items() if path.is_symlink() or path.exists()}
 
 
@@ -59,6 +63,25 @@ def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return parse_json(decode(files[name], name), name, dict)
   except FileError as error:
     raise ValueError(f"{error}; fetch the file again") from None
+
+
+def text(files: Mapping[str, bytes], name: str) -> str:
+  """The text of a file that is there; a ValueError where it is not UTF-8."""
+  try:
+    return decode(files[name], name)
+  except FileError as error:
+    raise ValueError(f"{error}; fetch the file again") from None
+
+
+def date(files: Mapping[str, bytes]) -> datetime.date:
+  """The day that a chat template takes for today: the one that the files name, or the present one."""
+  if DATE not in files:
+    return datetime.date.today()
+  written = text(files, DATE).strip()
+  try:
+    return datetime.date.fromisoformat(written)
+  except ValueError:
+    raise ValueError(f"{DATE}: {written[:40]!r} is no date; write one like 2026-11-30") from None
 
 
 def _content(name: str, key: str, value: Any) -> str:

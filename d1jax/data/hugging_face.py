@@ -1,12 +1,25 @@
 """Tokenizers of Hugging Face folders: text as the library `tokenizers` reads it, conversations as the template says."""
 
+import datetime
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from tokenizers import Tokenizer as Backend
+from d1jax.data import backend, characters, chat, folder
 
-from d1jax.data import backend, chat, folder
+
+def own_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
+  """The files that make a tokenizer, of those of its folder.
+
+  Where the chat template writes the date, today's is one of them, unless there is a date already: prompts stay the
+  same as long as the files do.
+  """
+  left_out = folder.CORE[1:] if "tokenizer.json" in files else ("tokenizer.model",)
+  found = {name: content for name, content in files.items() if name not in left_out}
+  template = chat.find_template(found)
+  if template and "strftime_now" in template[0] and folder.DATE not in found:
+    found[folder.DATE] = datetime.date.today().isoformat().encode()
+  return found
 
 
 class HuggingFaceTokenizer:
@@ -26,26 +39,30 @@ class HuggingFaceTokenizer:
     mask_id: of the mask, behind the tokenizer's own ids where the folder names none.
     stop_ids: each ends a completion.
     pad_id: of padding.
+    unk_id: of what has no token; None where the folder names none.
   """
 
   def __init__(self, files: Mapping[str, bytes]):
-    """Builds a tokenizer.
+    """Builds a tokenizer; the chat template is read when it is first needed.
 
     Args:
       files: the folder's files by name, see `d1jax.data.folder.read`.
 
     Raises:
-      ValueError: a file is broken, absent or contradicts another, or the chat template does not work.
+      ValueError: a file is broken, absent or contradicts another.
     """
-    left_out = folder.CORE[1:] if "tokenizer.json" in files else ("tokenizer.model",)
-    self.files: Mapping[str, bytes] = {name: content for name, content in files.items() if name not in left_out}
+    self.files: Mapping[str, bytes] = own_files(files)
     self._tokenizer = backend.build(self.files)
+    self._name = "tokenizer.json" if "tokenizer.json" in self.files else "vocab.json"
     self._size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-    tokens = folder.named_tokens(self.files)
-    own = {f"{role}_id": self._tokenizer.token_to_id(text) if text else None for role, text in tokens.items()}
+    self._tokens = folder.named_tokens(self.files)
+    own = {f"{role}_id": self._tokenizer.token_to_id(text) if text else None for role, text in self._tokens.items()}
     ids = folder.special_ids(self.files, own, size=self._size)
     self.vocab, self.mask_id, self.stop_ids, self.pad_id = ids.vocab, ids.mask_id, ids.stop_ids, ids.pad_id
+    self.unk_id = own.get("unk_token_id")
     self._bos = () if ids.bos_id is None else (ids.bos_id,)
+    asked = folder.parse(self.files, "tokenizer_config.json").get("add_bos_token")
+    self._start = () if asked is False else self._bos
     added = self._tokenizer.get_added_tokens_decoder()
     special = {i: token.content for i, token in added.items() if token.special}
     roles = {self.mask_id, self.pad_id, *self.stop_ids, *self._bos}
@@ -55,22 +72,28 @@ class HuggingFaceTokenizer:
       special |= {i: added[i].content for i in roles if i in added}
     self._silent = roles | set(special)
     self._spelled = _any_of(special.values())
-    source = chat.find_template(self.files)
-    self._template = None if source is None else chat.ChatTemplate(source[0], tokens, name=source[1])
-    self._end = self._turn_end()
+
+  def try_template(self) -> None:
+    """Raises a ValueError where the chat template does not parse, or writes no answer."""
+    _ = self._written_end
+
+  def try_tokenizer(self) -> None:
+    """Raises a ValueError where a question and an answer cannot be encoded and decoded."""
+    question = self.prompt([{"role": "user", "content": "A question"}], "")
+    self.decode_all([question, self.completion("An answer")])
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
     """The ids of a conversation that the model is to continue, the given start of its answer included.
 
     The chat template is asked for the start of an assistant's turn, and the prefill follows. No start token is added
-    to those that the template writes. Without a template: the start token, where the folder names one, the
-    contents of the messages one after the other, and the prefill.
+    to those that the template writes. Without a template: the start token, where the folder names one and does
+    not say `"add_bos_token": false`, the contents of the messages one after the other, and the prefill.
 
     Raises:
       ValueError: the template fails, or the text becomes a mask.
     """
     if self._template is None:
-      return [*self._bos, *self._encode("".join(m["content"] for m in messages) + prefill)]
+      return [*self._start, *self._encode("".join(m["content"] for m in messages) + prefill)]
     # What is special in the messages is covered before the template sees it and read as characters afterwards.
     spelled: list[str] = []
     key = _unused([self._template.source, prefill, *(text for message in messages for text in message.values())])
@@ -86,7 +109,7 @@ class HuggingFaceTokenizer:
     written = self._template.render(covered, add_generation_prompt=True) + cover(prefill)
     ids: list[int] = []
     for i, piece in enumerate(re.split(f"{key}(\\d+){key}", written)):
-      ids += self._encode(spelled[int(piece)]) if i % 2 else self._ids(self._tokenizer, piece)
+      ids += self._encode(spelled[int(piece)]) if i % 2 else self._ids(piece)
     return ids
 
   def completion(self, text: str) -> list[int]:
@@ -101,35 +124,42 @@ class HuggingFaceTokenizer:
     end = self._end if self._end and self._end[-1] in self.stop_ids else [*self._end, self.stop_ids[0]]
     return [*self._encode(text), *end]
 
+  def unknown(self, text: str) -> list[str]:
+    """The characters of a text that have no token, each once."""
+    found = list(dict.fromkeys(text))
+    shown = self.decode_all([self._encode(char) for char in found])
+    return [char for char, read in zip(found, shown, strict=True) if not characters.is_read(char, read)]
+
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids; special tokens vanish, as do ids beyond the tokenizer.
 
     Bytes that are not UTF-8 become U+FFFD.
     """
     shown = [[i for i in row if 0 <= i < self._size and i not in self._silent] for row in rows]
-    return self._tokenizer.decode_batch(shown, skip_special_tokens=True)
+    return self._decode(shown, skip_special=True)
 
   def decode_raw(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids with special tokens spelled out; ids beyond the tokenizer vanish."""
-    known = [[i for i in row if 0 <= i < self._size] for row in rows]
-    return self._tokenizer.decode_batch(known, skip_special_tokens=False)
+    return self._decode([[i for i in row if 0 <= i < self._size] for row in rows], skip_special=False)
 
-  @functools.cached_property
-  def _literal(self) -> Backend:
-    """A copy that reads special tokens as the characters they are made of."""
-    copy = Backend.from_str(self._tokenizer.to_str())
-    copy.encode_special_tokens = True
-    return copy
+  def _decode(self, rows: list[list[int]], *, skip_special: bool) -> list[str]:
+    with backend.library(self._name):
+      return self._tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
 
   def _encode(self, text: str) -> list[int]:
-    """The ids of text in which nothing is special."""
-    return self._ids(self._literal if self._spelled.search(text) else self._tokenizer, text)
-
-  def _ids(self, tokenizer: Backend, text: str) -> list[int]:
+    """The ids of text in which nothing is special: special tokens are read as the characters they are made of."""
+    if not self._spelled.search(text):
+      return self._ids(text)
+    self._tokenizer.encode_special_tokens = True
     try:
-      ids = tokenizer.encode(text, add_special_tokens=False).ids
-    except TypeError:
-      raise ValueError(f"the text {text[:80]!r} is not Unicode (half a surrogate pair?); correct it") from None
+      return self._ids(text)
+    finally:
+      self._tokenizer.encode_special_tokens = False
+
+  def _ids(self, text: str) -> list[int]:
+    characters.check_unicode(text)
+    with backend.library(self._name):
+      ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
     if self.mask_id in ids:
       raise ValueError(
         f"the text {text[:80]!r} becomes the mask (id {self.mask_id}), which the sampler would fill; change the text,"
@@ -137,19 +167,33 @@ class HuggingFaceTokenizer:
       )
     return ids
 
-  def _turn_end(self) -> list[int]:
-    """The ids that the template writes behind an answer, up to its first special token; none without one."""
+  @functools.cached_property
+  def _template(self) -> chat.ChatTemplate | None:
+    source = chat.find_template(self.files)
+    if source is None:
+      return None
+    return chat.ChatTemplate(source[0], self._tokens, name=source[1], date=folder.date(self.files))
+
+  @functools.cached_property
+  def _written_end(self) -> str:
+    """What the template writes behind an answer, up to its first special token; nothing without one."""
     if self._template is None:
-      return []
+      return ""
     answer = "TheAnswerOfTheAssistant"
     turns = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
     written, found, behind = self._template.render(turns, add_generation_prompt=False).rpartition(answer)
     if not found:
       raise ValueError(
-        f"the chat template leaves out what the assistant says (it writes {written + behind!r}); correct the template"
+        f"the chat template leaves out what the assistant says (it writes {(written + behind)[:200]!r}); correct the"
+        " template"
       )
     first = self._spelled.search(behind)
-    return self._ids(self._tokenizer, behind[: first.end()]) if first else []
+    return behind[: first.end()] if first else ""
+
+  @functools.cached_property
+  def _end(self) -> list[int]:
+    """The ids of `_written_end`."""
+    return self._ids(self._written_end) if self._written_end else []
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

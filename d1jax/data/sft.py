@@ -1,21 +1,24 @@
 r"""Demonstrations for supervised fine-tuning, from JSON-lines files in the schemas of s1K, GSM8K and MATH.
 
-A file has one schema, which the fields of its first line tell; further fields are ignored:
+A file has one schema, which the fields of its first line tell; further fields are ignored, unless they hold reasoning
+traces, which would be dropped:
 
 - s1K: `question`, `thinking_trajectories` (a list, its first entry is used), `attempt`;
+- s1K-1.1: `question`, `deepseek_thinking_trajectory`, `deepseek_attempt`;
 - MATH: `problem`, `solution`, `answer`;
 - s1K without traces: `question`, `solution`, whose last `\boxed{...}` is the answer;
 - GSM8K: `question`, `answer` with its calculator marks `<<...>>` and a last line `#### gold`.
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from d1jax import files
 
 SYSTEM_PROMPT = (
   "\nRespond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n<answer>\n...\n</answer>\n"
@@ -36,12 +39,16 @@ class Demonstration(NamedTuple):
 
 
 class _Schema(NamedTuple):
-  """A kind of row: any of `markers` tells it, all of `fields` are needed; `convert` gives None to leave a row out."""
+  """A kind of row: any of `markers` tells it, all of `fields` are needed; `convert` gives None to leave a row out.
+
+  `others` are traces of other models, which stand beside those that are read.
+  """
 
   name: str
   markers: tuple[str, ...]
   fields: tuple[str, ...]
   convert: Callable[[Mapping[str, Any]], Demonstration | None]
+  others: tuple[str, ...] = ()
 
 
 def _text(name: str, value: object, *, may_be_blank: bool = False) -> str:
@@ -81,6 +88,13 @@ def _s1k(row: Mapping[str, Any]) -> Demonstration:
   return Demonstration(_text("question", row["question"]), reasoning, _text("attempt", row["attempt"]))
 
 
+def _s1k_deepseek(row: Mapping[str, Any]) -> Demonstration:
+  reasoning = _text("deepseek_thinking_trajectory", row["deepseek_thinking_trajectory"])
+  return Demonstration(
+    _text("question", row["question"]), reasoning, _text("deepseek_attempt", row["deepseek_attempt"])
+  )
+
+
 def _math(row: Mapping[str, Any]) -> Demonstration | None:
   problem, solution = _text("problem", row["problem"]), _text("solution", row["solution"])
   answer = _text("answer", row["answer"], may_be_blank=True)  # two rows of MATH have `\boxed{}`
@@ -103,37 +117,48 @@ def _gsm8k(row: Mapping[str, Any]) -> Demonstration:
 
 _SCHEMAS = (
   _Schema("s1K", ("thinking_trajectories", "attempt"), ("question", "thinking_trajectories", "attempt"), _s1k),
+  _Schema(
+    "s1K-1.1",
+    ("deepseek_thinking_trajectory", "deepseek_attempt"),
+    ("question", "deepseek_thinking_trajectory", "deepseek_attempt"),
+    _s1k_deepseek,
+    others=("gemini_thinking_trajectory",),
+  ),
   _Schema("MATH", ("problem",), ("problem", "solution", "answer"), _math),
   _Schema("s1K without traces", ("solution",), ("question", "solution"), _solved),
   _Schema("GSM8K", ("answer",), ("question", "answer"), _gsm8k),
 )
 
 
+_TRACES = (
+  *("thinking_trajectories", "deepseek_thinking_trajectory", "gemini_thinking_trajectory", "generations", "messages"),
+  *("conversations", "reasoning", "reasoning_content", "deepseek_reasoning", "r1_solution", "generated_solution"),
+)
+"""Columns of public data sets (s1K, OpenR1, OpenThoughts, NuminaMath) that hold reasoning beside a short solution."""
+
+
 def _schema_of(row: Mapping[str, Any]) -> _Schema:
+  known = "; ".join(f"{schema.name}: {', '.join(schema.fields)}" for schema in _SCHEMAS)
   for schema in _SCHEMAS:
     if any(marker in row for marker in schema.markers):
+      traces = [name for name in _TRACES if row.get(name) and name not in (*schema.fields, *schema.others)]
+      if traces:
+        raise ValueError(
+          f"has the field {traces[0]!r}, whose reasoning {schema.name} would drop; rename the fields ({known}), or"
+          f" remove {traces[0]!r} to train on {schema.fields[1]!r}"
+        )
       return schema
-  known = "; ".join(f"{schema.name}: {', '.join(schema.fields)}" for schema in _SCHEMAS)
   raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'} fit no known schema; rename them ({known})")
 
 
-def _object(line: str) -> dict[str, Any]:
-  if not line.strip():
-    raise ValueError("is blank; remove it")
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"is not JSON ({error}); write one object a line") from None
-  if not isinstance(row, dict):
-    raise ValueError(f"is a JSON {type(row).__name__}, expected an object; write one object a line")
-  return row
-
-
-def _converted(path: object, lines: Sequence[str]) -> Iterator[Demonstration | None]:
+def _converted(path: object, text: str) -> Iterator[Demonstration | None]:
   schema = None
-  for number, line in enumerate(lines, start=1):
+  for number, _, row in files.json_lines(text, path):
+    if isinstance(row, files.FileError):
+      raise ValueError(f"{row}; write one object a line")
     try:
-      row = _object(line)
+      if not isinstance(row, dict):
+        raise ValueError(f"is a JSON {type(row).__name__}, expected an object; write one object a line")
       schema = schema or _schema_of(row)
       missing = [field for field in schema.fields if field not in row]
       if missing:
@@ -151,20 +176,18 @@ def read(path: str | os.PathLike[str]) -> list[Demonstration]:
   traces whose solution has no `\boxed{...}`, a MATH row with an empty `answer`.
 
   Args:
-    path: a UTF-8 file, one JSON object a line, in one of the schemas above.
+    path: a UTF-8 file, one JSON object a line, in one of the schemas above; blank lines are skipped.
 
   Raises:
     ValueError: the file is absent, unreadable or empty, a row is wrong (the message names its line), none is left.
   """
   try:
-    text = Path(path).read_text(encoding="utf-8")
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-  except OSError as error:
-    raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path and its rights") from None
+    text = files.read_text(Path(path))
+  except files.FileError as error:
+    raise ValueError(f"{error}; check the path, its rights, and that it is UTF-8 text") from None
   if not text.strip():
     raise ValueError(f"{path}: the file is empty; fetch it again")
-  rows = list(_converted(path, text.removesuffix("\n").split("\n")))
+  rows = list(_converted(path, text))
   found = [row for row in rows if row is not None]
   if not found:
     raise ValueError(f"{path}: none of {len(rows)} rows has a final answer (\\boxed{{...}}); give another file")

@@ -3,15 +3,18 @@
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import sentencepiece
 
-from d1jax.data import chat, folder
-from d1jax.data.hugging_face import HuggingFaceTokenizer
+from d1jax.data import characters, chat, folder
+from d1jax.data.confined import ConfinedTokenizer
 
 MASK_PIECE = "<mask>"
 MODEL_TYPES = ("char", "unigram", "bpe")
+
+_USUAL_LENGTH = 4192
+"""Bytes of the longest text that SentencePiece trains on when it is told nothing."""
 
 
 @runtime_checkable
@@ -38,6 +41,10 @@ class Tokenizer(Protocol):
 
   def completion(self, text: str) -> list[int]:
     """The ids of an answer, the end of the assistant's turn and the end of sequence included."""
+    ...
+
+  def unknown(self, text: str) -> list[str]:
+    """The characters of a text that have no token, each once."""
     ...
 
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -79,7 +86,7 @@ def from_files(files: Mapping[str, bytes]) -> Tokenizer:
     files: contents by name; `d1jax.data.folder` lists the names that are read.
   """
   if any(name in files for name in folder.CORE[:-1]):
-    return HuggingFaceTokenizer(files)
+    return ConfinedTokenizer(files)
   if "tokenizer.model" not in files:
     raise ValueError(
       f"there is {', '.join(sorted(files)) or 'nothing'}, but no tokenizer.json, no vocab.json with merges.txt and no"
@@ -97,30 +104,49 @@ def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: in
     texts: the training text; every character in it gets a piece.
     model_type: `char`, `unigram` or `bpe`. Characters suit small models: every digit is one token.
     vocab_size: the most pieces; `char` takes what the text needs.
+
+  Raises:
+    ValueError: there is no text, it is not Unicode, or it does not fit the number of pieces.
   """
   if model_type not in MODEL_TYPES:
     raise ValueError(f"tokenizer.model_type={model_type!r} is unknown; known: {', '.join(MODEL_TYPES)}")
+  kept = list(texts)
+  for text in kept:
+    characters.check_unicode(text)
+  longest = max((len(text.encode()) for text in kept), default=0)
+  if not longest:
+    raise ValueError("there is no text to train a tokenizer on: the task's records are empty")
+  # SentencePiece would leave out longer texts without a word. The model holds the limit, so it is set where it matters.
+  limits: dict[str, Any] = {} if longest <= _USUAL_LENGTH else {"max_sentence_length": longest}
   model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(texts),
-    model_writer=model,
-    model_type=model_type,
-    vocab_size=vocab_size,
-    hard_vocab_limit=False,
-    character_coverage=1.0,
-    normalization_rule_name="identity",
-    add_dummy_prefix=False,
-    remove_extra_whitespaces=False,
-    split_digits=True,
-    control_symbols=[MASK_PIECE],  # no text encodes to it
-    user_defined_symbols=["\n"],
-    pad_id=-1,
-    unk_id=0,
-    bos_id=1,
-    eos_id=2,
-    num_threads=1,
-    minloglevel=2,
-  )
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(kept),
+      model_writer=model,
+      model_type=model_type,
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      character_coverage=1.0,
+      normalization_rule_name="identity",
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      split_digits=True,
+      control_symbols=[MASK_PIECE],  # no text encodes to it
+      user_defined_symbols=["\n"],
+      pad_id=-1,
+      unk_id=0,
+      bos_id=1,
+      eos_id=2,
+      num_threads=1,
+      minloglevel=2,
+      **limits,
+    )
+  except RuntimeError as error:
+    reason = " ".join(str(error).split())[:200]
+    raise ValueError(
+      f"SentencePiece trains no tokenizer.model_type={model_type!r} of tokenizer.vocab_size={vocab_size} ({reason});"
+      " give another size, or the type char"
+    ) from None
   return model.getvalue()
 
 
@@ -168,6 +194,7 @@ class SentencePieceTokenizer:
     self.bos_id = ids.bos_id
     named = [name for name in folder.MODEL if any(key in folder.parse(others, name) for key in own)]
     self.files: Mapping[str, bytes] = {"tokenizer.model": model} | {name: others[name] for name in named}
+    self._unknown = characters.Unknown(self.unknown)
     self._silent = {self.mask_id, self.pad_id, *self.stop_ids}
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
@@ -179,6 +206,11 @@ class SentencePieceTokenizer:
     """The text and the end-of-sequence token."""
     return [*self._encode(text), self.stop_ids[0]]
 
+  def unknown(self, text: str) -> list[str]:
+    """The characters of a text that have no token, each once."""
+    characters.check_unicode(text)
+    return [char for char in dict.fromkeys(text) if self._processor.unk_id() in self._processor.encode(char)]
+
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids; control tokens, the mask among them, vanish, as do ids beyond the model."""
     known = [[i for i in row if 0 <= i < self._size and i not in self._silent] for row in rows]
@@ -189,7 +221,10 @@ class SentencePieceTokenizer:
     return self.decode_all(rows)
 
   def _encode(self, text: str) -> list[int]:
+    characters.check_unicode(text)
     ids: list[int] = self._processor.encode(text)
+    if self._processor.unk_id() in ids:
+      self._unknown.check(text)
     if self.mask_id in ids:
       raise ValueError(
         f"the text {text[:80]!r} becomes the mask (id {self.mask_id}), which the sampler would fill; change the text,"

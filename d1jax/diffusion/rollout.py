@@ -1,6 +1,7 @@
 """The record of a rollout, and the static description of the sampler that made it."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -66,8 +67,10 @@ class SamplerSpec:
       )
     if self.remasking not in ("low_confidence", "random"):
       raise ValueError(f"remasking={self.remasking!r} is unknown; known: low_confidence, random")
-    if self.temperature < 0 or self.cfg_scale < 0:
-      raise ValueError(f"temperature={self.temperature} and cfg_scale={self.cfg_scale} must not be negative")
+    if not (0 <= self.temperature < math.inf and 0 <= self.cfg_scale < math.inf):
+      raise ValueError(
+        f"temperature={self.temperature} and cfg_scale={self.cfg_scale} must not be negative or infinite"
+      )
     self._check_cache()
     self._check_schedule()
 

@@ -7,11 +7,13 @@ beside).
 """
 
 import collections
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from d1jax import tasks
 from d1jax.evaluation import output
 from d1jax.evaluation.evaluator import grade_text
 from d1jax.evaluation.items import Item, append, question_id
+from d1jax.files import LARGEST, FileError, decode, parse_json
 from d1jax.tasks import DataError, Record, Task, d1_evaluation
 from d1jax.tasks.common import PREFILL
 
@@ -32,6 +35,15 @@ STOPS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>")
 STYLE = "d1_eval"
 """Of the prompts behind d1's files, and of the constant answer that stands beside them."""
 
+LONGEST_LINE = 64 << 20
+"""Bytes of a line, and of a whole file in d1's layout."""
+
+MOST_LINES = 10_000_000
+
+MOST = 2**53
+"""The largest length, seed and number of a sample: JSON of other programs knows no larger ones exactly."""
+
+_BLOCK = 1 << 20
 _FIRST_STOP = re.compile("|".join(map(re.escape, STOPS)))
 _SPECIAL = re.compile(r"<\|[a-z_]+\|>")
 
@@ -128,30 +140,88 @@ def cut(text: str) -> str:
 
 
 def _read_file(path: Path, task: str) -> Iterator[Generation]:
-  try:
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-  except (OSError, EOFError, UnicodeDecodeError) as error:
-    raise DataError(f"{path}: cannot be read ({error}); fetch or write it again") from None
-  whole = _parse(text)
-  if isinstance(whole, dict) and isinstance(whole.get("generations"), list):
-    setup = {name: value for name, value in whole.items() if name not in ("generations", "metrics")}
-    length = whole.get("gen_length", 0)
-    if type(length) is not int:
-      raise DataError(f"{path}: gen_length is {length!r:.40}, expected the number of tokens of a completion")
-    for number, row in enumerate(whole["generations"]):
-      yield _generation(f"{path} generation {number}", row, task, json.dumps(setup, sort_keys=True), length)
+  lines = _lines(path)
+  first = next(lines, None)
+  if first is None:
     return
-  for number, line in enumerate(text.split("\n"), start=1):
-    if line.strip():
-      yield _generation(f"{path} line {number}", _parse(line), task, "", 0)
-
-
-def _parse(text: str) -> Any:
+  number, line = first
   try:
-    return json.loads(text)
-  except (ValueError, RecursionError):
-    return None
+    row: Any = parse_json(line, f"{path} line {number}", finite=True)
+  except FileError as error:
+    row = _whole(path, line, lines, error)
+  if isinstance(row, dict) and isinstance(row.get("generations"), list):
+    for number, _ in lines:
+      raise DataError(f"{path} line {number}: there is something behind d1's list of generations; cut it off")
+    setup = {name: value for name, value in row.items() if name not in ("generations", "metrics")}
+    length = row.get("gen_length", 0)
+    if not _is_count(length):
+      raise DataError(f"{path}: gen_length is {length!r:.40}, expected the number of tokens of a completion")
+    for index, one in enumerate(row["generations"]):
+      yield _generation(f"{path} generation {index}", one, task, json.dumps(setup, sort_keys=True), length)
+    return
+  yield _generation(f"{path} line {number}", row, task, "", 0)
+  for number, line in lines:
+    place = f"{path} line {number}"
+    yield _generation(place, parse_json(line, place, finite=True), task, "", 0)
+
+
+def _whole(path: Path, line: str, lines: Iterator[tuple[int, str]], error: FileError) -> Any:
+  """What a file says that is one JSON over several lines, of which the first is no JSON."""
+  parts, size = [line], 0
+  for _, part in lines:
+    parts.append(part)
+    size += len(part)
+    if size > LONGEST_LINE:
+      raise error
+  try:
+    return parse_json("\n".join(parts), path, finite=True)
+  except FileError as other:
+    raise (error if ".jsonl" in path.suffixes else other) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+  """The lines of a file that are not blank, with their numbers; they are unpacked as they are asked for.
+
+  Raises:
+    DataError: there is no such file, it cannot be unpacked, or is larger than a file of completions may be.
+  """
+  if not path.is_file():
+    raise DataError(f"{path}: is no regular file; name a file of completions, or a folder of them")
+  number, size = 0, 0
+  parts: list[bytes] = []  # of a line that has not ended yet
+  with contextlib.ExitStack() as stack:
+    try:
+      file: Any = stack.enter_context(path.open("rb"))
+      if path.suffix == ".gz":
+        file = stack.enter_context(gzip.GzipFile(fileobj=file))
+    except OSError as error:
+      raise DataError(f"{path}: cannot be read ({error}); fetch or write it again") from None
+    while True:
+      try:
+        block = file.read(_BLOCK)
+      except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error}); fetch or write it again") from None
+      parts.append(block)
+      whole: list[bytes] = []
+      if b"\n" in block or not block:
+        *whole, rest = (b"".join(parts) + (b"" if block else b"\n")).split(b"\n")
+        parts = [rest]
+      for line in whole:
+        number += 1
+        if line.strip():
+          yield number, decode(line, f"{path} line {number}")
+      size += len(block)
+      if size > LARGEST or sum(map(len, parts)) > LONGEST_LINE or number > MOST_LINES:
+        raise DataError(
+          f"{path}: holds more than {LARGEST >> 20} MiB, a line of more than {LONGEST_LINE >> 20} MiB, or more than"
+          f" {MOST_LINES:,} lines; split it"
+        )
+      if not block:
+        return
+
+
+def _is_count(value: object) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Generation:
@@ -170,16 +240,19 @@ def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Gen
     )
   if row.get("task", task) != task:
     raise DataError(f"{place}: is a completion of the task {row['task']!r}, expected {task!r}")
-  for name, kinds in (("length", (int,)), ("seed", (int,)), ("sample", (int,)), ("temperature", (int, float))):
-    if name in row and (type(row[name]) not in kinds or row[name] < 0):
-      raise DataError(f"{place}: {name} is {row[name]!r:.40}, expected a number of at least 0")
+  for name in ("length", "seed", "sample"):
+    if not _is_count(row.get(name, 0)):
+      raise DataError(f"{place}: {name} is {row[name]!r:.40}, expected a number from 0 to {MOST}")
+  temperature = row.get("temperature", 0.0)
+  if isinstance(temperature, bool) or not isinstance(temperature, int | float) or temperature < 0:
+    raise DataError(f"{place}: temperature is {temperature!r:.40}, expected a number of at least 0")
   return Generation(
     setup=setup,
     record=row["record"],
     raw=row["text"],
     shown=cut(row["text"]),
     length=row.get("length", length),
-    temperature=float(row.get("temperature", 0.0)),
+    temperature=float(temperature),
     seed=row.get("seed", 0),
     sample=row.get("sample", 0),
   )

@@ -37,7 +37,7 @@ function show(parent, text) {
 }
 
 function pair(list, name, text, tag = "span") {
-  element("dt", list, name);
+  show(element("dt", list), name);
   show(element(tag, element("dd", list)), text);
 }
 

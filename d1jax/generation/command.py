@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from d1jax import files
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import InterruptedRunError, RunError, StorageError, explained, input_checked
@@ -94,11 +95,10 @@ def _prompts(config: ConfigDict) -> list[str]:
     return [config.prompt]
   if sys.stdin is None or sys.stdin.isatty():
     raise RunError("no prompt: set config.prompt, or send prompts to standard input, one a line")
-  try:
-    lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
-  except UnicodeDecodeError as error:
-    raise RunError(f"standard input is not UTF-8 (byte {error.start}); convert it first") from None
-  prompts = [line for line in lines if line.strip()]
+  with input_checked():
+    text = files.decode(sys.stdin.buffer.read(), "standard input")
+  # A line ends at a line feed alone: whatever else Unicode ends lines with is part of the prompt.
+  prompts = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
   if not prompts:
     raise RunError("no prompt: standard input is empty; send prompts, one a line, or set config.prompt")
   return prompts

@@ -29,6 +29,9 @@ GREEDY = SamplerSpec(completion_length=128, diffusion_steps=64, block_length=32,
 PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Prompt lengths that are compiled."""
 
+MOST_SEEDS = 1 << 32
+"""JAX takes 32 bits of a seed and drops the others without a word."""
+
 _STRIDE = 1 << 20
 
 
@@ -112,6 +115,12 @@ def stream(
   """
   for name, value, least in (("samples", samples, 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
     check_integer(name, value, least)
+  if seed >= MOST_SEEDS:
+    raise ValueError(f"seed is {seed}; give one below {MOST_SEEDS}")
+  if not prompt_buckets:
+    raise ValueError("prompt_buckets is empty; give a length at least")
+  for length in prompt_buckets:
+    check_integer("a length of prompt_buckets", length, 1)
   if samples > 1 and spec.temperature == 0 and spec.remasking != "random":
     raise ValueError(f"samples is {samples}, but at temperature 0 they are all the same: set a temperature, like 0.9")
   if tokenizer is None:
@@ -185,7 +194,7 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longe
     written = "".join(turn["content"] for turn in turns)
     if not written.strip():
       raise ValueError(f"prompt {number} is empty; write something")
-    unknown = [char for char in dict.fromkeys(written + prefill) if not _knows(tokenizer, char)]
+    unknown = tokenizer.unknown(written + prefill)
     if unknown:
       raise ValueError(
         f"prompt {number} has characters that the tokenizer does not know: {', '.join(map(repr, unknown))};"
@@ -198,12 +207,6 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longe
       )
     encoded.append(ids)
   return encoded
-
-
-def _knows(tokenizer: Tokenizer, char: str) -> bool:
-  """Whether a character has a token, so that it can be read back; SentencePiece spells what has none with U+2047."""
-  read = tokenizer.decode_all([tokenizer.completion(char)])[0].strip()
-  return read == char or (read != "" and "\u2047" not in read) or (read == "" and char.isspace())
 
 
 def _revealed(reveal_step: Int[np.ndarray, "C"], block_length: int) -> Int[np.ndarray, "C"]:

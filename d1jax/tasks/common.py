@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from d1jax import files
 from d1jax.tasks.base import DataError, Record
 
 SPLITS: Sequence[str] = ("demonstrations", "train", "validation", "test")
@@ -125,22 +126,23 @@ def format_score(text: str) -> float:
   return score
 
 
-def read_lines(root: str, name: str, otherwise: str = ", or set root to None to generate the problems") -> list[str]:
-  """Read the lines of `root/name`; a missing, unreadable or empty file is a DataError.
+def read_lines(
+  root: str, name: str, otherwise: str = ", or set root to None to generate the problems"
+) -> list[tuple[int, str]]:
+  """Read the lines of `root/name` that are not blank, with their numbers; none is a DataError.
 
-  `otherwise` ends the remedy for a missing file.
+  A byte-order mark and carriage returns at the ends of lines are no part of them. `otherwise` ends the remedy for a
+  missing file.
   """
   path = Path(root) / name
+  if not path.exists():
+    raise DataError(f"{name}: not found in {str(root)!r}; point root at the folder that holds it{otherwise}")
   try:
-    text = path.read_text(encoding="utf-8")
-  except FileNotFoundError:
-    raise DataError(f"{name}: not found in {str(root)!r}; point root at the folder that holds it{otherwise}") from None
-  except OSError as error:
-    raise DataError(f"{name}: cannot be read ({error}); check the path and its rights") from None
-  except UnicodeDecodeError as error:
-    raise DataError(f"{name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-  lines = text.removesuffix("\n").split("\n")
-  if lines == [""]:
+    text = files.read_text(path)
+  except files.FileError as error:
+    raise DataError(f"{error}; save it as UTF-8 text, or fetch it again") from None
+  lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+  if not lines:
     raise DataError(f"{name}: the file is empty; fetch it again")
   return lines
 

@@ -88,9 +88,10 @@ def read(root: str, split: str) -> Sequence[int]:
 def _read(root: str, name: str) -> np.ndarray:
   """Read all rows of a file as codes."""
   lines = common.read_lines(root, name)
-  if lines[0] != HEADER:
-    raise DataError(f"{name} line 1: the header is {lines[0][:80]!r}, expected {HEADER!r}")
-  rows = [_parse(f"{name} line {number}", line) for number, line in enumerate(lines[1:], start=2)]
+  first, header = lines[0]
+  if header != HEADER:
+    raise DataError(f"{name} line {first}: the header is {header[:80]!r}, expected {HEADER!r}")
+  rows = [_parse(f"{name} line {number}", line) for number, line in lines[1:]]
   return np.array(rows, dtype=np.int64)
 
 

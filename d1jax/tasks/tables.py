@@ -4,12 +4,12 @@ JSON lines need nothing. Everything else is read by the package `datasets`, whic
 """
 
 import importlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from d1jax import files
 from d1jax.tasks import common
 from d1jax.tasks.base import DataError
 
@@ -55,7 +55,7 @@ def read(
       f"{name}: not found in {str(root)!r}{repository}; point root at the folder that holds it{otherwise}"
     )
   if found == Path(root) / name:
-    for number, line in enumerate(common.read_lines(root, name), start=1):
+    for number, line in common.read_lines(root, name, otherwise):
       yield f"{name} line {number}", _parse(f"{name} line {number}", line)
   elif isinstance(found, Path) and found.suffix == ".parquet":
     shown = found.relative_to(root).as_posix()
@@ -77,8 +77,8 @@ def _find(root: str, name: str) -> Path | str | None:
 
 def _parse(place: str, line: str) -> Any:
   try:
-    return json.loads(line)
-  except (ValueError, RecursionError):
+    return files.parse_json(line, place)
+  except files.FileError:
     raise DataError(f"{place}: {line[:40]!r} is not JSON, expected one object a line") from None
 
 

@@ -1,9 +1,9 @@
 """The process behind `verifier`: `python verifier_process.py FD` answers questions that come over a socket.
 
-It says `+` when it is ready. A question is a line, the JSON list `[gold, answer]` of two LaTeX expressions; the answer
-is one byte, `1` or `0`. `math-verify` is asked for LaTeX alone: its reader of plain expressions is Python's `eval`
-behind a filter. No question takes more than the CPU time below; CPU time, unlike wall time, does not depend on what
-else a machine does. The signal ends the process, in the midst of whatever it computes.
+It says `+`, a line, when it is ready. A question is a line, the JSON list `[gold, answer]` of two LaTeX expressions;
+the answer is a line, `1` or `0`. `math-verify` is asked for LaTeX alone: its reader of plain expressions is Python's
+`eval` behind a filter. No question takes more than the CPU time below; CPU time, unlike wall time, does not depend on
+what else a machine does. The signal ends the process, in the midst of whatever it computes.
 """
 
 import contextlib
@@ -53,13 +53,13 @@ def is_equal(gold: str, answer: str) -> bool:
 
 def serve(connection: socket.socket) -> None:
   """Answer questions until the other side is closed."""
-  connection.sendall(b"+")
+  connection.sendall(b"+\n")
   for line in connection.makefile("rb"):
     gold, answer = json.loads(line)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     verdict = is_equal(gold, answer)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    connection.sendall(b"1" if verdict else b"0")
+    connection.sendall(b"1\n" if verdict else b"0\n")
 
 
 def _bound() -> None:

@@ -112,12 +112,59 @@ def test_tokenizer_json_is_held_against_the_other_files_too():
     (b"a \n", r"merges\.txt line 1: 'a ' is not two tokens"),
     (b"\n", r"merges\.txt line 1: '' is not two tokens"),
     (b"a b\n", r"merges\.txt line 1: 'ab' is not in vocab\.json; fetch the files of one and the same model"),
-    (b"a \xff\n", r"merges\.txt: byte 2 is not UTF-8"),
+    (b"a \xff\n", r"merges\.txt is not UTF-8 \(byte 2"),
   ],
 )
 def test_merges_that_do_not_parse_name_their_line(merges, message):
   with pytest.raises(ValueError, match=message):
     backend.build(small_files() | {"merges.txt": merges})
+
+
+@pytest.mark.parametrize(
+  ("name", "values", "message"),
+  [
+    (
+      "vocab.json",
+      {"zz": 2**32},
+      r"vocab\.json: the id of 'zz' is 4294967296; expected an integer from 0 to 2147483647",
+    ),
+    ("added_tokens.json", {"zz": 2**31}, r"added_tokens\.json: the id of 'zz' is 2147483648"),
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"added_tokens_decoder is no object"),
+    (
+      "tokenizer_config.json",
+      {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}},
+      "added_tokens_decoder has '9999",
+    ),
+    (
+      "tokenizer_config.json",
+      {"added_tokens_decoder": {"258": {"content": "a", "special": 1}}},
+      "has '258': .* expected",
+    ),
+    (
+      "tokenizer_config.json",
+      {"added_tokens_decoder": {"258": {"content": "a", "lstrip": None}}},
+      "has '258': .* expected",
+    ),
+    ("tokenizer_config.json", {"eos_token": ["a"]}, r"eos_token is \['a'\]; expected a token's text"),
+  ],
+)
+def test_values_of_another_type_are_named(name, values, message):
+  with pytest.raises(ValueError, match=message):
+    backend.build(changed(small_files(), name, **values))
+
+
+def test_whatever_the_library_raises_is_one_line_that_names_the_file():
+  class PanicError(BaseException):
+    """As the library's own."""
+
+  for error, shown in (
+    (PanicError("a\nb"), r"x\.json: the library tokenizers fails \(PanicError: a b\)"),
+    (MemoryError(), "memory"),
+  ):
+    with pytest.raises(ValueError, match=shown), backend.library("x.json"):
+      raise error
+  with pytest.raises(KeyboardInterrupt), backend.library("x.json"):
+    raise KeyboardInterrupt
 
 
 def test_merges_may_have_windows_line_ends():
@@ -136,5 +183,7 @@ def test_half_a_vocabulary_is_named(present, absent):
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"model": {"type": "BPE"}}', b"\xff"])
 def test_a_broken_tokenizer_json_is_named(content):
-  with pytest.raises(ValueError, match=r"tokenizer\.json is not .*fetch the file again"):
+  with pytest.raises(
+    ValueError, match=r"tokenizer\.json(: the library tokenizers fails| is not) .*fetch the file again"
+  ):
     backend.build({"tokenizer.json": content})

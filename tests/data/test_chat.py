@@ -1,3 +1,4 @@
+import datetime
 import json
 from pathlib import Path
 
@@ -8,12 +9,12 @@ from tests.data.folders import load_json, shared_tokenizers
 
 GOLDENS = load_json(Path(__file__).parent / "goldens" / "tokenizers.json")
 USER = [{"role": "user", "content": "hi"}]
+TODAY = datetime.date(2026, 11, 3)
 
 
 def render(source: str, messages=USER, tokens=None, *, generation: bool = True) -> str:
-  return ChatTemplate(source, tokens or {}, name="chat_template.jinja").render(
-    messages, add_generation_prompt=generation
-  )
+  template = ChatTemplate(source, tokens or {}, name="chat_template.jinja", date=TODAY)
+  return template.render(messages, add_generation_prompt=generation)
 
 
 def config_with(template) -> dict[str, bytes]:
@@ -47,8 +48,8 @@ def test_tokens_are_handed_over_and_absent_ones_are_written_as_nothing():
   assert render(source, tokens={"bos_token": "<s>", "eos_token": None}) == "<s>"
 
 
-def test_the_date_is_written():
-  assert len(render("{{ strftime_now('%Y-%m-%d') }}")) == 10
+def test_the_date_that_is_given_is_written():
+  assert render("{{ strftime_now('%d %b %Y %H:%M') }}") == "03 Nov 2026 00:00"
 
 
 def test_a_template_that_refuses_says_why():
@@ -90,7 +91,17 @@ def test_a_template_cannot_change_the_messages():
 
 def test_a_template_that_does_not_parse_names_its_line():
   with pytest.raises(ValueError, match=r"chat_template\.jinja: line 2 of the chat template does not parse"):
-    ChatTemplate("fine\n{% if %}", {}, name="chat_template.jinja")
+    ChatTemplate("fine\n{% if %}", {}, name="chat_template.jinja", date=TODAY)
+
+
+@pytest.mark.parametrize(
+  "source", ["{% if 1 %}" * 5000 + "{% endif %}" * 5000, "{{ " + "(" * 5000 + ")" * 5000 + " }}"]
+)
+def test_a_template_that_is_nested_too_deep_is_named(source):
+  with pytest.raises(
+    ValueError, match=r"chat_template\.jinja: the chat template cannot be read \(it is nested too deep\)"
+  ):
+    ChatTemplate(source, {}, name="chat_template.jinja", date=TODAY)
 
 
 def test_the_template_is_found_where_transformers_finds_it():
@@ -118,5 +129,5 @@ def test_a_template_of_another_form_is_named(template, message):
 
 
 def test_a_template_that_is_not_text_is_named():
-  with pytest.raises(ValueError, match=r"chat_template\.jinja: byte 1 is not UTF-8"):
+  with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8 \(byte 1"):
     find_template({"chat_template.jinja": b"a\xff"})

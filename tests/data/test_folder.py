@@ -1,3 +1,4 @@
+import datetime
 import json
 import os
 
@@ -138,3 +139,10 @@ def test_extra_tokens_are_lists_or_named():
   assert folder.extra_tokens(files) == ["<a>", "<b>", "<c>", "<d>"]
   with pytest.raises(ValueError, match="additional_special_tokens is '<a>'; expected a list"):
     folder.extra_tokens(files_of(tokenizer_config={"additional_special_tokens": "<a>"}))
+
+
+def test_the_date_of_prompts_is_a_file():
+  assert folder.date({"prompt_date.txt": b"2026-11-03\n"}) == datetime.date(2026, 11, 3)
+  assert folder.date({}) == datetime.date.today()
+  with pytest.raises(ValueError, match=r"prompt_date\.txt: 'today' is no date; write one like 2026-11-30"):
+    folder.date({"prompt_date.txt": b"today"})

@@ -1,3 +1,4 @@
+import datetime
 import json
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def llada(tmp_path_factory) -> HuggingFaceTokenizer:
 def small(
   template: str | None = "{% for m in messages %}{{ m.content }}{% endfor %}", **config
 ) -> HuggingFaceTokenizer:
-  return HuggingFaceTokenizer(small_files(template, **config))
+  tokenizer = HuggingFaceTokenizer(small_files(template, **config))
+  tokenizer.try_template()
+  return tokenizer
 
 
 def asked(content: str) -> list[dict[str, str]]:
@@ -210,6 +213,10 @@ def test_without_a_template_the_texts_follow_the_start_token():
   assert ids[0] == START
   assert tokenizer.decode_all([ids]) == ["x y z"]
   assert START not in HuggingFaceTokenizer(small_files(None)).prompt(turns, " z")
+  assert HuggingFaceTokenizer(changed(files, "tokenizer_config.json", add_bos_token=True)).prompt(turns, " z") == ids
+  assert (
+    HuggingFaceTokenizer(changed(files, "tokenizer_config.json", add_bos_token=False)).prompt(turns, " z") == ids[1:]
+  )
 
 
 def test_files_make_the_same_tokenizer_again(dream):
@@ -227,6 +234,16 @@ def test_files_make_the_same_tokenizer_again(dream):
   again = HuggingFaceTokenizer(first.files)
   assert again.prompt(USER, "<|hole|>") == first.prompt(USER, "<|hole|>")
   assert (again.vocab, again.mask_id, again.stop_ids) == (first.vocab, HOLE, first.stop_ids)
+
+
+def test_the_day_that_a_template_writes_is_kept_with_the_files(monkeypatch):
+  files = small_files("{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{% endfor %}")
+  dated = HuggingFaceTokenizer(files | {folder.DATE: b"2026-11-03"})
+  assert dated.decode_all([dated.prompt(USER, "")]) == ["03 Nov 2026 hi"]
+  assert dated.files[folder.DATE] == b"2026-11-03"
+  first = HuggingFaceTokenizer(files)
+  assert first.files[folder.DATE].decode() == datetime.date.today().isoformat()
+  assert folder.DATE not in small().files
 
 
 def test_tokenizer_json_stands_before_vocab_json():

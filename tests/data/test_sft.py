@@ -7,6 +7,7 @@ import pytest
 from d1jax.data.sft import SYSTEM_PROMPT, Demonstration, conversation, read, split
 
 S1K = {"question": "Q?", "thinking_trajectories": ["first\n", "second"], "attempt": " so \\boxed{3}", "solution": "3"}
+S1K_1_1 = {"question": "Q?", "solution": "3", "deepseek_thinking_trajectory": "t", "deepseek_attempt": "a"}
 MATH = {"problem": "P?", "solution": "As $1+1=\\boxed{2}$.", "answer": "2", "level": "Level 5"}
 SOLVED = {"question": "Q?", "solution": "So \\boxed{1}, no: $\\boxed{\\frac{1}{2}}$."}
 GSM8K = {"question": "Q?", "answer": "He has 2*3 = <<2*3=6>>6.\nAnd $<<6/4=1.50>>1.50 each.\n#### 1,001"}
@@ -38,11 +39,14 @@ def written(tmp_path):
   ("row", "expected"),
   [
     (S1K, Demonstration("Q?", "first\n", " so \\boxed{3}")),
+    (S1K_1_1, Demonstration("Q?", "t", "a")),
+    (S1K_1_1 | {"gemini_thinking_trajectory": "g", "gemini_attempt": "b"}, Demonstration("Q?", "t", "a")),
+    (MATH | {"messages": None}, Demonstration("P?", "As $1+1=\\boxed{2}$.", "\\boxed{2}")),
     (MATH, Demonstration("P?", "As $1+1=\\boxed{2}$.", "\\boxed{2}")),
     (SOLVED, Demonstration("Q?", SOLVED["solution"], "\\boxed{\\frac{1}{2}}")),
     (GSM8K, Demonstration("Q?", "He has 2*3 = 6.\nAnd $1.50 each.", "1,001")),
   ],
-  ids=["s1k", "math", "s1k_without_traces", "gsm8k"],
+  ids=["s1k", "s1k_1_1", "s1k_1_1_and_gemini", "numina", "math", "s1k_without_traces", "gsm8k"],
 )
 def test_a_schema_is_known_by_its_fields(written, row, expected, caplog):
   assert read(written(row, row)) == [expected, expected]
@@ -85,10 +89,10 @@ def test_a_file_without_any_answer_is_an_error(written):
 @pytest.mark.parametrize(
   ("first", "second", "message"),
   [
-    (GSM8K, "{", r"line 2: is not JSON .*one object a line"),
-    (GSM8K, "[" * 100_000, r"line 2: is not JSON"),
+    (GSM8K, "{", r"line 2 is not JSON .*one object a line"),
+    (GSM8K, "[" * 100_000, r"line 2 is nested too deep; write one object a line"),
+    (GSM8K, '{"question": ' + "9" * 400 + "}", r"line 2 holds a number of 400 digits"),
     (GSM8K, '["a"]', r"line 2: is a JSON list, expected an object"),
-    (GSM8K, "", r"line 2: is blank; remove it"),
     (GSM8K, GSM8K | {"question": "  "}, r"line 2: question is blank"),
     (GSM8K, GSM8K | {"question": 3}, r"line 2: question is a JSON int, expected a string"),
     (GSM8K, GSM8K | {"answer": "6"}, r"line 2: answer has 0 '####', expected one"),
@@ -110,6 +114,19 @@ def test_a_file_without_any_answer_is_an_error(written):
     ({"problem": "P", "solution": "s"}, MATH, r"line 1: field 'answer' is missing, which MATH has"),
     ({"text": "Q", "code": "c"}, MATH, r"line 1: fields 'text', 'code' fit no known schema; .*GSM8K: question, answer"),
     ({}, MATH, r"line 1: fields none fit no known schema"),
+    (S1K_1_1, SOLVED, r"line 2: field 'deepseek_thinking_trajectory' is missing, which s1K-1\.1 has"),
+    (S1K_1_1, S1K_1_1 | {"deepseek_attempt": None}, r"line 2: deepseek_attempt is a JSON NoneType"),
+    (
+      SOLVED | {"gemini_thinking_trajectory": "t"},
+      SOLVED,
+      r"line 1: has the field 'gemini_thinking_trajectory', whose",
+    ),
+    (
+      MATH | {"generations": ["<think>"]},
+      MATH,
+      r"line 1: has the field 'generations', whose reasoning MATH would drop",
+    ),
+    (MATH | {"messages": [{}]}, MATH, r"line 1: has .* or remove 'messages' to train on 'solution'"),
   ],
 )
 def test_a_wrong_row_is_an_error_that_names_its_line(written, first, second, message):
@@ -118,15 +135,24 @@ def test_a_wrong_row_is_an_error_that_names_its_line(written, first, second, mes
 
 
 def test_files_that_cannot_be_read_are_errors(tmp_path):
-  with pytest.raises(ValueError, match=r"absent\.jsonl: cannot be read \(No such file.*check the path"):
+  with pytest.raises(ValueError, match=r"absent\.jsonl is missing, expected a file; check the path"):
     read(tmp_path / "absent.jsonl")
   for content in (b"", b"\n"):
     (tmp_path / "empty.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=r"empty\.jsonl: the file is empty"):
       read(tmp_path / "empty.jsonl")
   (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-  with pytest.raises(ValueError, match=r"latin\.jsonl: byte 14 is not UTF-8"):
+  with pytest.raises(ValueError, match=r"latin\.jsonl is not UTF-8 \(byte 14"):
     read(tmp_path / "latin.jsonl")
+
+
+def test_marks_line_ends_and_blank_lines_are_no_content(tmp_path):
+  path = tmp_path / "windows.jsonl"
+  path.write_bytes(f"\ufeff\r\n{json.dumps(SOLVED)}\r\n\r\n{json.dumps(SOLVED)}\r\n".encode())
+  assert len(read(path)) == 2
+  path.write_bytes(f"\n{json.dumps(SOLVED)}\n\n{{}}".encode())
+  with pytest.raises(ValueError, match=r"windows\.jsonl line 4: field 'question' is missing"):
+    read(path)
 
 
 def test_a_line_separator_inside_text_is_text(written):

@@ -5,7 +5,7 @@ import re
 import pytest
 import sentencepiece
 
-from d1jax.data.hugging_face import HuggingFaceTokenizer
+from d1jax.data.confined import ConfinedTokenizer
 from d1jax.data.tokenizer import (
   MASK_PIECE,
   SentencePieceTokenizer,
@@ -73,6 +73,44 @@ def test_other_models_split_digits_and_keep_text(model_type):
 
 def test_the_same_texts_give_the_same_bytes(model):
   assert train_sentencepiece(iter(TEXTS * 3), model_type="char", vocab_size=200) == model
+
+
+def test_long_texts_are_trained_on_too():
+  """SentencePiece leaves texts of more than 4192 bytes out, unless it is told not to."""
+  texts = ["short", "long " * 1000 + "\u6f22!"]
+  tokenizer = SentencePieceTokenizer(train_sentencepiece(texts, model_type="char", vocab_size=50))
+  assert tokenizer.unknown("long \u6f22!") == []
+
+
+@pytest.mark.parametrize(
+  ("texts", "options", "message"),
+  [
+    ([], {}, "there is no text to train a tokenizer on"),
+    (["a\ud800"], {}, "is not Unicode"),
+    (["abcdefghij"], {"vocab_size": 4, "model_type": "unigram"}, r"tokenizer\.vocab_size=4 \(.*give another size"),
+    (["a"], {"model_type": "word"}, "model_type='word' is unknown"),
+  ],
+)
+def test_what_no_tokenizer_can_be_trained_on_is_one_line(texts, options, message):
+  with pytest.raises(ValueError, match=message):
+    train_sentencepiece(texts, **({"model_type": "char", "vocab_size": 50} | options))
+
+
+def test_unknown_characters_are_said_once_and_texts_of_them_are_refused(model, caplog):
+  tokenizer = SentencePieceTokenizer(model)
+  turns = [{"role": "user", "content": "12 \u6f22 3"}]
+  for _ in range(2):
+    tokenizer.prompt(turns, "")
+    tokenizer.completion("\u6f22\u5b57 4 5 6")
+  assert [message.split(";")[0] for message in caplog.messages] == [
+    "the tokenizer does not know '\u6f22'",
+    "the tokenizer does not know '\u6f22', '\u5b57'",
+  ]
+  with pytest.raises(ValueError, match="does not know most of the text '\u6f22\u5b571'"):
+    tokenizer.prompt([{"role": "user", "content": "\u6f22\u5b571"}], "")
+  assert tokenizer.unknown("a\u5b57b\u6f22\u5b57") == ["\u5b57", "\u6f22"]
+  with pytest.raises(ValueError, match="is not Unicode"):
+    tokenizer.prompt([{"role": "user", "content": "\ud800"}], "")
 
 
 def test_no_ordinary_text_makes_a_mask_a_stop_or_an_unknown(tokenizer):
@@ -218,7 +256,7 @@ def test_errors_name_the_folder_and_the_file(tmp_path):
 
 def test_a_vocabulary_wins_over_a_sentencepiece_model(tmp_path, model):
   tokenizer = load(write_files(tmp_path, small_files() | {"tokenizer.model": model}))
-  assert isinstance(tokenizer, HuggingFaceTokenizer)
+  assert isinstance(tokenizer, ConfinedTokenizer)
 
 
 def test_a_tokenizer_comes_back_from_a_folder_of_its_own_files(tmp_path):

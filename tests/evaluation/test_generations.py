@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,30 @@ def test_a_subset_is_the_first_questions(tmp_path, capsys):
   [
     ("missing.json", None, "missing.json: not found; name a file"),
     ("a.json", b"", "a.json: holds no completions"),
-    ("a.json", b"{]", r"a.json line 1: expected the fields question, generations and ground_truth"),
+    ("a.json", b"{]", r"a.json is not JSON \(Expecting property name"),
+    ("a.jsonl", b"{]", r"a.jsonl line 1 is not JSON \(Expecting property name"),
+    ("a.jsonl", b'{"record": {}, "text": ""}\n{]', r"a.jsonl line 2 is not JSON"),
+    ("a.jsonl", b"[" * 100_000, r"a.jsonl line 1 is nested too deep"),
+    ("a.json", b'{"generations": []}\n{}', r"a.json line 2: there is something behind"),
+    ("a.json", b'{"generations": [],\n "gen_length": true}', "gen_length is True, expected"),
+    ("a.json", b"[1]", r"a.json line 1: expected the fields question, .*got \[1\]"),
+    *(
+      ("a.jsonl", b'{"text": "x", "record": {}, "%s": %s}\n' % (name, value), message)
+      for name, value, message in [
+        (b"temperature", b"NaN", r"a.jsonl line 1 holds the number NaN, which is not finite"),
+        (b"temperature", b"1e999", r"a.jsonl line 1 holds the number 1e999, which is not finite"),
+        (b"temperature", b"1" + b"0" * 400, r"a.jsonl line 1 holds a number of 401 digits"),
+        (b"temperature", b"true", r"a.jsonl line 1: temperature is True, expected a number"),
+        (b"length", b"1" + b"0" * 400, r"a.jsonl line 1 holds a number of 401 digits"),
+        (
+          b"length",
+          b"1" + b"0" * 30,
+          r"a.jsonl line 1: length is 1000.*, expected a number from 0 to 9007199254740992",
+        ),
+        (b"seed", b"-1", r"a.jsonl line 1: seed is -1, expected"),
+        (b"sample", b"1.0", r"a.jsonl line 1: sample is 1.0, expected"),
+      ]
+    ),
     ("a.json", b'{"generations": []}', "holds no completions"),
     ("a.jsonl", b'{"text": "x"}\n', r"a.jsonl line 1: expected the fields"),
     ("a.jsonl", b'{"text": 3, "record": {}}\n', r"a.jsonl line 1: expected the fields"),
@@ -190,7 +214,7 @@ def test_a_subset_is_the_first_questions(tmp_path, capsys):
     ("a.json", b'{"generations": [], "gen_length": null}', "gen_length is None, expected the number of tokens"),
     ("a.jsonl.gz", b"not gzip", r"a.jsonl.gz: cannot be read"),
     ("a.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-4], r"a.jsonl.gz: cannot be read"),
-    ("a.json", b"\xff\xfe", r"a.json: cannot be read"),
+    ("a.json", b"\xff\xfe", r"a.json line 1 is not UTF-8"),
   ],
 )
 def test_what_is_no_file_of_completions_is_named(tmp_path, name, content, message):
@@ -199,6 +223,38 @@ def test_what_is_no_file_of_completions_is_named(tmp_path, name, content, messag
   with pytest.raises(RunError, match=message):
     grade(tmp_path / name, "countdown", tmp_path / "out")
   assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_marks_line_ends_and_blank_lines_are_no_content(tmp_path):
+  lines = [json.dumps({"record": {"nums": [1]}, "text": text, "sample": i}) for i, text in enumerate("ab")]
+  path = tmp_path / "a.jsonl"
+  path.write_bytes("\r\n".join(["\ufeff" + lines[0], "", lines[1], ""]).encode())
+  assert [one.raw for one in generations.read(path, "countdown")] == ["a", "b"]
+  path = tmp_path / "b.json"
+  d1_file(path, ROWS)
+  path.write_text("\ufeff" + json.dumps(json.loads(path.read_text()), indent=2))
+  assert [one.raw for one in generations.read(path, "countdown")] == [row["generations"] for row in ROWS]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
+  path = tmp_path / "a.jsonl"
+  os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+  for asked in (path, tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl: is no regular file; name a file of completions"):
+      generations.read(asked, "countdown")
+
+
+@pytest.mark.parametrize("block", [b"x" * 1000, b"\n" * 1000, b'{"record": {}, "text": ""}\n' * 40])
+def test_a_file_that_unpacks_without_end_is_given_up(tmp_path, monkeypatch, block):
+  """Little is unpacked at a time, and no more than the limits."""
+  monkeypatch.setattr(generations, "LARGEST", 100_000)
+  monkeypatch.setattr(generations, "LONGEST_LINE", 20_000)
+  monkeypatch.setattr(generations, "MOST_LINES", 30_000)
+  monkeypatch.setattr(generations, "_BLOCK", 1000)
+  (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(block * 5000))
+  with pytest.raises(ValueError, match=r"bomb\.jsonl\.gz: holds more than .* split it"):
+    generations.read(tmp_path / "bomb.jsonl.gz", "countdown")
 
 
 def test_models_are_not_mixed(tmp_path):

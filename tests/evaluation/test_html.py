@@ -279,6 +279,12 @@ def test_the_script_never_parses_text_as_markup_or_code():
   assert "</script" not in script.lower()
 
 
+def test_the_script_shows_hidden_characters_of_whatever_comes_from_a_record():
+  script = (Path(page_module.__file__).parent / "report.js").read_text(encoding="utf-8")
+  assert 'show(element("dt", list), name)' in script
+  assert 'show(element(tag, element("dd", list)), text)' in script
+
+
 def test_the_same_input_gives_the_same_bytes(everything, sets):
   text, found = everything
   assert render(json.loads(json.dumps(found)), [one for own in sets for one in own]) == text

@@ -142,6 +142,13 @@ def test_text_that_the_output_cannot_spell_is_no_failure(finished, monkeypatch, 
     ({"prompt": "1" * 40, "prompt_buckets": (16, 32)}, "prompt 1 has 41 tokens, prompt_buckets hold 32"),
     ({"prompt": "What is it?"}, "does not know: 'W', 't', ' ', 's', '\\?'"),
     ({"temperature": -1.0}, r"temperature=-1\.0 .* must not be negative"),
+    ({"temperature": float("nan")}, r"temperature=nan .* must not be negative or infinite"),
+    ({"temperature": float("inf")}, r"temperature=inf .* must not be negative or infinite"),
+    ({"cfg_scale": float("nan")}, r"cfg_scale=nan must not be negative or infinite"),
+    ({"seed": 2**70}, "seed is 1180591620717411303424; give one below 4294967296"),
+    ({"prompt_buckets": ("a",)}, "a length of prompt_buckets is 'a'; give an integer of at least 1"),
+    ({"prompt_buckets": ()}, "prompt_buckets is empty"),
+    ({"prompt": "10\ud800"}, r"the text '10\\ud800' is not Unicode"),
     ({"cfg_scale": -1.0}, r"cfg_scale=-1\.0 must not be negative"),
     ({"length": 20, "block_length": 6}, "completion_length=20 is not a multiple of block_length=6"),
     ({"length": 0}, "completion_length=0"),
@@ -168,13 +175,19 @@ def test_wrong_settings_are_one_line(finished, changes, message):
   [
     (b"", "standard input is empty; send prompts, one a line"),
     (b"\n  \n", "standard input is empty"),
-    (b"12\xff3\n", r"standard input is not UTF-8 \(byte 2\)"),
+    (b"12\xff3\n", r"standard input is not UTF-8 \(byte 2: .*\)"),
   ],
 )
 def test_standard_input_that_is_no_prompt_is_one_line(finished, monkeypatch, content, message):
   given(monkeypatch, content)
   with pytest.raises(RunError, match=message):
     command.run(configured(checkpoint=str(finished)))
+
+
+def test_a_line_ends_at_a_line_feed_alone(monkeypatch):
+  inside = [f"a{char}b" for char in "\u2028\u2029\x85\f\v\x1c\x1d\x1e\r"]
+  given(monkeypatch, ("\ufeff" + "\n".join([*inside, "", " \r", "c\r", "d"])).encode())
+  assert command._prompts(configured()) == [*inside, "c", "d"]
 
 
 def test_a_film_that_cannot_be_written_is_found_before_the_model_is_read(finished, monkeypatch):

@@ -189,8 +189,25 @@ def test_missing_empty_and_binary_files(tmp_path, task, name):
   with pytest.raises(DataError, match=f"{name}: the file is empty"):
     task(root=str(tmp_path)).records("train")
   path.write_bytes(b"ab\xff")
-  with pytest.raises(DataError, match=f"{name}: byte 2 is not UTF-8"):
+  with pytest.raises(DataError, match=rf"{name} is not UTF-8 \(byte 2: .*; save it as UTF-8"):
     task(root=str(tmp_path)).records("train")
+
+
+@pytest.mark.parametrize("content", ["a\nb\n", "\ufeffa\r\nb\r\n", "a\n\nb", "\n \r\na\nb\n\n"])
+def test_marks_line_ends_and_blank_lines_are_no_content(tmp_path, content):
+  (tmp_path / "x.csv").write_text(content, newline="")
+  numbers, lines = zip(*common.read_lines(str(tmp_path), "x.csv"), strict=True)
+  assert lines == ("a", "b")
+  assert [content.split("\n")[number - 1].strip("\ufeff\r") for number in numbers] == ["a", "b"]
+
+
+def test_a_table_of_another_program_is_read(tmp_path):
+  """With a byte-order mark, carriage returns and a blank line at the end, as Excel writes it."""
+  (tmp_path / "sudoku").mkdir()
+  solved = list(Sudoku(sizes={"train": 3}).records("train"))
+  rows = "\r\n".join(f"{one['puzzle']},{one['solution']}" for one in solved)
+  (tmp_path / "sudoku/train.csv").write_bytes(f"\ufeffPuzzle,Solution\r\n{rows}\r\n\r\n".encode())
+  assert list(Sudoku(root=str(tmp_path), sizes={"train": 3}).records("train")) == solved
 
 
 def test_a_completion_follows_the_prefill_of_evaluations():

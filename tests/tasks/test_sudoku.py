@@ -196,7 +196,6 @@ GOOD = f"{RECORD['puzzle']},{RECORD['solution']}"
     ("0321003004002100,4321123434122134", "line 3: solution .* is not a valid grid"),
     ("0322003004002100,4321123434122143", "line 3: clue 2 in cell 4 contradicts .* 1"),
     ("0321003004002100", "line 3: 1 columns, expected 2"),
-    ("", "line 3: 1 columns, expected 2"),
     (GOOD + ",1", "line 3: 3 columns, expected 2"),
   ],
 )

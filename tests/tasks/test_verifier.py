@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from d1jax import helper
 from d1jax.tasks import equivalence, verifier
 
 EQUAL, DIFFERENT = ("2\\sqrt{2}", "\\sqrt{8}"), ("2\\sqrt{2}", "\\sqrt{9}")
@@ -17,7 +18,7 @@ STUB = """
 import json, os, signal, socket, sys, time
 connection = socket.socket(fileno=int(sys.argv[1]))
 print("noise")
-connection.sendall(b"+")
+connection.sendall(b"+\\n")
 for line in connection.makefile("rb"):
   gold, answer = json.loads(line)
   if gold == "hang":
@@ -26,7 +27,7 @@ for line in connection.makefile("rb"):
     os.kill(os.getpid(), signal.SIGKILL)
   if gold == "exit":
     sys.exit()
-  connection.sendall(b"0" if gold == "pid" and answer != str(os.getpid()) else b"1")
+  connection.sendall(b"0\\n" if gold == "pid" and answer != str(os.getpid()) else b"1\\n")
 """
 ASK = f"from d1jax.tasks import verifier; assert verifier.shared.ask(*{EQUAL!r})"
 
@@ -50,8 +51,8 @@ def wait_until_gone(pid: int) -> None:
 
 
 def pid_of(asked: verifier.Verifier) -> int:
-  assert asked._process is not None
-  return asked._process.pid
+  assert asked._helper._process is not None
+  return asked._helper._process.pid
 
 
 @pytest.fixture
@@ -82,19 +83,12 @@ def test_one_process_answers_all_questions_until_it_is_closed(stub):
 def test_what_hangs_or_dies_says_no_and_is_replaced(stub, gold, monkeypatch):
   assert stub.ask("a", "b")
   pid = pid_of(stub)
-  monkeypatch.setattr(verifier, "ANSWER_SECONDS", 0.5)
+  monkeypatch.setattr(helper, "ANSWER_SECONDS", 0.5)
   assert not stub.ask(gold, "b")
   assert not is_alive(pid)
   monkeypatch.undo()
   assert stub.ask("a", "b")
   assert pid_of(stub) != pid
-
-
-def test_what_dies_between_questions_is_replaced(stub):
-  assert stub.ask("a", "b")
-  os.kill(pid_of(stub), signal.SIGKILL)
-  os.waitid(os.P_PID, pid_of(stub), os.WEXITED | os.WNOWAIT)
-  assert stub.ask("a", "b")
 
 
 def test_a_fresh_process_takes_over_after_many_questions(stub, monkeypatch):
@@ -124,29 +118,11 @@ def test_an_interrupted_question_leaves_no_answer_for_the_next(stub):
 @pytest.mark.parametrize("program", ["import no_such_module", "import time; time.sleep(600)"])
 def test_what_does_not_start_is_an_error_that_says_what_to_do(tmp_path, program, monkeypatch):
   (tmp_path / "broken.py").write_text(program)
-  monkeypatch.setattr(verifier, "START_SECONDS", 2.0)
+  monkeypatch.setattr(helper, "START_SECONDS", 2.0)
   broken = verifier.Verifier(tmp_path / "broken.py")
-  with pytest.raises(RuntimeError, match=r"math-verify does not start; `pip install -r requirements\.txt`"):
+  with pytest.raises(RuntimeError, match=r"math-verify does not start: it .*; `pip install -r requirements\.txt`"):
     broken.ask("a", "b")
-  assert broken._process is None
-
-
-def test_threads_take_turns(stub):
-  wrong = []
-
-  def ask() -> None:
-    for _ in range(50):
-      if not stub.ask("a", "b"):
-        wrong.append(1)
-      if stub.ask("pid", "0"):
-        wrong.append(2)
-
-  threads = [threading.Thread(target=ask) for _ in range(4)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert not wrong
+  assert broken._helper._process is None
 
 
 def test_it_works_in_the_daemonic_workers_of_a_pool():
@@ -163,14 +139,14 @@ def run(script: str) -> str:
 
 def test_the_asking_process_imports_neither_sympy_nor_math_verify_and_leaves_nothing_behind():
   out = run(
-    f"import sys; {ASK}; print(verifier.shared._process.pid)\n"
+    f"import sys; {ASK}; print(verifier.shared._helper._process.pid)\n"
     "assert not {'sympy', 'math_verify', 'latex2sympy2_extended', 'antlr4', 'jax'} & set(sys.modules)"
   )
   assert not is_alive(int(out))
 
 
 def test_a_killed_parent_leaves_nothing_behind():
-  script = f"import time; {ASK}; print(verifier.shared._process.pid, flush=True); time.sleep(600)"
+  script = f"import time; {ASK}; print(verifier.shared._helper._process.pid, flush=True); time.sleep(600)"
   with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
@@ -183,13 +159,13 @@ def test_a_fork_asks_a_process_of_its_own():
   script = f"""if True:
     import os
     {ASK}
-    pid = verifier.shared._process.pid
+    pid = verifier.shared._helper._process.pid
     if os.fork() == 0:
       ok = verifier.shared.ask(*{EQUAL!r}) and not verifier.shared.ask(*{DIFFERENT!r})
-      ok = ok and verifier.shared._process.pid != pid
+      ok = ok and verifier.shared._helper._process.pid != pid
       verifier.shared.close()
       os._exit(0 if ok else 1)
     assert os.wait()[1] == 0
-    assert verifier.shared.ask(*{EQUAL!r}) and verifier.shared._process.pid == pid
+    assert verifier.shared.ask(*{EQUAL!r}) and verifier.shared._helper._process.pid == pid
   """
   assert run(script) == ""

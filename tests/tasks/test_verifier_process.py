@@ -19,13 +19,15 @@ class Process:
         arguments, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
       )
     self.socket.settimeout(300)
-    assert self.socket.recv(1) == b"+"
+    self.answers = self.socket.makefile("rb")
+    assert self.answers.readline() == b"+\n"
 
   def ask(self, gold: str, answer: str) -> bytes:
     self.socket.sendall(json.dumps([gold, answer]).encode() + b"\n")
-    return self.socket.recv(1)
+    return self.answers.readline().strip()
 
   def end(self) -> tuple[int, bytes]:
+    self.answers.close()
     self.socket.close()
     out, _ = self.process.communicate(timeout=300)
     return self.process.returncode, out

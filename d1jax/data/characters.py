@@ -1,0 +1,54 @@
+"""Characters that a tokenizer cannot read: halves of surrogate pairs, and those that become its unknown token."""
+
+import logging
+from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
+
+MOST_UNKNOWN = 0.5
+"""The share of a text's characters that may be unknown; a text of more says next to nothing to the model."""
+
+
+def check_unicode(text: str) -> None:
+  """Raises a ValueError where a text holds half of a surrogate pair, which no tokenizer reads."""
+  if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+    raise ValueError(f"the text {text[:80]!r} is not Unicode (half a surrogate pair?); correct it")
+
+
+def is_read(char: str, shown: str) -> bool:
+  """Whether a character has a token of its own: it is not lost where its tokens are decoded.
+
+  SentencePiece spells what has no token with U+2047.
+  """
+  shown = shown.strip()
+  return shown == char or (shown != "" and "\u2047" not in shown) or (shown == "" and char.isspace())
+
+
+class Unknown:
+  """Says which characters a tokenizer does not know, each once, and refuses texts that consist of them."""
+
+  def __init__(self, find: Callable[[str], list[str]]):
+    """Knows nothing yet.
+
+    Args:
+      find: gives the unknown characters of a text.
+    """
+    self._find = find
+    self._said: set[str] = set()
+
+  def check(self, text: str) -> None:
+    """Warns of unknown characters; for texts whose ids hold the unknown token.
+
+    Raises:
+      ValueError: more than `MOST_UNKNOWN` of the text is unknown.
+    """
+    found = self._find(text)
+    listed = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "")
+    if sum(map(text.count, found)) > MOST_UNKNOWN * len(text):
+      raise ValueError(
+        f"the tokenizer does not know most of the text {text[:80]!r} (unknown: {listed}); use a tokenizer that was"
+        " trained on such texts"
+      )
+    if not self._said.issuperset(found):
+      self._said.update(found)
+      _log.warning("the tokenizer does not know %s; the model reads them as one and the same unknown token", listed)

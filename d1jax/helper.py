@@ -1,0 +1,153 @@
+"""A Python program in a process of its own, for work that may hang, crash or grow: it answers lines with lines.
+
+The program gets the number of a socket as its argument, says one line when it is ready, and answers each line with a
+line. Its limits are its own to set; whatever ends it, the next question starts it anew. It ends with this process.
+"""
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+START_SECONDS = 300
+"""The wall time in which a program must be ready: it may read some thousand files."""
+
+ANSWER_SECONDS = 600
+"""The wall time of a question; programs limit their CPU time, which does not depend on what else a machine does."""
+
+MOST_BYTES = 64 << 20
+"""Of an answer."""
+
+
+class EndedError(Exception):
+  """The process ended, or had to be ended, over a question; the message completes "it ..."."""
+
+
+class Helper:
+  """Asks one question at a time, from any thread; a process that was forked off starts a program of its own."""
+
+  def __init__(self, program: Path, environment: Mapping[str, str] | None = None):
+    """Keeps what to run; nothing starts yet.
+
+    Args:
+      program: a Python file.
+      environment: variables that it gets beside those of this process.
+    """
+    self._program = program
+    self._environment = dict(environment or {})
+    self._started = 0
+    self._forget()
+    os.register_at_fork(after_in_child=self._forget)
+    atexit.register(self.close)
+
+  def start(self) -> int:
+    """Starts the program where it does not run, and returns how often it was started.
+
+    Whoever told it something holds `lock` from here to the question: another number is a process that was not told.
+
+    Raises:
+      EndedError: it does not start.
+    """
+    with self.lock:
+      if self._process is None or self._process.poll() is not None:
+        self._stop()
+        self._start()
+      return self._started
+
+  def ask(self, line: bytes) -> bytes:
+    """Sends a line and returns the one that answers it; neither has its line feed.
+
+    Raises:
+      EndedError: there is no answer; the process is gone.
+    """
+    with self.lock:
+      self.start()
+      return self._exchange(line + b"\n", ANSWER_SECONDS)
+
+  def close(self) -> None:
+    """Ends the process, if there is one."""
+    with self.lock:
+      self._stop()
+
+  def _forget(self) -> None:
+    self.lock = threading.RLock()
+    self._process: subprocess.Popen[bytes] | None = None
+    self._socket: socket.socket | None = None
+    self._answers: BinaryIO | None = None
+
+  def _start(self) -> None:
+    # The parent's modules, sets in the same order every time, and no Ctrl-C, which is the parent's alone.
+    places = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONHASHSEED": "0", **self._environment}
+    ours, theirs = socket.socketpair()
+    with theirs:
+      try:
+        self._process = subprocess.Popen(
+          [sys.executable, "-P", str(self._program), str(theirs.fileno())],
+          stdin=subprocess.DEVNULL,
+          stdout=subprocess.DEVNULL,
+          stderr=subprocess.DEVNULL,
+          pass_fds=[theirs.fileno()],
+          env=environment,
+          start_new_session=True,
+        )
+      except OSError as error:
+        ours.close()
+        raise EndedError(f"does not start ({error})") from None
+    self._socket, self._answers = ours, ours.makefile("rb")
+    self._started += 1
+    try:
+      self._exchange(b"", START_SECONDS)
+    except EndedError as error:
+      raise EndedError(f"does not start: it {error}") from None
+
+  def _exchange(self, line: bytes, seconds: float) -> bytes:
+    assert self._socket is not None
+    assert self._answers is not None
+    answer, reason = b"", ""
+    try:
+      self._socket.settimeout(seconds)
+      self._socket.sendall(line)
+      answer = self._answers.readline(MOST_BYTES)
+    except TimeoutError:
+      reason = f"gave no answer in {seconds:.0f} s"
+    except OSError:
+      pass
+    finally:  # Whatever happened, an answer that is still on its way would be taken for the next one's.
+      if not answer.endswith(b"\n"):
+        reason = reason or (f"wrote more than {MOST_BYTES >> 20} MiB" if answer else "")
+        reason = self._stop(killed=bool(reason)) or reason
+    if reason:
+      raise EndedError(reason)
+    return answer[:-1]
+
+  def _stop(self, *, killed: bool = True) -> str:
+    """Ends what runs and returns how it ended by itself, nothing where it was killed here."""
+    process, self._process = self._process, None
+    if self._answers is not None:
+      self._answers.close()
+    if self._socket is not None:
+      self._socket.close()
+    self._answers = self._socket = None
+    if process is None:
+      return ""
+    if not killed:
+      with contextlib.suppress(subprocess.TimeoutExpired):  # It closed its side, so it ends, or is about to.
+        process.wait(1)
+    code = process.poll()
+    process.kill()
+    process.wait()
+    if killed or code is None:
+      return "" if killed else "closed its side"
+    if code == -signal.SIGPROF:
+      return "used up its CPU time"
+    if code == -signal.SIGABRT:
+      return "used up its memory, or crashed"
+    return f"ended with the exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
