@@ -122,7 +122,7 @@ class Recipe:
     """Runs or resumes a stage; nothing is computed twice."""
     began = time.perf_counter()
     home = self.workdir / "checkpoints" / name
-    checkpoints = Checkpoints(home)
+    checkpoints = Checkpoints(home, writes=True)
     abstract = self.experiment.weights.abstract_state(optimizer)
     with explained("reading the base", "--config.model.quantize=nf4, or more devices"):
       metadata = {"config": self.config.to_dict(), "base": self.experiment.weights.base_fingerprint}
