@@ -12,6 +12,7 @@ import pytest
 from d1jax.errors import RunError
 from d1jax.state import TrainState
 from d1jax.training.checkpoint import Checkpoints
+from tests.training.damages import DAMAGES
 
 METADATA = {"config": {"seed": 0}, "seconds": 1.5, "base": None}
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -98,24 +99,6 @@ def test_what_is_trained_is_read_alone_and_verified(home):
   del found["custom_metadata"]["trainable"]  # as it was before this fingerprint was said
   path.write_text(json.dumps(found))
   assert float(Checkpoints(home).restore_trainable(3, abstract())["w"][0, 0]) == 3.0
-
-
-DAMAGES = {
-  "deleted": lambda path: path.unlink(),
-  "empty": lambda path: path.write_bytes(b""),
-  "cut": lambda path: path.write_bytes(path.read_bytes()[:9]),
-  "not UTF-8": lambda path: path.write_bytes(b'{"a": "\xff\xfe"}'),
-  "a list": lambda path: path.write_text("[]"),
-  "an empty object": lambda path: path.write_text("{}"),
-  "null": lambda path: path.write_text("null"),
-  "a number": lambda path: path.write_text("3"),
-  "another type inside": lambda path: path.write_text(
-    '{"validation": "high", "item_handlers": 3, "custom_metadata": {"fingerprint": 1, "config": [], "seconds": "x"}}'
-  ),
-  "deep": lambda path: path.write_text("[" * 100_000),
-  "long numbers": lambda path: path.write_text('{"validation": 1' + "0" * 400 + "}"),
-  "a folder": lambda path: (path.unlink(), path.mkdir()),
-}
 
 
 @pytest.mark.parametrize("how", DAMAGES)
