@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +20,10 @@ from d1jax.evaluation.subject import Subject
 from d1jax.parallel import multihost
 from d1jax.tasks import Task
 from d1jax.tasks.common import check_choice, check_integer
+from d1jax.training import workdir as workdirs
 from d1jax.training.experiment import Experiment, Texts
 from d1jax.training.interrupts import Interrupts
+from d1jax.training.workdir import Folder
 
 ELSEWHERE = (
   *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),
@@ -69,14 +70,14 @@ def run(config: ConfigDict) -> dict[str, Any]:
       arms = list(_arms(config, found))
     identity = _identity(config, found, arms)
     multihost.check_same("the evaluation", identity)
-    asked = Path(config.output) if config.output else None
-    folder = Path(multihost.from_main(lambda: str(output.claim(asked, found.home, identity))))
+    asked = workdirs.folder(config.output) if config.output else None
+    folder = workdirs.folder(multihost.from_main(lambda: str(output.claim(asked, found.home, identity))))
     with Interrupts() as interrupts:
       _complete(config, found, arms, folder, interrupts)
     return multihost.from_main(lambda: output.finish(config, folder, identity, [_row(arm, folder) for arm in arms]))
 
 
-def _row(arm: Arm, folder: Path) -> output.Row:
+def _row(arm: Arm, folder: Folder) -> output.Row:
   return output.Row(
     name=arm.name,
     task=arm.experiment.task,
@@ -89,7 +90,7 @@ def _row(arm: Arm, folder: Path) -> output.Row:
   )
 
 
-def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Path, interrupts: Interrupts) -> None:
+def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Folder, interrupts: Interrupts) -> None:
   """Runs every batch whose items are not all there yet; each process grades its rows, process 0 writes all."""
   completer = Completer(found.experiment)
   for arm in arms:
@@ -144,7 +145,7 @@ def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: P
           raise interrupts.error(f"{arm.name} batch {batch + 1}")
 
 
-def _done(folder: Path, arm: Arm) -> list[tuple[int, int, int]]:
+def _done(folder: Folder, arm: Arm) -> list[tuple[int, int, int]]:
   return [(item.seed, item.sample, item.index) for item in output.read_items(folder, arm.name)]
 
 
