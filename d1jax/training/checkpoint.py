@@ -57,7 +57,8 @@ class Checkpoints:
     Raises:
       RunError: the folder is to be written, and something else is in its place.
     """
-    self.folder = folder.absolute() if isinstance(folder, Path) else folder
+    self.folder = folder
+    self._absolute = folder.absolute() if isinstance(folder, Path) else folder
     self._passed: set[int] = set()
     self._orbax: ocp.training.Checkpointer | None = None
     if not writes:
@@ -70,7 +71,7 @@ class Checkpoints:
       self._set_aside(step)
     policies = ocp.training.preservation_policies
     self._orbax = ocp.training.Checkpointer(
-      self.folder,
+      self._absolute,
       preservation_policy=policies.AnyPreservationPolicy(
         [
           policies.LatestN(2),
@@ -134,6 +135,11 @@ class Checkpoints:
       yield
     except (ValueError, AttributeError, TypeError) as error:
       raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({error})") from error
+
+  @property
+  def passed(self) -> bool:
+    """Whether a damaged checkpoint was met."""
+    return bool(self._passed)
 
   def best_step(self) -> int | None:
     """The step with the best validation, the later of equals; the last one where nothing was validated."""
@@ -208,7 +214,7 @@ class Checkpoints:
   def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     failure: Exception | None = None
     try:
-      state = ocp.load_checkpointables(self.folder / str(step), {"state": abstract})["state"]
+      state = ocp.load_checkpointables(self._absolute / str(step), {"state": abstract})["state"]
       metadata = self.metadata(step)
     except Exception as error:
       if is_lost(error):
@@ -252,7 +258,7 @@ class Checkpoints:
       if failure is not None:
         log.warning("going on from checkpoint %s/%d", self.folder, step)
       return found
-    if self._passed:
+    if multihost.from_main(lambda: self.passed):
       raise RunError(
         f"no checkpoint in {self.folder} can be read; delete the folder to start this stage again"
       ) from failure
