@@ -70,7 +70,7 @@ _STORAGE_WORDS = (
 
 def is_storage_failure(error: BaseException) -> bool:
   """Whether an exception, or one behind it, says that a file system took no more bytes."""
-  full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+  full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
   return any(
     (isinstance(seen, OSError) and seen.errno in full) or any(word in str(seen) for word in _STORAGE_WORDS)
     for seen in _chain(error)

@@ -5,21 +5,22 @@ PEFT keeps them. A PEFT adapter that was trained elsewhere is merged the same wa
 """
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from d1jax.errors import RunError, input_checked
-from d1jax.evaluation.subject import find_checkpoint
+from d1jax.evaluation.subject import Found, find_checkpoint, read_run
+from d1jax.files import FileError, write_check
 from d1jax.models import export, lora, names, peft, pretrained
 from d1jax.models.tensor_files import TensorFiles
 from d1jax.models.transformer import Params
 from d1jax.pretrained import inspect
 from d1jax.state import merge_for_rollout
-from d1jax.training import experiment as experiments
-from d1jax.training.checkpoint import Checkpoints
-from d1jax.training.weights import Weights, check_base
-from d1jax.training.workdir import read_tokenizer
+from d1jax.training import limits
+from d1jax.training.weights import Weights
+from d1jax.training.workdir import folder, local, unwritable
 
 FORMS = ("model", "adapter")
 
@@ -30,27 +31,43 @@ def run(config: ConfigDict) -> Path:
     raise RunError("config.output is not set; name a new folder")
   if config.form not in FORMS:
     raise RunError(f"config.form is {config.form!r}; known: {', '.join(FORMS)}")
-  output = Path(config.output)
+  output = local("output", config.output)
   with input_checked():
+    limits.check(config)
+    check_output(output)
     if config.checkpoint is not None:
-      _from_checkpoint(find_checkpoint(Path(config.checkpoint)), output, config)
+      _from_checkpoint(find_checkpoint(folder(config.checkpoint)), output, config)
     elif config.pretrained is not None and config.adapter is not None:
-      _from_adapter(Path(config.pretrained), Path(config.adapter), output)
+      _from_adapter(local("pretrained", config.pretrained), local("adapter", config.adapter), output)
     else:
       raise RunError("name a run with config.checkpoint, or config.pretrained and config.adapter")
   print(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
   return output
 
 
-def _from_checkpoint(folder: Path, output: Path, config: ConfigDict) -> None:
-  checkpoints = Checkpoints(folder.parent)
-  metadata = checkpoints.metadata(int(folder.name))
-  trained = experiments.of_checkpoint(metadata["config"], config)
-  experiment = experiments.build(trained, read_tokenizer(folder.parent.parent.parent))
-  weights, section = experiment.weights, trained[folder.parent.name]
-  abstract = weights.abstract_state(experiment.optimizer(section, section.steps))
-  trainable = checkpoints.restore(int(folder.name), abstract).state.trainable
-  check_base(weights, metadata)
+def check_output(output: Path) -> None:
+  """Raises an error before a model is read where an export could not be written: not a new or empty folder.
+
+  Raises:
+    FileError: a file, or a link, is in its place or in that of a folder that it would lie in.
+    RunError: it cannot be written there.
+  """
+  write_check(output)
+  if output.is_symlink():
+    raise FileError(f"{output} is a link; name the folder that it leads to, or a new one")
+  if output.is_dir() and any(output.iterdir()):
+    raise FileError(f"{output} is not empty; name a new folder")
+  place = next(folder for folder in output.parents if folder.exists())
+  try:
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{output.name}."):
+      pass
+  except OSError as error:
+    raise unwritable(place, error) or error from None
+
+
+def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
+  _, experiment, trainable = read_run(found, config)
+  weights = experiment.weights
   if config.form == "adapter":
     _save_adapter(output, trainable, weights)
     return
@@ -91,8 +108,6 @@ def _say_left_out(names_of_links: list[str]) -> None:
 def _save_adapter(output: Path, adapter: Params, weights: Weights) -> None:
   if weights.lora is None:
     raise ValueError("the run trained every weight and has no adapter; use config.form=model")
-  if output.exists() and any(output.iterdir()):
-    raise ValueError(f"{output} is not empty; name a new folder")
   source = weights.source.folder if weights.source else None
   scheme = names.scheme_of(TensorFiles(source).shapes) if source else names.LLADA
   peft.save(output, adapter, weights.lora, base=str(source or ""), scheme=scheme)

@@ -74,8 +74,8 @@ def plot_learning_curves(workdir: Folder) -> Folder:
   """Draws `learning_curves.png` from `metrics.jsonl`: one panel a stage."""
   records = read_records(workdir / "metrics.jsonl")
   stages = list(dict.fromkeys(r["stage"] for r in records))
-  figure = Figure(figsize=(5.5 * len(stages), 3.8), layout="constrained")
-  axes = figure.subplots(1, len(stages), squeeze=False)
+  figure = Figure(figsize=(5.5 * max(len(stages), 1), 3.8), layout="constrained")
+  axes = figure.subplots(1, max(len(stages), 1), squeeze=False)  # of records that were lost nothing is drawn
   curves = {"sft": [("loss", "loss"), ("validation", "validation: solved")]}
   curves["grpo"] = [
     ("reward", "reward"),
@@ -83,7 +83,7 @@ def plot_learning_curves(workdir: Folder) -> Folder:
     ("validation", "validation: solved"),
   ]
   titles = {"sft": "Masked SFT", "grpo": "diffu-GRPO"}
-  for axis, stage in zip(axes[0], stages, strict=True):
+  for axis, stage in zip(axes[0], stages, strict=bool(stages)):
     own = [r for r in records if r["stage"] == stage]
     for name, label in curves[stage]:
       points = np.asarray([(r["iteration"], r[name]) for r in own if name in r], float).reshape(-1, 2)

@@ -5,7 +5,6 @@ docs/scaling.md says what the numbers mean.
 
 import importlib.metadata
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from d1jax.parallel import chips
 from d1jax.training import experiment as experiments
 from d1jax.training.experiment import Experiment
 from d1jax.training.programs import Programs
+from d1jax.training.workdir import local
 
 LLADA_IDS = {"vocab_size": 126464, "mask_token_id": 126336, "eos_token_id": [126081, 126348], "pad_token_id": 126081}
 """Of LLaDA-8B-Instruct (its config.json and tokenizer files)."""
@@ -46,6 +46,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """
   if config.topology is None:
     raise RunError("config.topology is not set; name a generation of TPUs and its chips, e.g. v5e:2x4")
+  output = None if config.output is None else local("output", config.output)
   with input_checked():
     experiment, programs, width = build(config)
     devices = experiment.weights.mesh.devices.flat
@@ -64,9 +65,9 @@ def run(config: ConfigDict) -> dict[str, Any]:
   read = all("seconds" in found for found in result["programs"].values())
   result |= {"fits": not refused, "iteration": iteration(result["programs"]) if read else None}
   text = json.dumps(result)
-  if config.output is not None:
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.output).write_text(text + "\n", encoding="utf-8")
+  if output is not None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text + "\n", encoding="utf-8")
   print(f"{text}\n\n{tables(result)}")
   if refused:
     raise DoesNotFitError(

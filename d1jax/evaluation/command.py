@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +20,12 @@ from d1jax.evaluation.items import Item, append, parse, question_id
 from d1jax.evaluation.subject import Subject
 from d1jax.parallel import multihost
 from d1jax.tasks import Task
-from d1jax.tasks.common import check_choice, check_integer
+from d1jax.tasks.common import check_choice
+from d1jax.training import limits
+from d1jax.training import workdir as workdirs
 from d1jax.training.experiment import Experiment, Texts
 from d1jax.training.interrupts import Interrupts
+from d1jax.training.workdir import Folder, local
 
 ELSEWHERE = (
   *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),
@@ -57,6 +60,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     What `results.json` holds; see docs/evaluation.md.
   """
   with input_checked():
+    limits.check(config)
     check_choice("protocol", config.protocol, tasks.PROTOCOLS)
     multihost.from_main(lambda: output.compared_with(config))  # before anything is computed
     if config.generations is not None:
@@ -69,14 +73,14 @@ def run(config: ConfigDict) -> dict[str, Any]:
       arms = list(_arms(config, found))
     identity = _identity(config, found, arms)
     multihost.check_same("the evaluation", identity)
-    asked = Path(config.output) if config.output else None
-    folder = Path(multihost.from_main(lambda: str(output.claim(asked, found.home, identity))))
+    asked = workdirs.folder(config.output) if config.output else None
+    folder = workdirs.folder(multihost.from_main(lambda: str(output.claim(asked, found.home, identity))))
     with Interrupts() as interrupts:
       _complete(config, found, arms, folder, interrupts)
     return multihost.from_main(lambda: output.finish(config, folder, identity, [_row(arm, folder) for arm in arms]))
 
 
-def _row(arm: Arm, folder: Path) -> output.Row:
+def _row(arm: Arm, folder: Folder) -> output.Row:
   return output.Row(
     name=arm.name,
     task=arm.experiment.task,
@@ -89,7 +93,7 @@ def _row(arm: Arm, folder: Path) -> output.Row:
   )
 
 
-def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Path, interrupts: Interrupts) -> None:
+def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Folder, interrupts: Interrupts) -> None:
   """Runs every batch whose items are not all there yet; each process grades its rows, process 0 writes all."""
   completer = Completer(found.experiment)
   for arm in arms:
@@ -144,15 +148,13 @@ def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: P
           raise interrupts.error(f"{arm.name} batch {batch + 1}")
 
 
-def _done(folder: Path, arm: Arm) -> list[tuple[int, int, int]]:
+def _done(folder: Folder, arm: Arm) -> list[tuple[int, int, int]]:
   return [(item.seed, item.sample, item.index) for item in output.read_items(folder, arm.name)]
 
 
 def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
   """Every task at every length and temperature."""
   trained = found.experiment.config
-  if config.questions is not None:
-    check_integer("questions", config.questions, 1)
   for task in _tasks(config, trained):
     own = ConfigDict(trained.to_dict())
     own.task.style = config.style or trained.task.style
@@ -171,18 +173,25 @@ def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
 
 def samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
   """The samplers of the lengths and temperatures; what is not set is as in the rollouts, `trained`."""
-  if not config.temperatures or not config.seeds or config.samples < 1:
-    raise ValueError("temperatures, seeds and samples must name at least one each")
   early_exit = config.protocol == "strict" if config.early_exit is None else config.early_exit
   trained = trained.with_cache(config.cache or trained.cache)
   for length in config.lengths or (trained.completion_length,):
+    block = config.block_length or trained.block_length
+    per_step = config.tokens_per_step or trained.completion_length / trained.diffusion_steps
+    steps = length // block * max(1, round(block / per_step))  # as many tokens a step, whatever the length
+    if config.tokens_per_step and block % config.tokens_per_step:
+      steps = length // config.tokens_per_step
+    if length % block == 0 and steps % (length // block):
+      raise ValueError(
+        f"tokens_per_step={per_step:g} gives {steps} steps to {length} tokens, which the {length // block} blocks of"
+        f" block_length={block} do not share evenly: let it divide the block"
+      )
     for temperature in config.temperatures:
-      per_step = config.tokens_per_step
       yield dataclasses.replace(
         trained,
         completion_length=length,
-        diffusion_steps=length // per_step if per_step else trained.diffusion_steps,
-        block_length=config.block_length or trained.block_length,
+        diffusion_steps=steps,
+        block_length=block,
         temperature=float(temperature),
         cfg_scale=trained.cfg_scale if config.cfg_scale is None else config.cfg_scale,
         remasking=config.remasking or trained.remasking,
@@ -194,11 +203,21 @@ def samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
 def _tasks(config: ConfigDict, trained: ConfigDict) -> Iterator[Task]:
   """The tasks that are asked for, or those of the checkpoint, which come with its sizes and options."""
   section, options = trained.task, trained.task.options.to_dict()
+  root = config.data_root or trained.data.root
+  if root is not None:
+    local("data_root", root)
+    if config.data_root is None and multihost.is_main():
+      print(f"reading data of {root}, which the checkpoint names", file=sys.stderr)
   own = {name: options.get(name, {}) for name in section.mix} or {section.name: options}
   asked: list[tuple[str, str | None]] = [(name, None) for name in config.tasks]
   if config.module is not None:
     asked.append(("", config.module))
-  for name, module in asked or [(name, section.module) for name in own]:
+  if not asked and section.module is not None:
+    raise ValueError(
+      f"the checkpoint's task is the Python file {section.module}: its code is run only if you name it yourself, with"
+      f" --config.module={section.module}"
+    )
+  for name, module in asked or [(name, None) for name in own]:
     is_own = name in own if module is None else module == section.module
     sizes = section.sizes.to_dict() if is_own else {}
     if config.questions is not None:
@@ -207,7 +226,7 @@ def _tasks(config: ConfigDict, trained: ConfigDict) -> Iterator[Task]:
       name,
       module=module,
       seed=trained.seed if config.data_seed is None else config.data_seed,
-      root=config.data_root or trained.data.root,
+      root=root,
       sizes=sizes,
       **(own.get(name, options) if is_own else {}),
     )

@@ -27,6 +27,8 @@ from d1jax.evaluation.items import Item, append, question_id
 from d1jax.files import LARGEST, FileError, decode, parse_json
 from d1jax.tasks import DataError, Record, Task, d1_evaluation
 from d1jax.tasks.common import PREFILL
+from d1jax.training.workdir import folder as folder_of
+from d1jax.training.workdir import local
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 STOPS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>")
@@ -86,7 +88,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
       " say --config=configs/eval.py:tiny,gsm8k"
     )
   task = tasks.build(names[0], module=config.module)
-  path = Path(config.generations)
+  path = local("generations", config.generations)
   found = [g for g in read(path, task.name) if not config.lengths or g.length in config.lengths]
   if not found:
     raise DataError(f"{path}: no completion of length {', '.join(map(str, config.lengths))}")
@@ -104,7 +106,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     },
     "config": {"tasks": [task.name], "protocol": config.protocol, "lengths": list(config.lengths)},
   }
-  folder = output.claim(Path(config.output) if config.output else None, Path("runs") / "eval", identity)
+  folder = output.claim(folder_of(config.output) if config.output else None, Path("runs") / "eval", identity)
   rows = []
   for name, arm in arms.items():
     setups = sorted({g.setup for g in arm})

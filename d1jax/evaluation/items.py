@@ -3,9 +3,15 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from d1jax.files import FileError, decode, parse_json, read_bytes
+from d1jax.training.workdir import Folder, write_atomically
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,29 +64,79 @@ def question_id(record: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
+_KINDS: Mapping[str, Any] = {
+  **dict.fromkeys(("task", "question", "cluster", "text"), str),
+  **dict.fromkeys(("length", "seed", "sample", "index"), int),
+  **dict.fromkeys(("temperature", "reward"), int | float),
+  **dict.fromkeys(("record", "metrics"), dict),
+  **dict.fromkeys(("tokens", "forward_passes"), int | None),
+  "answer": str | None,
+  "seconds": int | float | None,
+}
+"""The types of an item's fields, as JSON has them."""
+
+
 def parse(line: str) -> Item:
-  """The item of a line that `Item.line` wrote."""
-  fields = json.loads(line)
+  """The item of a line that `Item.line` wrote.
+
+  Raises:
+    FileError: it is none.
+  """
+  fields = parse_json(line, "an item", dict)
+  required = {field.name for field in dataclasses.fields(Item) if field.default is dataclasses.MISSING}
+  wrong = [name for name, value in fields.items() if name not in _KINDS or not isinstance(value, _KINDS[name])]
+  if wrong or not required <= fields.keys() or not all(map(_is_pair, fields["metrics"].values())):
+    raise FileError(f"no item: {line[:60]}")
   fields["metrics"] = {name: (pair[0], pair[1]) for name, pair in fields["metrics"].items()}
   return Item(**fields)
 
 
-def read(path: Path) -> list[Item]:
-  """The items of a file; a last line that a kill cut off is left out."""
-  lines = path.read_text(encoding="ascii").split("\n")
-  return [parse(line) for line in lines[:-1]]
+def _is_pair(value: Any) -> bool:
+  return isinstance(value, list) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
 
 
-def mend(path: Path) -> None:
-  """Takes off a last line that a kill cut off, so that others can follow."""
-  content = path.read_bytes()
-  if not content.endswith(b"\n"):
-    with path.open("r+b") as file:
-      file.truncate(content.rfind(b"\n") + 1)
+def _sorted_out(path: Folder) -> tuple[list[Item], list[bytes], list[bytes]]:
+  """The items of a file, their lines, and the lines that are none; a last line that a kill cut off is nowhere."""
+  found: list[Item] = []
+  lines: list[bytes] = []
+  damaged: list[bytes] = []
+  for line in read_bytes(path).split(b"\n")[:-1]:
+    try:
+      found.append(parse(decode(line, path)))
+      lines.append(line)
+    except FileError:
+      damaged += [line] if line.strip() else []
+  return found, lines, damaged
 
 
-def append(path: Path, items: Iterable[Item]) -> None:
+def read(path: Folder) -> list[Item]:
+  """The items of a file; lines that are none are left out."""
+  return _sorted_out(path)[0]
+
+
+def mend(path: Folder) -> None:
+  """Leaves nothing but items in a file, so that others can follow; what was damaged is kept beside it."""
+  _, lines, damaged = _sorted_out(path)
+  if damaged:
+    beside = path.with_name(path.name + ".damaged")
+    _extend(beside, damaged)
+    log.warning("%s: %d lines are no items, were moved to %s, and are completed again", path, len(damaged), beside.name)
+  content = b"".join(line + b"\n" for line in lines)
+  if content != read_bytes(path):
+    write_atomically(path, content)
+
+
+def append(path: Folder, items: Iterable[Item]) -> None:
   """Adds items to a file, creating it."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a", encoding="ascii") as file:
-    file.write("".join(item.line() + "\n" for item in items))
+  _extend(path, [item.line().encode("ascii") for item in items])
+
+
+def _extend(path: Folder, lines: Sequence[bytes]) -> None:
+  """Adds lines to a file; in a bucket, where a file can only be written whole, by writing it anew."""
+  content = b"".join(line + b"\n" for line in lines)
+  if isinstance(path, Path):
+    with path.open("ab") as file:
+      file.write(content)
+  else:
+    path.write_bytes((path.read_bytes() if path.exists() else b"") + content)

@@ -12,7 +12,7 @@ FOLDER/
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from d1jax.errors import RunError, input_checked
 from d1jax.evaluation import html, items, summary
 from d1jax.evaluation.evaluator import baseline
 from d1jax.evaluation.items import Item
+from d1jax.files import FileError, read_json, write_check
 from d1jax.tasks import Record, Task
 from d1jax.tasks.common import ACCURACY
-from d1jax.training.workdir import revision, versions, write_atomically, write_json
+from d1jax.training import workdir as workdirs
+from d1jax.training.workdir import Folder, revision, unwritable, versions, write_atomically, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,24 +55,59 @@ class Row:
   items: Sequence[Item]
 
 
-def claim(folder: Path | None, home: Path, identity: Mapping[str, Any]) -> Path:
+@input_checked()
+def claim(folder: Folder | None, home: Folder, identity: Mapping[str, Any]) -> Folder:
   """Makes a folder this evaluation's own, or finds that it is already; without a name, one that is named by content.
 
   Raises:
-    RunError: the folder holds another evaluation.
+    RunError: the folder holds another evaluation, or nothing tells which.
   """
   content = json.dumps(identity, sort_keys=True)
   folder = folder or home / hashlib.sha256(content.encode()).hexdigest()[:12]
-  known = folder / "evaluation.json"
-  if known.exists():
-    if json.loads(known.read_text(encoding="utf-8")) != json.loads(content):
-      raise RunError(f"{folder} holds another evaluation; name a new folder with --config.output=...")
-  else:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(known, identity)
+  if isinstance(folder, Path):
+    write_check(folder)
+  known = _identity_of(folder, identity)
+  if known is None:
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      write_json(folder / "evaluation.json", identity)
+    except OSError as error:
+      raise unwritable(folder, error) or error from None
+  elif known != json.loads(content):
+    raise RunError(f"{folder} holds another evaluation; name a new folder with --config.output=...")
   for path in (folder / "items").glob("*.jsonl"):
     items.mend(path)
   return folder
+
+
+def _identity_of(folder: Folder, names: Iterable[str]) -> dict[str, Any] | None:
+  """What a folder evaluates: evaluation.json, or the copy of it in results.json; None where nothing has begun.
+
+  Raises:
+    RunError: it holds items of an evaluation that cannot be told.
+  """
+  wrong: str | None = None
+  try:
+    if (folder / "evaluation.json").exists():
+      return read_json(folder / "evaluation.json", dict)
+  except FileError as error:
+    wrong = str(error)
+  begun = (folder / "items").is_dir() and any((folder / "items").glob("*.jsonl"))
+  if begun:
+    try:
+      results = read_json(folder / "results.json", dict)
+    except FileError:
+      results = {}
+    if not all(name in results for name in names):
+      wrong = wrong or f"{folder / 'evaluation.json'} is missing"
+      raise RunError(f"{wrong}, and nothing tells whose items are there; name a new folder with --config.output=...")
+  if wrong and (folder / "evaluation.json").is_dir():
+    raise RunError(f"{wrong}; name a new folder with --config.output=...")
+  if not begun:
+    return None
+  known = {name: results[name] for name in names}
+  write_json(folder / "evaluation.json", known)
+  return known
 
 
 def check_accuracy(task: Task, record: Record, style: str, protocol: str) -> None:
@@ -83,19 +120,20 @@ def check_accuracy(task: Task, record: Record, style: str, protocol: str) -> Non
     )
 
 
-def items_path(folder: Path, arm: str) -> Path:
+def items_path(folder: Folder, arm: str) -> Folder:
   """The file of one arm's items."""
   return folder / "items" / f"{arm}.jsonl"
 
 
-def read_items(folder: Path, arm: str) -> list[Item]:
+@input_checked()
+def read_items(folder: Folder, arm: str) -> list[Item]:
   """The items of one arm in the order of the questions; none where it has not begun."""
   path = items_path(folder, arm)
   found = items.read(path) if path.exists() else []
   return sorted(found, key=lambda item: (item.seed, item.sample, item.index))
 
 
-def finish(config: ConfigDict, folder: Path, identity: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def finish(config: ConfigDict, folder: Folder, identity: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
   """Computes all numbers, writes `results.json` and `report.html`, and prints the table and a JSON line a row."""
   accuracy = ACCURACY[config.protocol]
   arms: list[dict[str, Any]] = []
@@ -158,12 +196,16 @@ def compared_with(config: ConfigDict) -> dict[str, Any] | None:
   """
   if not config.compare:
     return None
-  known = Path(config.compare) / "results.json"
+  known = workdirs.folder(config.compare) / "results.json"
   if not known.exists():
     raise RunError(
       f"config.compare={config.compare} holds no finished evaluation (results.json); name its output folder"
     )
-  old = json.loads(known.read_text(encoding="utf-8"))
+  with input_checked():
+    old = read_json(known, dict)
+    for name in ("protocol", "subject"):
+      if not isinstance(old.get(name), str):
+        raise FileError(f"{known} is no result of an evaluation: it does not say its {name}")
   if old["protocol"] != config.protocol:
     raise RunError(
       f"{config.compare} was graded under the protocol {old['protocol']}, this evaluation under {config.protocol}"
@@ -177,6 +219,6 @@ def _compare(config: ConfigDict, rows: Sequence[Row], accuracy: str) -> dict[str
   if old is None:
     return None
   with input_checked():
-    earlier = Path(config.compare)
+    earlier = workdirs.folder(config.compare)
     pairs = {row.name: summary.compare(read_items(earlier, row.name), row.items, accuracy) for row in rows}
   return {"with": old["subject"], "params_fingerprint": old.get("params_fingerprint"), "arms": pairs}

@@ -1,6 +1,7 @@
 """What is evaluated: a checkpoint of a run, or a model's folder as it was downloaded or exported."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ from ml_collections import ConfigDict
 
 from d1jax.errors import RunError, input_checked
 from d1jax.fingerprint import fingerprint
-from d1jax.state import Frozen
-from d1jax.training.checkpoint import Checkpoints
-from d1jax.training.experiment import Experiment, build, of_checkpoint
+from d1jax.parallel import multihost
+from d1jax.state import Frozen, Params, TrainState
+from d1jax.training import experiment as experiments
+from d1jax.training.checkpoint import Checkpoints, is_step
+from d1jax.training.experiment import Experiment
+from d1jax.training.identity import STAGES
 from d1jax.training.weights import check_base
-from d1jax.training.workdir import Folder, folder, read_tokenizer
+from d1jax.training.workdir import Folder, folder, is_workdir, read_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,21 +40,101 @@ class Subject:
   fingerprint: str
 
 
-def find_checkpoint(path: Folder) -> Folder:
-  """The folder of one checkpoint: `path` itself, or the best of the last stage of the work directory `path`.
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """A checkpoint that can be read.
+
+  Attributes:
+    home: its folder; the folder of another checkpoint of the stage may serve in its place, unless it was named.
+    checkpoints: of the stage.
+    named: whether this one was asked for, and no other.
+  """
+
+  home: Folder
+  checkpoints: Checkpoints
+  named: bool
+
+  @property
+  def metadata(self) -> dict[str, Any]:
+    """What its run said beside it."""
+    return self.checkpoints.metadata(int(self.home.name))
+
+  @property
+  def workdir(self) -> Folder:
+    """Of its run."""
+    return self.home.parent.parent.parent
+
+  def trainable(self, abstract: TrainState) -> tuple[Folder, Params]:
+    """The checkpoint that served, and its weights.
+
+    Raises:
+      RunError: none could be read.
+    """
+    if self.named:
+      return self.home, self.checkpoints.restore_trainable(int(self.home.name), abstract)
+    found = self.checkpoints.best_trainable(abstract)
+    if found is None:
+      raise RunError(f"the checkpoints of {self.home.parent} are gone; run the same command again")
+    return self.home.parent / str(found[0]), found[1]
+
+
+def find_checkpoint(path: Folder) -> Found:
+  """One checkpoint: `path` itself, or the best of the last stage of the work directory `path`.
+
+  Nothing is written, and a work directory is known by what it holds, whatever its name is.
 
   Raises:
-    RunError: there is none.
+    RunError: there is none, or all are damaged.
   """
-  if path.name.isdigit() and path.is_dir():
-    return path
-  for stage in ("grpo", "sft"):
-    home = path / "checkpoints" / stage
-    if home.is_dir() and (best := Checkpoints(home).best_step()) is not None:
-      return home / str(best)
+  stage, step, named = multihost.from_main(lambda: _choose(path))
+  home = path.parent if named else path / "checkpoints" / stage
+  return Found(home / str(step), Checkpoints(home), named)
+
+
+def _choose(path: Folder) -> tuple[str, int, bool]:
+  """Stage and step, and whether they were named."""
+  if is_workdir(path):
+    for stage in STAGES:
+      checkpoints = Checkpoints(path / "checkpoints" / stage)
+      if (best := checkpoints.best_step()) is not None:
+        return stage, best, False
+      if checkpoints.passed:
+        raise RunError(f"every checkpoint in {checkpoints.folder} is damaged; name one of another stage or run")
+  place = path.absolute() if isinstance(path, Path) else path
+  if is_step(place.name) and place.parent.parent.name == "checkpoints" and place.is_dir():
+    return place.parent.name, int(place.name), True
   raise RunError(
     f"no checkpoint in {path}: give a work directory of a run, or a folder like WORKDIR/checkpoints/grpo/400"
   )
+
+
+def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Params]:
+  """The checkpoint that served, what its run worked with, and its weights.
+
+  Nothing that a checkpoint names is run: the task is left out. A folder that it names is opened, and said.
+
+  Args:
+    found: the checkpoint.
+    config: of the command: `pretrained`, `mesh`, `cpu_devices`.
+
+  Raises:
+    RunError: something is damaged, or the checkpoint belongs to other weights.
+  """
+  with input_checked():
+    metadata = found.metadata
+    try:
+      trained = experiments.of_checkpoint(metadata["config"], config)
+      if trained.model.pretrained and config.pretrained is None and multihost.is_main():
+        print(f"reading {trained.model.pretrained}, which the checkpoint names as its base", file=sys.stderr)
+      experiment = experiments.build(trained, read_tokenizer(found.workdir), with_task=False)
+      section = trained[found.home.parent.name]
+      abstract = experiment.weights.abstract_state(experiment.optimizer(section, section.steps))
+    except (AttributeError, KeyError, TypeError) as error:
+      raise ValueError(f"the configuration in checkpoint {found.home} is not that of a run ({error})") from error
+  home, trainable = found.trainable(abstract)
+  with input_checked():
+    check_base(experiment.weights, metadata)
+  return home, experiment, trainable
 
 
 def load(config: ConfigDict) -> Subject:
@@ -71,29 +155,21 @@ def load(config: ConfigDict) -> Subject:
   bare.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
   bare.model.pretrained = config.pretrained
   with input_checked():
-    experiment = build(bare, None)
+    experiment = experiments.build(bare, None, with_task=False)
     trainable = experiment.weights.start(experiment.weights.base_dtype)
   home = Path("runs") / "eval"
   return Subject(config.pretrained, home, experiment, trainable, experiment.weights.frozen, fingerprint(trainable))
 
 
-def _checkpoint(home: Folder, config: ConfigDict) -> Subject:
-  checkpoints, step = Checkpoints(home.parent), int(home.name)
-  best = checkpoints.best_step()
-  if "split" in config and config.split == "test" and step != best and not config.chosen_beforehand:
+def _checkpoint(found: Found, config: ConfigDict) -> Subject:
+  best = multihost.from_main(found.checkpoints.best_step)
+  is_test = "split" in config and config.split == "test"
+  if is_test and int(found.home.name) != best and not config.chosen_beforehand:
     raise RunError(
-      f"{home} meets the test split, but validation chose checkpoint {best}: a choice among test results would be"
+      f"{found.home} meets the test split, but validation chose checkpoint {best}: a choice among test results would be"
       " part of them. Give the work directory, or use --config.split=validation; if the choice was made before any"
       " result was seen (always the last one, say), --config.chosen_beforehand=True"
     )
-  metadata = checkpoints.metadata(step)
-  trained = of_checkpoint(metadata["config"], config)
-  workdir = home.parent.parent.parent
-  with input_checked():
-    experiment = build(trained, read_tokenizer(workdir))
-  section = trained[home.parent.name]
-  abstract = experiment.weights.abstract_state(experiment.optimizer(section, section.steps))
-  trainable = checkpoints.restore(step, abstract).state.trainable
-  with input_checked():
-    check_base(experiment.weights, metadata)
-  return Subject(str(home), workdir / "eval", experiment, trainable, experiment.weights.frozen, fingerprint(trainable))
+  home, experiment, trainable = read_run(found, config)
+  place = found.workdir / "eval"
+  return Subject(str(home), place, experiment, trainable, experiment.weights.frozen, fingerprint(trainable))

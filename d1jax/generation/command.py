@@ -21,7 +21,8 @@ from d1jax.generation import canvas as canvases
 from d1jax.generation import film, terminal
 from d1jax.generation.generate import Generation, stream
 from d1jax.state import merge, merge_for_rollout
-from d1jax.tasks.common import check_integer
+from d1jax.training import limits
+from d1jax.training.workdir import local
 
 WIDEST = 100
 """Columns of a canvas, on a wider terminal too."""
@@ -34,6 +35,8 @@ def run(config: ConfigDict) -> list[Generation]:
       "nobody to answer: set config.checkpoint (a work directory or a checkpoint's folder) or config.pretrained (a"
       " model's folder)"
     )
+  with input_checked():
+    limits.check(config)
   try:
     prompts = _prompts(config)
     path = _film_path(config, len(prompts))
@@ -76,7 +79,7 @@ def _film_path(config: ConfigDict, prompts: int) -> Path | None:
   """Where the film goes, if there is one; a RunError where it cannot."""
   if config.film is None:
     return None
-  path = Path(config.film)
+  path = local("film", config.film)
   with input_checked():
     film.check(path)
   if prompts * config.samples > film.MOST_CANVASES:
@@ -106,9 +109,6 @@ def _prompts(config: ConfigDict) -> list[str]:
 
 def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
   """How answers are drawn; what is not set is as in the rollouts, the tokens a step among it."""
-  for name, value in (("block_length", config.block_length), ("tokens_per_step", config.tokens_per_step)):
-    if value is not None:
-      check_integer(name, value, 1)
   length = trained.completion_length if config.length is None else config.length
   block = min(trained.block_length, length) if config.block_length is None else config.block_length
   per_step = config.tokens_per_step or trained.completion_length / trained.diffusion_steps

@@ -5,7 +5,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,10 @@ from d1jax.parallel.attention import attention
 from d1jax.pretrained import Source, build_denoiser, inspect
 from d1jax.tasks import Record, Task
 from d1jax.tasks.common import check_choice
+from d1jax.training import limits
 from d1jax.training import optimizer as optimizers
 from d1jax.training.weights import Weights
+from d1jax.training.workdir import local
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +116,8 @@ class Experiment:
     Answers start as the style of the prompts has it, or with `start`.
     """
     records = list(self.task.records(split))
+    if not records:
+      raise ValueError(f"the split {split} holds no question: let task.sizes.{split} be at least 1")
     style = self.config.task.style
     asked = [self.task.prompt(r, style) for r in records]
     prefills = [prefill if start is None else start for _, prefill in asked]
@@ -253,7 +257,14 @@ def warn_of_warm_up(stage: str, section: ConfigDict, steps: int) -> None:
 
 
 def check_start(config: ConfigDict) -> None:
-  """Raises a ValueError when a large network would be trained from random weights, surely by oversight."""
+  """Raises a ValueError when nothing could be learned, surely by oversight: from a large network of random weights, or
+  from groups of equal answers.
+  """
+  if config.mode == "grpo" and config.rollout.temperature == 0 and config.rollout.remasking != "random":
+    raise ValueError(
+      "rollout.temperature=0 gives every prompt the same answer each time, so that the rewards of a group are equal and"
+      " nothing is learned: let it be above 0"
+    )
   if config.model.pretrained is None and config.model.size != "tiny":
     raise ValueError(
       f"model.size={config.model.size} has no weights: name the folder of a downloaded model with"
@@ -282,8 +293,23 @@ def _size(config: ConfigDict, source: Source | None, known_ids: int) -> transfor
   return dataclasses.replace(preset, **({"vocab": max(preset.vocab, -(-known_ids // 8) * 8)} | overrides))
 
 
+class _NoTask:
+  """Stands for the task of a checkpoint, which may be a Python file of its author: nothing of it is run."""
+
+  name, splits = "none", ()
+
+  def _refuse(self, *arguments: Any) -> Any:
+    raise RuntimeError(f"the experiment was built without its task, which was asked for {arguments!r}")
+
+  records = prompt = demonstration = baseline = cluster = grade = _refuse
+
+
 def build(
-  config: ConfigDict, tokenizer_files: Mapping[str, bytes] | None, devices: Sequence[Any] | None = None
+  config: ConfigDict,
+  tokenizer_files: Mapping[str, bytes] | None,
+  devices: Sequence[Any] | None = None,
+  *,
+  with_task: bool = True,
 ) -> Experiment:
   """Builds an experiment; nothing is written and no weights are read.
 
@@ -292,8 +318,18 @@ def build(
     tokenizer_files: of the run's tokenizer; None takes the one of the pretrained folder, or trains one on the task's
       texts.
     devices: default: all of them.
+    with_task: False leaves the task out, for what somebody else may have written: `config.task.module` is not run.
+
+  Raises:
+    ValueError: a field or a file is wrong.
+    RunError: a path lies in a bucket and cannot.
   """
-  task = build_task(config)
+  limits.check(config)
+  for field in ("model.pretrained", "data.root", "task.module"):
+    section, name = field.split(".")
+    if config[section][name]:
+      local(field, config[section][name])
+  task = build_task(config) if with_task else cast(Task, _NoTask())
   check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
   if isinstance(task, tasks.Custom):
     task.try_out(config.task.style, config.task.protocol)

@@ -122,16 +122,21 @@ def _sums(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, np.
     for part in PARTS:
       spent = record.get(SECONDS + part, 0.0)
       if part == "saving" and record is records[-1]:
-        spent += max(seconds - record["elapsed"], 0.0)
+        spent += max(seconds - record.get("elapsed", seconds), 0.0)
       work = [record.get(kind + part, 0.0) for kind in (FLOPS, TOKENS)]
-      sums[part] += [record["cost/devices"] * spent, *work, record.get("cost/peak_flops", np.nan) * spent]
+      sums[part] += [record.get("cost/devices", 0) * spent, *work, record.get("cost/peak_flops", np.nan) * spent]
   return sums
 
 
 def _spent(sums: np.ndarray, whole: float) -> dict[str, float | None]:
   device_seconds, flops, tokens, could = sums.tolist()
   mfu = flops / could if flops and not np.isnan(could) else None
-  found = {"device_seconds": device_seconds, "share": device_seconds / whole, "flops": flops, "tokens": tokens}
+  found = {
+    "device_seconds": device_seconds,
+    "share": device_seconds / whole if whole else 0.0,
+    "flops": flops,
+    "tokens": tokens,
+  }
   return found | {"mfu": mfu}
 
 

@@ -13,26 +13,45 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from d1jax.errors import input_checked
+from d1jax.files import FileError, decode, parse_json, read_bytes
 from d1jax.parallel import multihost
 from d1jax.training.workdir import Folder, write_atomically
 
 log = logging.getLogger(__name__)
 
+STAGES = ("sft", "grpo")
 UPLOAD_SECONDS = 60
 """How often records go to a bucket, where a file can only be written whole; also before each checkpoint."""
 
 
+@input_checked()
 def read_records(path: Folder) -> list[dict[str, Any]]:
-  """The records of a JSON lines file; a last line that was cut off by a kill is left out, an absent file is empty."""
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text(encoding="utf-8").splitlines():
-    try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return records
+  """The records of a JSON lines file; lines that are none are left out, an absent file is empty."""
+  return _sorted_out(path)[0] if path.exists() else []
+
+
+def _sorted_out(path: Folder) -> tuple[list[dict[str, Any]], list[bytes]]:
+  """The records, and the lines that are none; a last line that was cut off by a kill is neither."""
+  records, damaged = [], []
+  *whole, rest = read_bytes(path).split(b"\n")
+  for line in (*whole, rest):
+    if line.strip():
+      try:
+        records.append(_record(decode(line, path), path))
+      except FileError:
+        damaged += [] if line is rest else [line]
+  return records, damaged
+
+
+def _record(line: str, path: Folder) -> dict[str, Any]:
+  """What a line says of an iteration; a FileError where it is no record."""
+  found = parse_json(line.strip(), path, dict)
+  values = [value for name, value in found.items() if name not in ("stage", "iteration", "alarms")]
+  is_whole = isinstance(found.get("iteration"), int) and found.get("stage") in STAGES
+  if not is_whole or not all(isinstance(value, int | float) for value in values):
+    raise FileError(f"{path} holds a line that is no record")
+  return found
 
 
 class MetricsWriter:
@@ -45,7 +64,15 @@ class MetricsWriter:
     if not self._writes:
       return
     path = workdir / "metrics.jsonl"
-    kept = [r for r in read_records(path) if r["stage"] != stage or r["iteration"] <= start]
+    with input_checked():
+      records, damaged = _sorted_out(path) if path.exists() else ([], [])
+      if damaged:
+        beside = path.with_name(path.name + ".damaged")
+        write_atomically(
+          beside, b"".join([read_bytes(beside) if beside.exists() else b"", *(x + b"\n" for x in damaged)])
+        )
+        log.warning("%s: %d lines are no records and were moved to %s", path, len(damaged), beside.name)
+    kept = [r for r in records if r["stage"] != stage or r["iteration"] <= start]
     text = "".join(json.dumps(r) + "\n" for r in kept)
     write_atomically(path, text.encode())
     self._file = path.open("a", encoding="utf-8") if isinstance(path, Path) else _Object(path, text)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from d1jax import report
 from d1jax.errors import RunError, explained, input_checked
 from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator, baseline
+from d1jax.files import FileError, read_json
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState
@@ -22,22 +24,14 @@ from d1jax.training import experiment as experiments
 from d1jax.training import grpo, ledger, loop, profile, sft
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
+from d1jax.training.identity import check_splits, flatten, holds_run, record_changes
 from d1jax.training.interrupts import Interrupts
+from d1jax.training.lock import locked
 from d1jax.training.metrics import read_records
 from d1jax.training.weights import check_base
-from d1jax.training.workdir import (
-  Folder,
-  check_splits,
-  claim,
-  flatten,
-  folder,
-  holds_run,
-  read_tokenizer,
-  revision,
-  versions,
-  write_json,
-)
+from d1jax.training.workdir import Folder, claim, folder, read_tokenizer, revision, versions, write_json
 
+log = logging.getLogger(__name__)
 VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
 
@@ -97,6 +91,8 @@ class Recipe:
     if self.config.sft.steps and not self.config.sft.data:
       names.append("demonstrations")
     found = {name: task.records(name) for name in names}
+    if self.config.sft.steps and self.config.sft.data:
+      found["sft.data"] = [{"prompt": a, "answer": b} for a, b in zip(*self._demonstrations, strict=True)]
     return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
 
   def evaluator(self, texts: experiments.Texts) -> Callable[[Params], Evaluation]:
@@ -125,7 +121,7 @@ class Recipe:
     """Runs or resumes a stage; nothing is computed twice."""
     began = time.perf_counter()
     home = self.workdir / "checkpoints" / name
-    checkpoints = Checkpoints(home)
+    checkpoints = Checkpoints(home, writes=True)
     abstract = self.experiment.weights.abstract_state(optimizer)
     with explained("reading the base", "--config.model.quantize=nf4, or more devices"):
       metadata = {"config": self.config.to_dict(), "base": self.experiment.weights.base_fingerprint}
@@ -212,7 +208,11 @@ def run(config: ConfigDict) -> dict[str, Any]:
     print(report.summary(finished, workdir))
     return finished
   began = time.monotonic()
-  with Interrupts() as interrupts, explained("run", "smaller batches: --config.evaluation.batch_size=64"):
+  with (
+    locked(workdir),
+    Interrupts() as interrupts,
+    explained("run", "smaller batches: --config.evaluation.batch_size=64"),
+  ):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
       splits = recipe.splits()
@@ -234,13 +234,24 @@ def _finished(workdir: Folder, config: ConfigDict) -> dict[str, Any] | None:
   path = workdir / "results.json"
   if not holds_run(workdir, config.to_dict()) or not path.exists():
     return None
-  results = json.loads(path.read_text(encoding="utf-8"))
-  return results if _totals(results["config"]) == _totals(config.to_dict()) else None
+  if path.is_dir():
+    raise RunError(f"{path} is a folder, expected a file: move it away")
+  try:
+    results = read_json(path, dict)
+    if _totals(results["config"]) != _totals(config.to_dict()):
+      return None
+    report.summary(results, workdir)
+  except (FileError, LookupError, TypeError, ValueError, AttributeError) as error:
+    log.warning("%s is damaged (%s); it is written anew", path, error)
+    return None
+  return results
 
 
 def _claim(recipe: Recipe, splits: dict[str, Any]) -> None:
-  check_splits(recipe.workdir, splits)
-  claim(recipe.workdir, recipe.config.to_dict(), recipe.experiment.tokenizer.files, splits)
+  config = recipe.config.to_dict()
+  check_splits(recipe.workdir, config, splits)
+  record_changes(recipe.workdir, config)
+  claim(recipe.workdir, config, recipe.experiment.tokenizer.files, splits)
 
 
 def _totals(config: dict[str, Any]) -> list[Any]:

@@ -1,12 +1,14 @@
-"""What a run leaves on disk, and whether a folder belongs to this run.
+"""What a run leaves on disk.
 
 ```
 WORKDIR/
-  config.json          the resolved configuration, the run's identity
+  config.json          the resolved configuration, the run's identity (identity.py)
+  changes.jsonl        fields that decide results and changed on the way, if any
+  lock                 while a run is at work here (lock.py)
   tokenizer/           the files of the tokenizer
   splits.json          how many questions each split has, and a hash of them
   checkpoints/STAGE/   Orbax checkpoints of `sft` and `grpo`
-  metrics.jsonl        one record an iteration; tensorboard/ holds the same
+  metrics.jsonl        one record an iteration; tensorboard/ holds the same; metrics.jsonl.damaged lines that were none
   rollouts/            dumped rollouts, when asked for
   completions/         every graded completion of the last evaluations
   profile/             a trace of some iterations, when asked for
@@ -14,11 +16,14 @@ WORKDIR/
 ```
 """
 
+import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,43 +31,18 @@ from typing import Any, TypeAlias
 
 from etils import epath
 
-from d1jax.errors import RunError
+from d1jax.errors import RunError, input_checked
+from d1jax.files import FileError, read_bytes
 
 Folder: TypeAlias = Path | epath.Path
 """A path on a disk or in a bucket; of a folder or of a file in one."""
 
-CHANGEABLE = (
-  "workdir",
-  "mesh",
-  "cpu_devices",
-  "distributed",
-  "rules",
-  "rollout_rules",
-  "profile_steps",
-  "sft.steps",
-  "grpo.steps",
-  "grpo.dump_every",
-  "grpo.grading_workers",
-)
-"""Fields that may differ when a run goes on: placement, totals, logging. Anything else makes another run."""
-
+DRAFT = ".tmp"
+"""How files that are being written end."""
 PACKAGES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy"),
   *("scipy", "math-verify", "sympy"),
 )
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested dictionaries as one with dotted names."""
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
-
-
-def may_change(name: str) -> bool:
-  """Whether a field (dotted) may differ on a resume."""
-  return any(name == allowed or name.startswith(allowed + ".") for allowed in CHANGEABLE)
 
 
 def folder(name: str) -> Folder:
@@ -70,17 +50,53 @@ def folder(name: str) -> Folder:
   return epath.Path(name) if "://" in name else Path(name)
 
 
+def local(field: str, name: str) -> Path:
+  """The path of a name in the configuration that cannot lie in a bucket.
+
+  Raises:
+    RunError: it does.
+  """
+  if "://" in name:
+    raise RunError(f"config.{field}={name} is no path of this machine, which {field} must be: copy it, or name another")
+  return Path(name)
+
+
+def is_workdir(path: Folder) -> bool:
+  """Whether a run has begun here; its name says nothing."""
+  return (path / "config.json").is_file() or (path / "checkpoints").is_dir()
+
+
+def unwritable(place: Folder, error: OSError) -> RunError | None:
+  """What to say where a folder can never be written as it is; None for other failures."""
+  never = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+  if error.errno not in never:
+    return None
+  return RunError(f"{place} cannot be written ({error.strerror}); name another folder")
+
+
 def write_atomically(path: Folder, content: bytes) -> None:
-  """Writes a file so that a reader, or a kill, never sees half of it."""
+  """Writes a file so that a reader, or a kill, never sees half of it.
+
+  Raises:
+    RunError: a folder is in its place, or none can be written there.
+  """
+  if path.is_dir():
+    raise RunError(f"{path} is a folder, expected a file: move it away")
   if not isinstance(path, Path):  # buckets hold whole objects
     path.write_bytes(content)
     return
-  draft = path.with_name(path.name + ".tmp")
-  with draft.open("wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  draft.replace(path)
+  draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT}")
+  try:
+    with draft.open("xb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    draft.replace(path)
+  except OSError as error:
+    raise unwritable(path.parent, error) or error from None
+  finally:
+    with contextlib.suppress(OSError):
+      draft.unlink()
 
 
 def write_json(path: Folder, value: Any) -> None:
@@ -88,55 +104,20 @@ def write_json(path: Folder, value: Any) -> None:
   write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def holds_run(workdir: Folder, config: dict[str, Any]) -> bool:
-  """Whether the folder holds this run already; nothing is written.
-
-  Raises:
-    RunError: it holds a run of another configuration; the message names the fields that differ.
-  """
-  path = workdir / "config.json"
-  if not path.exists():
-    return False
-  old = flatten(json.loads(path.read_text(encoding="utf-8")))
-  new = flatten(json.loads(json.dumps(config)))
-  # The start of diffu-GRPO is fixed once it has begun.
-  settled = {"sft.steps"} if (workdir / "checkpoints" / "grpo").exists() else set()
-  differing = sorted(
-    k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and (k in settled or not may_change(k))
-  )
-  if differing:
-    shown = ", ".join(f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in differing[:3])
-    raise RunError(
-      f"{workdir} holds a run of another config ({shown}{', ...' if len(differing) > 3 else ''});"
-      f" use --config.workdir=... for a new run. May change on a resume: {', '.join(CHANGEABLE)}"
-    )
-  return True
-
-
 def read_tokenizer(workdir: Folder) -> dict[str, bytes]:
   """The files of a run's tokenizer.
 
   Raises:
-    RunError: the folder is not the work directory of a run.
+    RunError: the folder is not the work directory of a run, or a file cannot be read.
   """
   found = workdir / "tokenizer"
   if not found.is_dir():
     raise RunError(f"{found} is missing: a checkpoint is used where its run left it, inside the work directory")
-  return {path.name: path.read_bytes() for path in sorted(found.iterdir())}
-
-
-def check_splits(workdir: Folder, splits: Mapping[str, Any]) -> None:
-  """Raises a RunError when a run that goes on would meet other questions than it began with."""
-  path = workdir / "splits.json"
-  if not path.exists():
-    return
-  old = json.loads(path.read_text(encoding="utf-8"))
-  differing = [name for name in splits if old.get(name, splits[name]) != splits[name]]
-  if differing:
-    raise RunError(
-      f"the questions of {', '.join(differing)} are not those that {workdir} began with (did a file under data.root"
-      " change?); restore them, or use --config.workdir=... for a new run"
-    )
+  paths = [path for path in sorted(found.iterdir()) if not path.name.endswith(DRAFT)]
+  with input_checked():
+    if not paths:
+      raise FileError(f"{found} is empty: a checkpoint is used where its run left it, with its tokenizer")
+    return {path.name: read_bytes(path) for path in paths}
 
 
 def claim(
@@ -149,10 +130,8 @@ def claim(
       write_atomically(workdir / "tokenizer" / name, content)
     write_json(workdir / "splits.json", splits)
     write_json(workdir / "config.json", config)
-  except (NotADirectoryError, FileExistsError, PermissionError) as error:
-    raise RunError(
-      f"workdir {workdir} cannot be written ({error.strerror}); choose another with --config.workdir=..."
-    ) from None
+  except OSError as error:
+    raise unwritable(workdir, error) or error from None
 
 
 def versions() -> dict[str, str]:

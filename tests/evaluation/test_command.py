@@ -177,6 +177,31 @@ def test_a_cache_and_a_schedule_are_those_of_the_rollouts_or_said():
   assert (sampler.cache, sampler.refresh_every, sampler.schedule, sampler.look_ahead) == ("dual", 2, "factor", 4)
 
 
+@pytest.mark.parametrize(
+  ("trained", "fields", "expected"),
+  [
+    ((18, 4, 18), {"lengths": (18, 36, 54)}, [(18, 4), (36, 8), (54, 12)]),
+    ((256, 128, 32), {"lengths": (128, 256, 512)}, [(128, 64), (256, 128), (512, 256)]),
+    ((256, 128, 32), {"lengths": (128,), "block_length": 16}, [(128, 64)]),
+    ((256, 128, 32), {"lengths": (128, 512), "tokens_per_step": 4}, [(128, 32), (512, 128)]),
+    ((20, 5, 20), {"tokens_per_step": 3}, [(20, 6)]),
+  ],
+)
+def test_tokens_a_step_are_those_of_the_rollouts_whatever_the_length(trained, fields, expected):
+  """As `configs/generate.py` has them."""
+  config = load("eval")
+  config.update(**fields)
+  found = list(command.samplers(config, SamplerSpec(*trained)))
+  assert [(spec.completion_length, spec.diffusion_steps) for spec in found] == expected
+
+
+def test_steps_that_blocks_cannot_share_name_the_field():
+  config = load("eval")
+  config.update(lengths=(36,), tokens_per_step=5)
+  with pytest.raises(ValueError, match=r"tokens_per_step=5 gives 7 steps to 36 tokens, which the 2 blocks of block_l"):
+    list(command.samplers(config, SamplerSpec(18, 6, 18)))
+
+
 def test_an_evaluation_with_a_cache_says_so(finished, tmp_path, capsys):
   workdir, _ = finished
   fields = {"lengths": (24,), "block_length": 6, "tokens_per_step": 3, "questions": 8, "early_exit": False}
@@ -299,10 +324,10 @@ def test_a_models_folder_is_evaluated_as_d1_does(tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"temperatures": ()}, "temperatures, seeds and samples must name at least one each"),
-    ({"samples": 0}, "temperatures, seeds and samples must name at least one each"),
+    ({"temperatures": ()}, "temperatures is empty"),
+    ({"samples": 0}, "samples=0 must be a whole number of at least 1"),
     ({"lengths": (20,)}, "completion_length=20 is not a multiple of block_length=18"),
-    ({"temperatures": (-1.0,)}, "temperature=-1.0"),
+    ({"temperatures": (-1.0,)}, r"temperatures=\(-1\.0,\) must hold"),
     ({"split": "tests"}, "unknown split 'tests'; choose one of: demonstrations, train, validation, test"),
     ({"style": "loud"}, "unknown style 'loud'"),
     ({"tasks": ("chess",)}, "unknown task 'chess'"),
@@ -312,7 +337,7 @@ def test_a_models_folder_is_evaluated_as_d1_does(tmp_path):
     ({"schedule": "quick"}, "schedule='quick' is unknown"),
     ({"prompt_buckets": (4,)}, "every test prompt is longer than evaluation.prompt_buckets"),
     ({"tasks": ("gsm8k",), "style": "d1_eval"}, "gsm8k root is None"),
-    ({"questions": 0}, "questions is 0; give an integer of at least 1"),
+    ({"questions": 0}, "questions=0 must be a whole number of at least 1"),
   ],
 )
 def test_wrong_settings_are_one_line(finished, tmp_path, changes, message):

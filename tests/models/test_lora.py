@@ -358,8 +358,8 @@ def test_adapters_are_trained_saved_and_restored_on_another_mesh(tmp_path, netwo
   assert (up.scale, up.dropout) == (2.0, 0.1)
   np.testing.assert_allclose(up.b, -1e-2, rtol=1e-4)  # Adam's first step is the learning rate
 
-  checkpoints = Checkpoints(tmp_path / "adapters")
-  checkpoints.save(1, stepped, {"who": "lora"}, None)
+  checkpoints = Checkpoints(tmp_path / "adapters", writes=True)
+  checkpoints.save(1, stepped, {"config": {}, "seconds": 0.0}, None)
   checkpoints.wait()
   restored = checkpoints.restore(1, with_placements(jax.eval_shape(state_of), there))
   checkpoints.close()

@@ -3,6 +3,7 @@ import math
 import jax
 import pytest
 
+from d1jax.errors import RunError
 from d1jax.training import experiment as experiments
 from d1jax.training.publish import Publisher
 from tests import jobs
@@ -135,3 +136,33 @@ def test_a_warm_up_of_most_of_the_run_is_warned_about(steps, warned, caplog):
     " grpo.learning_rate=3e-06: lower warmup_steps, or raise steps"
   )
   assert caplog.messages == ([text] if warned else [])
+def test_greedy_rollouts_are_refused_where_groups_are_compared(tmp_path):
+  config = jobs.small(tmp_path, rollout__temperature=0.0)
+  with pytest.raises(ValueError, match=r"rollout\.temperature=0 gives every prompt the same answer"):
+    experiments.check_start(config)
+  config.rollout.remasking = "random"  # orders differ, and with them answers
+  experiments.check_start(config)
+  experiments.check_start(jobs.small(tmp_path, "sft", rollout__temperature=0.0))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_without_questions_is_named(tmp_path, split):
+  experiment = experiments.build(jobs.small(tmp_path, **{f"task__sizes__{split}": 0}), None)
+  with pytest.raises(ValueError, match=rf"the split {split} holds no question: let task\.sizes\.{split} be at least 1"):
+    experiment.texts(split)
+
+
+@pytest.mark.parametrize("field", ["model.pretrained", "data.root", "task.module"])
+def test_what_must_be_local_is_refused_in_a_bucket(tmp_path, field):
+  config = jobs.small(tmp_path, **{field.replace(".", "__"): "gs://bucket/x"})
+  with pytest.raises(RunError, match=rf"config\.{field}=gs://bucket/x is no path of this machine"):
+    experiments.build(config, None)
+
+
+def test_the_task_of_somebody_elses_run_is_left_out(tmp_path):
+  files = experiments.build(jobs.small(tmp_path), None).tokenizer.files
+  (tmp_path / "task.py").write_text("raise SystemExit(0)")
+  config = jobs.small(tmp_path, task__module=str(tmp_path / "task.py"))
+  experiment = experiments.build(config, files, with_task=False)
+  with pytest.raises(RuntimeError, match="without its task"):
+    experiment.task.records("test")

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 
+from d1jax.errors import RunError
 from d1jax.training import metrics
 from d1jax.training.metrics import MetricsWriter, Progress, read_records
 
@@ -35,6 +36,58 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
   write(tmp_path, "sft", 2, [3])
   assert seen(tmp_path) == [("sft", 1), ("sft", 2), ("sft", 3)]
   assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+RECORD = b'{"stage": "sft", "iteration": 2, "loss": 2.0}'
+NOT_RECORDS = {
+  "cut": RECORD[:20],
+  "not UTF-8": b'{"stage": "sft", "iteration": 2, "x\xff": 1}',
+  "a number": b"3",
+  "a list": b"[1, 2]",
+  "null": b"null",
+  "no stage": b'{"iteration": 2}',
+  "an unknown stage": b'{"stage": "rl", "iteration": 2}',
+  "a stage of another type": b'{"stage": ["sft"], "iteration": 2}',
+  "an iteration of text": b'{"stage": "sft", "iteration": "2"}',
+  "no iteration": b'{"stage": "sft", "iteration": null}',
+  "a loss of text": b'{"stage": "sft", "iteration": 2, "loss": "low"}',
+  "deep": b"[" * 100_000,
+  "a long number": b'{"stage": "sft", "iteration": 2, "loss": 1' + b"0" * 400 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", NOT_RECORDS)
+def test_a_damaged_line_is_lost_alone_said_and_kept_aside(tmp_path, name, caplog):
+  write(tmp_path, "sft", 0, [1, 2, 3])
+  path = tmp_path / "metrics.jsonl"
+  first, _, third = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(first + NOT_RECORDS[name] + b"\n" + third)
+  before = path.read_bytes()
+  assert seen(tmp_path) == [("sft", 1), ("sft", 3)]
+  assert path.read_bytes() == before, "a reader writes nothing"
+  for _ in range(2):
+    write(tmp_path, "grpo", 0, [1])
+  assert seen(tmp_path) == [("sft", 1), ("sft", 3), ("grpo", 1)]
+  assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == NOT_RECORDS[name] + b"\n"
+  assert [r.message for r in caplog.records] == [
+    f"{path}: 1 lines are no records and were moved to {path.name}.damaged"
+  ]
+
+
+def test_a_mark_at_the_start_carriage_returns_and_blank_lines_lose_nothing(tmp_path):
+  write(tmp_path, "sft", 0, [1, 2, 3])
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))
+  assert seen(tmp_path) == [("sft", 1), ("sft", 2), ("sft", 3)]
+  write(tmp_path, "sft", 3, [4])
+  assert not (tmp_path / "metrics.jsonl.damaged").exists()
+
+
+def test_a_folder_in_the_place_of_the_file_is_one_line(tmp_path):
+  (tmp_path / "metrics.jsonl").mkdir()
+  for touch in (lambda: read_records(tmp_path / "metrics.jsonl"), lambda: MetricsWriter(tmp_path, "sft", 0)):
+    with pytest.raises(RunError, match=r"metrics\.jsonl is a folder, expected a file"):
+      touch()
 
 
 def test_no_file_no_records(tmp_path):

@@ -1,44 +1,15 @@
+import errno
 import json
+import os
+import shutil
 
 import pytest
 
 from d1jax.errors import RunError
 from d1jax.training import workdir as workdirs
-from d1jax.training.workdir import (
-  check_splits,
-  claim,
-  flatten,
-  holds_run,
-  may_change,
-  read_tokenizer,
-  write_atomically,
-)
-
-CONFIG = {
-  "seed": 0,
-  "workdir": "a",
-  "mesh": {"data": 1, "fsdp": 1},
-  "rules": {"batch": ("data", "fsdp")},
-  "cpu_devices": 2,
-  "sft": {"steps": 10, "learning_rate": 0.1},
-  "grpo": {"steps": 5, "dump_every": 0, "beta": 0.04},
-  "data": {"prompt_buckets": (33,), "root": None},
-}
-
-
-def changed(name: str, value) -> dict:
-  """`CONFIG` with one field, by its dotted name, replaced."""
-  config = json.loads(json.dumps(CONFIG))
-  *sections, leaf = name.split(".")
-  target = config
-  for section in sections:
-    target = target[section]
-  target[leaf] = value
-  return config
-
-
-SPLITS = {"train": {"n": 3, "sha256": "a"}, "test": {"n": 2, "sha256": "b"}}
-FILES = {"tokenizer.json": b"{}", "config.json": b"the model's own"}
+from d1jax.training.identity import check_splits, holds_run
+from d1jax.training.workdir import claim, is_workdir, local, read_tokenizer, write_atomically
+from tests.training.test_identity import CONFIG, FILES, SPLITS, changed
 
 
 def test_a_new_folder_holds_no_run_and_is_not_touched(tmp_path):
@@ -53,15 +24,6 @@ def test_a_claim_makes_the_folder_with_configuration_and_tokenizer(tmp_path):
   assert read_tokenizer(folder) == FILES
   assert json.loads((folder / "splits.json").read_text()) == SPLITS
   assert len(list(folder.iterdir())) == 3
-
-
-def test_a_run_meets_the_questions_that_it_began_with(tmp_path):
-  check_splits(tmp_path, SPLITS)  # nothing is known yet
-  claim(tmp_path, CONFIG, FILES, SPLITS)
-  check_splits(tmp_path, SPLITS)
-  check_splits(tmp_path, SPLITS | {"validation": {"n": 1, "sha256": "c"}})
-  with pytest.raises(RunError, match=r"the questions of test are not those that .*; restore them"):
-    check_splits(tmp_path, SPLITS | {"test": {"n": 2, "sha256": "x"}})
 
 
 def test_the_revision_is_a_hash_of_the_package_and_the_commit(tmp_path, monkeypatch):
@@ -93,86 +55,12 @@ def test_the_configuration_comes_last(tmp_path, monkeypatch):
   assert not holds_run(tmp_path, CONFIG)
 
 
-def test_the_same_config_may_go_on(tmp_path):
-  claim(tmp_path, CONFIG, FILES, SPLITS)
-  assert holds_run(tmp_path, CONFIG)
-
-
-@pytest.mark.parametrize(
-  ("name", "value"),
-  [
-    ("workdir", "b"),
-    ("mesh.data", 4),
-    ("rules.batch", ["data"]),
-    ("cpu_devices", 1),
-    ("sft.steps", 99),
-    ("grpo.steps", 99),
-    ("grpo.dump_every", 1),
-    ("grpo.grading_workers", 2),
-  ],
-)
-def test_placement_totals_and_logging_may_change(tmp_path, name, value):
-  claim(tmp_path, CONFIG, FILES, SPLITS)
-  assert holds_run(tmp_path, changed(name, value))
-
-
-@pytest.mark.parametrize(
-  ("name", "value"),
-  [
-    ("seed", 1),
-    ("sft.learning_rate", 0.2),
-    ("grpo.beta", 0.0),
-    ("data.prompt_buckets", [33, 64]),
-    ("data.root", "/x"),
-    ("sft.extra", 3),
-  ],
-)
-def test_anything_else_is_another_run_and_named(tmp_path, name, value):
-  claim(tmp_path, CONFIG, FILES, SPLITS)
-  with pytest.raises(RunError, match=rf"{name} was .*, now .*--config.workdir") as caught:
-    holds_run(tmp_path, changed(name, value))
-  assert str(tmp_path) in str(caught.value)
-  assert caught.value.exit_code == 2
-  assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(CONFIG)), "left as it was"
-
-
-def test_a_field_that_is_gone_is_named(tmp_path):
-  claim(tmp_path, CONFIG, FILES, SPLITS)
-  with pytest.raises(RunError, match=r"grpo\.beta was 0\.04, now None"):
-    holds_run(tmp_path, {k: v for k, v in CONFIG.items() if k != "grpo"})
-
-
-def test_many_differences_are_cut_short(tmp_path):
-  claim(tmp_path, {f"f{i}": 0 for i in range(5)}, FILES, SPLITS)
-  with pytest.raises(RunError, match=r"f0 was 0, now 1, f1 was 0, now 1, f2 was 0, now 1, \.\.\."):
-    holds_run(tmp_path, {f"f{i}": 1 for i in range(5)})
-
-
 def test_a_file_in_the_way_is_a_run_error(tmp_path):
   (tmp_path / "file").write_text("")
   for folder in (tmp_path / "file", tmp_path / "file" / "run"):
     assert not holds_run(folder, CONFIG)
     with pytest.raises(RunError, match="cannot be written"):
       claim(folder, CONFIG, FILES, SPLITS)
-
-
-@pytest.mark.parametrize(
-  ("name", "allowed"),
-  [
-    ("mesh", True),
-    ("mesh.data", True),
-    ("meshes", False),
-    ("sft.steps", True),
-    ("sft.stepsize", False),
-    ("sft", False),
-  ],
-)
-def test_prefixes_are_whole_names(name, allowed):
-  assert may_change(name) == allowed
-
-
-def test_flatten():
-  assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
 
 
 def test_writing_replaces_and_leaves_no_draft(tmp_path):
@@ -212,4 +100,53 @@ def test_a_bucket_is_claimed_and_known_as_a_folder_is(bucket):
   with pytest.raises(RunError, match=r"gs://bucket/deep/run holds a run of another config \(seed was 0, now 1\)"):
     holds_run(run, changed("seed", 1))
   with pytest.raises(RunError, match="the questions of test are not those that gs://bucket/deep/run began with"):
-    check_splits(run, SPLITS | {"test": {"n": 2, "sha256": "c"}})
+    check_splits(run, CONFIG, SPLITS | {"test": {"n": 2, "sha256": "c"}})
+
+
+def test_a_draft_is_nobody_elses_file_and_no_part_of_a_tokenizer(tmp_path):
+  (tmp_path / "x.tmp").write_text("mine")
+  write_atomically(tmp_path / "x", b"new")
+  assert (tmp_path / "x.tmp").read_text() == "mine"
+  claim(tmp_path / "run", CONFIG, FILES, SPLITS)
+  (tmp_path / "run" / "tokenizer" / f".tokenizer.json.1234{workdirs.DRAFT}").write_text("half")
+  assert read_tokenizer(tmp_path / "run") == FILES
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
+  (tmp_path / "results.json").mkdir()
+  with pytest.raises(RunError, match=r"results\.json is a folder, expected a file: move it away"):
+    write_atomically(tmp_path / "results.json", b"{}")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_disk_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, number):
+  def fail(descriptor):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(workdirs.os, "fsync", fail)
+  with pytest.raises(RunError, match="cannot be written"):
+    claim(tmp_path, CONFIG, FILES, SPLITS)
+
+
+def test_a_damaged_tokenizer_is_one_line(tmp_path):
+  claim(tmp_path, CONFIG, FILES, SPLITS)
+  (tmp_path / "tokenizer" / "x").mkdir()
+  with pytest.raises(RunError, match="tokenizer/x is a folder, expected a file"):
+    read_tokenizer(tmp_path)
+  shutil.rmtree(tmp_path / "tokenizer")
+  (tmp_path / "tokenizer").mkdir()
+  with pytest.raises(RunError, match="tokenizer is empty"):
+    read_tokenizer(tmp_path)
+
+
+def test_a_work_directory_is_known_by_what_it_holds(tmp_path):
+  for name in ("20251129", "\u00b2", "runs"):
+    assert not is_workdir(tmp_path / name)
+    (tmp_path / name / "checkpoints").mkdir(parents=True)
+    assert is_workdir(tmp_path / name)
+
+
+def test_a_path_in_a_bucket_is_refused_where_it_must_be_local():
+  assert str(local("output", "a/b")) == "a/b"
+  with pytest.raises(RunError, match=r"config\.output=gs://bucket/x is no path of this machine"):
+    local("output", "gs://bucket/x")
