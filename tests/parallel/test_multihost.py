@@ -42,6 +42,32 @@ def test_a_number_set_by_hand_stands(updates, monkeypatch):
   assert updates == []
 
 
+def test_a_number_of_devices_below_one_is_refused(updates):
+  with pytest.raises(RunError, match="cpu_devices is 0; give at least 1"):
+    multihost.split_cpu(0)
+
+
+def test_a_run_takes_no_generator_and_no_precision_from_the_environment(updates, monkeypatch, caplog):
+  monkeypatch.setattr(multihost, "split_cpu", lambda devices: None)
+  multihost.prepare(2)
+  assert updates == []
+  with jax.threefry_partitionable(False), jax.enable_x64(True):
+    multihost.prepare(2)
+  assert updates == [("jax_threefry_partitionable", True), ("jax_enable_x64", False)]
+  assert "JAX_ENABLE_X64 is set to True in the environment; a run needs False" in caplog.text
+
+
+def test_a_platform_that_is_not_there_is_named(updates, monkeypatch):
+  def devices():
+    raise RuntimeError("Unable to initialize backend 'cuda'")
+
+  monkeypatch.setattr(multihost, "split_cpu", lambda devices: None)
+  monkeypatch.setattr(jax, "devices", devices)
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  with pytest.raises(RunError, match=r"^JAX_PLATFORMS=cuda names a platform that JAX cannot use here .*: unset it"):
+    multihost.prepare(2)
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
@@ -84,6 +110,54 @@ def test_a_mode_of_one_process_refuses_more(monkeypatch):
     monkeypatch.setenv(name, value)
   with pytest.raises(RunError, match="mode export runs in one process, but SLURM_NTASKS tells of 2"):
     multihost.check_alone("export")
+  monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell inside of an allocation
+  multihost.check_alone("export")
+
+
+@pytest.fixture
+def initialized(monkeypatch) -> list[tuple[tuple, dict]]:
+  """What JAX is asked for instead of a meeting."""
+  found: list[tuple[tuple, dict]] = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: found.append((given, named)))
+  monkeypatch.setattr(multihost, "_answer_aborts", lambda message: None)
+  monkeypatch.setattr(multihost.threading.Thread, "start", lambda thread: None)
+  monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  return found
+
+
+@pytest.mark.parametrize(("process", "bound"), [(0, "127.0.0.1:1234"), (1, None)])
+def test_the_coordinator_of_one_machine_is_reached_from_it_alone(initialized, monkeypatch, process, bound):
+  multihost.initialize("run", "127.0.0.1:1234", 2, process, 5)
+  monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0:1234")
+  multihost.initialize("run", "127.0.0.1:1234", 2, process, 5)
+  ((given, named), (_, by_hand)) = initialized
+  assert given == ("127.0.0.1:1234", 2, process)
+  assert named["coordinator_bind_address"] == bound
+  assert by_hand["coordinator_bind_address"] == "0.0.0.0:1234"
+
+
+def test_a_step_of_slurm_counts_its_own_tasks(initialized, monkeypatch):
+  for name, value in ({**SLURM, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}).items():
+    monkeypatch.setenv(name, value)
+  multihost.initialize("run", None, None, None, 5)
+  assert initialized[0][0] == (None, 2, None)
+
+
+@pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+def test_numbers_of_the_environment_are_numbers(monkeypatch, name):
+  monkeypatch.setenv(name, "two")
+  with pytest.raises(RunError, match=f"the environment says {name}='two', which is no whole number"):
+    multihost.initialize("run", None, None, None, 5)
+
+
+def test_processes_of_torchrun_are_refused(monkeypatch):
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setenv("WORLD_SIZE", "2")
+  monkeypatch.setenv("RANK", "0")
+  for start in (lambda: multihost.initialize("run", None, None, None, 5), lambda: multihost.check_alone("export")):
+    with pytest.raises(RunError, match="WORLD_SIZE=2 and RANK=0"):
+      start()
 
 
 def test_nothing_follows_the_last_line():
@@ -289,3 +363,31 @@ def test_a_process_that_stands_still_is_given_up(tmp_path):
   processes[1].kill()
   assert code == 75, err
   assert "has not answered for 10 seconds" in err.strip().splitlines()[-1]
+
+
+# A grader that raises on one process alone: tests.tasks.parity_task, and a failure.
+GRADER = """
+import dataclasses, jax
+from tests.tasks.parity_task import Parity
+
+class Failing(Parity):
+  def grade(self, text, record, protocol="strict"):
+    if jax.process_index() == {process}:
+      raise ValueError("Gloo: a grader's own failure")
+    return super().grade(text, record, protocol)
+
+build = Failing
+"""
+
+
+@pytest.mark.slow  # two processes that train until the first validation
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_failure_of_one_process_ends_all_with_its_code(tmp_path, process):
+  """Not with 75, which a launcher would try again."""
+  (tmp_path / "task.py").write_text(GRADER.format(process=process))
+  own = ["--config.task.module=" + str(tmp_path / "task.py"), "--config.sft.steps=2", "--config.task.style=terse"]
+  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path / "run"), *own))
+  assert [code for code, _, _ in found] == [1, 1], found
+  assert "a grader's own failure" in found[process][2]
+  said = found[1 - process][2].strip().splitlines()[-1]
+  assert said == f"d1jax: process {process} ended: ValueError: Gloo: a grader's own failure"
