@@ -223,7 +223,7 @@ class Evaluator:
 
 def evaluation_key(seed: int, sample: int) -> jax.Array:
   """The key of one sample of every prompt under one seed."""
-  return keys.purpose_key(jax.random.key(seed), keys.Purpose.EVALUATION, sample)
+  return keys.purpose_key(keys.seeded(seed), keys.Purpose.EVALUATION, sample)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -58,7 +58,7 @@ class HeldOutLoss:
     def loss(trainable: Params, frozen: Frozen, batch: Any) -> jax.Array:
       prompt, valid, completion, weight, sample_id = batch
       params = merge(trainable, frozen)
-      key = keys.purpose_key(jax.random.key(0), keys.Purpose.EVALUATION)
+      key = keys.purpose_key(keys.seeded(0), keys.Purpose.EVALUATION)
       total, _ = denoising_loss(
         experiment.denoiser,
         params,

@@ -50,7 +50,7 @@ class Weights:
   @property
   def key(self) -> jax.Array:
     """The run's key, in a buffer of its own: a state that holds it is donated."""
-    return jax.random.key(self.seed)
+    return keys.seeded(self.seed)
 
   @property
   def replicated(self) -> NamedSharding:
