@@ -34,7 +34,7 @@ def seeded(seed: int) -> Key[Array, ""]:
   """
   if not -(2**31) <= seed < 2**32:
     raise ValueError(f"the seed {seed} has more than 32 bits, of which the rest would be dropped: give a smaller one")
-  if not jax.config.jax_threefry_partitionable:
+  if not jax.threefry_partitionable.value:
     raise ValueError("draws need jax_threefry_partitionable=True, JAX's default: unset JAX_THREEFRY_PARTITIONABLE")
   return jax.random.key(seed, impl="threefry2x32")
 

@@ -21,7 +21,9 @@ def test_a_seed_names_its_generator():
       key = keys.seeded(7)
       assert str(jax.random.key_impl(key)) == "threefry2x32"
       np.testing.assert_array_equal(data(key), expected)
-      np.testing.assert_array_equal(data(keys.purpose_key(key, keys.Purpose.ROLLOUT)), data(keys.purpose_key(KEY, 2)))
+      np.testing.assert_array_equal(
+        data(keys.purpose_key(key, keys.Purpose.ROLLOUT)), data(keys.purpose_key(KEY, keys.Purpose.ROLLOUT))
+      )
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**40, 2**70, -(2**31) - 1])
@@ -43,7 +45,9 @@ def test_draws_that_would_depend_on_the_mesh_are_refused():
 def test_every_key_of_the_package_is_made_here():
   """But for those whose shapes alone are looked at."""
   root = Path(keys.__file__).parent
-  made = [(path, line) for path in root.rglob("*.py") for line in path.read_text().splitlines() if "random.key(" in line]
+  made = [
+    (path, line) for path in root.rglob("*.py") for line in path.read_text().splitlines() if "random.key(" in line
+  ]
   assert {path.name for path, line in made if "eval_shape" not in line} == {"keys.py"}
 
 

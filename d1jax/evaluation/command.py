@@ -23,6 +23,7 @@ from d1jax.tasks import Task
 from d1jax.tasks.common import check_choice, check_integer
 from d1jax.training.experiment import Experiment, Texts
 from d1jax.training.interrupts import Interrupts
+from d1jax.training.publish import Publisher
 
 ELSEWHERE = (
   *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),
@@ -91,7 +92,9 @@ def _row(arm: Arm, folder: Path) -> output.Row:
 
 def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Path, interrupts: Interrupts) -> None:
   """Runs every batch whose items are not all there yet; each process grades its rows, process 0 writes all."""
-  completer = Completer(found.experiment)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), found.trainable)
+  completer = Completer(found.experiment, Publisher(found.experiment.weights, shapes))
+  params = completer.publish(found.trainable, found.frozen)
   for arm in arms:
     done = set(map(tuple, multihost.from_main(functools.partial(_done, folder, arm))))
     batch_size = config.batch_size or found.experiment.config.evaluation.batch_size
@@ -100,7 +103,7 @@ def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: P
       for batch, rows in enumerate(evaluator.batches):
         if all((seed, sample, row) in done for row in rows):
           continue
-        completed = evaluator.complete(batch, evaluation_key(seed, sample), found.trainable, found.frozen)
+        completed = evaluator.complete(batch, evaluation_key(seed, sample), params)
         records = [arm.texts.records[i] for i in completed.rows]
         prefills = [arm.texts.prefills[i] for i in completed.rows]
         task = arm.experiment.task

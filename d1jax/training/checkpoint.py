@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
@@ -19,10 +19,11 @@ from orbax.checkpoint import v1 as ocp
 from d1jax.errors import RunError, is_lost
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
-from d1jax.state import TrainState
+from d1jax.state import Params, TrainState
 from d1jax.training.workdir import Folder
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 METRIC = "validation"
 
 
@@ -77,7 +78,7 @@ class Checkpoints:
       force=True,  # when to save is decided by the loop
       overwrite=True,
       metrics=None if score is None else {METRIC: score},
-      custom_metadata={**metadata, "fingerprint": fingerprint(state)},
+      custom_metadata={**metadata, "fingerprint": fingerprint(state), "trainable": fingerprint(state.trainable)},
     )
 
   def wait(self) -> None:
@@ -95,6 +96,20 @@ class Checkpoints:
     Raises:
       RunError: it cannot be read, by any process, or is not what was written.
     """
+    state, metadata = self._read(step, abstract)
+    self._compare(step, state, metadata["fingerprint"])
+    return Restored(step, state, metadata)
+
+  def restore_trainable(self, step: int, abstract: TrainState) -> Params:
+    """Reads what is trained alone, without the memory of the optimiser's moments; otherwise as `restore`."""
+    if not isinstance(self.metadata(step).get("trainable"), str):
+      return self.restore(step, abstract).state.trainable  # it was written before this was said apart
+    left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
+    state, metadata = self._read(step, left_out._replace(trainable=abstract.trainable))
+    self._compare(step, state.trainable, metadata["trainable"])
+    return state.trainable
+
+  def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     failure: Exception | None = None
     try:
       state = self._orbax.load_checkpointables(step, {"state": abstract})["state"]
@@ -106,9 +121,11 @@ class Checkpoints:
     reasons = multihost.gather(failure and str(failure).splitlines()[0][:160])
     for reason in filter(None, reasons):
       raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({reason})") from failure
-    if fingerprint(state) != metadata["fingerprint"]:
+    return state, metadata
+
+  def _compare(self, step: int, tree: Any, expected: str) -> None:
+    if fingerprint(tree) != expected:
       raise RunError(f"checkpoint {self.folder}/{step} is corrupt: its arrays are not those that were written")
-    return Restored(step, state, metadata)
 
   def _set_aside(self, step: int) -> None:
     """Moves a bad checkpoint out of the way, in case someone wants to look at it."""
@@ -121,12 +138,12 @@ class Checkpoints:
     multihost.barrier("set aside")
     self._orbax.reload()
 
-  def _first_good(self, choose: Callable[[], int | None], abstract: TrainState) -> Restored | None:
-    """The checkpoint that `choose` names; a bad one is reported, set aside, and the choice is made again."""
+  def _first_good(self, choose: Callable[[], int | None], read: Callable[[int], T]) -> T | None:
+    """What `read` makes of the checkpoint that `choose` names; a bad one is set aside, and the choice is made again."""
     failure: RunError | None = None
     while (step := multihost.from_main(choose)) is not None:
       try:
-        restored = self.restore(step, abstract)
+        found = read(step)
       except RunError as error:
         log.warning("%s; falling back to another", error)
         failure = error
@@ -134,7 +151,7 @@ class Checkpoints:
         continue
       if failure is not None:
         log.warning("going on from checkpoint %s/%d", self.folder, step)
-      return restored
+      return found
     if failure is not None:
       raise RunError(
         f"no checkpoint in {self.folder} can be read; delete the folder to start this stage again"
@@ -147,11 +164,15 @@ class Checkpoints:
     Raises:
       RunError: there are checkpoints and none of them is good.
     """
-    return self._first_good(lambda: max(self.steps(), default=None), abstract)
+    return self._first_good(lambda: max(self.steps(), default=None), lambda step: self.restore(step, abstract))
 
   def restore_best(self, abstract: TrainState) -> Restored | None:
     """The good checkpoint with the best validation, None where there is none."""
-    return self._first_good(self.best_step, abstract)
+    return self._first_good(self.best_step, lambda step: self.restore(step, abstract))
+
+  def best_trainable(self, abstract: TrainState) -> tuple[int, Params] | None:
+    """Its step and what is trained of it, without the memory of the optimiser's moments; None where there is none."""
+    return self._first_good(self.best_step, lambda step: (step, self.restore_trainable(step, abstract)))
 
 
 def with_placements(abstract: Any, placements: Any) -> Any:

@@ -72,13 +72,30 @@ class HeldOutLoss:
       )
       return total
 
-    self._loss = jax.jit(
+    self._program = jax.jit(
       loss,
       in_shardings=(weights.trainable_placement, weights.frozen_placement(), experiment.by_row),
       out_shardings=experiment.replicated,
     )
+    self._weights = weights
+    self._compiled: dict[tuple[int, int], Any] = {}
+
+  def compile(self) -> None:
+    """Compiles all that it needs, so that nothing is left to compile when it is asked."""
+    for batch in self._batches:
+      shape = _shape(batch)
+      if shape not in self._compiled:
+        given = self._weights.abstract_trainable, self._weights.abstract_frozen(), batch
+        self._compiled[shape] = self._program.lower(*given).compile()
 
   def __call__(self, trainable: Params, frozen: Frozen) -> float:
     """The score of some weights: minus the mean over demonstrations and noise levels of the loss a token."""
-    losses = jax.device_get([self._loss(trainable, frozen, batch) for batch in self._batches])
+    self.compile()
+    losses = jax.device_get([self._compiled[_shape(batch)](trainable, frozen, batch) for batch in self._batches])
     return -float(sum(losses)) / (self._rows * DRAWS)
+
+
+def _shape(batch: Any) -> tuple[int, int]:
+  """Prompt and completion length."""
+  prompt, _, completion, *_ = batch
+  return prompt.shape[1], completion.shape[1]

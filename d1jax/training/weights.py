@@ -154,6 +154,11 @@ class Weights:
     abstract = jax.eval_shape(self._init, self.key)
     return meshes.state_shardings(self.mesh, self.rules, self.trainable_axes, abstract, optimizer)
 
+  @functools.cached_property
+  def abstract_trainable(self) -> Params:
+    """Shapes, types and placements of what is trained, without memory."""
+    return with_placements(jax.eval_shape(self._init, self.key), self.trainable_placement)
+
   def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, types and placements of a TrainState, without memory."""
     abstract = jax.eval_shape(lambda key: state.create(self._init, optimizer, key, key), self.key)
