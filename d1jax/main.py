@@ -151,9 +151,9 @@ class Output:
 
 
 def _say(message: str) -> None:
-  """The line on standard error that says how it ended."""
+  """What standard error says last; it may hold names that others chose."""
   with contextlib.suppress(OSError, ValueError):
-    print(f"d1jax: {errors.harmless(message)}", file=sys.stderr, flush=True)
+    print(errors.harmless(message), file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -162,12 +162,12 @@ def main() -> None:
     app.run(_run, flags_parser=_parse)
   except errors.RunError as error:
     code, message = error.exit_code, str(error)
-    lost = isinstance(error, errors.LostError) and not multihost.alone()
+    lost = errors.is_lost(error) and not multihost.alone()
     if lost:
       code, message = multihost.failure_of_another() or (code, message)
       multihost.say_last(message)
     else:
-      _say(message)
+      _say(f"d1jax: {message}")
     multihost.leave(code, message, together=not lost)
     if isinstance(error, errors.StorageError):
       # Writers would try once more at exit, on a disk that takes nothing, and bury the line above.
@@ -175,14 +175,13 @@ def main() -> None:
     sys.exit(code)
   except KeyboardInterrupt:
     message = "stopped at once by Ctrl-C; what was saved before is intact"
-    _say(message)
+    _say(f"d1jax: {message}")
     multihost.leave(errors.InterruptedRunError.exit_code, message)
     sys.exit(errors.InterruptedRunError.exit_code)
   except Exception as error:
-    if not multihost.alone():
-      traceback.print_exc()
-      multihost.leave(1, f"{type(error).__name__}: {errors.line_of(error)}")
-    raise
+    _say(traceback.format_exc())
+    multihost.leave(1, f"{type(error).__name__}: {errors.line_of(error)}")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,12 @@ def test_an_error_is_a_line_and_a_code(monkeypatch, capsys, error, code, line):
   assert capsys.readouterr() == ("", line)
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch):
-  monkeypatch.setattr(app, "run", lambda *_, **__: 1 / 0)
-  with pytest.raises(ZeroDivisionError):
-    main.main()
+def test_a_defect_keeps_its_traceback(monkeypatch, capsys):
+  assert ends(monkeypatch, KeyError("\x1b[2J")) == 1
+  said = capsys.readouterr().err
+  assert said.startswith("Traceback (most recent call last):")
+  assert "KeyError" in said
+  assert "\x1b" not in said
 
 
 def test_a_reader_that_leaves_ends_nothing():

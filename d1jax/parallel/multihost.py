@@ -49,7 +49,7 @@ def prepare(cpu_devices: int) -> None:
       jax.config.update(name, wanted)
   split_cpu(cpu_devices)
   asked = os.environ.get("JAX_PLATFORMS")
-  if asked:
+  if asked and alone():
     try:
       jax.devices()
     except (RuntimeError, AssertionError, ValueError) as error:

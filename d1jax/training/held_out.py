@@ -39,16 +39,18 @@ class HeldOutLoss:
     self._rows = sum(map(len, by_pair.values()))
     if not self._rows:
       raise ValueError("no held-out demonstration fits the buckets of sft: raise them, or hold out more")
+    # No more rows at a time than in a micro-batch of training, so that what helps there helps here.
+    size = config.batch_size // config.accumulation
     self._batches = []
     for (width, length), members in sorted(by_pair.items()):
       jobs = list(itertools.product(members, range(DRAWS)))
-      for first in range(0, len(jobs), config.batch_size):
-        part = jobs[first : first + config.batch_size]
-        scale = np.zeros((config.batch_size, length), np.float32)
+      for first in range(0, len(jobs), size):
+        part = jobs[first : first + size]
+        scale = np.zeros((size, length), np.float32)
         scale[: len(part)] = 1 / length
-        part += part[:1] * (config.batch_size - len(part))
+        part += part[:1] * (size - len(part))
         prompts, valid = pad_left([found.prompts[i] for i, _ in part], width, pad_id)
-        completions = np.full((config.batch_size, length), pad_id, np.int32)
+        completions = np.full((size, length), pad_id, np.int32)
         for row, (i, _) in enumerate(part):
           completions[row, : len(answers[i])] = answers[i]
         sample_id = np.asarray([i * DRAWS + draw for i, draw in part], np.int32)

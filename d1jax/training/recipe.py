@@ -302,7 +302,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     print(report.summary(finished, workdir))
     return finished
   began = time.monotonic()
-  with Interrupts() as interrupts, explained("run", "smaller batches: --config.evaluation.batch_size=64"):
+  with Interrupts() as interrupts, explained("run", "more devices"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
       splits = recipe.splits()

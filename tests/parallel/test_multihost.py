@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,83 @@ def test_nothing_follows_the_last_line():
   program = f"import os; from d1jax.parallel import multihost; {log}; multihost.say_last('the end'); {log}"
   found = subprocess.run([sys.executable, "-c", program], cwd=jobs.ROOT, capture_output=True, text=True, check=True)
   assert found.stderr.endswith("a log line that is cut off\nd1jax: the end\n")
+
+
+class Store:
+  """JAX's client, of which the store of its coordinator alone is used."""
+
+  def __init__(self, said=None):
+    self.said, self.waited = said, []
+
+  def key_value_set(self, key, value):
+    if self.said is not None:
+      raise RuntimeError("ALREADY_EXISTS")
+    self.said = value
+
+  def key_value_try_get(self, key):
+    if self.said is None:
+      raise RuntimeError("NOT_FOUND")
+    return self.said
+
+
+class ExitedError(BaseException):
+  """Stands for the end of the process."""
+
+
+@pytest.fixture
+def ending(monkeypatch):
+  """A process of several that would end: (store, what it says)."""
+  store, said = Store(), []
+
+  def leave(code):
+    raise ExitedError(code)
+
+  monkeypatch.setattr(multihost, "alone", lambda: False)
+  monkeypatch.setattr(multihost.distributed.global_state, "client", store)
+  monkeypatch.setattr(multihost.distributed.global_state, "process_id", 3)
+  monkeypatch.setattr(multihost, "_heard", [])
+  monkeypatch.setattr(multihost, "_leaving", threading.Event())
+  monkeypatch.setattr(multihost, "OWN_SECONDS", 0.01)
+  monkeypatch.setattr(multihost.time, "sleep", lambda seconds: None)
+  monkeypatch.setattr(multihost.os, "_exit", leave)
+  monkeypatch.setattr(multihost, "say_last", said.append)
+  monkeypatch.setattr(multihost.orbax_multihost, "get_barrier_sync_fn", lambda: lambda **_: None)
+  return store, said
+
+
+def test_a_process_that_fails_says_so_before_it_leaves(ending):
+  store, _ = ending
+  with pytest.raises(ExitedError, match=r"^70$"):
+    multihost.leave(70, "not finite")
+  assert json.loads(store.said) == [70, 3, "not finite"]
+  with pytest.raises(ExitedError, match=r"^2$"):
+    multihost.leave(2, "another, later")
+  assert json.loads(store.said) == [70, 3, "not finite"]  # the first is the reason
+
+
+def test_a_process_that_lost_another_says_nothing(ending):
+  store, _ = ending
+  with pytest.raises(ExitedError, match=r"^75$"):
+    multihost.leave(75, "another is gone", together=False)
+  assert store.said is None
+
+
+def test_a_process_that_hears_of_a_failure_ends_with_its_code(ending):
+  store, said = ending
+  store.said = json.dumps([1, 0, "ValueError: no"])
+  with pytest.raises(ExitedError, match=r"^1$"):
+    multihost._listen()
+  assert said == ["process 0 ended: ValueError: no"]
+  assert multihost.failure_of_another() == (1, "process 0 ended: ValueError: no")
+
+
+def test_a_process_that_ends_with_an_error_of_its_own_is_left_alone(ending):
+  store, said = ending
+  store.said = json.dumps([70, 0, "not finite"])
+  multihost._leaving.set()
+  multihost._listen()
+  assert said == []
+  assert multihost.failure_of_another() is None
 
 
 def test_rows_of_one_process_are_all_rows():
