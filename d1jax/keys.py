@@ -1,8 +1,9 @@
 """Counter-based randomness: every key is a fold of what the draw is for, never of where it is computed.
 
 A key is `fold_in` of (run seed, purpose, step, sample id, ...). Nothing depends on a batch position, a canvas position,
-a device or a process, so that prompts, masks and uniforms are bit-identical on any mesh. The functions rely on JAX's
-partitionable threefry (the default), under which element i of a draw depends on the key and on i alone.
+a device or a process, so that prompts, masks and uniforms are bit-identical on any mesh. `seeded` names the generator,
+JAX's partitionable threefry, under which element i of a draw depends on the key and on i alone; what the environment
+says of generators changes nothing.
 """
 
 import enum
@@ -23,6 +24,19 @@ class Purpose(enum.IntEnum):
   SFT_PROMPT_MASK = 5
   DROPOUT = 6
   ADAPTER = 7
+
+
+def seeded(seed: int) -> Key[Array, ""]:
+  """The key of a seed, from which all others are folded.
+
+  Raises:
+    ValueError: JAX would drop a part of the seed, or draws would depend on how arrays are cut.
+  """
+  if not -(2**31) <= seed < 2**32:
+    raise ValueError(f"the seed {seed} has more than 32 bits, of which the rest would be dropped: give a smaller one")
+  if not jax.threefry_partitionable.value:
+    raise ValueError("draws need jax_threefry_partitionable=True, JAX's default: unset JAX_THREEFRY_PARTITIONABLE")
+  return jax.random.key(seed, impl="threefry2x32")
 
 
 def purpose_key(key: Key[Array, ""], purpose: Purpose, step: Int[Array, ""] | int = 0) -> Key[Array, ""]:

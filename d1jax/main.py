@@ -6,9 +6,9 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -57,16 +57,25 @@ def _run(argv: Sequence[str]) -> None:
     raise errors.RunError(f"unexpected argument {argv[1]!r}; fields are set with --config.FIELD=VALUE")
   if _CONFIG.value is None:
     raise errors.RunError("no configuration; try --config=configs/grpo.py")
+  config = _CONFIG.value
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.redirect_stderr(cast(TextIO, Output(sys.stderr))))
+    if config.mode != "generate":  # whose text is the result: it ends where nobody reads it
+      stack.enter_context(contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout))))
+    _start(config, stack)
+
+
+def _start(config: ConfigDict, stack: contextlib.ExitStack) -> None:
   # What fails in a thread that writes surfaces where it is waited for.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   threading.excepthook = lambda failure: logging.debug("in %s: %s", failure.thread, failure.exc_value)
-  logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-  config = _CONFIG.value
+  logging.basicConfig(level=logging.WARNING, force=True)
+  logging.getLogger().handlers[0].setFormatter(Formatter("%(levelname)s: %(message)s"))
   _meet(config)
-  multihost.split_cpu(config.cpu_devices)
-  with contextlib.ExitStack() as stack, errors.explained(config.mode, "smaller batches"):
+  multihost.prepare(config.cpu_devices)
+  with errors.explained(config.mode, "smaller batches"):
     if not multihost.is_main():  # all would say the same
-      nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+      nowhere = stack.enter_context(_nowhere())
       stack.enter_context(contextlib.redirect_stdout(nowhere))
       logging.getLogger().setLevel(logging.ERROR)
     _mode(config)(config)
@@ -89,26 +98,90 @@ def _parse(argv: list[str]) -> list[str]:
     raise errors.RunError(f"wrong flag: {reason.removeprefix('ValueError: ')}") from error
 
 
+class Formatter(logging.Formatter):
+  """Log lines that cannot steer a terminal: they name files, which others may have named."""
+
+  def format(self, record: logging.LogRecord) -> str:
+    """The line."""
+    return errors.harmless(super().format(record))
+
+
+def _nowhere() -> TextIO:
+  return os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+
+
+class Output:
+  """A standard stream that nobody may read any more: what cannot be written is dropped, and the run goes on.
+
+  `... | head -1` ends after a line, a terminal hangs up, code of a task closes the stream: none of it is a reason to
+  lose a run, whose numbers are in its work directory.
+  """
+
+  def __init__(self, stream: TextIO | None):
+    self._stream = stream or _nowhere()  # a program may be started without one
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def write(self, text: str) -> int:
+    """Writes, if somebody reads; characters that the stream's encoding lacks become escapes."""
+    with self._lasting():
+      encoding = self._stream.encoding or "utf-8"
+      self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    return len(text)
+
+  def flush(self) -> None:
+    """Flushes, if somebody reads."""
+    with self._lasting():
+      self._stream.flush()
+
+  def close(self) -> None:
+    """Stays open: others write too."""
+
+  @contextlib.contextmanager
+  def _lasting(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError):
+      nowhere = _nowhere()
+      with contextlib.suppress(OSError, ValueError):
+        # What is left in its buffer would fail once more when Python ends.
+        os.dup2(nowhere.fileno(), self._stream.fileno())
+      self._stream = nowhere
+
+
+def _say(message: str) -> None:
+  """What standard error says last; it may hold names that others chose."""
+  with contextlib.suppress(OSError, ValueError):
+    print(errors.harmless(message), file=sys.stderr, flush=True)
+
+
 def main() -> None:
   """Runs the command line; a failure is one line on standard error and an exit code (see `d1jax.errors`)."""
   try:
     app.run(_run, flags_parser=_parse)
   except errors.RunError as error:
+    code, message = error.exit_code, str(error)
     lost = errors.is_lost(error) and not multihost.alone()
     if lost:
-      multihost.say_last(str(error))
+      code, message = multihost.failure_of_another() or (code, message)
+      multihost.say_last(message)
     else:
-      print(f"d1jax: {error}", file=sys.stderr, flush=True)
-    multihost.leave(error.exit_code, together=not lost)
+      _say(f"d1jax: {message}")
+    multihost.leave(code, message, together=not lost)
     if isinstance(error, errors.StorageError):
       # Writers would try once more at exit, on a disk that takes nothing, and bury the line above.
-      os._exit(error.exit_code)
-    sys.exit(error.exit_code)
-  except (Exception, KeyboardInterrupt):
-    if not multihost.alone():
-      traceback.print_exc()
-      multihost.leave(1, together=False)
-    raise
+      os._exit(code)
+    sys.exit(code)
+  except KeyboardInterrupt:
+    message = "stopped at once by Ctrl-C; what was saved before is intact"
+    _say(f"d1jax: {message}")
+    multihost.leave(errors.InterruptedRunError.exit_code, message)
+    sys.exit(errors.InterruptedRunError.exit_code)
+  except Exception as error:
+    _say(traceback.format_exc())
+    multihost.leave(1, f"{type(error).__name__}: {errors.line_of(error)}")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -83,3 +83,9 @@ def apply_gradients(
     trainable=jax.tree.map(keep, new.trainable, state.trainable),
     opt_state=jax.tree.map(keep, new.opt_state, state.opt_state),
   )
+
+
+def all_finite(state: TrainState) -> Bool[Array, ""]:
+  """Whether every weight and every moment is finite."""
+  leaves = jax.tree.leaves((state.trainable, state.opt_state))
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]))

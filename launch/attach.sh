@@ -10,8 +10,19 @@
 
 . "$(dirname "$0")/common.sh"
 
+# own FOLDER: makes a folder that no other user can enter, and ends with 2 where somebody else made it before. Whoever
+# could write there would choose what is signalled, and, with links, what is overwritten.
+own() {
+  mkdir -m 700 -- "$1" 2>/dev/null || true
+  if [[ -L $1 || ! -d $1 || $(stat -c %u -- "$1") != "$UID" ]]; then
+    fail "$1 is not a folder of $(id -un)'s own: somebody else made it; have it removed, or set TMPDIR to a folder of yours"
+  fi
+  chmod 700 -- "$1"
+}
+
 # Gone after a reboot, as the process numbers are.
 DIR=${TMPDIR:-/tmp}/launch-$(id -un)-$RUN
+[[ ! -e $DIR && ! -L $DIR ]] || own "$DIR"
 
 # end: SIGTERM to the command that runs, SIGKILL to what is left of it and of what it started after GRACE seconds.
 end() {
@@ -35,7 +46,7 @@ keep() {
 
 # begin ATTEMPT COMMAND...: in a session of its own, so that nothing but `end` reaches it.
 begin() {
-  mkdir -p "$DIR"
+  own "$DIR"
   echo "$1" >"$DIR/attempt"
   end
   rm -f "$DIR"/{pid,group,code}

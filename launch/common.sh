@@ -96,7 +96,7 @@ finish() {
   case $1 in
     0) if dry; then say "a dry run: nothing was started"; else say "done"; fi ;;
     2) say "exit code 2: wrong input, see above; repair it, then run the same command again" ;;
-    70) say "exit code 70: a loss or gradient is not finite; the same command would end the same way" ;;
+    70) say "exit code 70: a loss, gradient or weight is not finite; the line above says how to go on" ;;
     130) say "exit code 130: stopped and saved; the same command goes on from there" ;;
     75) say "exit code 75: preempted and saved; the same command goes on from there" ;;
     *) say "exit code $1: see above; the same command goes on from the last checkpoint" ;;

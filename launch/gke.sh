@@ -32,7 +32,7 @@ start() {
   need PROJECT ZONE CLUSTER ACCELERATOR
   need_shared
   # The image is a Python with the working tree; xpk builds and pushes it.
-  dry || folder=$(mktemp -d)
+  dry || folder=$(mktemp -d)/d1jax
   pack "$folder.tgz"
   run mkdir -p "$folder"
   run tar -xzf "$folder.tgz" -C "$folder"
@@ -40,7 +40,7 @@ start() {
   run xpk workload create "--workload=$RUN" "${PLACE[@]}" "--tpu-type=$ACCELERATOR" "--num-slices=$SLICES" \
     --base-docker-image=python:3.12 "--script-dir=$folder" "--max-restarts=$RETRIES" --restart-on-exit-codes=75 \
     --termination-grace-period-seconds=120 "--command=$(setup tpu) && exec $(quote "${COMMAND[@]}")" || finish $?
-  dry || rm -rf "$folder" "$folder.tgz"
+  dry || rm -rf "$(dirname "$folder")"
   BILLED="the cluster $CLUSTER is paid for, whatever it runs, until:"
   BILLED+=" xpk cluster delete $(quote "${PLACE[@]}") --tpu-type=$ACCELERATOR"
   trap 'say "the run goes on without you; see it: $SCRIPT logs; end it: $SCRIPT stop" && exit 130' INT

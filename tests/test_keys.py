@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,43 @@ KEY = jax.random.key(7)
 
 def data(key: jax.Array) -> np.ndarray:
   return np.asarray(jax.random.key_data(key))
+
+
+def test_a_seed_names_its_generator():
+  expected = data(jax.random.key(7, impl="threefry2x32"))
+  for implementation in ("threefry2x32", "rbg", "unsafe_rbg"):
+    with jax.default_prng_impl(implementation):
+      key = keys.seeded(7)
+      assert str(jax.random.key_impl(key)) == "threefry2x32"
+      np.testing.assert_array_equal(data(key), expected)
+      np.testing.assert_array_equal(
+        data(keys.purpose_key(key, keys.Purpose.ROLLOUT)), data(keys.purpose_key(KEY, keys.Purpose.ROLLOUT))
+      )
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**40, 2**70, -(2**31) - 1])
+def test_a_seed_that_would_lose_bits_is_refused(seed):
+  with pytest.raises(ValueError, match=f"the seed {seed} has more than 32 bits"):
+    keys.seeded(seed)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**31, 2**32 - 1, -1])
+def test_other_seeds_are_jaxs(seed):
+  np.testing.assert_array_equal(data(keys.seeded(seed)), data(jax.random.key(seed)))
+
+
+def test_draws_that_would_depend_on_the_mesh_are_refused():
+  with jax.threefry_partitionable(False), pytest.raises(ValueError, match="unset JAX_THREEFRY_PARTITIONABLE"):
+    keys.seeded(0)
+
+
+def test_every_key_of_the_package_is_made_here():
+  """But for those whose shapes alone are looked at."""
+  root = Path(keys.__file__).parent
+  made = [
+    (path, line) for path in root.rglob("*.py") for line in path.read_text().splitlines() if "random.key(" in line
+  ]
+  assert {path.name for path, line in made if "eval_shape" not in line} == {"keys.py"}
 
 
 def test_a_purpose_key_is_two_folds_whose_numbers_never_change():

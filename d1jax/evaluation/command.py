@@ -25,6 +25,7 @@ from d1jax.training import limits
 from d1jax.training import workdir as workdirs
 from d1jax.training.experiment import Experiment, Texts
 from d1jax.training.interrupts import Interrupts
+from d1jax.training.publish import Publisher
 from d1jax.training.workdir import Folder, local
 
 ELSEWHERE = (
@@ -95,7 +96,9 @@ def _row(arm: Arm, folder: Folder) -> output.Row:
 
 def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Folder, interrupts: Interrupts) -> None:
   """Runs every batch whose items are not all there yet; each process grades its rows, process 0 writes all."""
-  completer = Completer(found.experiment)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), found.trainable)
+  completer = Completer(found.experiment, Publisher(found.experiment.weights, shapes))
+  params = completer.publish(found.trainable, found.frozen)
   for arm in arms:
     done = set(map(tuple, multihost.from_main(functools.partial(_done, folder, arm))))
     batch_size = config.batch_size or found.experiment.config.evaluation.batch_size
@@ -104,7 +107,7 @@ def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: F
       for batch, rows in enumerate(evaluator.batches):
         if all((seed, sample, row) in done for row in rows):
           continue
-        completed = evaluator.complete(batch, evaluation_key(seed, sample), found.trainable, found.frozen)
+        completed = evaluator.complete(batch, evaluation_key(seed, sample), params)
         records = [arm.texts.records[i] for i in completed.rows]
         prefills = [arm.texts.prefills[i] for i in completed.rows]
         task = arm.experiment.task

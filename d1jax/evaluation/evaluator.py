@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -18,12 +19,13 @@ from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.intervals import Share, clustered
 from d1jax.parallel import multihost
-from d1jax.parallel.mesh import place
+from d1jax.parallel.mesh import constrained, place
 from d1jax.rl.grading import Graded, decode
-from d1jax.state import Frozen, merge_for_rollout
+from d1jax.state import Frozen, Params
 from d1jax.tasks import Record, Task, TaskError, checked
 from d1jax.tasks.base import Grade
 from d1jax.training.experiment import Experiment, Texts
+from d1jax.training.publish import Publisher
 from d1jax.training.workdir import Folder, write_atomically
 
 
@@ -149,26 +151,49 @@ def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) 
 
 
 class Completer:
-  """The compiled sampling programs of an experiment, one for each sampler and shape of a batch."""
+  """The compiled sampling programs of an experiment, one for each sampler and shape of a batch.
 
-  def __init__(self, experiment: Experiment):
-    self._experiment = experiment
+  They take published weights where rollouts want them, as rollouts do: a program that took the weights where updates
+  have them would gather each of them at every step.
+  """
+
+  def __init__(self, experiment: Experiment, publisher: Publisher):
+    """Keeps what it works with; nothing is compiled yet.
+
+    Args:
+      experiment: network and mesh.
+      publisher: of the weights that will be evaluated.
+    """
+    self._experiment, self._publisher = experiment, publisher
     self._compiled: dict[tuple[SamplerSpec, int, int], Any] = {}
 
-  def program(self, spec: SamplerSpec, trainable: Any, frozen: Frozen, batch: Any) -> Any:
-    """Compiles for batches like this one, once."""
-    shape = (spec, *batch[0].shape)
+  def program(self, spec: SamplerSpec, rows: int, width: int) -> Any:
+    """The program for batches of `rows` prompts of `width` tokens; compiled once, from shapes alone."""
+    self._publisher.compile()
+    shape = (spec, rows, width)
     if shape not in self._compiled:
       experiment = self._experiment
-      weights, rows = experiment.weights, experiment.by_row
+      by_row, scalar = experiment.rollout_by_row, experiment.replicated
+      row = lambda *more, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *more), dtype, sharding=by_row)
+      key = keys.seeded(0)
       program = jax.jit(
         functools.partial(_sample, experiment, spec),
-        in_shardings=(weights.trainable_placement, weights.frozen_placement(), experiment.replicated, rows, rows, rows),
-        out_shardings=rows,
+        in_shardings=(self._publisher.placement, scalar, by_row, by_row, by_row),
+        out_shardings=by_row,
       )
-      key = place(jax.random.key(0), experiment.replicated)
-      self._compiled[shape] = program.lower(trainable, frozen, key, *batch).compile()
+      lowered = program.lower(
+        self._publisher.abstract,
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=scalar),
+        row(width),
+        row(width, dtype=jnp.bool_),
+        row(),
+      )
+      self._compiled[shape] = lowered.compile()
     return self._compiled[shape]
+
+  def publish(self, trainable: Params, frozen: Frozen) -> Params:
+    """The weights that the programs take; arrays that need no change are the given ones."""
+    return self._publisher(trainable, frozen.base)
 
 
 class Evaluator:
@@ -193,7 +218,7 @@ class Evaluator:
       if width is None:
         raise ValueError(f"a prompt has {len(prompt)} tokens, evaluation.prompt_buckets={buckets} hold fewer: raise it")
       members.setdefault(width, []).append(row)
-    ways = experiment.ways
+    ways = experiment.rollout_ways
     self._width: list[int] = []
     self.batches: list[list[int]] = []
     self._size: list[int] = []
@@ -204,29 +229,43 @@ class Evaluator:
       self._width += [width] * len(parts)
       self._size += [size] * len(parts)
 
-  def complete(self, batch: int, key: jax.Array, trainable: Any, frozen: Frozen) -> Completed:
-    """Completes one batch; a row's draws depend on `key` and its place in the list alone."""
+  def compile(self) -> None:
+    """Compiles all that an evaluation needs, so that nothing is left to compile when it begins."""
+    for rows, width in zip(self._size, self._width, strict=True):
+      self._completer.program(self._sampler, rows, width)
+
+  def complete(self, batch: int, key: jax.Array, params: Params) -> Completed:
+    """Completes one batch under published weights; a row's draws depend on `key` and its place in the list alone."""
     own, experiment, prompts = self.batches[batch], self._experiment, self.texts.prompts
     asked = [own[i % len(own)] for i in range(self._size[batch])]
     tokens, valid = pad_left([prompts[i] for i in asked], self._width[batch], experiment.tokenizer.pad_id)
-    placed = place((tokens, valid, np.asarray(asked, np.int32)), experiment.by_row)
-    program = self._completer.program(self._sampler, trainable, frozen, placed)
+    placed = place((tokens, valid, np.asarray(asked, np.int32)), experiment.rollout_by_row)
+    program = self._completer.program(self._sampler, self._size[batch], self._width[batch])
     began = time.perf_counter()
     placed_key = place(key, experiment.replicated)
-    *drawn, reveal_step = program(trainable, frozen, placed_key, *placed)
+    *drawn, reveal_step = program(params, placed_key, *placed)
     rows, (completion, mask) = multihost.local_rows(drawn)
     passes = self._sampler.forward_passes(multihost.fetch(reveal_step))
     seconds = time.perf_counter() - began
     keep = rows < len(own)
     return Completed(np.asarray(own)[rows[keep]], completion[keep], mask[keep], passes, seconds)
 
-  def __call__(self, trainable: Any, frozen: Frozen) -> Evaluation:
-    """Evaluates these weights strictly; the same weights always give the same completions."""
+  def __call__(self, trainable: Params, frozen: Frozen, pause: Callable[[], None] | None = None) -> Evaluation:
+    """Evaluates these weights strictly; the same weights always give the same completions.
+
+    Args:
+      trainable: what was trained.
+      frozen: its base.
+      pause: called between two batches, and may raise where a stop was asked for.
+    """
     experiment, records = self._experiment, self.texts.records
     task, key = experiment.task, evaluation_key(seed=0, sample=0)
+    params = self._completer.publish(trainable, frozen)
     places, found = [], []
     for batch in range(len(self.batches)):
-      done = self.complete(batch, key, trainable, frozen)
+      if pause is not None:
+        pause()
+      done = self.complete(batch, key, params)
       own, prefills = [records[i] for i in done.rows], [self.texts.prefills[i] for i in done.rows]
       graded = grade_completions(task, experiment.tokenizer, own, prefills, done.completion, done.mask, "strict")
       places.append(done.rows)
@@ -237,7 +276,7 @@ class Evaluator:
 
 def evaluation_key(seed: int, sample: int) -> jax.Array:
   """The key of one sample of every prompt under one seed."""
-  return keys.purpose_key(jax.random.key(seed), keys.Purpose.EVALUATION, sample)
+  return keys.purpose_key(keys.seeded(seed), keys.Purpose.EVALUATION, sample)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -273,16 +312,14 @@ def tables(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def _sample(
   experiment: Experiment,
   sampler: SamplerSpec,
-  trainable: Any,
-  frozen: Frozen,
+  params: Params,
   key: jax.Array,
   prompt: jax.Array,
   valid: jax.Array,
   sample_id: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  params = merge_for_rollout(trainable, frozen)
   rollout = sample(
-    experiment.denoiser,
+    experiment.rollout_denoiser,
     params,
     prompt,
     valid,
@@ -290,6 +327,7 @@ def _sample(
     sample_id,
     key,
     spec=sampler,
-    row_multiple=experiment.ways,
+    row_multiple=experiment.rollout_ways,
   )
+  rollout = constrained(rollout, experiment.rollout_by_row)  # the loop's rows stay where its weights want them
   return rollout.completion, rollout.completion_mask, rollout.reveal_step

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from d1jax.data.tokenizer import Tokenizer
+from d1jax.errors import steers
 from d1jax.generation.generate import Generation
 
 HIDDEN, NEW_LINE, END, BEHIND, SILENT, UNPRINTABLE = "░", "↵", "∎", "·", "◦", "\ufffd"
@@ -158,7 +159,7 @@ def visible(char: str) -> str:
   """The character, or another where it would move the cursor, vanish or change the direction of what follows."""
   if char == "\n":
     return NEW_LINE
-  return UNPRINTABLE if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") else char
+  return UNPRINTABLE if steers(char) else char
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from d1jax import files
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.errors import InterruptedRunError, RunError, StorageError, explained, input_checked
+from d1jax.errors import InterruptedRunError, RunError, StorageError, explained, harmless, input_checked
 from d1jax.evaluation import subject
 from d1jax.evaluation.subject import Subject
 from d1jax.generation import canvas as canvases
@@ -149,11 +149,11 @@ def _printed(
     if names:
       asked = " ".join(one.prompt.split())
       head = f"[{', '.join(names)}] {asked if len(asked) <= columns // 2 else asked[: columns // 2] + '...'}"
-      _write(terminal.harmless(head) + "\n")
+      _write(harmless(head) + "\n")
     if config.show_steps:
       view = terminal.show(canvases.of(one, tokenizer), columns=columns, colored=colored)
       _write(view + "\n\n")
-    _write((terminal.harmless(one.text) if terminals else one.text) + "\n" * (1 + bool(names)))
+    _write((harmless(one.text) if terminals else one.text) + "\n" * (1 + bool(names)))
     yield one
 
 

@@ -133,7 +133,7 @@ def stream(
   by_row = meshes.sharding(leaves[0].mesh, rules, "batch") if on_mesh else leaves[0]
   replicated = meshes.sharding(leaves[0].mesh, rules) if on_mesh else leaves[0]
   program = _program(denoiser, spec, ways, tuple(leaves), tree, by_row, replicated)
-  key = meshes.place(keys.purpose_key(jax.random.key(seed), keys.Purpose.EVALUATION), replicated)
+  key = meshes.place(keys.purpose_key(keys.seeded(seed), keys.Purpose.EVALUATION), replicated)
   rows = [(index, number) for index in range(len(encoded)) for number in range(samples)]
   size = min(-(-batch_size // ways), -(-len(rows) // ways)) * ways
 

@@ -34,11 +34,6 @@ def show(canvas: Canvas, *, columns: int, colored: bool) -> str:
   return "\n".join(parts)
 
 
-def harmless(text: str) -> str:
-  """Text that cannot steer a terminal: control characters but line breaks and tabs become U+FFFD."""
-  return "".join(char if char in "\n\t" else canvases.visible(char) for char in text)
-
-
 def _line(canvas: Canvas, line: list[Glyph], step: int, before: int, colored: bool) -> Iterator[str]:
   """A line in runs of one colour; what the step revealed is bold."""
 

@@ -1,12 +1,18 @@
 """What the environment says about other processes of the same job: the clusters that JAX detects, without a socket."""
 
+import contextlib
 import importlib.util
+import ipaddress
+import logging
 import os
 import re
+import socket
 import urllib.request
 from collections.abc import Mapping
 
 from d1jax.errors import RunError
+
+log = logging.getLogger(__name__)
 
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 """Where a Cloud TPU VM reads the addresses of the hosts of its slice, and how many slices there are."""
@@ -25,10 +31,12 @@ def surroundings(environment: Mapping[str, str]) -> tuple[str, int]:
     return len([host for host in environment.get(name, "").split(",") if host])
 
   if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= environment.keys():
-    return "SLURM_NTASKS", int(environment.get("SLURM_NTASKS", "1"))
+    # A shell inside of an allocation has the allocation's SLURM_NTASKS, but is a step of one task.
+    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    return name, number(environment, name) or 1
   if "OMPI_COMM_WORLD_SIZE" in environment:
-    return "OMPI_COMM_WORLD_SIZE", int(environment["OMPI_COMM_WORLD_SIZE"])
-  slices = int(environment.get("MEGASCALE_NUM_SLICES") or "1")
+    return "OMPI_COMM_WORLD_SIZE", number(environment, "OMPI_COMM_WORLD_SIZE") or 1
+  slices = number(environment, "MEGASCALE_NUM_SLICES") or 1
   for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"):
     if name in environment:
       return name, max(hosts(name), 1) * slices
@@ -37,8 +45,76 @@ def surroundings(environment: Mapping[str, str]) -> tuple[str, int]:
     slices = int(found[1]) if found else slices
     return "the TPU's metadata", len(_metadata("worker-network-endpoints").split(",")) * slices
   if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
-    return "JOB_COMPLETION_INDEX", 0 if importlib.util.find_spec("kubernetes") else 1
+    if importlib.util.find_spec("kubernetes"):
+      return "JOB_COMPLETION_INDEX", 0
+    if number(environment, "JOB_COMPLETION_INDEX"):
+      raise RunError(
+        "JOB_COMPLETION_INDEX says that this is one of several pods, which are found with the package kubernetes:"
+        " pip install kubernetes, or set distributed.coordinator=HOST:PORT, distributed.processes and"
+        " distributed.process"
+      )
   return "nothing", 1
+
+
+def number(environment: Mapping[str, str], name: str) -> int | None:
+  """The whole number that a variable holds; None where it is not set, or empty.
+
+  Raises:
+    RunError: it holds something else.
+  """
+  value = environment.get(name, "").strip()
+  if not value:
+    return None
+  if not value.isascii() or not value.isdigit() or len(value) > 9:
+    raise RunError(f"the environment says {name}={value!r}, which is no whole number: correct it, or unset {name}")
+  return int(value)
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+  """Raises a RunError in a process that torchrun or accelerate started beside others, which JAX does not detect.
+
+  Each of them would think itself alone, and all would write to the same work directory.
+  """
+  processes = number(environment, "WORLD_SIZE") or 1
+  if processes > 1 and environment.get("RANK", "").strip():
+    raise RunError(
+      f"the environment says WORLD_SIZE={processes} and RANK={number(environment, 'RANK')}, as torchrun sets them, and"
+      " nothing that JAX detects: start one process on each host without torchrun, with"
+      f" --config.distributed.coordinator=HOST:PORT --config.distributed.processes={processes}"
+      " --config.distributed.process=NUMBER; or unset WORLD_SIZE and RANK if this process is alone"
+    )
+
+
+def bind_address(coordinator: str) -> str | None:
+  """Where process 0 listens as coordinator, `HOST:PORT`; None leaves it to JAX, which listens on all interfaces.
+
+  Whoever reaches the coordinator can end the run and take part in it, so that it should be reached by the other
+  processes only: at the address that they are given, where it is one of this machine. A name that this machine takes
+  for its loopback, as Debian does with a host's own, says nothing of the address that others see.
+
+  Args:
+    coordinator: `HOST:PORT`, the address that all processes are given.
+  """
+  host, _, port = coordinator.rpartition(":")
+  host = host.strip("[]")
+  if host == "localhost" or _is_loopback(host):
+    return coordinator
+  with contextlib.suppress(OSError, UnicodeError):
+    for family, _, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+      found = str(address[0])
+      if not _is_loopback(found):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+          probe.bind((found, 0))
+          return f"[{found}]:{port}" if family == socket.AF_INET6 else f"{found}:{port}"
+  log.warning("distributed.coordinator %s is no address of this machine: it listens on all interfaces", coordinator)
+  return None
+
+
+def _is_loopback(host: str) -> bool:
+  try:
+    return ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return False
 
 
 def _metadata(name: str) -> str:

@@ -9,23 +9,54 @@ import ctypes
 import functools
 import hashlib
 import json
+import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jaxtyping import Int
 from orbax.checkpoint import multihost as orbax_multihost
 
-from d1jax.errors import PREEMPTED, LostError, RunError
+from d1jax.errors import PREEMPTED, LostError, RunError, harmless, line_of
 from d1jax.parallel import cluster
 
 LEAVING_SECONDS = 10
 """How long a process that ends with an error waits for others that end too."""
+
+OWN_SECONDS = 3
+"""How long a process that hears of another's failure may take to end by itself: mostly all meet the same one."""
+
+log = logging.getLogger(__name__)
+
+
+def prepare(cpu_devices: int) -> None:
+  """Sets what a run takes from no environment, and splits the CPU; call it before the first array is made.
+
+  Raises:
+    RunError: JAX cannot use the platform that the environment asks for.
+  """
+  for name, wanted in (("jax_threefry_partitionable", True), ("jax_enable_x64", False)):
+    if getattr(jax.config, name) != wanted:
+      log.warning("%s is set to %s in the environment; a run needs %s", name.upper(), not wanted, wanted)
+      jax.config.update(name, wanted)
+  split_cpu(cpu_devices)
+  asked = os.environ.get("JAX_PLATFORMS")
+  if asked and alone():
+    try:
+      jax.devices()
+    except (RuntimeError, AssertionError, ValueError) as error:
+      raise RunError(
+        f"JAX_PLATFORMS={asked} names a platform that JAX cannot use here ({line_of(error)}): unset it, or install JAX"
+        " for that platform"
+      ) from error
 
 
 def split_cpu(devices: int) -> None:
@@ -35,6 +66,8 @@ def split_cpu(devices: int) -> None:
   Programs of small models hardly use a second core within an operation. Accelerators are not affected, and a number set
   by `--xla_force_host_platform_device_count` in `XLA_FLAGS` stands.
   """
+  if devices < 1:
+    raise RunError(f"cpu_devices is {devices}; give at least 1")
   if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     jax.config.update("jax_num_cpu_devices", devices)
 
@@ -43,7 +76,11 @@ def check_alone(mode: str) -> None:
   """Raises a RunError where a mode that runs in one process was started in several."""
   name, processes = cluster.surroundings(os.environ)
   if processes != 1:
-    raise RunError(f"mode {mode} runs in one process, but {name} tells of {processes}: start it on one host alone")
+    raise RunError(
+      f"mode {mode} runs in one process, but {name} tells of {processes}: start it on one host alone, or unset {name}"
+      " if it is alone"
+    )
+  cluster.check_launcher(os.environ)
 
 
 def initialize(run: str, coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> None:
@@ -64,12 +101,19 @@ def initialize(run: str, coordinator: str | None, processes: int | None, process
     LostError: the others did not come in time.
   """
   coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-  processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
-  process = _number("JAX_PROCESS_ID") if process is None else process
+  processes = cluster.number(os.environ, "JAX_NUM_PROCESSES") if processes is None else processes
+  process = cluster.number(os.environ, "JAX_PROCESS_ID") if process is None else process
   cluster.check(coordinator, processes, process, timeout)
   told = None not in (coordinator, processes, process)
-  if processes == 1 or (not told and cluster.surroundings(os.environ)[1] == 1):
+  if processes == 1:
     return
+  if not told:
+    detected = cluster.surroundings(os.environ)
+    if detected[1] == 1:
+      return cluster.check_launcher(os.environ)
+    if detected[0] == "SLURM_STEP_NUM_TASKS":  # JAX reads the allocation's
+      processes = processes or detected[1]
+  listens = cluster.bind_address(coordinator) if coordinator and process == 0 else None
   # Stop signals are answered between two iterations, by all processes together: training/interrupts.py.
   jax.config.update("jax_enable_preemption_service", False)
   unmet = f"the processes did not meet at {coordinator or 'the coordinator'} within {timeout} seconds"
@@ -82,28 +126,22 @@ def initialize(run: str, coordinator: str | None, processes: int | None, process
       process,
       cluster_detection_method="deactivate" if told else None,
       initialization_timeout=timeout,
+      coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or listens,
       heartbeat_timeout_seconds=timeout,
       shutdown_timeout_seconds=timeout,
     )
   except (ValueError, TypeError, KeyError) as error:
     raise RunError(
-      f"the processes of this run could not be detected ({_line(error)}): set distributed.coordinator=HOST:PORT,"
+      f"the processes of this run could not be detected ({line_of(error)}): set distributed.coordinator=HOST:PORT,"
       " distributed.processes and distributed.process"
     ) from error
   except RuntimeError as error:
-    raise LostError(f"{unmet} ({_line(error)})") from error
+    raise LostError(f"{unmet} ({line_of(error)})") from error
   _answer_aborts(
     f"{run}: another process is gone or has not answered for {timeout} seconds, or JAX failed (see above); run the same"
     " command again, it goes on from the last checkpoint"
   )
-
-
-def _number(name: str) -> int | None:
-  return int(os.environ[name]) if name in os.environ else None
-
-
-def _line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+  threading.Thread(target=_listen, daemon=True).start()
 
 
 def _answer_aborts(message: str) -> None:
@@ -116,8 +154,10 @@ def _answer_aborts(message: str) -> None:
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
   def handler(number: int) -> None:
     del number
-    say_last(message)
-    os._exit(PREEMPTED)
+    code, reason = _heard[0] if _heard else (PREEMPTED, message)
+    if not _leaving.is_set():
+      say_last(reason)
+    os._exit(code)
 
   _stderr()  # while it is still what it was at the start
   _kept.append(handler)
@@ -144,7 +184,42 @@ def say_last(message: str) -> None:
   """
   stderr = _stderr()
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-  os.write(stderr, f"\nd1jax: {message}\n".encode())
+  os.write(stderr, f"\nd1jax: {harmless(message)}\n".encode(errors="replace"))
+
+
+_FAILED = "d1jax/failed"
+"""Where the first process that ends with an error says so to the others, in the store of JAX's coordinator."""
+
+_heard: list[tuple[int, str]] = []
+"""The exit code and the line of the failure that ends the run."""
+
+_leaving = threading.Event()
+"""Whether this process is about to end with an error of its own."""
+
+
+def _listen() -> None:
+  """Ends this process when another one has failed, with the code of that failure; runs in a thread of its own.
+
+  What only one process meets, such as a grader that raises, leaves the others waiting in a collective operation. They
+  would see no more than a process that is gone, and a launcher would try the same failure again.
+  """
+  client: Any = distributed.global_state.client
+  while not (_leaving.is_set() or _heard):
+    time.sleep(1)
+    with contextlib.suppress(Exception):  # nothing is said, or the coordinator is gone
+      code, process, message = json.loads(client.key_value_try_get(_FAILED))
+      _heard.append((code, f"process {process} ended: {message}"))
+  if not _leaving.wait(OWN_SECONDS):
+    say_last(_heard[0][1])
+    _end(_heard[0][0])
+
+
+def failure_of_another() -> tuple[int, str] | None:
+  """Exit code and line of the process that failed first, for one that sees no more than that another is gone."""
+  end = time.monotonic() + OWN_SECONDS
+  while not _heard and time.monotonic() < end:
+    time.sleep(0.1)
+  return _heard[0] if _heard else None
 
 
 def alone() -> bool:
@@ -157,21 +232,35 @@ def is_main() -> bool:
   return alone() or jax.process_index() == 0
 
 
-def leave(code: int, *, together: bool) -> None:
+def leave(code: int, message: str, *, together: bool = True) -> None:
   """Ends this process with an exit code, where there are several, without the waiting of an interpreter that ends.
 
   Args:
     code: the exit code.
-    together: others may end with an error of their own now; they get a moment to say so.
+    message: why, for the processes that do not meet the same failure: they end with the same code.
+    together: the others are there; they get a moment to say so if they end with an error too.
   """
   if alone():
     return
-  sys.stdout.flush()
-  sys.stderr.flush()
-  if together:
-    with contextlib.suppress(RuntimeError, ValueError):
-      orbax_multihost.get_barrier_sync_fn()(key="leaving", timeout_ms=1000 * LEAVING_SECONDS)
-      jax.distributed.shutdown()
+  _heard.append((code, message))
+  _leaving.set()
+  with contextlib.suppress(AttributeError, OSError, ValueError):
+    sys.stdout.flush()
+    sys.stderr.flush()
+  if not together:
+    os._exit(code)
+  client: Any = distributed.global_state.client
+  with contextlib.suppress(Exception):  # another process was the first
+    client.key_value_set(_FAILED, json.dumps([code, distributed.global_state.process_id, message[:500]]))
+  _end(code)
+
+
+def _end(code: int) -> None:
+  """Ends this process when the others are about to."""
+  with contextlib.suppress(Exception):
+    orbax_multihost.get_barrier_sync_fn()(key="leaving", timeout_ms=1000 * LEAVING_SECONDS)
+    if distributed.global_state.process_id == 0:
+      time.sleep(1)  # with this process goes the coordinator, which the others would miss
   os._exit(code)
 
 

@@ -39,16 +39,18 @@ class HeldOutLoss:
     self._rows = sum(map(len, by_pair.values()))
     if not self._rows:
       raise ValueError("no held-out demonstration fits the buckets of sft: raise them, or hold out more")
+    # No more rows at a time than in a micro-batch of training, so that what helps there helps here.
+    size = config.batch_size // config.accumulation
     self._batches = []
     for (width, length), members in sorted(by_pair.items()):
       jobs = list(itertools.product(members, range(DRAWS)))
-      for first in range(0, len(jobs), config.batch_size):
-        part = jobs[first : first + config.batch_size]
-        scale = np.zeros((config.batch_size, length), np.float32)
+      for first in range(0, len(jobs), size):
+        part = jobs[first : first + size]
+        scale = np.zeros((size, length), np.float32)
         scale[: len(part)] = 1 / length
-        part += part[:1] * (config.batch_size - len(part))
+        part += part[:1] * (size - len(part))
         prompts, valid = pad_left([found.prompts[i] for i, _ in part], width, pad_id)
-        completions = np.full((config.batch_size, length), pad_id, np.int32)
+        completions = np.full((size, length), pad_id, np.int32)
         for row, (i, _) in enumerate(part):
           completions[row, : len(answers[i])] = answers[i]
         sample_id = np.asarray([i * DRAWS + draw for i, draw in part], np.int32)
@@ -58,7 +60,7 @@ class HeldOutLoss:
     def loss(trainable: Params, frozen: Frozen, batch: Any) -> jax.Array:
       prompt, valid, completion, weight, sample_id = batch
       params = merge(trainable, frozen)
-      key = keys.purpose_key(jax.random.key(0), keys.Purpose.EVALUATION)
+      key = keys.purpose_key(keys.seeded(0), keys.Purpose.EVALUATION)
       total, _ = denoising_loss(
         experiment.denoiser,
         params,
@@ -72,13 +74,30 @@ class HeldOutLoss:
       )
       return total
 
-    self._loss = jax.jit(
+    self._program = jax.jit(
       loss,
       in_shardings=(weights.trainable_placement, weights.frozen_placement(), experiment.by_row),
       out_shardings=experiment.replicated,
     )
+    self._weights = weights
+    self._compiled: dict[tuple[int, int], Any] = {}
+
+  def compile(self) -> None:
+    """Compiles all that it needs, so that nothing is left to compile when it is asked."""
+    for batch in self._batches:
+      shape = _shape(batch)
+      if shape not in self._compiled:
+        given = self._weights.abstract_trainable, self._weights.abstract_frozen(), batch
+        self._compiled[shape] = self._program.lower(*given).compile()
 
   def __call__(self, trainable: Params, frozen: Frozen) -> float:
     """The score of some weights: minus the mean over demonstrations and noise levels of the loss a token."""
-    losses = jax.device_get([self._loss(trainable, frozen, batch) for batch in self._batches])
+    self.compile()
+    losses = jax.device_get([self._compiled[_shape(batch)](trainable, frozen, batch) for batch in self._batches])
     return -float(sum(losses)) / (self._rows * DRAWS)
+
+
+def _shape(batch: Any) -> tuple[int, int]:
+  """Prompt and completion length."""
+  prompt, _, completion, *_ = batch
+  return prompt.shape[1], completion.shape[1]

@@ -32,6 +32,7 @@ class Stage:
     advance: `(state, iteration) -> (state, metrics)`, one iteration; metrics are host numbers, among them `finite`,
       `tokens` (of completions) and what `ledger.entry` says.
     validate: `params -> score`, higher is better.
+    all_finite: whether every weight and moment of a state is finite; asked before a state is saved.
     validate_every: iterations between validations; a checkpoint is written at each, and at the end.
     shown: the metrics on the progress line.
     metadata: what a checkpoint says beside the state.
@@ -43,6 +44,7 @@ class Stage:
   iterations: int
   advance: Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
   validate: Callable[[Params], float]
+  all_finite: Callable[[TrainState], Any]
   validate_every: int
   shown: tuple[str, ...]
   metadata: Mapping[str, Any]
@@ -57,7 +59,8 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
     The seconds that the stage has taken, earlier attempts included.
 
   Raises:
-    NotFiniteError: a loss or gradient was not finite; the last finite state is saved.
+    NotFiniteError: a loss or gradient was not finite, and the step was left out; the state is saved. Or a step made
+      weights that are not finite; that state is not saved.
     PreemptedError, InterruptedRunError: a stop was asked for; the state is saved.
   """
   state, began = start.state, time.monotonic() - float(start.metadata.get("seconds", 0.0))
@@ -74,6 +77,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       score: float | None = None
       last = iteration == stage.iterations
       if finite and (last or iteration % stage.validate_every == 0):
+        _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
           score = metrics["validation"] = stage.validate(state.trainable)
       metrics = clock.close(metrics)
@@ -89,6 +93,8 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       progress.update(iteration, shown | ({"alarm": " ".join(sounded)} if sounded else {}))
       stop = interrupts.pending()
       if score is not None or stop or not finite:
+        if score is None:
+          _check_finite(stage, iteration, state, checkpoints)
         metadata = {
           **stage.metadata,
           "data": {"next_index": iteration},
@@ -100,8 +106,9 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       if not finite:
         checkpoints.wait()
         raise NotFiniteError(
-          f"{stage.name} iteration {iteration}: loss or gradient is not finite (loss {metrics['loss']}); the last"
-          f" finite state is saved in {checkpoints.folder}. Lower the learning rate; do not retry as is"
+          f"{stage.name} iteration {iteration}: loss or gradient is not finite (loss {metrics['loss']}). The step was"
+          f" left out, and the weights without it are saved in {checkpoints.folder}/{iteration}: the same command goes"
+          f" on with the next batch. If it ends so again, {_remedy(stage, checkpoints)}"
         )
       if stop and not last:
         checkpoints.wait()
@@ -112,3 +119,21 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
     writer.close()
   checkpoints.wait()
   return time.monotonic() - began
+
+
+def _check_finite(stage: Stage, iteration: int, state: TrainState, checkpoints: Checkpoints) -> None:
+  """Raises a NotFiniteError where a step from a finite loss made weights that are not: they are never saved."""
+  if not bool(stage.all_finite(state)):
+    checkpoints.wait()
+    raise NotFiniteError(
+      f"{stage.name} iteration {iteration}: a step made weights that are not finite. They are not saved; the"
+      f" same command would end the same way. To go on, {_remedy(stage, checkpoints)}"
+    )
+
+
+def _remedy(stage: Stage, checkpoints: Checkpoints) -> str:
+  """What may help when numbers are not finite; all of it works in this folder."""
+  return (
+    f"lower --config.{stage.name}.learning_rate or --config.{stage.name}.max_grad_norm, which may change here, or"
+    f" delete the newest checkpoints in {checkpoints.folder} to go on from an earlier one"
+  )

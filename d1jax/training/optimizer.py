@@ -1,5 +1,7 @@
 """AdamW with a warm-up, a decay and a clip, as the d1 runs use it."""
 
+from typing import Any
+
 import jax
 import optax
 
@@ -7,8 +9,13 @@ from d1jax.state import Params
 
 
 def decayed(params: Params) -> Params:
-  """True for the weights that decay: all but the norms' scales."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path), params)
+  """True for the weights that decay: all but the norms' scales and the biases, which are not weights of a product."""
+
+  def decays(path: Any, _: Any) -> bool:
+    name = jax.tree_util.keystr(path)
+    return "norm" not in name and not name.rstrip("']").endswith("bias")
+
+  return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def schedule(learning_rate: float, steps: int, warmup_steps: int, decay: str) -> optax.Schedule:
@@ -42,7 +49,7 @@ def build(
     decay: see `schedule`.
     b1: decay of the first moment.
     b2: decay of the second moment.
-    weight_decay: decoupled, on everything but norms.
+    weight_decay: decoupled, on everything but norms and biases.
     max_grad_norm: gradients are scaled down to this global norm.
   """
   return optax.chain(

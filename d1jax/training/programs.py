@@ -57,7 +57,16 @@ class Programs:
     compiled: the programs of each prompt bucket.
   """
 
-  def __init__(self, experiment: Experiment, optimizer: optax.GradientTransformation):
+  def __init__(
+    self, experiment: Experiment, optimizer: optax.GradientTransformation, publisher: Publisher | None = None
+  ):
+    """Prepares the programs; nothing is compiled yet.
+
+    Args:
+      experiment: network, task and mesh.
+      optimizer: of the updates.
+      publisher: of the weights, where evaluations share it; None: one of its own.
+    """
     config = experiment.config.grpo
     self.grader = Grader(experiment.task, config.grading_workers)
     self._experiment = experiment
@@ -81,7 +90,7 @@ class Programs:
     self.shaping = method.shaping(config, experiment.task, experiment.config.task.protocol, experiment.sampler)
     self._estimator, self._advantages, self.spec = method.build(config, experiment.sampler)
     self.compiled: dict[int, Compiled] = {}
-    self._publish = Publisher(experiment.weights, experiment.weights.abstract_state(optimizer).trainable)
+    self._publish = publisher or Publisher(experiment.weights, experiment.weights.abstract_trainable)
     self._jit()
 
   def _jit(self) -> None:

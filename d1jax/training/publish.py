@@ -83,11 +83,13 @@ class Publisher:
     return self._program.lower(*self._arguments)
 
   def compile(self) -> None:
-    """Compiles the program."""
-    self._compiled = self.lower().compile()
+    """Compiles the program, once."""
+    if self._compiled is None:
+      self._compiled = self.lower().compile()
 
   def __call__(self, trainable: Params, base: Params) -> Params:
     """What rollouts take; some of its arrays may be arguments themselves."""
+    self.compile()
     given, made = jax.tree.leaves((trainable, base)), iter(self._compiled(trainable, base))
     leaves = [next(made) if place is None else given[place] for place in self._kept]
     return jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -18,7 +18,7 @@ from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator, baselin
 from d1jax.files import FileError, read_json
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
-from d1jax.state import Params, TrainState
+from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
 from d1jax.training import experiment as experiments
 from d1jax.training import grpo, ledger, loop, profile, sft
@@ -28,6 +28,7 @@ from d1jax.training.identity import check_splits, flatten, holds_run, record_cha
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.lock import locked
 from d1jax.training.metrics import read_records
+from d1jax.training.publish import Publisher
 from d1jax.training.weights import check_base
 from d1jax.training.workdir import Folder, claim, folder, read_tokenizer, revision, versions, write_json
 
@@ -36,23 +37,41 @@ VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
 
 
+Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
+"""From the iteration to start at to one iteration of a stage."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
   """What a stage leaves behind.
 
+  Weights are on disk and no longer in memory: `Recipe.best` reads them when they are needed.
+
   Attributes:
-    best: the weights with the best validation.
-    best_step: their iteration.
-    last: the weights at the end.
+    best_step: the iteration with the best validation.
+    fingerprint: of the weights at the end.
     seconds: that the stage took, earlier attempts included.
     checkpoint: the folder of the best weights.
   """
 
-  best: Params
   best_step: int
-  last: Params
+  fingerprint: str
   seconds: float
   checkpoint: Folder
+
+
+class Validation(NamedTuple):
+  """What scores weights while they are trained.
+
+  Attributes:
+    compile: compiles all that `score` needs.
+    score: of some weights, higher is better.
+    remedy: what to try when device memory runs out.
+  """
+
+  compile: Callable[[], None]
+  score: Callable[[Params], float]
+  remedy: str
 
 
 class Recipe:
@@ -68,21 +87,23 @@ class Recipe:
     experiments.check_start(config)
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
-    self._test = self.experiment.texts("test")
-    self._completer = Completer(self.experiment)
-    self._validators: dict[str, Callable[[Params], float]] = {}
+    publisher = Publisher(self.experiment.weights, self.experiment.weights.abstract_trainable)
+    self._completer = Completer(self.experiment, publisher)
+    self._test = self._evaluator(self.experiment.texts("test"))
+    self._validations: dict[str, Validation] = {}
+    self._optimizers: dict[str, optax.GradientTransformation] = {}
     if config.sft.steps:
       self._demonstrations, held_out = sft.demonstrations(self.experiment)
-      self._sft_optimizer = self.experiment.optimizer(config.sft, config.sft.steps)
+      self._optimizers["sft"] = self.experiment.optimizer(config.sft, config.sft.steps)
       experiments.warn_of_warm_up("sft", config.sft, config.sft.steps)
-      self._validators["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
+      self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
     if config.mode == "grpo":
       optimiser_steps = config.grpo.steps * config.grpo.num_iterations
-      self._grpo_optimizer = self.experiment.optimizer(config.grpo, optimiser_steps)
+      self._optimizers["grpo"] = self.experiment.optimizer(config.grpo, optimiser_steps)
       experiments.warn_of_warm_up("grpo", config.grpo, optimiser_steps)
-      self._programs = grpo.Programs(self.experiment, self._grpo_optimizer)
+      self._programs = grpo.Programs(self.experiment, self._optimizers["grpo"], publisher)
       self._train = self.experiment.texts("train")
-      self._validators["grpo"] = self._by_accuracy()
+      self._validations["grpo"] = self._by_accuracy()
 
   def splits(self) -> dict[str, Any]:
     """How many questions each split in use has, and a hash of their records."""
@@ -95,86 +116,156 @@ class Recipe:
       found["sft.data"] = [{"prompt": a, "answer": b} for a, b in zip(*self._demonstrations, strict=True)]
     return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
 
-  def evaluator(self, texts: experiments.Texts) -> Callable[[Params], Evaluation]:
+  def _evaluator(self, texts: experiments.Texts) -> Evaluator:
     """A greedy evaluation of what is trained, together with its frozen base; exact, also where rollouts are cached."""
     sampler = dataclasses.replace(self.experiment.sampler.with_cache("none"), temperature=0.0)
-    evaluator = Evaluator(self._completer, self.experiment, texts, sampler, self.config.evaluation.batch_size)
-    return lambda trainable: evaluator(trainable, self.experiment.weights.frozen)
+    return Evaluator(self._completer, self.experiment, texts, sampler, self.config.evaluation.batch_size)
 
-  def _by_accuracy(self) -> Callable[[Params], float]:
-    evaluate = self.evaluator(self.experiment.texts("validation"))
-    return lambda trainable: evaluate(trainable).share(VALIDATION_METRIC).value
+  @property
+  def _smaller_batches(self) -> str:
+    """What to try when an evaluation does not fit."""
+    batch_size = max(self.config.evaluation.batch_size // 2, 1)
+    return f"smaller batches: --config.evaluation.batch_size={batch_size}"
 
-  def _by_loss(self, held_out: sft.Demonstrations) -> Callable[[Params], float]:
+  def _by_accuracy(self) -> Validation:
+    evaluator = self._evaluator(self.experiment.texts("validation"))
+
+    def score(trainable: Params) -> float:
+      return evaluator(trainable, self.experiment.weights.frozen).share(VALIDATION_METRIC).value
+
+    return Validation(evaluator.compile, score, self._smaller_batches)
+
+  def _by_loss(self, held_out: sft.Demonstrations) -> Validation:
     loss = HeldOutLoss(self.experiment, held_out)
-    return lambda trainable: loss(trainable, self.experiment.weights.frozen)
+    remedy = f"smaller micro-batches: --config.sft.accumulation={2 * self.config.sft.accumulation}"
+    return Validation(loss.compile, lambda trainable: loss(trainable, self.experiment.weights.frozen), remedy)
+
+  def compile(self) -> None:
+    """Compiles what validations and the final evaluation need, so that nothing of it fails after hours of training."""
+    for name, validation in self._validations.items():
+      with explained(f"{name}: validation", validation.remedy):
+        validation.compile()
+    with explained("the final evaluation", self._smaller_batches):
+      self._test.compile()
+
+  def _train_stage(
+    self,
+    name: str,
+    section: ConfigDict,
+    fresh: Callable[[], TrainState],
+    advancer: Advancer,
+    shown: tuple[str, ...],
+    checkpoints: Checkpoints,
+  ) -> None:
+    """Runs a stage to its end, from its last good checkpoint on; the state is gone from memory afterwards."""
+    weights, validation, optimizer = self.experiment.weights, self._validations[name], self._optimizers[name]
+    began, abstract = time.perf_counter(), weights.abstract_state(optimizer)
+    start = checkpoints.restore_latest(abstract)
+    if start:
+      with input_checked():
+        check_base(weights, start.metadata)
+    if start and start.step >= section.steps:
+      return
+    start = start or Restored(0, fresh(), {})
+    for tree in (start.state, start.state.trainable):
+      fingerprint(tree)  # compiles what each checkpoint needs
+    finite = jax.jit(all_finite, in_shardings=(weights.state_placement(optimizer),), out_shardings=weights.replicated)
+
+    def validate(trainable: Params) -> float:
+      with explained(f"{name}: validation", validation.remedy):
+        return validation.score(trainable)
+
+    stage = loop.Stage(
+      name,
+      section.steps,
+      advancer(start.step),
+      validate,
+      finite.lower(abstract).compile(),
+      section.validate_every,
+      shown,
+      {"config": self.config.to_dict(), "base": weights.base_fingerprint},
+      began,
+      profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
+    )
+    loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
 
   def _run_stage(
     self,
     name: str,
     section: ConfigDict,
-    optimizer: optax.GradientTransformation,
     fresh: Callable[[], TrainState],
-    advancer: Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]],
+    advancer: Advancer,
     shown: tuple[str, ...],
   ) -> Outcome:
-    """Runs or resumes a stage; nothing is computed twice."""
-    began = time.perf_counter()
-    home = self.workdir / "checkpoints" / name
-    checkpoints = Checkpoints(home, writes=True)
-    abstract = self.experiment.weights.abstract_state(optimizer)
+    """Runs or resumes a stage; nothing is computed twice, and of a finished one its best weights alone are read."""
+    home, weights = self.workdir / "checkpoints" / name, self.experiment.weights
+    checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
+    last = lambda: multihost.from_main(lambda: max(checkpoints.steps(), default=0))
     with explained("reading the base", "--config.model.quantize=nf4, or more devices"):
-      metadata = {"config": self.config.to_dict(), "base": self.experiment.weights.base_fingerprint}
+      _ = weights.base_fingerprint
     with explained(name, f"smaller micro-batches: --config.{name}.accumulation={2 * section.accumulation}"):
-      start = checkpoints.restore_latest(abstract)
-      if start:
-        with input_checked():
-          check_base(self.experiment.weights, start.metadata)
-      seconds = float(start.metadata["seconds"]) if start else 0.0
-      if start is None or start.step < section.steps:
-        start = start or Restored(0, fresh(), {})
-        stage = loop.Stage(
-          name,
-          section.steps,
-          advancer(start.step),
-          self._validators[name],
-          section.validate_every,
-          shown,
-          metadata,
-          began,
-          profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
-        )
-        seconds = loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
-      last, best = checkpoints.restore_latest(abstract), checkpoints.restore_best(abstract)
+      step: int | None = None
+      while step is None or last() < section.steps:  # a damaged one is set aside by then, and made again
+        if last() < section.steps:
+          self._train_stage(name, section, fresh, advancer, shown, checkpoints)
+        best = checkpoints.best_trainable(abstract)
+        if best is None:
+          raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
+        step = best[0]
+        del best  # the weights are good, and are read again when they are needed
+      with input_checked():
+        check_base(weights, checkpoints.metadata(step))
+      end = checkpoints.metadata(last())
+      trained = end.get("trainable") or fingerprint(checkpoints.restore_trainable(last(), abstract))
       checkpoints.close()
-    if last is None or best is None:
-      raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
-    return Outcome(best.state.trainable, best.step, last.state.trainable, seconds, home / str(best.step))
+    return Outcome(step, trained, float(end["seconds"]), home / str(step))
+
+  def best(self, name: str) -> Params:
+    """The best weights of a stage that was run."""
+    checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
+    found = checkpoints.best_trainable(self.experiment.weights.abstract_state(self._optimizers[name]))
+    checkpoints.close()
+    if found is None:
+      raise RunError(f"{checkpoints.folder} lost its checkpoints while the run went on; run the same command again")
+    return found[1]
 
   def sft(self) -> Outcome:
     """Masked supervised fine-tuning from the run's start."""
-    experiment, optimizer = self.experiment, self._sft_optimizer
+    experiment, optimizer = self.experiment, self._optimizers["sft"]
 
     def advancer(position: int) -> Any:
       return sft.advancer(experiment, self._demonstrations, optimizer, position)
 
     fresh = functools.partial(experiment.weights.fresh_state, optimizer)
-    return self._run_stage("sft", self.config.sft, optimizer, fresh, advancer, ("loss", "masked_ce"))
+    return self._run_stage("sft", self.config.sft, fresh, advancer, ("loss", "masked_ce"))
 
-  def grpo(self, start: Params) -> Outcome:
-    """diffu-GRPO from given weights, which stay the reference."""
-    experiment, optimizer = self.experiment, self._grpo_optimizer
-    frozen = experiment.weights.frozen
-    if self._programs.needs_reference and experiment.weights.lora is None:
-      frozen = frozen._replace(reference=start)
+  def grpo(self, start: Callable[[], Params]) -> Outcome:
+    """diffu-GRPO from the weights that `start` reads, which stay the reference where one is scored."""
+    experiment, optimizer = self.experiment, self._optimizers["grpo"]
+    stays = self._programs.needs_reference and experiment.weights.lora is None
+    start = functools.cache(start) if stays else start
 
     def advancer(position: int) -> Any:
       self._programs.compile()
+      frozen = experiment.weights.frozen
+      frozen = frozen._replace(reference=start()) if stays else frozen
       return grpo.advancer(experiment, self._train, frozen, self._programs, position, self.workdir)
 
-    fresh = functools.partial(experiment.weights.state_from, start, optimizer)
+    def fresh() -> TrainState:
+      return experiment.weights.state_from(start(), optimizer, donate=not stays)
+
     with self._programs.grader:
-      return self._run_stage("grpo", self.config.grpo, optimizer, fresh, advancer, grpo.SHOWN)
+      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN)
+
+  def _evaluate(self, read: Callable[[], Params]) -> Evaluation:
+    """The final evaluation of the weights that `read` reads; they are gone from memory afterwards."""
+
+    def pause() -> None:
+      if self._interrupts.pending():
+        raise self._interrupts.error("the end of training, before the final evaluation was done")
+
+    with explained("the final evaluation", self._smaller_batches):
+      return self._test(read(), self.experiment.weights.frozen, pause)
 
   def run(self) -> tuple[dict[str, Outcome], dict[str, Evaluation]]:
     """Runs the stages, then looks at the held-out split once.
@@ -182,15 +273,17 @@ class Recipe:
     Returns:
       The stages' outcomes, and the evaluations `before` diffu-GRPO (of the start where there is no SFT) and `after`.
     """
+    self.compile()
     outcomes: dict[str, Outcome] = {}
+    start: Callable[[], Params] = self.experiment.weights.start
     if self.config.sft.steps:
       outcomes["sft"] = self.sft()
-    evaluate = self.evaluator(self._test)
+      start = functools.partial(self.best, "sft")
     if self.config.mode == "sft":
-      return outcomes, {"after": evaluate(outcomes["sft"].best)}
-    start = outcomes["sft"].best if outcomes else self.experiment.weights.start()
+      return outcomes, {"after": self._evaluate(start)}
     outcomes["grpo"] = self.grpo(start)
-    return outcomes, {"before": evaluate(start), "after": evaluate(outcomes["grpo"].best)}
+    best = functools.partial(self.best, "grpo")
+    return outcomes, {"before": self._evaluate(start), "after": self._evaluate(best)}
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -208,11 +301,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     print(report.summary(finished, workdir))
     return finished
   began = time.monotonic()
-  with (
-    locked(workdir),
-    Interrupts() as interrupts,
-    explained("run", "smaller batches: --config.evaluation.batch_size=64"),
-  ):
+  with locked(workdir), Interrupts() as interrupts, explained("run", "more devices"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
       splits = recipe.splits()
@@ -220,7 +309,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     multihost.from_main(lambda: _claim(recipe, splits))
     outcomes, evaluations = recipe.run()
     fingerprints = {
-      "params_fingerprint": fingerprint(outcomes[config.mode].last),
+      "params_fingerprint": outcomes[config.mode].fingerprint,
       "base_fingerprint": recipe.experiment.weights.base_fingerprint,
     }
     rest = fingerprints | {"splits": splits}

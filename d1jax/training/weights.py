@@ -50,7 +50,7 @@ class Weights:
   @property
   def key(self) -> jax.Array:
     """The run's key, in a buffer of its own: a state that holds it is donated."""
-    return jax.random.key(self.seed)
+    return keys.seeded(self.seed)
 
   @property
   def replicated(self) -> NamedSharding:
@@ -153,6 +153,11 @@ class Weights:
     """The placements of a TrainState, as a TrainState."""
     abstract = jax.eval_shape(self._init, self.key)
     return meshes.state_shardings(self.mesh, self.rules, self.trainable_axes, abstract, optimizer)
+
+  @functools.cached_property
+  def abstract_trainable(self) -> Params:
+    """Shapes, types and placements of what is trained, without memory."""
+    return with_placements(jax.eval_shape(self._init, self.key), self.trainable_placement)
 
   def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, types and placements of a TrainState, without memory."""

@@ -55,7 +55,3 @@ def test_tokens_revealed_between_two_shown_steps_are_new_in_the_second():
   canvas = Canvas("?", ("a",) * 2 * terminal.MOST, np.arange(2 * terminal.MOST))
   second = terminal.show(canvas, columns=40, colored=True).split("\n\n")[1]
   assert "".join(re.findall(r";1m(a+)", second)) == "aa"
-
-
-def test_text_cannot_steer_the_terminal():
-  assert terminal.harmless("a\x1b[2Jb\tc\nd\u202e") == "a\ufffd[2Jb\tc\nd\ufffd"

@@ -119,3 +119,47 @@ def test_nothing_to_follow_is_said(host):
   _, error = connection.communicate(timeout=30)
   assert connection.returncode == 2
   assert "nothing was started on" in error
+
+
+def planted(folder: Path, kind: str) -> tuple[Path, Path]:
+  """What somebody else may put where the scripts keep their notes: (the place, a file that must not change)."""
+  place, treasure = folder / f"launch-{os.popen('id -un').read().strip()}-test", folder / "treasure"
+  treasure.write_text("mine")
+  if kind == "link":
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "attempt").symlink_to(treasure)
+    place.symlink_to(folder / "elsewhere")
+  elif kind == "file":
+    place.write_text("not a folder")
+  else:
+    place.mkdir()
+    (place / "attempt").symlink_to(treasure)
+    (place / "log").symlink_to(treasure)
+    (place / "pid").write_text(str(os.getpid()))
+    if kind == "of another user":
+      os.chown(place, 12345, 12345)
+  return place, treasure
+
+
+@pytest.mark.parametrize("words", [("1", "true"), ("--stop",), ()], ids=["start", "stop", "follow"])
+@pytest.mark.parametrize("kind", ["link", "file", "of another user"])
+def test_a_planted_folder_is_refused_and_nothing_is_written_or_ended(host, kind, words):
+  if kind == "of another user" and os.getuid():
+    kind = "link"  # root alone gives folders away
+  place, treasure = planted(host.folder, kind)
+  connection = host.connect(*words)
+  _, error = connection.communicate(timeout=30)
+  assert connection.returncode == 2
+  assert f"{place} is not a folder of" in error
+  assert treasure.read_text() == "mine"
+  place.unlink() if not place.is_dir() or place.is_symlink() else os.chown(place, os.getuid(), os.getgid())
+  if place.is_dir():
+    for path in place.iterdir():
+      path.unlink()
+    place.rmdir()
+
+
+def test_no_other_user_can_enter_the_folder(host):
+  host.enough()
+  assert finish(host.work("1", "a"))[0] == 0
+  assert next(host.folder.glob("launch-*")).stat().st_mode & 0o777 == 0o700

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,32 @@ def test_a_number_set_by_hand_stands(updates, monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
   multihost.split_cpu(2)
   assert updates == []
+
+
+def test_a_number_of_devices_below_one_is_refused(updates):
+  with pytest.raises(RunError, match="cpu_devices is 0; give at least 1"):
+    multihost.split_cpu(0)
+
+
+def test_a_run_takes_no_generator_and_no_precision_from_the_environment(updates, monkeypatch, caplog):
+  monkeypatch.setattr(multihost, "split_cpu", lambda devices: None)
+  multihost.prepare(2)
+  assert updates == []
+  with jax.threefry_partitionable(False), jax.enable_x64(True):
+    multihost.prepare(2)
+  assert updates == [("jax_threefry_partitionable", True), ("jax_enable_x64", False)]
+  assert "JAX_ENABLE_X64 is set to True in the environment; a run needs False" in caplog.text
+
+
+def test_a_platform_that_is_not_there_is_named(updates, monkeypatch):
+  def devices():
+    raise RuntimeError("Unable to initialize backend 'cuda'")
+
+  monkeypatch.setattr(multihost, "split_cpu", lambda devices: None)
+  monkeypatch.setattr(jax, "devices", devices)
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  with pytest.raises(RunError, match=r"^JAX_PLATFORMS=cuda names a platform that JAX cannot use here .*: unset it"):
+    multihost.prepare(2)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +113,54 @@ def test_a_mode_of_one_process_refuses_more(monkeypatch):
     monkeypatch.setenv(name, value)
   with pytest.raises(RunError, match="mode export runs in one process, but SLURM_NTASKS tells of 2"):
     multihost.check_alone("export")
+  monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell inside of an allocation
+  multihost.check_alone("export")
+
+
+@pytest.fixture
+def initialized(monkeypatch) -> list[tuple[tuple, dict]]:
+  """What JAX is asked for instead of a meeting."""
+  found: list[tuple[tuple, dict]] = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **named: found.append((given, named)))
+  monkeypatch.setattr(multihost, "_answer_aborts", lambda message: None)
+  monkeypatch.setattr(multihost.threading.Thread, "start", lambda thread: None)
+  monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  return found
+
+
+@pytest.mark.parametrize(("process", "bound"), [(0, "127.0.0.1:1234"), (1, None)])
+def test_the_coordinator_of_one_machine_is_reached_from_it_alone(initialized, monkeypatch, process, bound):
+  multihost.initialize("run", "127.0.0.1:1234", 2, process, 5)
+  monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0:1234")
+  multihost.initialize("run", "127.0.0.1:1234", 2, process, 5)
+  ((given, named), (_, by_hand)) = initialized
+  assert given == ("127.0.0.1:1234", 2, process)
+  assert named["coordinator_bind_address"] == bound
+  assert by_hand["coordinator_bind_address"] == "0.0.0.0:1234"
+
+
+def test_a_step_of_slurm_counts_its_own_tasks(initialized, monkeypatch):
+  for name, value in ({**SLURM, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}).items():
+    monkeypatch.setenv(name, value)
+  multihost.initialize("run", None, None, None, 5)
+  assert initialized[0][0] == (None, 2, None)
+
+
+@pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+def test_numbers_of_the_environment_are_numbers(monkeypatch, name):
+  monkeypatch.setenv(name, "two")
+  with pytest.raises(RunError, match=f"the environment says {name}='two', which is no whole number"):
+    multihost.initialize("run", None, None, None, 5)
+
+
+def test_processes_of_torchrun_are_refused(monkeypatch):
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setenv("WORLD_SIZE", "2")
+  monkeypatch.setenv("RANK", "0")
+  for start in (lambda: multihost.initialize("run", None, None, None, 5), lambda: multihost.check_alone("export")):
+    with pytest.raises(RunError, match="WORLD_SIZE=2 and RANK=0"):
+      start()
 
 
 def test_nothing_follows_the_last_line():
@@ -93,6 +168,83 @@ def test_nothing_follows_the_last_line():
   program = f"import os; from d1jax.parallel import multihost; {log}; multihost.say_last('the end'); {log}"
   found = subprocess.run([sys.executable, "-c", program], cwd=jobs.ROOT, capture_output=True, text=True, check=True)
   assert found.stderr.endswith("a log line that is cut off\nd1jax: the end\n")
+
+
+class Store:
+  """JAX's client, of which the store of its coordinator alone is used."""
+
+  def __init__(self, said=None):
+    self.said, self.waited = said, []
+
+  def key_value_set(self, key, value):
+    if self.said is not None:
+      raise RuntimeError("ALREADY_EXISTS")
+    self.said = value
+
+  def key_value_try_get(self, key):
+    if self.said is None:
+      raise RuntimeError("NOT_FOUND")
+    return self.said
+
+
+class ExitedError(BaseException):
+  """Stands for the end of the process."""
+
+
+@pytest.fixture
+def ending(monkeypatch):
+  """A process of several that would end: (store, what it says)."""
+  store, said = Store(), []
+
+  def leave(code):
+    raise ExitedError(code)
+
+  monkeypatch.setattr(multihost, "alone", lambda: False)
+  monkeypatch.setattr(multihost.distributed.global_state, "client", store)
+  monkeypatch.setattr(multihost.distributed.global_state, "process_id", 3)
+  monkeypatch.setattr(multihost, "_heard", [])
+  monkeypatch.setattr(multihost, "_leaving", threading.Event())
+  monkeypatch.setattr(multihost, "OWN_SECONDS", 0.01)
+  monkeypatch.setattr(multihost.time, "sleep", lambda seconds: None)
+  monkeypatch.setattr(multihost.os, "_exit", leave)
+  monkeypatch.setattr(multihost, "say_last", said.append)
+  monkeypatch.setattr(multihost.orbax_multihost, "get_barrier_sync_fn", lambda: lambda **_: None)
+  return store, said
+
+
+def test_a_process_that_fails_says_so_before_it_leaves(ending):
+  store, _ = ending
+  with pytest.raises(ExitedError, match=r"^70$"):
+    multihost.leave(70, "not finite")
+  assert json.loads(store.said) == [70, 3, "not finite"]
+  with pytest.raises(ExitedError, match=r"^2$"):
+    multihost.leave(2, "another, later")
+  assert json.loads(store.said) == [70, 3, "not finite"]  # the first is the reason
+
+
+def test_a_process_that_lost_another_says_nothing(ending):
+  store, _ = ending
+  with pytest.raises(ExitedError, match=r"^75$"):
+    multihost.leave(75, "another is gone", together=False)
+  assert store.said is None
+
+
+def test_a_process_that_hears_of_a_failure_ends_with_its_code(ending):
+  store, said = ending
+  store.said = json.dumps([1, 0, "ValueError: no"])
+  with pytest.raises(ExitedError, match=r"^1$"):
+    multihost._listen()
+  assert said == ["process 0 ended: ValueError: no"]
+  assert multihost.failure_of_another() == (1, "process 0 ended: ValueError: no")
+
+
+def test_a_process_that_ends_with_an_error_of_its_own_is_left_alone(ending):
+  store, said = ending
+  store.said = json.dumps([70, 0, "not finite"])
+  multihost._leaving.set()
+  multihost._listen()
+  assert said == []
+  assert multihost.failure_of_another() is None
 
 
 def test_rows_of_one_process_are_all_rows():
@@ -296,3 +448,31 @@ def test_a_process_that_stands_still_is_given_up(tmp_path):
   processes[1].kill()
   assert code == 75, err
   assert "has not answered for 10 seconds" in err.strip().splitlines()[-1]
+
+
+# A grader that raises on one process alone: tests.tasks.parity_task, and a failure.
+GRADER = """
+import dataclasses, jax
+from tests.tasks.parity_task import Parity
+
+class Failing(Parity):
+  def grade(self, text, record, protocol="strict"):
+    if jax.process_index() == {process}:
+      raise ValueError("Gloo: a grader's own failure")
+    return super().grade(text, record, protocol)
+
+build = Failing
+"""
+
+
+@pytest.mark.slow  # two processes that train until the first validation
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_failure_of_one_process_ends_all_with_its_code(tmp_path, process):
+  """Not with 75, which a launcher would try again."""
+  (tmp_path / "task.py").write_text(GRADER.format(process=process))
+  own = ["--config.task.module=" + str(tmp_path / "task.py"), "--config.sft.steps=2", "--config.task.style=terse"]
+  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path / "run"), *own))
+  assert [code for code, _, _ in found] == [1, 1], found
+  assert "a grader's own failure" in found[process][2]
+  said = found[1 - process][2].strip().splitlines()[-1]
+  assert said == f"d1jax: process {process} ended: ValueError: Gloo: a grader's own failure"

@@ -136,6 +136,8 @@ def test_a_warm_up_of_most_of_the_run_is_warned_about(steps, warned, caplog):
     " grpo.learning_rate=3e-06: lower warmup_steps, or raise steps"
   )
   assert caplog.messages == ([text] if warned else [])
+
+
 def test_greedy_rollouts_are_refused_where_groups_are_compared(tmp_path):
   config = jobs.small(tmp_path, rollout__temperature=0.0)
   with pytest.raises(ValueError, match=r"rollout\.temperature=0 gives every prompt the same answer"):

@@ -4,11 +4,8 @@ import json
 import shutil
 import signal
 
-import jax
-import jax.numpy as jnp
 import pytest
 
-from d1jax.errors import OutOfMemoryError, RunError, StorageError, explained, is_storage_failure
 from d1jax.training.metrics import read_records
 from tests import jobs
 
@@ -153,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_own_code(tmp_path):
   assert code == 70
   said = err.strip().splitlines()[-1]
   assert "loss or gradient is not finite" in said
-  assert "do not retry" in said
+  assert "the same command goes on with the next batch" in said
   saved = [p for p in (tmp_path / "checkpoints" / "sft").iterdir() if p.name.isdigit()]
   assert saved, "the last finite state is saved"
 
@@ -197,27 +194,3 @@ def test_a_wrong_command_line_is_one_line(arguments, message):
   assert len(err.splitlines()) == 1
   assert err.startswith("d1jax: ")
   assert message in err
-
-
-def test_device_memory_that_runs_out_names_the_micro_batch():
-  said = pytest.raises(OutOfMemoryError, match=r"grpo: device memory ran out.*--config\.grpo\.accumulation=4")
-  with said, explained("grpo", "smaller micro-batches: --config.grpo.accumulation=4"):
-    jax.jit(lambda: jnp.zeros((1 << 46,), jnp.int8))().block_until_ready()
-
-
-def test_other_failures_pass_unchanged():
-  with pytest.raises(ZeroDivisionError), explained("grpo", ""):
-    _ = 1 / 0
-  with pytest.raises(RunError, match=r"^mine$"), explained("grpo", ""):
-    raise RunError("mine")
-
-
-def test_a_storage_failure_is_found_behind_other_exceptions():
-  full = OSError(28, "No space left on device")
-  assert is_storage_failure(full)
-  wrapped = ValueError("write failed")
-  wrapped.__cause__ = full
-  assert is_storage_failure(wrapped)
-  assert not is_storage_failure(ValueError("write failed"))
-  with pytest.raises(StorageError), explained("sft", ""):
-    raise wrapped

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from d1jax.models import lora
 from d1jax.models.transformer import TransformerSize, build
 from d1jax.training import optimizer
 
@@ -38,15 +39,25 @@ def test_an_unknown_decay_is_refused():
     optimizer.schedule(1.0, 10, 0, "cosine")
 
 
-def test_all_but_the_norm_scales_decay():
-  shapes = jax.eval_shape(build(TransformerSize(8, 8, 2, 8, 1)).init, jax.random.key(0))
+def test_all_but_the_norm_scales_and_the_biases_decay():
+  shapes = jax.eval_shape(build(TransformerSize(8, 8, 2, 8, 1, qkv_bias=True)).init, jax.random.key(0))
   marked = jax.tree_util.tree_leaves_with_path(optimizer.decayed(shapes))
   kept = {jax.tree_util.keystr(path) for path, decays in marked if not decays}
   assert kept == {
+    "['blocks']['attention']['key_bias']",
+    "['blocks']['attention']['query_bias']",
+    "['blocks']['attention']['value_bias']",
     "['blocks']['attention_norm']['scale']",
     "['blocks']['mlp_norm']['scale']",
     "['final_norm']['scale']",
   }
+
+
+def test_adapters_decay():
+  """Those of a network with biases too: an adapter is of a weight."""
+  shapes = jax.eval_shape(build(TransformerSize(8, 8, 2, 8, 1, qkv_bias=True)).init, jax.random.key(0))
+  adapters = jax.eval_shape(lambda key: lora.init(key, lora.LoraSpec(2, 2.0), shapes), jax.random.key(0))
+  assert all(jax.tree.leaves(optimizer.decayed(adapters)))
 
 
 def adamw(params, gradients, *, rate, b1, b2, decay, clip):
@@ -60,7 +71,7 @@ def adamw(params, gradients, *, rate, b1, b2, decay, clip):
   return params
 
 
-@pytest.mark.parametrize(("name", "decays"), [("weight", 1.0), ("final_norm", 0.0)])
+@pytest.mark.parametrize(("name", "decays"), [("weight", 1.0), ("final_norm", 0.0), ("key_bias", 0.0)])
 def test_steps_are_adamw_behind_a_clip(name, decays):
   rng = np.random.default_rng(0)
   start, gradients = rng.normal(size=4), [rng.normal(size=4) for _ in range(3)]

@@ -20,7 +20,7 @@ from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
 from d1jax.training.workdir import read_tokenizer
 from tests import runs
-from tests.jobs import small, started
+from tests.jobs import small
 
 
 @pytest.fixture(scope="module")
@@ -224,26 +224,6 @@ def test_sft_alone(tmp_path, capsys):
   assert results["after"]["n"] == 24
   assert results["checkpoint"].startswith(str(tmp_path / "checkpoints" / "sft"))
   assert "SFT + diffu-GRPO" not in capsys.readouterr().out
-
-
-@pytest.mark.slow(reason="runs the recipe")
-def test_nothing_is_compiled_after_the_first_iterations(tmp_path, monkeypatch):
-  """Validation, saving and dumping included; counted by JAX's own monitoring events."""
-  compilations = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda name, seconds, **_: compilations.append(name) if name.endswith("backend_compile_duration") else None
-  )
-  counts = []
-  original = grpo.summarise
-
-  def counting(*arguments):
-    counts.append(len(compilations))
-    return original(*arguments)
-
-  monkeypatch.setattr(grpo, "summarise", counting)
-  recipe.run(started(tmp_path, grpo__validate_every=1, grpo__dump_every=1))
-  assert counts[0] > 0, "the listener hears nothing"
-  assert counts[1:] == [counts[1]] * 5, f"compilations by iteration: {counts}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""What the loop saves, and what a person who follows its messages meets."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from d1jax.errors import NotFiniteError, PreemptedError
+from d1jax.state import TrainState, all_finite, apply_gradients, create
+from d1jax.training import loop, profile
+from d1jax.training.checkpoint import Checkpoints, Restored
+from d1jax.training.interrupts import Interrupts
+
+STEPS = 8
+
+
+def fresh(optimizer: optax.GradientTransformation) -> TrainState:
+  return create(lambda _: {"w": jnp.ones((3,))}, optimizer, jax.random.key(0), jax.random.key(1))
+
+
+def run(folder, *, losses=(), rate=0.1, validate_every=3, stop_at=None):
+  """Runs, or goes on with, a stage whose iteration i has the loss `losses[i]`, 1 where nothing is said."""
+  optimizer = optax.adam(rate)
+  checkpoints = Checkpoints(folder / "checkpoints" / "sft")
+  start = checkpoints.restore_latest(jax.eval_shape(lambda: fresh(optimizer))) or Restored(0, fresh(optimizer), {})
+
+  class Stopping(Interrupts):
+    def pending(self):
+      self._agreed = 3 if asked and asked[-1] == stop_at else 0
+      return self._agreed > 0
+
+  asked: list[int] = []
+
+  def advance(state, iteration):
+    asked.append(iteration + 1)
+    loss = dict(losses).get(iteration + 1, 1.0)
+    finite = jnp.isfinite(loss)
+    state = apply_gradients(state, {"w": jnp.full((3,), loss)}, optimizer, finite)
+    return state, {"loss": float(loss), "finite": float(finite), "tokens": 1.0, "seconds": 1.0}
+
+  stage = loop.Stage(
+    "sft",
+    STEPS,
+    advance,
+    lambda trainable: 0.0,
+    jax.jit(all_finite),
+    validate_every,
+    ("loss",),
+    {"config": {}, "base": None},
+    0.0,
+    profile.Profile(range(0), "sft", folder / "profile"),
+  )
+  try:
+    loop.run(stage, start, checkpoints, folder, Stopping())
+  finally:
+    checkpoints.close()
+  return asked
+
+
+def saved(folder) -> dict[int, np.ndarray]:
+  """The weights of each checkpoint."""
+  checkpoints = Checkpoints(folder / "checkpoints" / "sft")
+  abstract = jax.eval_shape(lambda: fresh(optax.adam(0.1)))
+  return {step: np.asarray(checkpoints.restore_trainable(step, abstract)["w"]) for step in checkpoints.steps()}
+
+
+def refusal(folder, **options) -> str:
+  with pytest.raises(NotFiniteError) as caught:
+    run(folder, **options)
+  assert caught.value.exit_code == 70
+  assert "\n" not in str(caught.value)
+  return str(caught.value)
+
+
+def test_a_refused_step_is_left_out_and_the_same_command_goes_on_with_the_next_batch(tmp_path):
+  message = refusal(tmp_path, losses={5: np.nan})
+  assert message.startswith("sft iteration 5: loss or gradient is not finite (loss nan). The step was left out")
+  assert f"saved in {tmp_path}/checkpoints/sft/5: the same command goes on with the next batch" in message
+  weights = saved(tmp_path)
+  assert sorted(weights) == [3, 5]
+  assert np.isfinite(weights[5]).all()
+  assert (weights[5] != weights[3]).all()  # the fourth step is in it
+  assert run(tmp_path, losses={5: np.nan}) == [6, 7, 8]
+  records = [json.loads(line)["iteration"] for line in (tmp_path / "metrics.jsonl").open()]
+  assert records == list(range(1, STEPS + 1))
+
+
+def test_where_every_step_is_refused_a_person_can_go_back(tmp_path):
+  for iteration in (5, 6):
+    message = refusal(tmp_path, losses=dict.fromkeys((5, 6), np.inf))
+    assert f"/sft/{iteration}: the same command goes on with the next batch" in message
+  assert f"or delete the newest checkpoints in {tmp_path}/checkpoints/sft to go on from an earlier one" in message
+  for step in (5, 6):
+    shutil.rmtree(tmp_path / "checkpoints" / "sft" / str(step))
+  assert run(tmp_path, rate=0.01)[0] == 4
+
+
+@pytest.mark.parametrize("validate_every", [1, 3])
+@pytest.mark.parametrize("rate", [np.nan, np.inf, 3.4e38])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, rate, validate_every):
+  losses = {1: 2.0}
+  message = refusal(tmp_path, losses=losses, rate=rate, validate_every=validate_every)
+  assert "a step made weights that are not finite. They are not saved" in message
+  assert "lower --config.sft.learning_rate or --config.sft.max_grad_norm, which may change here" in message
+  assert all(np.isfinite(weights).all() for weights in saved(tmp_path).values())
+  assert run(tmp_path, losses=losses)[-1] == STEPS  # a lower rate, in the same folder
+
+
+def test_a_stop_does_not_save_weights_that_are_not_finite(tmp_path):
+  assert "They are not saved" in refusal(tmp_path, rate=np.nan, validate_every=100, stop_at=2)
+  assert saved(tmp_path) == {}
+
+
+def test_a_stop_saves(tmp_path):
+  with pytest.raises(PreemptedError, match="SIGTERM: saved at sft iteration 2; run the same command again to go on"):
+    run(tmp_path, stop_at=2)
+  assert sorted(saved(tmp_path)) == [2]
+  assert run(tmp_path)[0] == 3
+
+
+def test_what_is_trained_is_read_without_the_moments(tmp_path):
+  run(tmp_path)
+  checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft")
+  abstract = jax.eval_shape(lambda: fresh(optax.adam(0.1)))
+  before = {id(x) for x in jax.live_arrays()}
+  step, trainable = checkpoints.best_trainable(abstract)
+  assert step == STEPS
+  made = [x for x in jax.live_arrays() if id(x) not in before and x.dtype == jnp.float32]
+  assert sum(x.nbytes for x in made) == trainable["w"].nbytes
+
+
+def test_every_moment_is_looked_at():
+  state = fresh(optax.adam(0.1))
+  assert bool(all_finite(state))
+  for i, leaf in enumerate(leaves := jax.tree.leaves(state.opt_state)):
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+      broken = [x.at[0].set(jnp.inf) if i == j else x for j, x in enumerate(leaves)]
+      assert not bool(
+        all_finite(state._replace(opt_state=jax.tree.unflatten(jax.tree.structure(state.opt_state), broken)))
+      )
