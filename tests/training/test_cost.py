@@ -214,7 +214,7 @@ def test_steps_that_confidence_saves_are_not_counted(early_exit):
   assert reach.rows.shape == reach.steps.shape == (1, spec.blocks)
 
 
-@pytest.mark.slow(reason="builds the experiment and compiles its programs")
+@pytest.mark.slow(reason="compiles rollouts of four batches")
 def test_processes_put_together_what_their_rows_say(monkeypatch):
   monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
   chunks = [Stopping(3).sample(LONG, stops) for stops in (STOPS, STOPS[::-1])]
