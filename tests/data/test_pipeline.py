@@ -138,6 +138,7 @@ def test_every_stretch_of_a_mix_holds_its_parts_in_proportion(weights, share):
   assert np.abs(drawn - exact).max() <= 1
 
 
+@pytest.mark.slow(reason="draws many thousands of prompts")
 def test_each_part_of_a_mix_has_the_order_that_it_has_alone():
   parts = [Part(FIRST, 1), Part(SECOND, 2)]
   mixed = order_of(stream(parts=parts), 60)

@@ -150,6 +150,7 @@ def test_batches_come_in_an_order_of_their_own_every_pass():
   assert {order[0] for order in orders} == {2, 5}
 
 
+@pytest.mark.few(3, reason="each case walks through an epoch again and again")
 @pytest.mark.parametrize("position", [1, PER_PASS - 1, PER_PASS, PER_PASS + 1, 3 * PER_PASS, 17])
 def test_starting_at_a_position_is_walking_there(position):
   walked = take(stream(), position + 6)[position:]

@@ -117,6 +117,7 @@ def test_the_completion_mask_stops_at_the_first_stop_id():
   assert 0 < stopped < 64, "the fixture should have rows of both kinds"
 
 
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
 def test_an_early_exit_changes_nothing_up_to_the_stop(schedule, cfg_scale):

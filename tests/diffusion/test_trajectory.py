@@ -48,6 +48,7 @@ def naive(rollout, spec) -> np.ndarray:
   return found
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("spec", [EXACT, STALE], ids=["exact", "stale"])
 def test_tokens_score_what_the_network_says_of_their_state(spec):
   rollout = drawn(spec)
@@ -67,6 +68,7 @@ def test_rollouts_in_exact_mode_weigh_one():
   assert float(effective_sample_size(weight_sums(weights, rollout.completion_mask))) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("cap", [1.02, 1.2])
 def test_rollouts_of_a_stale_cache_weigh_what_the_network_thinks_of_them(cap):
   rollout = drawn(STALE, batch=16)
@@ -123,6 +125,7 @@ def test_one_segment_is_one_step_with_the_whole_prompt():
   )
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("segments", [1, 2, 3])
 def test_a_segment_is_scored_where_it_starts_wherever_blocks_end(segments):
   """Two blocks of three steps: runs of six, of three, and of two steps, the second of which is in both blocks."""
@@ -134,6 +137,7 @@ def test_a_segment_is_scored_where_it_starts_wherever_blocks_end(segments):
   np.testing.assert_allclose(found.logp, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("samples", [1, 3, 9])
 def test_sampled_steps_are_unbiased_for_all_of_them(samples):
   spec, each = dataclasses.replace(TRUTH.spec, diffusion_steps=4, block_length=2), 3000

@@ -47,6 +47,7 @@ def last_line(capsys) -> dict:
   return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.few(2, reason="each case grades thousands of generations")
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_d1s_published_accuracies_to_the_digit(data_root, task, tmp_path, capsys):
   results = grade(published(data_root, task), task, tmp_path, protocol="d1")

@@ -85,6 +85,7 @@ def naive(params, size, tokens, start, key, value):
   return norm(x, p["final_norm"]["scale"])
 
 
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", SIZES)
 def test_the_window_that_covers_the_canvas_is_encode(name):
   network, params, encode, window = model(name)

@@ -331,6 +331,7 @@ def test_merge_for_rollout_merges_a_float_base(params):
   jax.tree.map(np.testing.assert_array_equal, found, lora.merged(lora.overlay(params, adapter)))
 
 
+@pytest.mark.slow(reason="compiles an update on two meshes")
 def test_adapters_are_trained_saved_and_restored_on_another_mesh(tmp_path, network):
   """AdamW, donation and Orbax see the tree as any other; its static parts come from the abstract state."""
   spec, optimizer = LoraSpec(4, 8.0, 0.1), optax.adamw(1e-2)

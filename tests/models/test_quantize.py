@@ -201,6 +201,7 @@ def test_a_product_is_that_with_the_dequantised_matrix(kind, dtype):
   np.testing.assert_allclose(np.asarray(y, np.float64), plain, atol=1e-4 if dtype == jnp.float32 else 0.3)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("kind", quantize.KINDS)
 def test_the_gradient_flows_to_the_activations(kind):
   q = quantize_(jnp.asarray(normal(64, 6)), kind)

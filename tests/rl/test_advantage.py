@@ -25,6 +25,7 @@ def naive(name: str, rewards: np.ndarray) -> list[float]:
   return found
 
 
+@pytest.mark.few(5, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("group", [2, 6, 24])
 @every
 def test_the_advantage_is_a_loop_over_a_groups_samples(name, group):

@@ -168,6 +168,7 @@ def test_a_worker_that_dies_is_replaced_and_every_batch_is_graded(tmp_path, capl
   assert "a process that grades echo died; its batch is graded again" in caplog.text
 
 
+@pytest.mark.slow(reason="starts workers again and again")
 def test_a_batch_that_always_kills_its_worker_is_an_error():
   texts, records = batch(8)
   with Grader(Dying(), 2) as grader:
@@ -176,6 +177,7 @@ def test_a_batch_that_always_kills_its_worker_is_an_error():
     assert len(grader.submit(texts, records, "strict")()) == 8, "the next batch is graded"
 
 
+@pytest.mark.slow(reason="starts workers again and again")
 def test_workers_that_are_terminated_between_batches_are_replaced():
   texts, records = batch(40)
   with Grader(Echo(), 2) as grader:
@@ -235,6 +237,7 @@ def test_a_bad_grade_of_a_worker_is_the_same_error_and_the_next_batch_is_graded(
     assert len(grader.submit(texts, records, "strict")()) == 8
 
 
+@pytest.mark.slow(reason="starts workers again and again")
 def test_closing_ends_the_workers_and_a_later_batch_starts_new_ones():
   grader = Grader(Echo(), 2)
   with grader:

@@ -230,6 +230,7 @@ def test_the_distance_to_the_reference_is_zero_at_it_and_known_without_a_penalty
   assert without == penalised
 
 
+@pytest.mark.few(7, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("rubbish", [np.inf, -np.inf, np.nan, 1e30, -1e30])
 @every_loss
 def test_tokens_without_weight_reach_neither_value_nor_gradient(name, rubbish):

@@ -44,6 +44,7 @@ def check_no_leak(records_of):
   assert len(set.union(*seen)) == sum(map(len, seen))
 
 
+@pytest.mark.slow(reason="draws and reads every problem")
 def test_no_leak_generated_or_read(data_root):
   check_no_leak(generated)
   # So few multisets exist here that splits would share some by chance.

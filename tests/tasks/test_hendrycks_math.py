@@ -36,6 +36,7 @@ def test_the_files_are_read_whole(records, data_root):
   json.dumps(records["train"][:2])
 
 
+@pytest.mark.slow(reason="grades every problem")
 def test_demonstrations_are_right_and_the_baseline_seldom(records):
   task = HendrycksMath()
   for record in records["demonstrations"]:

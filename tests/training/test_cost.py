@@ -108,6 +108,7 @@ def zeros(shapes):
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @either
 @pytest.mark.parametrize(("mu", "accumulation", "beta"), [(1, 1, 0.0), (1, 2, 0.1), (3, 1, 0.0), (4, 2, 0.1)])
 def test_score_and_update(adapters, mu, accumulation, beta):

@@ -98,6 +98,7 @@ def test_adapters_are_added_into_a_float_base(tmp_path, rules):
   assert (publisher.received_bytes > 0) == (rules is not None)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_moves_in_its_few_bits(tmp_path, kind):
   few = {"model__quantize": kind, "lora__rank": 4, "model__overrides__embed": 256, "model__overrides__mlp": 256}
