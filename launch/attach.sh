@@ -15,7 +15,7 @@
 own() {
   mkdir -m 700 -- "$1" 2>/dev/null || true
   if [[ -L $1 || ! -d $1 || $(stat -c %u -- "$1") != "$UID" ]]; then
-    fail "$1 is not a folder of $(id -un)'s own: somebody else made it; have it removed, or set TMPDIR to a folder of yours"
+    fail "$1 is not a folder of $(id -un)'s own: have it removed, or set TMPDIR to a folder of yours"
   fi
   chmod 700 -- "$1"
 }

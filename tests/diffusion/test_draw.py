@@ -126,6 +126,7 @@ def test_a_single_possible_token_is_always_drawn():
   assert (np.asarray(inverse_cdf(logits, uniforms(100))) == 3).all()
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("size", [TILE + 1, 4 * TILE, 5 * TILE - 3])
 def test_a_draw_through_tiles_is_a_search_in_the_cumulative_sum(size):
   logits, uniform = random_logits(10, 100, size).at[:, :, 7:90:3].set(-jnp.inf), uniforms(10, 100)

@@ -81,6 +81,7 @@ ESTIMATORS = {
 }
 
 
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_mean_over_many_masks_is_what_the_mathematics_says(name):
   estimator, expected = ESTIMATORS[name]
@@ -130,6 +131,7 @@ FAST = [
 ]
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("estimator", FAST, ids=["coupled", "elbo", "quadrature"])
 def test_rows_stand_alone(estimator):
   check_rows_stand_alone(estimator)
@@ -141,6 +143,7 @@ def test_a_tile_of_the_vocabulary_changes_nothing():
   np.testing.assert_allclose(whole.logp, tiled.logp, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(reason="compiles large programs")
 def test_memory_does_not_grow_with_samples():
   few, many_samples = (gradient_bytes(functools.partial(elbo, samples=n)) for n in (2, 16))
   assert many_samples <= 1.03 * few

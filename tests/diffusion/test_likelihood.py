@@ -89,6 +89,7 @@ def tile_case(tile):
   return objective, (PARAMS, hidden), token_logps(toy.DENOISER, PARAMS, hidden, tokens, tile)
 
 
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("tile", [1, 3, 13, 100])
 def test_tiles_change_neither_values_nor_gradients(tile):
   whole, args, logps = tile_case(None)

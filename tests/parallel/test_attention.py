@@ -103,6 +103,7 @@ def test_blocks_are_few_and_waste_little():
     assert padded // block == -(-length // kernels.BLOCK)
 
 
+@pytest.mark.few(2, reason="the kernel is interpreted")
 @pytest.mark.parametrize(
   ("sizes", "rules"),
   [

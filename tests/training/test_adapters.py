@@ -254,6 +254,7 @@ def export_config(**fields) -> ConfigDict:
   return config
 
 
+@pytest.mark.slow(reason="compiles merges of a run on every device")
 def test_a_run_is_exported_merged_and_read_again(sft, folder, tmp_path):
   workdir, config, _ = sft
   target = export.run(export_config(checkpoint=workdir, output=tmp_path / "merged"))
