@@ -147,7 +147,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   silent = {item.nodeid for item in items for mark in item.iter_markers("slow") if not mark.kwargs.get("reason")}
   if silent:
     names = "\n  ".join(sorted(silent))
-    raise pytest.UsageError(f'a slow test says why: @pytest.mark.slow(reason="..."):\n  {names}')
+    refusal = f'a slow test says why: @pytest.mark.slow(reason="..."):\n  {names}'
+    (FOLDER / "refusal").write_text(refusal)
+    raise pytest.UsageError(refusal)
+
+
+def pytest_unconfigure() -> None:
+  """Says what a worker refused, which pytest-xdist does not."""
+  if not IS_WORKER and (FOLDER / "refusal").exists():
+    print((FOLDER / "refusal").read_text())
 
 
 @pytest.hookimpl(trylast=True)  # the workers have ended by then

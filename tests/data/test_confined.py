@@ -158,7 +158,7 @@ def test_the_process_imports_little():
   subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.slow  # 300 folders, each read by the process; some end it
+@pytest.mark.slow(reason="300 folders, each read by the process; some end it")
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_whatever_a_folder_says_is_a_tokenizer_or_an_error(data):

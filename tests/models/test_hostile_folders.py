@@ -12,7 +12,7 @@ from d1jax.models.tensor_files import INDEX, TensorFiles
 from d1jax.pretrained import inspect
 from tests import hub
 
-pytestmark = pytest.mark.slow  # hundreds of folders, each read whole
+pytestmark = pytest.mark.slow(reason="hundreds of folders, each read whole")
 
 JSON_FILES = ("config.json", INDEX)
 ODD = [

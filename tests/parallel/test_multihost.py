@@ -465,7 +465,7 @@ build = Failing
 """
 
 
-@pytest.mark.slow  # two processes that train until the first validation
+@pytest.mark.slow(reason="two processes that train until the first validation")
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_failure_of_one_process_ends_all_with_its_code(tmp_path, process):
   """Not with 75, which a launcher would try again."""

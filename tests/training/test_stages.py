@@ -20,7 +20,7 @@ from d1jax.training import loop, recipe
 from d1jax.training.checkpoint import Checkpoints
 from tests.jobs import small
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(reason="each runs the recipe or a part of it")
 
 STEPS = {"sft__steps": 4, "sft__validate_every": 2, "grpo__steps": 4, "grpo__validate_every": 2}
 
