@@ -44,6 +44,9 @@ def _open() -> Path:
   if IS_WORKER:
     return Path(os.environ[VARIABLE])
   os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # pytest's own folders stay where they are
+  for number in (signal.SIGINT, signal.SIGHUP):  # nohup and background jobs of a shell ignore them, and so would tests
+    if signal.getsignal(number) is signal.SIG_IGN:
+      signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
   folder = Path(tempfile.mkdtemp(prefix="d1jax-tests-"))
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   for name in ("tmp", "cache", "shared"):

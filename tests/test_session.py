@@ -47,7 +47,8 @@ def test_few_cases_are_quick_and_from_all_over():
 
 
 @pytest.mark.parametrize("mark", [pytest.mark.slow, pytest.mark.slow(reason=""), pytest.mark.few(1)])
-def test_a_slow_test_says_why(mark):
+def test_a_slow_test_says_why(mark, tmp_path, monkeypatch):
+  monkeypatch.setattr(session, "FOLDER", tmp_path)
   items = [Item(f"t.py::test[{i}]", mark) for i in range(2)]
   with pytest.raises(pytest.UsageError, match=r"a slow test says why: .*reason=.*\n  t\.py::test\[1\]"):
     session.pytest_collection_modifyitems(items[1:] if mark.name == "slow" else items)

@@ -155,13 +155,18 @@ def test_the_folder_is_named_by_what_is_evaluated(finished, tmp_path):
 
 
 def test_any_mix_of_tasks_and_lengths(finished, tmp_path, capsys):
+  """One of one's own among them."""
   workdir, _ = finished
-  fields = {"lengths": (12, 24), "block_length": 12, "tokens_per_step": 3, "questions": 4, "prompt_buckets": (16, 64)}
-  results = evaluate(workdir, tmp_path, "tiny,sudoku,countdown", **fields)
+  module = str(Path(__file__).parents[1] / "tasks" / "parity_task.py")
+  fields = {"questions": 4, "prompt_buckets": (16, 64), "module": module}
+  steps = {"lengths": (12, 24), "block_length": 12, "tokens_per_step": 3}
+  results = evaluate(workdir, tmp_path / "both", "tiny,sudoku", **fields, **steps)
   names = [(arm["task"], arm["length"], arm["sampler"]["diffusion_steps"]) for arm in results["arms"]]
-  assert names == [("sudoku", 12, 4), ("sudoku", 24, 8), ("countdown", 12, 4), ("countdown", 24, 8)]
+  assert names == [("sudoku", 12, 4), ("sudoku", 24, 8), ("parity", 12, 4), ("parity", 24, 8)]
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()[-4:]]
   assert [(line["task"], line["length"], line["n"]) for line in lines] == [(t, n, 4) for t, n, _ in names]
+  with pytest.raises(RunError, match="unknown protocol 'd1'; choose one of: strict"):
+    evaluate(workdir, tmp_path / "d1", protocol="d1", **fields)
 
 
 def test_a_cache_and_a_schedule_are_those_of_the_rollouts_or_said():
@@ -215,16 +220,6 @@ def test_an_evaluation_with_a_cache_says_so(finished, tmp_path, capsys):
   assert "dual threshold" in shown
   assert exact["arms"][0]["summary"]["forward_passes"] == 8
   assert 4 <= arm["summary"]["forward_passes"] <= 24
-
-
-def test_a_task_of_ones_own_beside_others(finished, tmp_path):
-  workdir, _ = finished
-  module = str(Path(__file__).parents[1] / "tasks" / "parity_task.py")
-  fields = {"questions": 4, "prompt_buckets": (64,), "module": module}
-  results = evaluate(workdir, tmp_path / "both", "tiny,countdown", **fields)
-  assert [arm["task"] for arm in results["arms"]] == ["countdown", "parity"]
-  with pytest.raises(RunError, match="unknown protocol 'd1'; choose one of: strict"):
-    evaluate(workdir, tmp_path / "d1", protocol="d1", **fields)
 
 
 def test_a_checkpoint_that_validation_did_not_choose_may_not_meet_the_test_split(finished, tmp_path):

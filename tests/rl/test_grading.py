@@ -30,6 +30,9 @@ class Letters:
   def decode_raw(self, rows):
     raise NotImplementedError
 
+  def unknown(self, text):
+    raise NotImplementedError
+
   def decode_all(self, rows):
     return ["".join("." if i == 0 else chr(96 + i) for i in row) for row in rows]
 

@@ -148,12 +148,12 @@ def numbers(target: float, *nums: int) -> dict:
     ("countdown", numbers(24, 2, 3, 4), "<answer>\\boxed{2*3*4}</answer>", {"countdown": 0.1}, 1, 1),
     ("countdown", numbers(24, 2, 3, 4), "<answer>2*3*4</answer>", {"countdown": 1.0}, 1, 0),
     ("countdown", numbers(6, 2, 3, 4), "<answer>2*3</answer>", {"countdown": 0.1}, 0, 0),
+    ("countdown", numbers(5, 2, 3, 4), "<answer>-2+3+4</answer>", {"countdown": 1.0}, 1, 0),
+    ("countdown", numbers(24, 2, 3, 4), "<answer>2*3*4.</answer>", {"countdown": 1.0}, 1, 0),
     # What the task forbids.
     ("countdown", numbers(32, 2, 3, 4), "<answer>2**3*4</answer>", {"countdown": 1.0}, 0, 0),
     ("countdown", numbers(6, 2, 3, 7), "<answer>7//2+3</answer>", {"countdown": 1.0}, 0, 0),
-    ("countdown", numbers(5, 2, 3, 4), "<answer>-2+3+4</answer>", {"countdown": 1.0}, 0, 0),
     ("countdown", numbers(1.7, 4, 2, 3), "<answer>4-2.3</answer>", {"countdown": 1.0}, 0, 0),
-    ("countdown", numbers(24, 2, 3, 4), "<answer>2*3*4.</answer>", {"countdown": 1.0}, 0, 0),
     ("countdown", numbers(32, 2, 3, 4), "\\boxed{2**3*4}", {"countdown": 0.0}, 0, 1),
     ("countdown", numbers(6, 2, 3, 7), "\\boxed{7//2+3}", {"countdown": 0.0}, 0, 1),
     ("countdown", numbers(1, 97, 98, 99), "<answer>\\boxed{99**98**97}</answer>", {"countdown": 0.1}, 0, 0),
@@ -161,7 +161,7 @@ def numbers(target: float, *nums: int) -> dict:
     # One stored solution, its empty cells alone, digits from anywhere in the block.
     ("sudoku", {"puzzle": PUZZLE, "solution": SOLVED}, f"<answer>{SOLVED}</answer>", {"sudoku": 1.0}, 1, 8),
     ("sudoku", {"puzzle": PUZZLE, "solution": SOLVED}, f"<answer>1434{SOLVED[4:]}</answer>", {"sudoku": 1.0}, 0, 8),
-    ("sudoku", {"puzzle": PUZZLE, "solution": SOLVED}, f"<answer>[{SOLVED}]</answer>", {"sudoku": 1.0}, 0, 2),
+    ("sudoku", {"puzzle": PUZZLE, "solution": SOLVED}, f"<answer>[{SOLVED}]</answer>", {"sudoku": 1.0}, 1, 2),
     ("sudoku", {"puzzle": PUZZLE, "solution": SOLVED}, SOLVED, {"sudoku": 0.0}, 1, 8),
     (
       *("sudoku", {"puzzle": "1234341200000000", "solution": "1234341221434321"}),

@@ -26,7 +26,7 @@ def test_workers_change_no_number(tmp_path):
 
 
 def test_a_wrong_number_of_workers_claims_no_folder(tmp_path):
-  with pytest.raises(RunError, match="-2 grading workers: give 0"):
+  with pytest.raises(RunError, match=r"grpo\.grading_workers=-2 must be a whole number of at least 0"):
     recipe.run(small(tmp_path / "run", grpo__grading_workers=-2))
   assert not (tmp_path / "run").exists()
 
@@ -107,20 +107,23 @@ def test_the_recorded_states_train_as_well(tmp_path, cap):
     assert "drift/logp_difference" not in record
 
 
+GREEDY = {"rollout__temperature": 0.0, "rollout__remasking": "random"}
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
     ({"grpo__estimator": "two_step"}, "unknown grpo.estimator 'two_step'; choose one of: one_step, "),
     ({"grpo__loss": "likelihood"}, "grpo.epsilon=0.5 clips a ratio, but grpo.loss=likelihood has none"),
     ({"grpo__reward_weights": "sloved=1"}, "names 'sloved', which is no component; known: constraints, solved"),
-    ({"grpo__oversample": 0}, "grpo.oversample is 0; it must be at least 1"),
+    ({"grpo__oversample": 0}, "grpo.oversample=0 must be a whole number of at least 1"),
     ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states .* shifts the data, not the ratio"),
     ({"grpo__importance_cap": 0.0, "grpo__estimator": "step_merged"}, "importance_cap=0.0 must be positive"),
     (
-      {"grpo__importance_cap": 2.0, "grpo__estimator": "step_merged", "rollout__temperature": 0.0},
+      {"grpo__importance_cap": 2.0, "grpo__estimator": "step_merged", **GREEDY},
       "importance_cap=2.0 .* compare the probabilities of draws, but rollout.temperature=0 takes the argmax",
     ),
-    ({"rollout__cache": "dual", "rollout__temperature": 0.0}, "drift_every=4 compare the probabilities of draws"),
+    ({"rollout__cache": "dual", **GREEDY}, "drift_every=4 compare the probabilities of draws"),
     ({"grpo__drift_every": -1}, "grpo.drift_every is -1"),
     ({"grpo__drift_every": 0, "grpo__drift_limit": 0.1}, "grpo.drift_limit is 0.1 with grpo.drift_every=0"),
     ({"grpo__drift_limit": -0.1}, "grpo.drift_limit is -0.1"),

@@ -25,7 +25,7 @@ def fresh(optimizer: optax.GradientTransformation) -> TrainState:
 def run(folder, *, losses=(), rate=0.1, validate_every=3, stop_at=None):
   """Runs, or goes on with, a stage whose iteration i has the loss `losses[i]`, 1 where nothing is said."""
   optimizer = optax.adam(rate)
-  checkpoints = Checkpoints(folder / "checkpoints" / "sft")
+  checkpoints = Checkpoints(folder / "checkpoints" / "sft", writes=True)
   start = checkpoints.restore_latest(jax.eval_shape(lambda: fresh(optimizer))) or Restored(0, fresh(optimizer), {})
 
   class Stopping(Interrupts):
@@ -63,7 +63,7 @@ def run(folder, *, losses=(), rate=0.1, validate_every=3, stop_at=None):
 
 def saved(folder) -> dict[int, np.ndarray]:
   """The weights of each checkpoint."""
-  checkpoints = Checkpoints(folder / "checkpoints" / "sft")
+  checkpoints = Checkpoints(folder / "checkpoints" / "sft", writes=True)
   abstract = jax.eval_shape(lambda: fresh(optax.adam(0.1)))
   return {step: np.asarray(checkpoints.restore_trainable(step, abstract)["w"]) for step in checkpoints.steps()}
 
@@ -124,7 +124,7 @@ def test_a_stop_saves(tmp_path):
 
 def test_what_is_trained_is_read_without_the_moments(tmp_path):
   run(tmp_path)
-  checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft")
+  checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft", writes=True)
   abstract = jax.eval_shape(lambda: fresh(optax.adam(0.1)))
   before = {id(x) for x in jax.live_arrays()}
   step, trainable = checkpoints.best_trainable(abstract)

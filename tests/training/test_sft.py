@@ -101,7 +101,7 @@ def test_long_answers_are_left_out_or_cut(root, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"sft__data": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
+    ({"sft__data": "nowhere.jsonl"}, "nowhere.jsonl is missing, expected a file; check the path"),
     ({"sft__held_out": 1.0}, "held_out=1.0"),
     ({"sft__prompt_buckets": (20,)}, "none of .* demonstrations fits sft.prompt_buckets"),
   ],
