@@ -134,6 +134,7 @@ def test_a_claimed_size_takes_no_memory(tmp_path, key, family):
     tracemalloc.stop()
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
 def test_a_mesh_changes_where_weights_live_and_nothing_else(tmp_path, quantize):
   folder = hub.write(tmp_path / "dream", "dream", dtype="float32", embed=128, head_size=64)

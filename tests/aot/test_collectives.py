@@ -58,6 +58,7 @@ def test_a_permutation(platform):
   assert set(each.groups) == {(2 * i + b, 2 * ((i + 1) % 4) + b) for i in range(4) for b in range(2)}
 
 
+@pytest.mark.slow(reason="compiles for TPUs")
 def test_a_gather_that_is_spread_over_products_counts_once():
   def function(x, w):
     layer = lambda x, w: (jnp.tanh(jnp.tanh(x @ gather(w[0], "a")) @ gather(w[1], "a")), None)

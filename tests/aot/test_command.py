@@ -40,6 +40,7 @@ def assert_same(found, kept):
     assert size == pytest.approx(sizes(kept)[name], rel=0.05, abs=2**17), name
 
 
+@pytest.mark.slow(reason="compiles for TPUs")
 def test_rollouts_of_a_small_network_are_as_kept():
   """Those of other topologies, and the updates, are slow tests."""
   kept, found = golden(V5E), analysis(V5E.config)

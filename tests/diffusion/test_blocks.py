@@ -58,7 +58,7 @@ CASES = [  # every mode with every schedule, and each with and without shift and
 ]
 
 
-@pytest.mark.few(5, reason="each case compiles programs of its own")
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(("cache", "schedule", "shift", "cfg_scale", "refresh_every"), CASES)
 def test_token_for_token_a_loop_with_a_stale_cache(cache, schedule, shift, cfg_scale, refresh_every):
   passes: list[int] = []
@@ -96,7 +96,7 @@ def exact():
   }
 
 
-@pytest.mark.few(5, reason="each case compiles programs of its own")
+@pytest.mark.few(3, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("cache", MODES)
 @pytest.mark.parametrize(("schedule", "shift"), [("static", 1), ("threshold", 0), ("factor", 1), ("static", 0)])
 def test_a_refresh_at_every_step_is_exact(exact, cache, schedule, shift):
@@ -114,7 +114,7 @@ def test_a_window_that_covers_the_canvas_is_exact(exact):
   assert_same(rolled(spec), exact["static", 0])
 
 
-@pytest.mark.few(2, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("cache", MODES)
 def test_a_real_network_refreshed_at_every_step_is_exact(cache, shift):

@@ -117,7 +117,7 @@ def test_the_completion_mask_stops_at_the_first_stop_id():
   assert 0 < stopped < 64, "the fixture should have rows of both kinds"
 
 
-@pytest.mark.few(3, reason="each case compiles programs of its own")
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.5])
 def test_an_early_exit_changes_nothing_up_to_the_stop(schedule, cfg_scale):
@@ -192,6 +192,7 @@ def together() -> Rollout:
   return found
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(("row_multiple", "batches"), [(1, [8, 8, 4, 2]), (4, [8, 8, 4, 4]), (8, [8, 8, 8, 8])])
 def test_finished_rows_of_long_completions_are_left_behind(monkeypatch, together, row_multiple, batches):
   monkeypatch.setattr(sampler, "COMPACT_FROM", 12)
@@ -211,6 +212,7 @@ def test_what_is_kept_of_finished_rows_is_what_a_whole_run_draws(together):
   np.testing.assert_array_equal(together.completion[kept], whole.completion[kept])
 
 
+@pytest.mark.slow(reason="compiles rollouts that shrink")
 def test_a_batch_is_halved_three_times_at_most(monkeypatch):
   monkeypatch.setattr(sampler, "COMPACT_FROM", 12)
   stopping = Stopping(3)

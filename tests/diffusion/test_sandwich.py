@@ -110,6 +110,7 @@ def test_rows_stand_alone():
   check_rows_stand_alone(functools.partial(sandwich, samples=4, exponent=1.5, p_mask_prompt=0.3))
 
 
+@pytest.mark.slow(reason="compiles gradients of many samples")
 def test_memory_does_not_grow_with_samples():
   few, many_samples = (gradient_bytes(functools.partial(sandwich, samples=n, exponent=1.5)) for n in (2, 16))
   assert many_samples <= 1.03 * few

@@ -52,7 +52,9 @@ def given(monkeypatch, content: bytes) -> None:
   monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
 
 
-@pytest.mark.parametrize("name", ["finished", "adapted"])
+@pytest.mark.parametrize(
+  "name", ["finished", pytest.param("adapted", marks=pytest.mark.slow(reason="reads a run that trains adapters"))]
+)
 def test_answers_are_those_of_the_runs_own_evaluation(request, name, monkeypatch, capsys):
   workdir = request.getfixturevalue(name)
   prompts, answers = asked(workdir)

@@ -128,7 +128,7 @@ CASES = [
 ]
 
 
-@pytest.mark.few(4, reason="each case compiles programs of its own")
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("spec", CASES, ids=str)
 def test_an_update_is_mu_steps_of_the_naive_loop(spec):
   state, metrics = run(spec)
@@ -253,7 +253,7 @@ def weighted_update(spec, rollout, advantages, estimator=step_merged, frozen=FRO
   return state.trainable, step, metrics
 
 
-@pytest.mark.few(2, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("parts", [1, 11])
 @pytest.mark.parametrize("cap", [1e6, 1.2, None])
 def test_weights_make_the_gradient_that_of_the_policys_own_draws(cap, parts):
@@ -306,7 +306,7 @@ def test_recorded_states_are_scored_once_under_the_old_and_the_reference_policy(
   assert len(calls) == passes
 
 
-@pytest.mark.few(2, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("loss", ["likelihood", "clipped_sequence"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_what_a_loss_does_not_need_is_not_scored(loss, parts):

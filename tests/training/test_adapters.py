@@ -119,6 +119,7 @@ def state_of(workdir, stage, config):
   return experiment, restored
 
 
+@pytest.mark.slow(reason="reads a run that trains adapters")
 def test_adapters_learn_and_the_base_stays(sft):
   workdir, config, results = sft
   losses = [r["loss"] for r in read_records(workdir / "metrics.jsonl")]
@@ -127,6 +128,7 @@ def test_adapters_learn_and_the_base_stays(sft):
   assert results["base_fingerprint"] == experiment.weights.base_fingerprint == restored.metadata["base"]
 
 
+@pytest.mark.slow(reason="reads a run that trains adapters")
 def test_a_checkpoint_holds_the_adapters_alone(sft):
   workdir, config, _ = sft
   _, restored = state_of(workdir, "sft", config)
@@ -154,6 +156,7 @@ def test_an_adapter_run_goes_on_to_the_same_bits(sft, folder, tmp_path):
   assert again["params_fingerprint"] == results["params_fingerprint"]
 
 
+@pytest.mark.slow(reason="reads a run that trains adapters")
 def test_adapters_of_another_base_are_refused(sft, folder, tmp_path):
   workdir = shutil.copytree(sft[0], tmp_path / "run")
   (workdir / "results.json").unlink()
@@ -282,6 +285,7 @@ def test_a_run_is_exported_merged_and_read_again(sft, folder, tmp_path):
     assert (folder / name).read_bytes() == (target / name).read_bytes()
 
 
+@pytest.mark.slow(reason="reads a run that trains adapters")
 def test_an_adapter_folder_merges_to_the_same_model(sft, folder, tmp_path):
   merged = export.run(export_config(checkpoint=sft[0], output=tmp_path / "merged"))
   adapter = export.run(export_config(checkpoint=sft[0], output=tmp_path / "adapter", form="adapter"))
@@ -293,6 +297,7 @@ def test_an_adapter_folder_merges_to_the_same_model(sft, folder, tmp_path):
     assert a.read(name).tobytes() == b.read(name).tobytes(), name
 
 
+@pytest.mark.slow(reason="reads a run that trains adapters")
 def test_a_weight_of_a_wider_type_than_the_others_keeps_its_bits(sft, folder, tmp_path):
   mixed = shutil.copytree(folder, tmp_path / "mixed")
   name = "model.transformer.ln_f.weight"
@@ -307,6 +312,7 @@ def test_a_weight_of_a_wider_type_than_the_others_keeps_its_bits(sft, folder, tm
     assert TensorFiles(target).read(untouched).tobytes() == TensorFiles(mixed).read(untouched).tobytes()
 
 
+@pytest.mark.slow(reason="reads a run that trains adapters")
 def test_a_base_that_has_moved_is_named(sft, folder, tmp_path):
   workdir = shutil.copytree(sft[0], tmp_path / "run")
   moved = shutil.copytree(folder, tmp_path / "moved")
@@ -354,6 +360,7 @@ def test_bad_exports_are_one_line(fields, message, tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow(reason="reads a run that trains adapters")
 def test_a_used_folder_is_not_overwritten(sft, tmp_path):
   (tmp_path / "used").mkdir()
   (tmp_path / "used" / "thesis.tex").touch()

@@ -110,6 +110,7 @@ def zeros(shapes):
 
 @pytest.mark.few(3, reason="each case compiles programs of its own")
 @either
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(("mu", "accumulation", "beta"), [(1, 1, 0.0), (1, 2, 0.1), (3, 1, 0.0), (4, 2, 0.1)])
 def test_score_and_update(adapters, mu, accumulation, beta):
   model, denoiser, trainable, frozen = parts(adapters)
@@ -136,13 +137,14 @@ def check_estimator(adapters, mu, beta, sampler, name, options):
 
 @pytest.mark.few(3, reason="each case compiles programs of its own")
 @either
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(("mu", "beta"), [(1, 0.1), (3, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
   check_estimator(adapters, mu, beta, dataclasses.replace(SAMPLER, cfg_scale=cfg_scale), "step_merged", {})
 
 
-@pytest.mark.few(4, reason="each case compiles programs of its own")
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(
   ("name", "options"),
   [
@@ -191,7 +193,7 @@ def test_fine_tuning(adapters, accumulation):
   assert (work.flops, work.tokens) == (dot_flops(step, state, frozen, batch), ROWS * 9)
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles rollouts that shrink")
 @pytest.mark.parametrize("row_multiple", [1, 4, 8])
 def test_rows_that_end_early_cost_nothing_behind(monkeypatch, row_multiple):
   monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)

@@ -138,6 +138,7 @@ def test_a_finished_job_reprints_its_table(finished, capsys, monkeypatch):
   assert "SFT + diffu-GRPO" in shown
 
 
+@pytest.mark.slow(reason="runs the recipe")
 def test_more_steps_go_on_from_the_end(finished, tmp_path):
   workdir, _, results = finished
   shutil.copytree(workdir, tmp_path / "longer")
