@@ -80,6 +80,9 @@ _STORAGE_WORDS = (
 )
 """What the writer of checkpoints says of a disk that takes nothing more."""
 
+_UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+"""Of a path that no command can use as it is."""
+
 _OUT_OF_MEMORY_WORDS = ("RESOURCE_EXHAUSTED", "Out of memory", "OUT_OF_MEMORY")
 
 _RUNTIME = ("jax", "jaxlib", "orbax", "tensorstore")
@@ -168,6 +171,11 @@ def input_checked() -> Iterator[None]:
     raise RunError(" ".join(str(error).split())) from error
 
 
+def smaller_batches(field: str, size: int) -> str:
+  """The remedy of `explained` where batches of a size that a field of the configuration says do not fit."""
+  return f"smaller batches: --config.{field}={size // 2}" if size > 1 else "more devices"
+
+
 @contextlib.contextmanager
 def explained(stage: str, remedy: str) -> Iterator[None]:
   """Turns failures of the machine into a `RunError`; other exceptions pass.
@@ -196,6 +204,8 @@ def explained(stage: str, remedy: str) -> Iterator[None]:
         f"{stage}: the work directory took no more data ({line_of(error)}); free space and run the same command again,"
         " it goes on from the last checkpoint"
       ) from error
+    if isinstance(error, OSError) and error.errno in _UNREACHABLE and error.filename:
+      raise RunError(f"{error.filename}: {error.strerror}; change its rights, or name another path") from error
     if is_out_of_memory(error):
       raise OutOfMemoryError(f"{stage}: device memory ran out; try {remedy}") from error
     raise

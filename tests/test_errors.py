@@ -84,6 +84,18 @@ def test_device_memory_that_runs_out_names_the_remedy():
     jax.jit(lambda: jnp.zeros((1 << 46,), jnp.int8))().block_until_ready()
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_reached_is_wrong_input(number):
+  with pytest.raises(RunError, match=r"^some/file: said; .*name another path") as caught, explained("grpo", ""):
+    raise OSError(number, "said", "some/file")
+  assert caught.value.exit_code == 2
+
+
+def test_batches_are_halved_as_long_as_they_can_be():
+  assert errors.smaller_batches("batch_size", 15) == "smaller batches: --config.batch_size=7"
+  assert errors.smaller_batches("batch_size", 1) == "more devices"
+
+
 def test_other_failures_pass_unchanged():
   with pytest.raises(ZeroDivisionError), explained("grpo", ""):
     _ = 1 / 0

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from d1jax import tasks
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.errors import explained, input_checked
+from d1jax.errors import explained, input_checked, smaller_batches
 from d1jax.evaluation import generations, output, subject
 from d1jax.evaluation.evaluator import Completer, Evaluator, evaluation_key, grade_completions
 from d1jax.evaluation.items import Item, append, parse, question_id
@@ -30,7 +30,7 @@ from d1jax.training.workdir import Folder, local
 
 ELSEWHERE = (
   *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),
-  *("mesh", "cpu_devices", "distributed"),
+  *("mesh", "cpu_devices", "distributed", "batch_size"),
 )
 """Fields that do not decide what is completed or how it is graded, or that the fingerprints stand for."""
 
@@ -68,7 +68,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
       return multihost.from_main(lambda: generations.run(config))
     if config.protocol == "d1" and config.early_exit:
       raise ValueError("early_exit ends completions at their stop id, but the protocol d1 reads on: leave it out")
-  with explained("evaluation", "smaller batches: --config.batch_size=8"):
+  with explained("evaluation", "more devices"):
     found = subject.load(config)
     with input_checked():
       arms = list(_arms(config, found))
@@ -76,9 +76,14 @@ def run(config: ConfigDict) -> dict[str, Any]:
     multihost.check_same("the evaluation", identity)
     asked = workdirs.folder(config.output) if config.output else None
     folder = workdirs.folder(multihost.from_main(lambda: str(output.claim(asked, found.home, identity))))
-    with Interrupts() as interrupts:
+    smaller = smaller_batches("batch_size", _batch_size(config, found))
+    with Interrupts() as interrupts, explained("evaluation", smaller):
       _complete(config, found, arms, folder, interrupts)
     return multihost.from_main(lambda: output.finish(config, folder, identity, [_row(arm, folder) for arm in arms]))
+
+
+def _batch_size(config: ConfigDict, found: Subject) -> int:
+  return int(config.batch_size or found.experiment.config.evaluation.batch_size)
 
 
 def _row(arm: Arm, folder: Folder) -> output.Row:
@@ -101,8 +106,7 @@ def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: F
   params = completer.publish(found.trainable, found.frozen)
   for arm in arms:
     done = set(map(tuple, multihost.from_main(functools.partial(_done, folder, arm))))
-    batch_size = config.batch_size or found.experiment.config.evaluation.batch_size
-    evaluator = Evaluator(completer, arm.experiment, arm.texts, arm.sampler, batch_size)
+    evaluator = Evaluator(completer, arm.experiment, arm.texts, arm.sampler, _batch_size(config, found))
     for seed, sample in arm.draws:
       for batch, rows in enumerate(evaluator.batches):
         if all((seed, sample, row) in done for row in rows):

@@ -14,7 +14,15 @@ from ml_collections import ConfigDict
 from d1jax import files
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.errors import InterruptedRunError, RunError, StorageError, explained, harmless, input_checked
+from d1jax.errors import (
+  InterruptedRunError,
+  RunError,
+  StorageError,
+  explained,
+  harmless,
+  input_checked,
+  smaller_batches,
+)
 from d1jax.evaluation import subject
 from d1jax.evaluation.subject import Subject
 from d1jax.generation import canvas as canvases
@@ -40,7 +48,7 @@ def run(config: ConfigDict) -> list[Generation]:
   try:
     prompts = _prompts(config)
     path = _film_path(config, len(prompts))
-    with explained("generation", "fewer answers at a time: --config.batch_size=1"):
+    with explained("generation", smaller_batches("batch_size", config.batch_size)):
       shown = _answer(config, prompts, path)
   except KeyboardInterrupt:
     raise InterruptedRunError("SIGINT: stopped before everything was answered") from None

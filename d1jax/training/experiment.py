@@ -199,19 +199,36 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
   return restored
 
 
-def check_batches(config: ConfigDict, ways: int) -> None:
-  """Raises a ValueError when a batch does not divide into parts over the devices that share it, or a stage is empty."""
+def _batches(config: ConfigDict) -> list[tuple[str, int, str, int]]:
+  """Name and rows of each batch that is trained on, and into how many parts which field divides it."""
   batches: list[tuple[str, int, str, int]] = []
   if config.mode != "grpo" or config.sft.steps:
     batches.append(("sft.batch_size", config.sft.batch_size, "sft.accumulation", config.sft.accumulation))
   if "grpo" in config:
     rows = config.grpo.prompts_per_iteration * config.grpo.num_generations
-    if config.grpo.oversample < 1:
-      raise ValueError(f"grpo.oversample is {config.grpo.oversample}; it must be at least 1")
     name = "grpo.prompts_per_iteration x num_generations"
     batches.append((name, rows, "grpo.accumulation", config.grpo.accumulation))
     batches.append((name, rows * config.grpo.oversample, "grpo.rollout_chunks", config.grpo.rollout_chunks))
-  for name, rows, part, parts in batches:
+  return batches
+
+
+def smaller_parts(config: ConfigDict, stage: str, ways: int) -> str:
+  """What to try when a stage does not fit: fields with values that `check_batches` allows, in the same folder too."""
+  tried = []
+  for _, rows, part, parts in _batches(config):
+    more = next((n for n in range(parts + 1, rows // ways + 1) if rows % (n * ways) == 0), None)
+    if part.startswith(f"{stage}.") and more:
+      tried.append(f"--config.{part}={more}")
+  if not tried and not config.model.remat:
+    tried.append("--config.model.remat=True")
+  return f"smaller parts: {' '.join(tried)}" if tried else "more devices"
+
+
+def check_batches(config: ConfigDict, ways: int) -> None:
+  """Raises a ValueError when a batch does not divide into parts over the devices that share it, or a stage is empty."""
+  if "grpo" in config and config.grpo.oversample < 1:
+    raise ValueError(f"grpo.oversample is {config.grpo.oversample}; it must be at least 1")
+  for name, rows, part, parts in _batches(config):
     if rows < 1 or parts < 1 or rows % (parts * ways):
       raise ValueError(
         f"{name} is {rows}, which does not divide into {part}={parts} parts over {ways} devices:"
@@ -341,7 +358,10 @@ def build(
   source = inspect(Path(config.model.pretrained)) if config.model.pretrained else None
   tokenizer = source.tokenizer if source else None
   if tokenizer_files is not None:
-    tokenizer = tokenizers.from_files(tokenizer_files)
+    try:
+      tokenizer = tokenizers.from_files(tokenizer_files)
+    except ValueError as error:
+      raise ValueError(f"in the folder tokenizer of the run: {error}") from error
   elif source is not None and tokenizer is None:
     raise ValueError(f"{source.folder} holds no tokenizer; put tokenizer.json, or its parts, beside config.json")
   elif tokenizer is None:

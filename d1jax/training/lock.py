@@ -77,7 +77,8 @@ def _acquire(workdir: Path, made: list[Path]) -> int | None:
     workdir.mkdir(parents=True, exist_ok=True)
     made += absent
     while True:
-      file = os.open(workdir / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+      _check(workdir / NAME)
+      file = os.open(workdir / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file), os.stat(workdir / NAME)):
@@ -99,6 +100,12 @@ def _acquire(workdir: Path, made: list[Path]) -> int | None:
   holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
   os.write(file, json.dumps(holder).encode())
   return file
+
+
+def _check(path: Path) -> None:
+  """Raises a RunError where something else is in the lock's place: what a link leads to would be overwritten."""
+  if path.is_symlink() or (path.exists() and not path.is_file()):
+    raise RunError(f"{path} is no file but a link, a folder or the like: move it away")
 
 
 REMEDY = "wait for its end or stop it, or use --config.workdir=... for a new run"

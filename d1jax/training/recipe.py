@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from d1jax import report
-from d1jax.errors import RunError, explained, input_checked
+from d1jax.errors import RunError, explained, input_checked, smaller_batches
 from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator, baseline
 from d1jax.files import FileError, read_json
 from d1jax.fingerprint import fingerprint
@@ -80,8 +80,8 @@ class Recipe:
   def __init__(self, config: ConfigDict, workdir: Folder, interrupts: Interrupts):
     """Builds everything that can be found wrong; nothing is written or trained yet."""
     multihost.check_same("the configuration", config.to_dict() | {"distributed": {}})
-    held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
-    self.experiment = experiments.build(config, read_tokenizer(workdir) if held else None)
+    self._held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
+    self.experiment = experiments.build(config, read_tokenizer(workdir) if self._held else None)
     experiments.check_batches(config, self.experiment.ways)
     experiments.check_lengths(config, self.experiment.length_ways)
     experiments.check_start(config)
@@ -124,8 +124,7 @@ class Recipe:
   @property
   def _smaller_batches(self) -> str:
     """What to try when an evaluation does not fit."""
-    batch_size = max(self.config.evaluation.batch_size // 2, 1)
-    return f"smaller batches: --config.evaluation.batch_size={batch_size}"
+    return smaller_batches("evaluation.batch_size", self.config.evaluation.batch_size)
 
   def _by_accuracy(self) -> Validation:
     evaluator = self._evaluator(self.experiment.texts("validation"))
@@ -137,8 +136,18 @@ class Recipe:
 
   def _by_loss(self, held_out: sft.Demonstrations) -> Validation:
     loss = HeldOutLoss(self.experiment, held_out)
-    remedy = f"smaller micro-batches: --config.sft.accumulation={2 * self.config.sft.accumulation}"
+    remedy = self._smaller_parts("sft")
     return Validation(loss.compile, lambda trainable: loss(trainable, self.experiment.weights.frozen), remedy)
+
+  def _smaller_parts(self, stage: str) -> str:
+    """What to try when training does not fit."""
+    return experiments.smaller_parts(self.config, stage, self.experiment.ways)
+
+  def read_base(self) -> None:
+    """Reads what adapters stand on, before the folder belongs to this run: a smaller base makes another run."""
+    smaller = self.config.lora.rank and self.config.model.quantize != "nf4" and not self._held
+    with explained("reading the base", "--config.model.quantize=nf4, or more devices" if smaller else "more devices"):
+      _ = self.experiment.weights.base_fingerprint
 
   def compile(self) -> None:
     """Compiles what validations and the final evaluation need, so that nothing of it fails after hours of training."""
@@ -201,9 +210,7 @@ class Recipe:
     home, weights = self.workdir / "checkpoints" / name, self.experiment.weights
     checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
     last = lambda: multihost.from_main(lambda: max(checkpoints.steps(), default=0))
-    with explained("reading the base", "--config.model.quantize=nf4, or more devices"):
-      _ = weights.base_fingerprint
-    with explained(name, f"smaller micro-batches: --config.{name}.accumulation={2 * section.accumulation}"):
+    with explained(name, self._smaller_parts(name)):
       step: int | None = None
       while step is None or last() < section.steps:  # a damaged one is set aside by then, and made again
         if last() < section.steps:
@@ -306,6 +313,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
       recipe = Recipe(config, workdir, interrupts)
       splits = recipe.splits()
     multihost.check_same("the data", splits)
+    recipe.read_base()
     multihost.from_main(lambda: _claim(recipe, splits))
     outcomes, evaluations = recipe.run()
     fingerprints = {

@@ -46,7 +46,13 @@ PACKAGES = (
 
 
 def folder(name: str) -> Folder:
-  """The path of a name such as `runs/grpo`, or `gs://bucket/run`, for which gcsfs must be installed."""
+  """The path of a name such as `runs/grpo`, or `gs://bucket/run`, for which gcsfs must be installed.
+
+  Raises:
+    RunError: the name is empty, as it is where a variable of a shell was not set; the current folder is `.`.
+  """
+  if not name.strip():
+    raise RunError("the configuration names a folder with an empty name: give it one (the current folder is .)")
   return epath.Path(name) if "://" in name else Path(name)
 
 
@@ -68,7 +74,10 @@ def is_workdir(path: Folder) -> bool:
 
 def unwritable(place: Folder, error: OSError) -> RunError | None:
   """What to say where a folder can never be written as it is; None for other failures."""
-  never = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+  never = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO),
+  )
   if error.errno not in never:
     return None
   return RunError(f"{place} cannot be written ({error.strerror}); name another folder")

@@ -45,6 +45,28 @@ def test_a_large_model_is_laid_out_for_eight_chips(words, updates, rollouts, row
   assert (publisher.received_bytes == 0) == (updates == rollouts)
 
 
+@pytest.mark.parametrize(
+  ("stage", "changes", "expected"),
+  [
+    ("sft", {"sft.batch_size": 6}, "smaller parts: --config.sft.accumulation=3"),
+    ("sft", {"sft.batch_size": 16, "sft.accumulation": 8}, "smaller parts: --config.model.remat=True"),
+    ("sft", {"sft.batch_size": 16, "sft.accumulation": 8, "model.remat": True}, "more devices"),
+    ("grpo", {"grpo.rollout_chunks": 8}, "smaller parts: --config.grpo.accumulation=2"),
+    ("grpo", {}, "smaller parts: --config.grpo.accumulation=2 --config.grpo.rollout_chunks=4"),
+  ],
+)
+def test_what_memory_asks_for_is_allowed(tmp_path, stage, changes, expected):
+  config = jobs.small(tmp_path)
+  config.update_from_flattened_dict({"model.remat": False, **changes})
+  experiments.check_batches(config, 2)
+  remedy = experiments.smaller_parts(config, stage, 2)
+  assert remedy == expected
+  for word in (word for word in remedy.split() if word.startswith("--config.")):
+    name, _, value = word.removeprefix("--config.").partition("=")
+    config.update_from_flattened_dict({name: {"True": True}.get(value) or int(value)})
+  experiments.check_batches(config, 2)
+
+
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_training_every_weight_takes_sixteen_of_the_small_chips(chip):
   config = jobs.load("grpo", f"llada_8b,full,{chip}")

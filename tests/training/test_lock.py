@@ -114,3 +114,24 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
 def test_a_bucket_is_named(bucket, caplog):
   with locked(bucket / "run"):
     assert "gs://bucket/run lies in a bucket, which has no locks" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["a link", "a link to nothing", "a folder", "a pipe"])
+def test_what_is_no_lock_is_left_alone(tmp_path, what):
+  place, other = tmp_path / "run" / lock.NAME, tmp_path / "thesis"
+  place.parent.mkdir()
+  other.write_text("mine")
+  make = {
+    "a link": lambda: place.symlink_to(other),
+    "a link to nothing": lambda: place.symlink_to(tmp_path / "new"),
+    "a folder": place.mkdir,
+    "a pipe": lambda: os.mkfifo(place),
+  }
+  make[what]()
+  with pytest.raises(RunError, match=r"lock is no file .*: move it away"), locked(place.parent):
+    pass
+  assert other.read_text() == "mine"
+  assert not (tmp_path / "new").exists()
+  place.rename(tmp_path / "away")
+  with locked(place.parent):
+    pass

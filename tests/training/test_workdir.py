@@ -118,7 +118,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
     write_atomically(tmp_path / "results.json", b"{}")
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENAMETOOLONG])
 def test_a_disk_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, number):
   def fail(descriptor):
     raise OSError(number, os.strerror(number))
@@ -150,3 +150,9 @@ def test_a_path_in_a_bucket_is_refused_where_it_must_be_local():
   assert str(local("output", "a/b")) == "a/b"
   with pytest.raises(RunError, match=r"config\.output=gs://bucket/x is no path of this machine"):
     local("output", "gs://bucket/x")
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(name):
+  with pytest.raises(RunError, match="empty name"):
+    workdirs.folder(name)
