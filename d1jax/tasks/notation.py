@@ -196,7 +196,9 @@ def _inside(text: str) -> str | None:
   """Take away one layer; None if there is none."""
   for layer in (_LEAD.match(text), _FENCE.fullmatch(text)):
     if layer is not None:
-      return layer[1] if layer.re is _FENCE else text[layer.end() :]
+      # One pair of `**` around all of it, as in `**Answer: 18**`, or around the answer.
+      opened = "**" if layer[0].count("**") == 1 else ""
+      return layer[1] if layer.re is _FENCE else opened + text[layer.end() :]
   for mark in _MARKS:
     inside = text[len(mark) : -len(mark)].strip()
     is_pair = text.startswith(mark) and text.endswith(mark)

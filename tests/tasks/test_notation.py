@@ -185,6 +185,12 @@ def test_math(gold, right, wrong):
     ),
     ("1/3", [r"0.\overline{3}"], ["0.3", "0.33", "0.3333333333333333", "0.3..."]),
     ("1100.5", ["1 100.5"], ["1 100/200", "1 100", "1 100 5"]),
+    (
+      "18",
+      ["Answer: **18**", "**Answer: 18**", "**The answer is** **18**."],
+      ["Answer: **18", "Answer: **17** **18**"],
+    ),
+    ("$18", ["18", "18 dollars", "US$18", "18 apples"], ["18 cents", "€18", "18%", "18 hours"]),
   ],
   ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
