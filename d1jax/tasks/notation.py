@@ -82,8 +82,9 @@ WORDS = r"[A-Za-z][A-Za-z.'/-]*(?: [A-Za-z][A-Za-z.'/-]*){0,3}"
 
 # Words that are no units: behind a number they make it another number, or one of several.
 _CHANGING = re.compile(
-  r"\b(?:(?:hundred|thousand|million|billion|trillion)(?:th)?s?|mil|mn|bn|thou"
-  r"|(?:dozen|half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)s?"
+  r"\b(?:(?:hundred|thousand|million|billion|trillion)(?:th)?s?|mil|mn|bn|thou|(?:lakh|crore)s?|grand|gross|tens"
+  r"|(?:dozen|half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth)s?"
+  r"|[a-z]+t(?:een|ie)ths?|halved|doubled|tripled|twice|thrice|divided|multiplied|below"
   r"|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen"
   r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
   r"|and|or|to|not|is|plus|minus|negative|times|over|least|most|[ap]\.?m"
