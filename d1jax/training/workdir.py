@@ -68,8 +68,8 @@ def is_workdir(path: Folder) -> bool:
 
 def unwritable(place: Folder, error: OSError) -> RunError | None:
   """What to say where a folder can never be written as it is; None for other failures."""
-  never = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-  if error.errno not in never:
+  refused = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+  if error.errno not in (*refused, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
     return None
   return RunError(f"{place} cannot be written ({error.strerror}); name another folder")
 
