@@ -47,6 +47,8 @@ def make_dead_link(path):
     (make_full, "out is not empty"),
     (make_link, "out is a link"),
     (make_dead_link, "out is a link to nothing"),
+    (lambda path: path / ("x" * 300), r"cannot be written \(File name too long\); name another folder"),
+    (lambda path: "/proc/out", r"/proc cannot be written \(No such file or directory\)"),
     (lambda path: "gs://bucket/out", r"config\.output=gs://bucket/out is no path of this machine"),
   ],
 )

@@ -63,6 +63,7 @@ class Generation:
     temperature: of the draws.
     seed: of the draws.
     sample: which of the samples of its question.
+    place: file and line, for messages.
   """
 
   setup: str
@@ -73,6 +74,7 @@ class Generation:
   temperature: float = 0.0
   seed: int = 0
   sample: int = 0
+  place: str = ""
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -234,7 +236,7 @@ def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Gen
     except ValueError as error:
       raise DataError(f"{place}: {error}") from None
     raw = row["generations"]
-    return Generation(setup, record, raw, PREFILL + cut(raw), length)
+    return Generation(setup, record, raw, PREFILL + cut(raw), length, place=place)
   if not isinstance(row, dict) or not isinstance(row.get("record"), dict) or not isinstance(row.get("text"), str):
     raise DataError(
       f"{place}: expected the fields question, generations and ground_truth (d1's), or record and text; got"
@@ -257,6 +259,7 @@ def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Gen
     temperature=float(temperature),
     seed=row.get("seed", 0),
     sample=row.get("sample", 0),
+    place=place,
   )
 
 
@@ -264,7 +267,7 @@ def _items(task: Task, arm: Sequence[Generation], protocol: str) -> Iterator[Ite
   # The same question again is another sample where the file says so, and otherwise another item.
   places: dict[tuple[str, int], int] = {}
   seen: collections.Counter[tuple[str, int, int]] = collections.Counter()
-  for number, generation in enumerate(arm):
+  for generation in arm:
     record = generation.record
     question = question_id(record)
     draw = (question, generation.seed, generation.sample)
@@ -276,7 +279,7 @@ def _items(task: Task, arm: Sequence[Generation], protocol: str) -> Iterator[Ite
       cluster = task.cluster(record)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
       shown = json.dumps(record)[:80]
-      raise DataError(f"completion {number}: {shown} is no record of {task.name} ({error!r})") from None
+      raise DataError(f"{generation.place}: {shown} is no record of {task.name} ({error!r})") from None
     yield Item(
       task=task.name,
       length=generation.length,

@@ -146,7 +146,7 @@ def load(config: ConfigDict) -> Subject:
   """
   if config.checkpoint is not None:
     return _checkpoint(find_checkpoint(folder(config.checkpoint)), config)
-  if config.pretrained is None:
+  if not config.pretrained:
     raise RunError(
       "nothing to evaluate: set config.checkpoint (a work directory or a checkpoint's folder), config.pretrained (a"
       " model's folder) or config.generations (a file of completions)"

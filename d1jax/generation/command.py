@@ -38,7 +38,7 @@ WIDEST = 100
 
 def run(config: ConfigDict) -> list[Generation]:
   """Completes `config.prompt`, or the lines of standard input, prints the texts and returns them."""
-  if config.checkpoint is None and config.pretrained is None:
+  if config.checkpoint is None and not config.pretrained:
     raise RunError(
       "nobody to answer: set config.checkpoint (a work directory or a checkpoint's folder) or config.pretrained (a"
       " model's folder)"

@@ -1,6 +1,7 @@
 """The safetensors of a folder: one `model.safetensors`, or shards behind `model.safetensors.index.json`."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -107,6 +108,12 @@ def _weight_map(path: Path) -> Mapping[str, str]:
   for tensor, name in found.items():
     if name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
       raise ValueError(f"{path}: {name!r}, the file of tensor {tensor}, is outside of the folder; fetch it again")
+    try:
+      os.fsencode(name)
+    except UnicodeEncodeError:
+      raise ValueError(
+        f"{path}: {name!r}, the file of tensor {tensor}, cannot be a file's name; fetch it again"
+      ) from None
   return found
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 
 from d1jax.tasks import common, d1_evaluation, d1_rewards, latex, notation, questions, rationals
 from d1jax.tasks.base import DataError, Grade, Message, Record
@@ -95,8 +94,10 @@ class Gsm8k:
     `well_formed` (a number), the same under both; under `d1` also `d1_accuracy` (`d1_evaluation.gsm8k`).
     """
     common.check_choice("protocol", protocol, common.PROTOCOLS)
-    value, gold = _read(text), record["answer"]
+    answer, gold = _answer(text), record["answer"]
+    value = rationals.parse(answer, shortest_word=2)
     solved = value is not None and gold is not None and value == rationals.parse(gold)
+    solved = solved and not notation.have_different_units(answer, gold)
     metrics = {"solved": (int(solved), int(gold is not None)), "well_formed": (int(value is not None), 1)}
     if protocol == "d1":
       components = d1_rewards.gsm8k(text, record["answer"])
@@ -110,24 +111,24 @@ class Gsm8k:
     return Grade(components, metrics, None if value is None else str(value))
 
 
-def _read(text: str) -> Fraction | None:
-  r"""Read the number that a completion answers with: all of its last box, of its answer block, or of itself.
+def _answer(text: str) -> str:
+  r"""Return what a completion answers with: all of its last box, of its answer block, or of itself; "" if that is long.
 
   It may have one name (`x = 5`) or `Answer:` and the like in front, and a unit of up to four words behind. A box that
-  an answer block leaves open ends with the block. A second number makes the answer none, and so does any other
-  sentence: `It is 18`.
+  an answer block leaves open ends with the block. With a second number it is no number, nor is any other sentence:
+  `It is 18`.
   """
   answer = common.final_answer(text)
   box = latex.last_box(answer)
   answer = (answer if box is None else box).strip()
   if len(answer) > rationals.MOST_CHARACTERS:
-    return None
+    return ""
   opened = _OPEN_BOX.match(answer) if box is None and len(answer) < len(text.strip()) else None
   if opened is not None:
     is_closed = answer.count("}") == answer.count("{")
     answer = answer[opened.end() :].removesuffix("}" if is_closed else "")
   found = _NAMED.match(notation.unwrapped(notation.plain(answer)))
-  return found and rationals.parse(found[1], shortest_word=2)
+  return found[1] if found else ""
 
 
 def _format(reasoning: str, answer: str, style: str) -> str:

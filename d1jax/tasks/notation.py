@@ -82,8 +82,9 @@ WORDS = r"[A-Za-z][A-Za-z.'/-]*(?: [A-Za-z][A-Za-z.'/-]*){0,3}"
 
 # Words that are no units: behind a number they make it another number, or one of several.
 _CHANGING = re.compile(
-  r"\b(?:(?:hundred|thousand|million|billion|trillion)(?:th)?s?|mil|mn|bn|thou"
-  r"|(?:dozen|half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth)s?"
+  r"\b(?:(?:hundred|thousand|million|billion|trillion)(?:th)?s?|mil|mn|bn|thou|(?:lakh|crore)s?|grand|gross|tens"
+  r"|(?:dozen|half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth)s?"
+  r"|[a-z]+t(?:een|ie)ths?|halved|doubled|tripled|twice|thrice|divided|multiplied|below"
   r"|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen"
   r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
   r"|and|or|to|not|is|plus|minus|negative|times|over|least|most|[ap]\.?m"
@@ -196,7 +197,9 @@ def _inside(text: str) -> str | None:
   """Take away one layer; None if there is none."""
   for layer in (_LEAD.match(text), _FENCE.fullmatch(text)):
     if layer is not None:
-      return layer[1] if layer.re is _FENCE else text[layer.end() :]
+      # One pair of `**` around all of it, as in `**Answer: 18**`, or around the answer.
+      opened = "**" if layer[0].count("**") == 1 else ""
+      return layer[1] if layer.re is _FENCE else opened + text[layer.end() :]
   for mark in _MARKS:
     inside = text[len(mark) : -len(mark)].strip()
     is_pair = text.startswith(mark) and text.endswith(mark)

@@ -52,7 +52,8 @@ class Limit(NamedTuple):
 
 
 COUNT, MANY, MAYBE_COUNT = Limit(True, 1), Limit(True, 0), Limit(True, 1, optional=True)
-COUNTS = Limit(True, 1, several=True)
+TOKENS = Limit(True, 1, 2**20)
+"""JAX counts the entries of an axis in 32 bits, and no model reads as many tokens at a time."""
 REAL, SIZE, POSITIVE = Limit(False), Limit(False, 0), Limit(False, 0, above=True)
 MAYBE_REAL, MAYBE_SIZE = Limit(False, optional=True), Limit(False, 0, optional=True)
 SHARE, DECAY = Limit(False, 0, 1), Limit(False, 0, 1, below=True)
@@ -83,10 +84,10 @@ TABLE: Mapping[str, Limit] = {
   "lora.dropout": DECAY,
   "tokenizer.vocab_size": COUNT,
   **{f"task.sizes.{name}": Limit(True, 0, optional=True) for name in ("demonstrations", "train", "validation", "test")},
-  **{f"{section}.prompt_buckets": COUNTS for section in ("data", "sft", "evaluation")},
-  "sft.completion_buckets": COUNTS,
-  "rollout.completion_length": COUNT,
-  "rollout.block_length": COUNT,
+  **{f"{section}.prompt_buckets": TOKENS._replace(several=True) for section in ("data", "sft", "evaluation")},
+  "sft.completion_buckets": TOKENS._replace(several=True),
+  "rollout.completion_length": TOKENS,
+  "rollout.block_length": TOKENS,
   "rollout.temperature": SIZE,
   "rollout.cfg_scale": SIZE,
   "rollout.threshold": REAL,
@@ -110,14 +111,14 @@ TABLE: Mapping[str, Limit] = {
   "temperatures": SIZE._replace(several=True),
   "cfg_scale": MAYBE_SIZE,
   "threshold": MAYBE_REAL,
-  "length": MAYBE_COUNT,
-  "lengths": COUNTS,
-  "block_length": MAYBE_COUNT,
+  "length": TOKENS._replace(optional=True),
+  "lengths": TOKENS._replace(several=True),
+  "block_length": TOKENS._replace(optional=True),
   "tokens_per_step": MAYBE_COUNT,
   "batch_size": MAYBE_COUNT,
   "samples": COUNT,
   "questions": MAYBE_COUNT,
-  "prompt_buckets": COUNTS,
+  "prompt_buckets": TOKENS._replace(several=True),
   "slices": COUNT,
 }
 """The numbers of all configurations, by their dotted names."""

@@ -206,7 +206,7 @@ def test_a_subset_is_the_first_questions(tmp_path, capsys):
     ("a.json", b'{"generations": []}', "holds no completions"),
     ("a.jsonl", b'{"text": "x"}\n', r"a.jsonl line 1: expected the fields"),
     ("a.jsonl", b'{"text": 3, "record": {}}\n', r"a.jsonl line 1: expected the fields"),
-    ("a.jsonl", b'\n{"text": "x", "record": {"nums": [1]}}\n', r"completion 0: .* is no record of countdown"),
+    ("a.jsonl", b'\n{"text": "x", "record": {"nums": [1]}}\n', r"a\.jsonl line 2: .* is no record of countdown"),
     ("a.jsonl", b'{"text": "x", "record": {}, "task": "gsm8k"}\n', "line 1: is a completion of the task 'gsm8k'"),
     ("a.jsonl", b'{"question": "q", "generations": "x"}\n', r"a.jsonl line 1: .*ground_truth"),
     ("a.jsonl", b'{"question": "q", "generations": "x", "ground_truth": "1"}\n', r"a.jsonl line 1: .*ground_truth"),

@@ -138,6 +138,7 @@ def test_text_that_the_output_cannot_spell_is_no_failure(finished, monkeypatch, 
   ("changes", "message"),
   [
     ({"checkpoint": None}, r"nobody to answer: set config\.checkpoint .* or config\.pretrained"),
+    ({"checkpoint": None, "pretrained": ""}, "nobody to answer"),
     ({"checkpoint": "nowhere"}, "no checkpoint in nowhere"),
     ({"checkpoint": None, "pretrained": "nowhere"}, "nowhere"),
     ({"prompt": " "}, r"config\.prompt is empty"),

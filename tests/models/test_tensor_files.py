@@ -240,6 +240,12 @@ def test_an_index_may_not_name_what_is_outside_of_the_folder(tmp_path, name):
   refused(folder, folder / tensor_files.INDEX, repr(name), QUERY, "is outside of the folder")
 
 
+def test_an_index_may_not_name_what_no_file_can_be_called(sharded):
+  folder, _ = sharded
+  edit_index(folder, **{QUERY: "\ud800"})
+  refused(folder, folder / tensor_files.INDEX, repr("\ud800"), QUERY, "cannot be a file's name")
+
+
 @pytest.mark.parametrize("name", ["", ".", "deeper", "x" * 5000, "no.safetensors"])
 def test_an_index_that_names_no_file_is_refused(sharded, name):
   folder, _ = sharded

@@ -177,6 +177,11 @@ def test_math(gold, right, wrong):
       ["`1` `8`", "$1$8", '"18" "19"', r"\textbf{1}8"],
     ),
     ("18", ["18 percent", "18 %", "18°"], ["0.18", "1800%", "18 hundredths", "18 sixths", "18 squared", "18 pi"]),
+    (
+      "18",
+      ["18 pairs", "18 more than Tom", "18 hundredweight"],
+      ["18 twelfths", "18 sixteenths", "18 twentieths", "18 crore", "18 tens", "18 doubled", "18 below zero"],
+    ),
     ("1/2", ["½", r"{1\over2}", ".5", "½ cup"], ["½½", "1½", r"{1\over2}\over2", "1 2"]),
     (
       "1000000",
@@ -185,6 +190,12 @@ def test_math(gold, right, wrong):
     ),
     ("1/3", [r"0.\overline{3}"], ["0.3", "0.33", "0.3333333333333333", "0.3..."]),
     ("1100.5", ["1 100.5"], ["1 100/200", "1 100", "1 100 5"]),
+    (
+      "18",
+      ["Answer: **18**", "**Answer: 18**", "**The answer is** **18**."],
+      ["Answer: **18", "Answer: **17** **18**"],
+    ),
+    ("$18", ["18", "18 dollars", "US$18", "18 apples"], ["18 cents", "€18", "18%", "18 hours"]),
   ],
   ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
