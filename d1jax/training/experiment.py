@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -30,8 +29,6 @@ from d1jax.training import limits
 from d1jax.training import optimizer as optimizers
 from d1jax.training.weights import Weights
 from d1jax.training.workdir import local
-
-log = logging.getLogger(__name__)
 
 TOKENIZER_SAMPLE = 2000
 """Records of each task and split whose texts train the tokenizer."""
@@ -261,16 +258,6 @@ def check_lengths(config: ConfigDict, ways: int) -> None:
         f"a canvas of {prompt} ({prompts}) + {completion} ({completions}) tokens does not divide over {ways} devices of"
         f" mesh.sequence: let both be multiples of {ways}"
       )
-
-
-def warn_of_warm_up(stage: str, section: ConfigDict, steps: int) -> None:
-  """Warns where more than half of a stage's optimiser steps, `steps`, are its warm-up."""
-  if 2 * section.warmup_steps > steps:
-    log.warning(
-      "%s.warmup_steps=%d is more than half of the run's %d optimiser steps, so that most have less than"
-      " %s.learning_rate=%s: lower warmup_steps, or raise steps",
-      *(stage, section.warmup_steps, steps, stage, section.learning_rate),
-    )
 
 
 def check_start(config: ConfigDict) -> None:

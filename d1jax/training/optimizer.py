@@ -1,11 +1,14 @@
 """AdamW with a warm-up, a decay and a clip, as the d1 runs use it."""
 
+import logging
 from typing import Any
 
 import jax
 import optax
 
 from d1jax.state import Params
+
+log = logging.getLogger(__name__)
 
 
 def decayed(params: Params) -> Params:
@@ -62,3 +65,13 @@ def build(
       mask=decayed,
     ),
   )
+
+
+def warn_of_warm_up(stage: str, *, learning_rate: float, steps: int, warmup_steps: int) -> None:
+  """Warns where more than half of a stage's optimiser steps are its warm-up."""
+  if 2 * warmup_steps > steps:
+    log.warning(
+      "%s.warmup_steps=%d is more than half of the run's %d optimiser steps, so that most have less than"
+      " %s.learning_rate=%s: lower warmup_steps, or raise steps",
+      *(stage, warmup_steps, steps, stage, learning_rate),
+    )

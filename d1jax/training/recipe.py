@@ -22,6 +22,7 @@ from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
 from d1jax.training import experiment as experiments
 from d1jax.training import grpo, ledger, loop, profile, sft
+from d1jax.training import optimizer as optimizers
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
 from d1jax.training.identity import check_splits, flatten, holds_run, record_changes
@@ -94,16 +95,20 @@ class Recipe:
     self._optimizers: dict[str, optax.GradientTransformation] = {}
     if config.sft.steps:
       self._demonstrations, held_out = sft.demonstrations(self.experiment)
-      self._optimizers["sft"] = self.experiment.optimizer(config.sft, config.sft.steps)
-      experiments.warn_of_warm_up("sft", config.sft, config.sft.steps)
+      self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
       self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
     if config.mode == "grpo":
-      optimiser_steps = config.grpo.steps * config.grpo.num_iterations
-      self._optimizers["grpo"] = self.experiment.optimizer(config.grpo, optimiser_steps)
-      experiments.warn_of_warm_up("grpo", config.grpo, optimiser_steps)
+      self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
       self._programs = grpo.Programs(self.experiment, self._optimizers["grpo"], publisher)
       self._train = self.experiment.texts("train")
       self._validations["grpo"] = self._by_accuracy()
+
+  def _optimizer(self, name: str, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a stage that takes `steps` steps."""
+    section = self.config[name]
+    rate, warmup_steps = section.learning_rate, section.warmup_steps
+    optimizers.warn_of_warm_up(name, learning_rate=rate, steps=steps, warmup_steps=warmup_steps)
+    return self.experiment.optimizer(section, steps)
 
   def splits(self) -> dict[str, Any]:
     """How many questions each split in use has, and a hash of their records."""

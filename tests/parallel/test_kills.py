@@ -73,8 +73,8 @@ def kill(processes, victim, workdir):
     assert (workdir / "results.json").exists()
 
 
-@pytest.mark.slow(reason="forty processes, which start again and again")
-@pytest.mark.parametrize("kills", [20])
+@pytest.mark.slow(reason="twenty processes, which start again and again")
+@pytest.mark.parametrize("kills", [10])
 def test_a_job_that_is_killed_at_random_moments_ends_the_same(tmp_path, undisturbed, kills):
   expected, seconds = undisturbed
   chance = random.Random(kills)

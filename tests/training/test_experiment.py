@@ -150,16 +150,6 @@ def test_tiny_countdown_has_all_its_problems_and_room_for_their_answers():
     assert max(lengths) <= config.rollout.completion_length
 
 
-@pytest.mark.parametrize(("steps", "warned"), [(1000, False), (999, True)])
-def test_a_warm_up_of_most_of_the_run_is_warned_about(steps, warned, caplog):
-  experiments.warn_of_warm_up("grpo", jobs.load("grpo", "llada_8b").grpo, steps)
-  text = (
-    "grpo.warmup_steps=500 is more than half of the run's 999 optimiser steps, so that most have less than"
-    " grpo.learning_rate=3e-06: lower warmup_steps, or raise steps"
-  )
-  assert caplog.messages == ([text] if warned else [])
-
-
 def test_greedy_rollouts_are_refused_where_groups_are_compared(tmp_path):
   config = jobs.small(tmp_path, rollout__temperature=0.0)
   with pytest.raises(ValueError, match=r"rollout\.temperature=0 gives every prompt the same answer"):

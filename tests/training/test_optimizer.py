@@ -89,3 +89,13 @@ def test_moments_are_float32():
   state = optimizer.build(**SETTINGS).init({"w": jnp.ones(3)})
   kinds = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
   assert kinds == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(1000, False), (999, True)])
+def test_a_warm_up_of_most_of_the_run_is_warned_about(steps, warned, caplog):
+  optimizer.warn_of_warm_up("grpo", learning_rate=3e-06, steps=steps, warmup_steps=500)
+  text = (
+    "grpo.warmup_steps=500 is more than half of the run's 999 optimiser steps, so that most have less than"
+    " grpo.learning_rate=3e-06: lower warmup_steps, or raise steps"
+  )
+  assert caplog.messages == ([text] if warned else [])
