@@ -167,6 +167,7 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
     """Starts to write a checkpoint; the arrays are copied before this returns, so `state` may be donated."""
     said = {**metadata, "fingerprint": fingerprint(state), "trainable": fingerprint(state.trainable)}
+    self._passed.discard(step)  # a damaged one of this step was moved away, and this is another
     self._writer.save_checkpointables_async(
       step,
       {"state": state},

@@ -141,6 +141,16 @@ def test_damaged_arrays_are_set_aside_and_an_earlier_checkpoint_serves(home, nam
     assert (home.parent / "corrupt" / "sft-4" / "_CHECKPOINT_METADATA").is_file()
 
 
+def test_a_step_that_was_damaged_and_is_made_again_serves(home):
+  (home / "4" / "_CHECKPOINT_METADATA").unlink()
+  writer = Checkpoints(home, writes=True)
+  assert writer.restore_latest(abstract()).step == 3
+  writer.save(4, state(4), METADATA, 0.9)
+  writer.wait()
+  assert (writer.steps(), writer.best_step()) == ([3, 4], 4)
+  writer.close()
+
+
 def test_where_no_checkpoint_is_good_it_is_said(home):
   for step in (2, 3, 4):
     (home / str(step) / "_CHECKPOINT_METADATA").write_text("")
