@@ -36,6 +36,7 @@ def hidden_and_logits(denoiser, params, tokens):
   return hidden, denoiser.logits(params, denoiser.hidden_predicting(hidden, positions))
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_samples_and_scores(folder_of, family):
   denoiser, params, tokenizer = d1jax.from_pretrained(folder_of[family], jnp.float32)

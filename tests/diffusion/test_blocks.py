@@ -58,7 +58,7 @@ CASES = [  # every mode with every schedule, and each with and without shift and
 ]
 
 
-@pytest.mark.few(3, reason="each case compiles programs of its own")
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(("cache", "schedule", "shift", "cfg_scale", "refresh_every"), CASES)
 def test_token_for_token_a_loop_with_a_stale_cache(cache, schedule, shift, cfg_scale, refresh_every):
   passes: list[int] = []
@@ -96,7 +96,7 @@ def exact():
   }
 
 
-@pytest.mark.few(3, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("cache", MODES)
 @pytest.mark.parametrize(("schedule", "shift"), [("static", 1), ("threshold", 0), ("factor", 1), ("static", 0)])
 def test_a_refresh_at_every_step_is_exact(exact, cache, schedule, shift):
@@ -104,6 +104,7 @@ def test_a_refresh_at_every_step_is_exact(exact, cache, schedule, shift):
   assert_same(rolled(spec, dataclasses.replace(toy.DENOISER, shift=shift)), exact[schedule, shift])
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_the_dual_cache_is_exact_with_one_step_a_block():
   spec = dataclasses.replace(SPEC, diffusion_steps=3)
   assert_same(rolled(dataclasses.replace(spec, cache="dual")), rolled(spec))
@@ -114,7 +115,7 @@ def test_a_window_that_covers_the_canvas_is_exact(exact):
   assert_same(rolled(spec), exact["static", 0])
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("cache", MODES)
 def test_a_real_network_refreshed_at_every_step_is_exact(cache, shift):
@@ -127,7 +128,7 @@ def test_a_real_network_refreshed_at_every_step_is_exact(cache, shift):
     assert_same(found, rolled(SPEC, denoiser, params))
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("cache", MODES)
 def test_early_exits_and_smaller_batches_with_a_cache(monkeypatch, cache):
   monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
@@ -142,7 +143,7 @@ def test_early_exits_and_smaller_batches_with_a_cache(monkeypatch, cache):
   np.testing.assert_allclose(early.reveal_logp[kept], whole.reveal_logp[kept], atol=1e-5)
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("cache", MODES)
 def test_the_width_of_the_padding_and_the_order_of_rows_change_nothing(cache):
   spec = dataclasses.replace(SPEC, cache=cache)

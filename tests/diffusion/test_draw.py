@@ -105,6 +105,7 @@ def test_a_sum_that_does_not_ascend_draws_no_impossible_token(monkeypatch):
     assert int(inverse_cdf(logits, jnp.float32(uniform))) in (1, 3)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_rounding_of_a_long_sum_draws_no_impossible_token():
   """Every other token is impossible; the uniforms fall on, just below and just above each of the sums."""
   size = 1000
@@ -126,7 +127,7 @@ def test_a_single_possible_token_is_always_drawn():
   assert (np.asarray(inverse_cdf(logits, uniforms(100))) == 3).all()
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("size", [TILE + 1, 4 * TILE, 5 * TILE - 3])
 def test_a_draw_through_tiles_is_a_search_in_the_cumulative_sum(size):
   logits, uniform = random_logits(10, 100, size).at[:, :, 7:90:3].set(-jnp.inf), uniforms(10, 100)
@@ -140,6 +141,7 @@ def test_a_draw_through_tiles_is_a_search_in_the_cumulative_sum(size):
   np.testing.assert_array_equal(drawn.ravel(), exact)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_frequencies_through_tiles_are_the_tempered_softmax(temperature):
   size, n = 2 * TILE + 9, 100_000
@@ -158,11 +160,13 @@ def test_a_single_possible_token_is_drawn_from_any_tile(only):
   assert (np.asarray(inverse_cdf(logits, uniforms(100).at[0].set(BELOW_ONE))) == only).all()
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_u_zero_and_u_below_one_draw_the_ends_of_the_possible_tiles():
   logits = jnp.full((2, 6 * TILE), -jnp.inf).at[:, TILE + 3 : 4 * TILE - 5].set(1.0)
   assert inverse_cdf(logits, jnp.asarray([0.0, BELOW_ONE])).tolist() == [TILE + 3, 4 * TILE - 6]
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_roundings_of_tiles_that_disagree_draw_no_impossible_token(monkeypatch):
   """Sums stick out by a rounding error where nothing was added, and a tile's mass is more than its tokens' sum."""
   exact = jnp.cumsum
@@ -185,6 +189,7 @@ def test_the_vocabularies_of_llada_and_dream_are_cut_between_tiles(vocab, shards
   assert vocab % (shards * TILE) == 0
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("shards", [2, 8])
 def test_a_sharded_vocabulary_draws_the_same_tokens(shards):
   logits, uniform = random_logits(2, 100, 16 * TILE, scale=3.0), uniforms(2, 100)

@@ -81,7 +81,7 @@ ESTIMATORS = {
 }
 
 
-@pytest.mark.few(2, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_mean_over_many_masks_is_what_the_mathematics_says(name):
   estimator, expected = ESTIMATORS[name]

@@ -186,6 +186,7 @@ def test_prompt_masks_and_corruption_share_no_draws():
   assert abs((a == b).mean() - 0.5) < 0.05
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_dropout_keys_belong_to_samples_and_places_not_to_the_padding():
   seen = []
 

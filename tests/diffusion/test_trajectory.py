@@ -91,6 +91,7 @@ def score_paths(estimator, rollout=PATHS, spec=TRUTH.spec):
   return jax.device_get(score(rollout))
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_enumerated_paths_are_those_of_the_sampler():
   """Frequencies of completions and of orders, against the chances that enumeration gives them."""
   assert CHANCES.sum() == pytest.approx(1, abs=1e-5)

@@ -89,6 +89,7 @@ def test_results_say_what_determines_them(finished, tmp_path):
   assert summary["tokens_per_second"] > 0
 
 
+@pytest.mark.slow(reason="evaluates a run again and again")
 def test_seeds_and_samples_are_drawn_apart_and_whatever_the_batch(finished, tmp_path):
   workdir, _ = finished
   draws = {"temperatures": (0.0, 1.5), "seeds": (0, 7), "samples": 2}
@@ -207,6 +208,7 @@ def test_steps_that_blocks_cannot_share_name_the_field():
     list(command.samplers(config, SamplerSpec(18, 6, 18)))
 
 
+@pytest.mark.slow(reason="evaluates a run again and again")
 def test_an_evaluation_with_a_cache_says_so(finished, tmp_path, capsys):
   workdir, _ = finished
   fields = {"lengths": (24,), "block_length": 6, "tokens_per_step": 3, "questions": 8, "early_exit": False}

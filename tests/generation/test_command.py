@@ -75,6 +75,7 @@ def test_one_answer_is_printed_alone(finished, capsys):
   assert capsys.readouterr().out == answers[0] + "\n"
 
 
+@pytest.mark.slow(reason="compiles a rollout for each change")
 def test_fields_change_the_sampler_and_keep_the_tokens_a_step(finished, capsys):
   prompts, _ = asked(finished)
   steps = lambda **fields: [

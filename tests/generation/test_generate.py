@@ -40,6 +40,7 @@ def test_the_package_offers_it():
   assert d1jax.generate is generate
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_draws_are_those_of_the_sampler(model):
   denoiser, params, tokenizer = model
   (found,) = generate(*model, PROMPTS[:1], spec=DRAWN, seed=3, prefill="so ")
@@ -82,6 +83,7 @@ def test_a_conversation_is_written_by_the_chat_template(model):
   assert (turns.tokens != plain.tokens).any()
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_a_mesh_changes_no_token(folder, model):
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())
   sharded = d1jax.from_pretrained(folder, jnp.float32, mesh=mesh)

@@ -97,6 +97,7 @@ def test_the_window_that_covers_the_canvas_is_encode(name):
     np.testing.assert_allclose(hidden, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", SIZES)
 def test_a_window_of_the_same_tokens_is_a_slice_of_encode(name):
   """Wherever it starts; beyond the end, the last one that fits, and before the beginning, the first one."""

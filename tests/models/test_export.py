@@ -142,6 +142,7 @@ def test_a_grown_vocabulary_is_in_the_configuration_and_reads_back(tmp_path, fam
   jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_a_network_from_no_folder_becomes_a_llada(tmp_path):
   size = transformer.TransformerSize(vocab=40, embed=32, heads=4, mlp=48, layers=2, rope_theta=77.0, kv_heads=2)
   network = transformer.build(size)

@@ -300,6 +300,7 @@ def test_an_adapter_of_an_unknown_place_is_refused(params):
       lora.overlay(params, tree)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_the_adapter_alone_gets_gradients(network, params, small):
   """Of both forms of a base: the gradient's tree is the adapter's, `b`'s is not zero at the start and `a`'s is."""
   optimizer = optax.sgd(0.1)

@@ -145,7 +145,7 @@ def test_an_update_is_mu_steps_of_the_naive_loop(spec):
   assert (found[:, 1] > 0).all() == bool(spec.options.beta)
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize(("aggregation", "parts"), [("token", 2), ("sequence", 4)])
 def test_accumulation_changes_nothing(aggregation, parts):
   whole, metrics = run(UpdateSpec(2, 1, LossOptions(0.2, 0.1), aggregation))
@@ -253,7 +253,7 @@ def weighted_update(spec, rollout, advantages, estimator=step_merged, frozen=FRO
   return state.trainable, step, metrics
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("parts", [1, 11])
 @pytest.mark.parametrize("cap", [1e6, 1.2, None])
 def test_weights_make_the_gradient_that_of_the_policys_own_draws(cap, parts):
@@ -306,7 +306,7 @@ def test_recorded_states_are_scored_once_under_the_old_and_the_reference_policy(
   assert len(calls) == passes
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("loss", ["likelihood", "clipped_sequence"])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_what_a_loss_does_not_need_is_not_scored(loss, parts):
@@ -328,6 +328,7 @@ def test_what_a_loss_does_not_need_is_not_scored(loss, parts):
   assert (metrics.kl == 0).all()
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_the_reference_can_be_watched_without_a_penalty():
   plain, watched = (run(UpdateSpec(2, 2, LossOptions(0.2), "token", score_reference=watch)) for watch in (False, True))
   assert_close(watched[0].trainable, plain[0].trainable, 1e-7)
@@ -336,6 +337,7 @@ def test_the_reference_can_be_watched_without_a_penalty():
   assert ((plain[1].kl == 0).all(), plain[1].reference_gap) == (True, None)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_a_pull_towards_the_old_policy_begins_at_nothing():
   free, held = (run(UpdateSpec(2, 2, LossOptions(0.2, beta, kl_against="old"), "token"))[1] for beta in (0.0, 0.5))
   np.testing.assert_allclose(held.loss[0], free.loss[0], rtol=1e-6)

@@ -174,6 +174,7 @@ def golds(data_root):
   return [gold for gold in found if rationals.parse(answers.normal_form(gold) or "") is None]
 
 
+@pytest.mark.slow(reason="asks math-verify hundreds of times")
 def test_math_verify_reads_the_answers_of_the_file(golds):
   texts = random.Random(0).sample(golds, 300)
   parts = [part for text in texts for part in answers.split(answers.clean(text))[1]]
@@ -182,6 +183,7 @@ def test_math_verify_reads_the_answers_of_the_file(golds):
   assert [part for part in asked if not equivalence.compare(part, part)] == []
 
 
+@pytest.mark.slow(reason="asks math-verify hundreds of times")
 def test_different_answers_of_the_file_are_different(golds):
   texts = random.Random(1).sample(golds, 24)
   forms = {text: answers.normal_form(text) for text in texts}

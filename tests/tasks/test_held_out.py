@@ -82,6 +82,7 @@ def test_published_problems_are_test_problems_of_countdown(questions, tmp_path):
     assert not numbers(split) & published
 
 
+@pytest.mark.slow(reason="draws all problems")
 def test_generated_countdown_holds_no_published_numbers(questions):
   # Problems of d1's numbers alone are drawn, so that chance cannot hide a leak.
   published = {tuple(sorted(row["ground_truth"][0])) for row in questions["countdown"]}

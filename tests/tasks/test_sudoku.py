@@ -114,6 +114,7 @@ def test_rows_keep_the_order_of_the_file(data_root):
   assert places == sorted(places)
 
 
+@pytest.mark.few(1, reason="each case draws all puzzles")
 @pytest.mark.parametrize("split", SIZES)
 def test_draws_are_deterministic_and_grow_at_the_end(split):
   fewer = Sudoku(sizes={split: SIZES[split] // 3}).records(split)

@@ -53,6 +53,7 @@ def test_unique_masks_have_the_published_counts():
   assert sum(UNIQUE.values()) == 13_579_680  # 13,579,392 with an empty cell
 
 
+@pytest.mark.slow(reason="enumerates")
 def test_unique_masks_are_those_of_plain_enumeration():
   # A mask tells a grid from all others exactly when no other grid has the same digits there.
   digits = np.array([list(map(int, grid)) for grid in sudoku_grids.GRIDS])

@@ -67,6 +67,7 @@ def test_nothing_that_is_asked_is_run(process, code):
   assert process.end() == (0, b"")
 
 
+@pytest.mark.few(1, reason="each case takes seconds of CPU")
 @pytest.mark.parametrize("bomb", ["5!!!", "9^{9^{9^{9}}}", "((((x+1)^9+1)^9+1)^9+1)^9"])
 def test_cpu_time_and_memory_are_bounded(process, bomb):
   # The process ends by the timer's signal, wherever it is; or sympy gives up, which is a no.

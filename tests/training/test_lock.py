@@ -26,9 +26,9 @@ import os, sys, time
 from pathlib import Path
 from d1jax.training.lock import locked
 with locked(Path(sys.argv[1])):
-  if child := os.fork():
-    print(child, flush=True)
+  if os.fork():
     os._exit(0)
+  print(os.getpid(), flush=True)  # it is on its own by now
   time.sleep(600)
 """
 

@@ -106,6 +106,7 @@ def test_a_mix_has_room_for_the_longest_of_its_tasks(size, tasks):
     assert mix.rollout.completion_length == mix.rollout.block_length == 24
 
 
+@pytest.mark.slow(reason="trains a tokenizer")
 def test_a_tokenizer_of_a_mix_knows_the_characters_of_every_task(tmp_path):
   config = mixed(tmp_path, task__sizes__demonstrations=1, task__sizes__train=3000)
   experiment = experiments.build(config, None)
