@@ -154,6 +154,7 @@ def test_frequencies_through_tiles_are_the_tempered_softmax(temperature):
   assert scipy.stats.chisquare(counts[possible], expected[possible]).pvalue > 0.01
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("only", [0, TILE - 1, TILE, 3 * TILE, 4 * TILE + 4])
 def test_a_single_possible_token_is_drawn_from_any_tile(only):
   logits = jnp.full((100, 4 * TILE + 5), -jnp.inf).at[:, only].set(-2e38)

@@ -131,7 +131,7 @@ FAST = [
 ]
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("estimator", FAST, ids=["coupled", "elbo", "quadrature"])
 def test_rows_stand_alone(estimator):
   check_rows_stand_alone(estimator)

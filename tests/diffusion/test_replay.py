@@ -77,6 +77,7 @@ def test_at_temperature_zero_the_untempered_distribution_scores():
     np.testing.assert_allclose(found[row], path.exact_logp, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_gradients_are_those_of_the_passes_one_by_one():
   rollout = jax.device_get(rolled(SPEC))
   valid = jnp.concatenate([VALID, jnp.ones((4, 12), bool)], axis=1)

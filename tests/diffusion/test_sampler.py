@@ -192,7 +192,7 @@ def together() -> Rollout:
   return found
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize(("row_multiple", "batches"), [(1, [8, 8, 4, 2]), (4, [8, 8, 4, 4]), (8, [8, 8, 8, 8])])
 def test_finished_rows_of_long_completions_are_left_behind(monkeypatch, together, row_multiple, batches):
   monkeypatch.setattr(sampler, "COMPACT_FROM", 12)

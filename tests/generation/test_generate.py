@@ -91,6 +91,7 @@ def test_a_mesh_changes_no_token(folder, model):
   np.testing.assert_array_equal(tokens(generate(*sharded, PROMPTS[:3], spec=DRAWN)), expected)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_a_program_is_compiled_once_for_a_shape(model):
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(

@@ -85,7 +85,7 @@ def naive(params, size, tokens, start, key, value):
   return norm(x, p["final_norm"]["scale"])
 
 
-@pytest.mark.few(2, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", SIZES)
 def test_the_window_that_covers_the_canvas_is_encode(name):
   network, params, encode, window = model(name)
@@ -241,7 +241,7 @@ def adapters(params):
   return jax.tree.map(lambda a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32), shapes)
 
 
-@pytest.mark.few(2, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("base", ["float32", "int8", "nf4"])
 def test_adapters_and_few_bits_go_through_windows(base):
   network, params, encode, window = model("llada")

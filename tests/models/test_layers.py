@@ -97,6 +97,7 @@ def test_fewer_queries_than_keys():
   np.testing.assert_allclose(layers.plain_attention(q[:, 1:3], k, v, valid), whole[:, 1:3], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_what_is_kept_is_handed_through_a_block():
   attention = dict(heads=2, kv_heads=1, head_dim=6, bias=False, theta=100.0, scaling=None)
   block = layers.Block(8, 12, **attention, eps=1e-5, dtype=jnp.float32, rngs=nnx.Rngs(0))
@@ -137,6 +138,7 @@ def attending(valid):
   return lambda q, k, v: (layers.plain_attention(q, k, v, valid), None)
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("bias", [False, True])
 def test_attention_projects_adds_biases_turns_and_mixes(bias):
   layer = attention_of(bias=bias)

@@ -103,7 +103,7 @@ def test_blocks_are_few_and_waste_little():
     assert padded // block == -(-length // kernels.BLOCK)
 
 
-@pytest.mark.few(2, reason="the kernel is interpreted")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(
   ("sizes", "rules"),
   [

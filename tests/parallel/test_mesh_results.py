@@ -160,7 +160,7 @@ def results(world: World, rollout: Any) -> Results:
 SLOW = pytest.mark.slow(reason="one mesh more, for which everything is compiled")
 MESHES = [
   (2, 2, 2),
-  (1, 2, 1, 4),
+  pytest.param((1, 2, 1, 4), marks=SLOW),
   pytest.param((2, 1, 1), marks=SLOW),
   pytest.param((1, 8, 1), marks=SLOW),
   pytest.param((1, 2, 4), marks=SLOW),

@@ -39,7 +39,7 @@ def chosen(name: str, **fields):
   return config.grpo, SamplerSpec(**config.rollout)
 
 
-@pytest.mark.few(4, reason="each case compiles programs of its own")
+@pytest.mark.few(2, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_takes_a_tiny_update(name):
   """At the first inner step each ratio is 1; no advantages, no gradient."""

@@ -155,6 +155,7 @@ def test_accumulation_changes_nothing(aggregation, parts):
   assert_close(split_metrics, metrics, 1e-6)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_tiles_change_nothing():
   spec = UpdateSpec(2, 2, LossOptions(0.2, 0.1), "token")
   (state, metrics), (expected, expected_metrics) = run(spec, tile=2), run(spec)
@@ -163,6 +164,7 @@ def test_tiles_change_nothing():
   )
 
 
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("parts", [1, 2])
 def test_at_the_first_inner_step_the_ratio_is_exactly_one(parts):
   _, metrics = run(UpdateSpec(3, parts, LossOptions(0.2, 0.1), "token"))
@@ -282,6 +284,7 @@ def test_weights_make_the_gradient_that_of_the_policys_own_draws(cap, parts):
     np.testing.assert_allclose(metrics.effective_sample_size, [expected_share], rtol=1e-5)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_weights_are_of_the_policy_before_the_update_at_every_inner_step():
   rng = np.random.default_rng(3)
   rewards = jnp.asarray(rng.normal(size=11), jnp.float32)

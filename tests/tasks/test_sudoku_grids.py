@@ -2,6 +2,7 @@ import collections
 import itertools
 
 import numpy as np
+import pytest
 
 from d1jax.tasks import held_out, sudoku_grids
 

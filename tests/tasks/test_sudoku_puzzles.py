@@ -46,6 +46,7 @@ def test_published_puzzles_leave_the_order_of_the_others_as_it_is():
   assert list(drawn) == [*order[:first].tolist(), *order[first + 1 : first + 11].tolist()]
 
 
+@pytest.mark.few(1, reason="each case draws thousands of puzzles")
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_puzzles_with_one_number_of_clues_are_drawn_uniformly(split):
   codes = stock(split, 4)

@@ -144,7 +144,7 @@ def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
   check_estimator(adapters, mu, beta, dataclasses.replace(SAMPLER, cfg_scale=cfg_scale), "step_merged", {})
 
 
-@pytest.mark.few(2, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize(
   ("name", "options"),
   [

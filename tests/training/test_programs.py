@@ -155,6 +155,7 @@ def test_rules_of_rollouts_change_no_completion_and_no_update(tmp_path, fields):
   assert bool(one[2]) == ("rollout__cache" in fields)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_grouped_heads_roll_out_where_the_mesh_divides_them():
   """Dream's four key-value heads over four devices."""
   config = jobs.load("grpo", "llada_8b")

@@ -55,6 +55,7 @@ def missing_bytes(before, after):
   return max(missing.values())
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_weights_that_need_no_change_are_handed_over(tmp_path):
   experiment, trained, publisher = built(tmp_path, **MESH)
   params = publish(publisher, trained, experiment.weights.frozen.base)
@@ -63,6 +64,7 @@ def test_weights_that_need_no_change_are_handed_over(tmp_path):
   assert "dot" not in publisher.lower().as_text()
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_rules_that_cut_alike_on_this_mesh_move_nothing(tmp_path):
   experiment, trained, publisher = built(tmp_path, ROLLOUTS, mesh__data=8)
   params = publish(publisher, trained, experiment.weights.frozen.base)
@@ -128,6 +130,7 @@ def test_an_unknown_axis_in_rollout_rules_is_refused(tmp_path):
     built(tmp_path, {"experts": None}, **MESH)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_weights_that_the_rollouts_mesh_does_not_divide_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"does not divide \['blocks'\]\['mlp'\]\['down'\]"):
     built(tmp_path, ROLLOUTS, model__overrides__mlp=66, **MESH)
