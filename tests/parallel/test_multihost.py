@@ -269,7 +269,8 @@ def told(count):
   return [json.loads(out.splitlines()[-1]) for _, out, _ in found]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_do_as_one_does(peers, count):
   (single,), found = peers(1), peers(count)
   for own in found:
