@@ -23,7 +23,7 @@ from tests import jobs
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 ALONE = ("coordinator=127.0.0.1:1", "processes=2", "process=1", "timeout=2")
 
-SLOW = pytest.mark.slow(reason="several processes of the recipe; the quick tests have one job of two processes")
+SLOW = pytest.mark.slow(reason="several processes of the recipe")
 
 
 @pytest.fixture
