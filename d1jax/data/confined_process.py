@@ -96,6 +96,9 @@ def serve(connection: socket.socket) -> None:
 
 if __name__ == "__main__":
   # The signal of the timer ends the process whatever the parent made of it.
+  # Signals that stop a run are for the run to answer, which still needs this process to save itself.
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
   signal.signal(signal.SIGPROF, signal.SIG_DFL)
   signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
