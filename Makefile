@@ -19,7 +19,7 @@ test: $(VENV)/.tests
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.tests
-	$(RUN) -m pytest -n 2 --dist worksteal -m "slow or hypothesis" --hypothesis-profile=full $(ARGS)
+	$(RUN) -m pytest -n 3 --dist worksteal -m "slow or hypothesis" --hypothesis-profile=full $(ARGS)
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff format --check .

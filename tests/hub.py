@@ -22,9 +22,9 @@ def write(folder: Path, family: str = "llada", *, dtype: str = "bfloat16", **siz
   return folder
 
 
-def write_20m(folder: Path) -> Path:
-  """A LLaDA of 20M parameters, random weights, with a real vocabulary (see `write_llada_tokenizer`)."""
-  sizes = dict(vocab=49424, embed=128, heads=2, kv_heads=2, head_size=64, mlp=1024, layers=16)
+def write_14m(folder: Path) -> Path:
+  """A LLaDA of 14M parameters, random weights, with a real vocabulary (see `write_llada_tokenizer`)."""
+  sizes = dict(vocab=49424, embed=128, heads=2, kv_heads=2, head_size=64, mlp=1024, layers=4)
   folders.write(folder, "llada", dtype="bfloat16", shards=4, **sizes)
   _name_ids(folder, write_real_tokenizer(folder))
   return folder

@@ -37,6 +37,9 @@ SMALL = {
   "evaluation.batch_size": 16,
 }
 
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+"""Small jobs mostly compile, and are quicker where LLVM does not optimise."""
+
 START = ROOT / "tests" / "start"
 """A folder that can write answers (`tests/make_start.py`)."""
 STARTED = {
@@ -98,9 +101,9 @@ def start(
 ) -> subprocess.Popen:
   """Starts `python -m d1jax.main` on two CPU devices, as on a person's machine; no file may grow beyond a limit.
 
-  Small jobs mostly compile, and are quicker where LLVM does not optimise; large ones ask that it does.
+  Large jobs ask that it is optimised.
   """
-  environment = os.environ | {"XLA_FLAGS": "" if optimised else "--xla_backend_optimization_level=0"}
+  environment = os.environ | {"XLA_FLAGS": "" if optimised else QUICK_TO_COMPILE}
   limited = [] if largest_file_kib is None else ["bash", "-c", f'ulimit -f {largest_file_kib}; exec "$@"', "limited"]
   return subprocess.Popen(
     [*limited, sys.executable, "-m", module, *arguments],

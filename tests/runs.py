@@ -1,5 +1,6 @@
 """Finished runs that the tests of a session share; who changes one copies it first."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,28 @@ from d1jax.training import recipe
 from tests import jobs
 from tests.session import shared
 
-CHANGES = {"grpo__dump_every": 1, "grpo__steps": 4}
+CHANGES = {"sft__steps": 30, "sft__validate_every": 10, "grpo__dump_every": 1, "grpo__steps": 4}
 
 
 def finished() -> tuple[Path, ConfigDict, dict[str, Any]]:
   """The recipe from a fresh model, supervised fine-tuning first: its folder, configuration and results."""
   workdir, results = shared("finished", lambda workdir: recipe.run(jobs.small(workdir, **CHANGES)))
   return workdir, jobs.small(workdir, **CHANGES), results
+
+
+def undisturbed(count: int = 1) -> tuple[Path, list[tuple[int, str, str]], float]:
+  """`jobs.BRIEF` in one go as some real processes, which have two devices together.
+
+  Returns:
+    Its folder, what `jobs.finish_processes` found, and its seconds.
+  """
+
+  def make(workdir: Path) -> tuple[list[tuple[int, str, str]], float]:
+    began, flags = time.monotonic(), jobs.flags(workdir, **jobs.BRIEF)
+    processes = [jobs.start(*flags)] if count == 1 else jobs.start_processes(count, *flags, devices=2 // count)
+    found = jobs.finish_processes(processes)
+    assert [code for code, _, _ in found] == [0] * count, found
+    return found, time.monotonic() - began
+
+  workdir, (found, seconds) = shared(f"undisturbed-{count}", make)
+  return workdir, found, seconds

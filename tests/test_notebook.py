@@ -44,7 +44,7 @@ def execute(folder: Path, setting: str) -> nbformat.NotebookNode:
   for name in ("configs", "d1jax"):
     (folder / name).symlink_to(jobs.ROOT / name)
   book = nbformat.read(NOTEBOOK, as_version=4)
-  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  environment = os.environ | {"XLA_FLAGS": jobs.QUICK_TO_COMPILE if setting == "smoke" else ""}
   environment |= {"D1JAX_DEMO": setting, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder / "ipython")}
   where = {"metadata": {"path": str(folder)}}
   client = NotebookClient(book, timeout=3600, record_timing=False, coalesce_streams=True, resources=where)

@@ -1,4 +1,4 @@
-"""From a folder in LLaDA's layout to a trained, exported one, all by the command line; 20M random weights."""
+"""From a folder in LLaDA's layout to a trained, exported one, all by the command line; 14M random weights."""
 
 import json
 import subprocess
@@ -32,11 +32,11 @@ def run(*arguments: str) -> str:
   return out
 
 
-@pytest.mark.slow(reason="six commands, each with a model of 20M parameters")
+@pytest.mark.slow(reason="six commands, each with a model of 14M parameters")
 def test_sft_export_grpo_eval_export_by_the_command_line(tmp_path):
   data = shared_tokenizers().parent
-  folder = hub.write_20m(tmp_path / "llada")
-  assert sum(np.prod(shape) for shape in TensorFiles(folder).shapes.values()) == pytest.approx(20e6, rel=0.05)
+  folder = hub.write_14m(tmp_path / "llada")
+  assert sum(np.prod(shape) for shape in TensorFiles(folder).shapes.values()) == pytest.approx(14.5e6, rel=0.05)
 
   fine_tuned, merged = tmp_path / "sft", tmp_path / "merged"
   out = run(
@@ -44,8 +44,10 @@ def test_sft_export_grpo_eval_export_by_the_command_line(tmp_path):
     f"--config.model.pretrained={folder}",
     f"--config.data.root={data}",
     f"--config.workdir={fine_tuned}",
-    "--config.sft.steps=4",
-    "--config.sft.validate_every=2",
+    "--config.sft.steps=2",
+    "--config.sft.validate_every=1",
+    "--config.sft.batch_size=2",
+    "--config.sft.held_out=0.005",
     "--config.sft.learning_rate=1e-3",
     "--config.sft.completion_buckets=(64,128)",
     *COMMON,
@@ -64,6 +66,7 @@ def test_sft_export_grpo_eval_export_by_the_command_line(tmp_path):
     "--config.grpo.prompts_per_iteration=2",
     "--config.grpo.num_generations=4",
     "--config.grpo.num_iterations=2",
+    "--config.grpo.grading_workers=2",
     *COMMON,
   )
   out = run(*job)
@@ -89,8 +92,15 @@ def test_sft_export_grpo_eval_export_by_the_command_line(tmp_path):
   assert first.read(head).tobytes() == source.read(head).tobytes(), "no adapter is there"
   query = "model.transformer.blocks.0.q_proj.weight"
   assert TensorFiles(merged).read(query).tobytes() != source.read(query).tobytes(), "fine-tuning changed it"
-  out = run(*(word.replace(str(merged), str(model)).replace(str(tuned), str(tmp_path / "on")) for word in job))
-  assert "Held-out split of gsm8k" in out, "the exported folder is read again"
+  sizes = ("--config.batch_size=4", "--config.prompt_buckets=(512,)", "--config.lengths=(32,)")
+  rollout = ("--config.block_length=16", "--config.tokens_per_step=8")
+  folders = (
+    f"--config.pretrained={model}",
+    f"--config.data_root={tmp_path / 'data'}",
+    f"--config.output={tmp_path / 'on'}",
+  )
+  out = run("--config=configs/eval.py:gsm8k", "--config.questions=4", *folders, *sizes, *rollout)
+  assert json.loads(out.splitlines()[-1])["n"] == 4, "the exported folder is read again"
 
 
 def _with_test_questions(data, root):

@@ -40,19 +40,19 @@ def assert_same(found, kept):
     assert size == pytest.approx(sizes(kept)[name], rel=0.05, abs=2**17), name
 
 
-@pytest.mark.slow(reason="compiles for TPUs")
-def test_rollouts_of_a_small_network_are_as_kept():
-  """Those of other topologies, and the updates, are slow tests."""
-  kept, found = golden(V5E), analysis(V5E.config)
-  kept["programs"] = {name: kept["programs"][name] for name in ("publish", "rollout")}
-  result = {name: found.program(name) for name in ("publish", "rollout")}
-  assert_same({"placements": found.placements(), "programs": result}, kept)
+COMPILED = [Case("v5e:4x4", small=True), Case("v5p:2x2x4", full=True, small=True), Case("v6e:16x16", True, True)]
+"""Each kind of chip; the large network is compiled for `v5e:2x4`."""
 
 
-@pytest.mark.slow(reason="the TPU's compiler, for twelve topologies")
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.slow(reason="the TPU's compiler, for three topologies")
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
 def test_a_small_network_is_as_kept(case, capsys):
   assert_same(command.run(case.config), golden(case))
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL_CASES if case not in COMPILED], ids=lambda case: case.name)
+def test_the_placements_of_a_small_network_are_as_kept(case):
+  assert analysis(case.config).placements() == golden(case)["placements"]
 
 
 @pytest.mark.slow(reason="the TPU's compiler takes minutes for LLaDA-8B")
@@ -189,22 +189,21 @@ def test_slices_share_the_data_axis():
 
 
 @pytest.mark.parametrize(
-  ("flags", "reason"),
+  ("fields", "reason"),
   [
-    ([], "config.topology is not set"),
-    (["--config.topology=v5e:9x9"], "config.topology=v5e:9x9"),
-    (["--config.topology=v5e:2x4", "--config.grpo.prompts_per_iteration=3"], "does not divide"),
-    (["--config.topology=v5e:2x4", "--config.mesh.fsdp=3"], "mesh data=-1 fsdp=3 tensor=4 sequence=1"),
+    ({}, "config.topology is not set"),
+    ({"topology": "v5e:9x9"}, "config.topology=v5e:9x9"),
+    ({"topology": "v5e:2x4", "grpo.prompts_per_iteration": 3}, "does not divide"),
+    ({"topology": "v5e:2x4", "mesh.fsdp": 3}, "mesh data=-1 fsdp=3 tensor=4 sequence=1"),
   ],
 )
-@pytest.mark.slow(reason="four processes that build a network of LLaDA's sizes")
-def test_a_wrong_setting_is_one_line(flags, reason):
-  code, _, err = jobs.finish(jobs.start("--config=configs/aot.py:llada_8b,v5e", *flags))
-  assert code == 2, err
-  lines = [line for line in err.splitlines() if line.startswith("d1jax: ")]
-  assert len(lines) == 1
-  assert reason in lines[0]
-  assert "Traceback" not in err
+def test_a_wrong_setting_is_one_line(fields, reason):
+  config = jobs.load("aot", "llada_8b,v5e")
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(RunError, match=reason) as caught:
+    command.run(config)
+  assert caught.value.exit_code == 2
+  assert "\n" not in str(caught.value)
 
 
 def test_the_mode_is_known():

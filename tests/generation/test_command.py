@@ -250,7 +250,7 @@ SLOW = pytest.mark.slow(reason="a process that imports JAX")
 
 def start(*arguments: str, **streams) -> subprocess.Popen:
   """Starts the real command."""
-  environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  environment = os.environ | {"XLA_FLAGS": jobs.QUICK_TO_COMPILE}
   line = [sys.executable, "-m", "d1jax.main", "--config=configs/generate.py", *arguments]
   return subprocess.Popen(line, cwd=jobs.ROOT, env=environment, stderr=subprocess.PIPE, **streams)
 

@@ -163,7 +163,7 @@ def test_a_real_run_in_two_processes_goes_on_after_one_is_preempted(tmp_path):
   workdir = tmp_path / "run"
   settings = {"PYTHON": sys.executable, "WORKDIR": str(workdir), "RETRY_WAIT": "1"}
   environment = Machine(tmp_path / "machine").environment(**settings)
-  environment.pop("XLA_FLAGS", None)
+  environment["XLA_FLAGS"] = jobs.QUICK_TO_COMPILE
   flags = [flag for flag in jobs.flags(workdir, **jobs.BRIEF) if not flag.startswith("--config.workdir=")]
   process = subprocess.Popen(
     ["launch/local.sh", *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -18,7 +18,7 @@ from d1jax.errors import RunError
 from d1jax.parallel import multihost
 from d1jax.parallel.mesh import make_mesh, place, sharding
 from d1jax.training.metrics import read_records
-from tests import jobs
+from tests import jobs, runs
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
 ALONE = ("coordinator=127.0.0.1:1", "processes=2", "process=1", "timeout=2")
@@ -304,12 +304,9 @@ def test_small_things_are_heard_by_all(peers, count):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed():
   """The folder of a job of one process with two devices that ran in one go."""
-  workdir = tmp_path_factory.mktemp("undisturbed")
-  code, _, err = jobs.finish(jobs.start(*jobs.flags(workdir, **jobs.BRIEF)))
-  assert code == 0, err
-  return workdir
+  return runs.undisturbed()[0]
 
 
 def results(workdir):
@@ -334,15 +331,15 @@ def resumed(workdir, count):
 
 
 @SLOW
-def test_a_job_of_two_processes_is_the_job_of_one(tmp_path, undisturbed):
-  (_, out, _), (_, silent, said) = resumed(tmp_path, 2)
-  same_end(tmp_path, undisturbed)
+def test_a_job_of_two_processes_is_the_job_of_one(undisturbed):
+  workdir, ((_, out, _), (_, silent, said)), _ = runs.undisturbed(2)
+  same_end(workdir, undisturbed)
   assert "SFT + diffu-GRPO" in out
   assert not [line for line in silent.splitlines() if not line.startswith("[Gloo]")]
   assert said == ""
   mine, theirs = (
     {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "checkpoints" not in p.parts}
-    for folder in (tmp_path, undisturbed)
+    for folder in (workdir, undisturbed)
   )
   for folder in (mine, theirs):
     assert len({name for name in folder if name.startswith("tensorboard")}) == 2
@@ -369,7 +366,7 @@ def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, undisturbe
 @SLOW
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, killed):
-  processes = jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), timeout=20)
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), timeout=10)
   jobs.wait_for(tmp_path, "sft", 5, processes[0])
   processes[killed].kill()
   found = jobs.finish_processes(processes, timeout=45)

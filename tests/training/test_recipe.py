@@ -142,7 +142,7 @@ def test_a_finished_job_reprints_its_table(finished, capsys, monkeypatch):
 def test_more_steps_go_on_from_the_end(finished, tmp_path):
   workdir, _, results = finished
   shutil.copytree(workdir, tmp_path / "longer")
-  config = small(tmp_path / "longer", grpo__dump_every=0, grpo__steps=6)
+  config = small(tmp_path / "longer", **runs.CHANGES | {"grpo__dump_every": 0, "grpo__steps": 6})
   longer = recipe.run(config)
   assert longer["params_fingerprint"] != results["params_fingerprint"]
   records = [r for r in read_records(tmp_path / "longer" / "metrics.jsonl") if r["stage"] == "grpo"]
@@ -154,7 +154,7 @@ def test_another_config_is_refused_and_nothing_changes(finished):
   workdir, _, _ = finished
   before = (workdir / "config.json").read_bytes()
   with pytest.raises(RunError, match=r"grpo\.beta was .*, now 0\.5.*May change on a resume"):
-    recipe.run(small(workdir, grpo__dump_every=1, grpo__steps=4, grpo__beta=0.5))
+    recipe.run(small(workdir, **runs.CHANGES, grpo__beta=0.5))
   assert (workdir / "config.json").read_bytes() == before
 
 
@@ -169,7 +169,7 @@ def test_other_questions_are_refused(finished, tmp_path):
   splits["train"]["sha256"] = "0" * 64
   path.write_text(json.dumps(splits))
   with pytest.raises(RunError, match=r"the questions of train are not those that .* began with"):
-    recipe.run(small(tmp_path / "run", grpo__dump_every=1, grpo__steps=4))
+    recipe.run(small(tmp_path / "run", **runs.CHANGES))
 
 
 def test_any_mesh_can_go_on(finished, tmp_path):
@@ -177,7 +177,7 @@ def test_any_mesh_can_go_on(finished, tmp_path):
   shutil.copytree(workdir, tmp_path / "moved")
   (tmp_path / "moved" / "results.json").unlink()
   mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-  moved = recipe.run(small(tmp_path / "moved", grpo__dump_every=1, grpo__steps=4, **mesh))
+  moved = recipe.run(small(tmp_path / "moved", **runs.CHANGES, **mesh))
   assert moved["params_fingerprint"] == results["params_fingerprint"]
   assert moved["after"]["n"] == 24
 
@@ -215,7 +215,7 @@ def test_checkpoints_say_all_that_is_needed(finished):
 
 def test_of_equally_good_checkpoints_the_later_is_the_best(finished):
   _, _, results = finished
-  assert results["best_iteration"] == {"sft": 120, "grpo": 4}  # nothing is solved: all are equal
+  assert results["best_iteration"] == {"sft": 30, "grpo": 4}  # nothing is solved: all are equal
 
 
 @pytest.mark.slow(reason="runs the recipe")
