@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     original(stage, *arguments)
     heard.noting = stage.name == "grpo"  # behind SFT, the programs of diffu-GRPO are compiled
 
+  jax.clear_caches()  # what another test has compiled would not be heard of
   logger = logging.getLogger("jax._src.interpreters.pxla")
   logger.addHandler(heard)
   with pytest.MonkeyPatch.context() as patch, jax.log_compiles(True):
