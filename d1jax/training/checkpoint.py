@@ -164,6 +164,12 @@ class Checkpoints:
           raise FileError(f"{path} does not say what a run says: {name!r} is missing or of another type")
       return found
 
+  def newest_metadata(self) -> dict[str, Any] | None:
+    """What was said beside the newest checkpoint that says something sound; None where none does. Nothing is warned."""
+    damaged = {step for step, _ in self._damaged()}
+    sound = [step for step in self._on_disk() if step not in damaged]
+    return self.metadata(max(sound)) if sound else None
+
   def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
     """Starts to write a checkpoint; the arrays are copied before this returns, so `state` may be donated."""
     said = {**metadata, "fingerprint": fingerprint(state), "trainable": fingerprint(state.trainable)}
