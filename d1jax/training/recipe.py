@@ -28,7 +28,7 @@ from d1jax.training.held_out import HeldOutLoss
 from d1jax.training.identity import check_splits, flatten, holds_run, record_changes
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.lock import locked
-from d1jax.training.metrics import read_records
+from d1jax.training.metrics import STAGES, read_records, warn_of_lost
 from d1jax.training.publish import Publisher
 from d1jax.training.weights import check_base
 from d1jax.training.workdir import Folder, claim, folder, revision, versions, write_json
@@ -353,6 +353,8 @@ def _claim(recipe: Recipe, splits: dict[str, Any]) -> None:
   check_splits(recipe.workdir, config, splits)
   record_changes(recipe.workdir, config)
   claim(recipe.workdir, config, recipe.experiment.tokenizer.files, splits)
+  newest = {stage: Checkpoints(recipe.workdir / "checkpoints" / stage).newest() for stage in STAGES}
+  warn_of_lost(recipe.workdir / "metrics.jsonl", {stage: step for stage, step in newest.items() if step})
 
 
 def _totals(config: dict[str, Any]) -> list[Any]:

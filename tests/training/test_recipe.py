@@ -183,17 +183,19 @@ def test_other_questions_are_refused(finished, tmp_path):
     recipe.run(small(tmp_path / "run", grpo__dump_every=1, grpo__steps=4))
 
 
-def test_any_mesh_can_go_on(finished, tmp_path):
-  """The tokenizer was damaged meanwhile: it is trained again."""
+def test_any_mesh_can_go_on(finished, tmp_path, caplog):
+  """Files were damaged meanwhile: the tokenizer is trained again, and lost records are said."""
   workdir, _, results = finished
   shutil.copytree(workdir, tmp_path / "moved")
   (tmp_path / "moved" / "results.json").unlink()
   model = tmp_path / "moved" / "tokenizer" / "tokenizer.model"
-  model.write_bytes(b"")
+  for damaged in (model, tmp_path / "moved" / "metrics.jsonl"):
+    damaged.write_bytes(b"")
   mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
   moved = recipe.run(small(tmp_path / "moved", grpo__dump_every=1, grpo__steps=4, **mesh))
   assert moved["params_fingerprint"] == results["params_fingerprint"]
   assert moved["after"]["n"] == 24
+  assert "metrics.jsonl lacks records that were written: 120 of the 120 of sft and 4 of the 4 of grpo" in caplog.text
   assert model.read_bytes() == (workdir / "tokenizer" / "tokenizer.model").read_bytes()
 
 
