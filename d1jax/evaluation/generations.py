@@ -28,7 +28,6 @@ from d1jax.files import LARGEST, FileError, decode, parse_json
 from d1jax.tasks import DataError, Record, Task, d1_evaluation
 from d1jax.tasks.common import PREFILL
 from d1jax.training.workdir import folder as folder_of
-from d1jax.training.workdir import local
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 STOPS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>")
@@ -90,7 +89,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
       " say --config=configs/eval.py:tiny,gsm8k"
     )
   task = tasks.build(names[0], module=config.module)
-  path = local("generations", config.generations)
+  path = Path(config.generations)
   found = [g for g in read(path, task.name) if not config.lengths or g.length in config.lengths]
   if not found:
     raise DataError(f"{path}: no completion of length {', '.join(map(str, config.lengths))}")

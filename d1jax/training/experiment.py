@@ -28,7 +28,6 @@ from d1jax.training import limits, run_tokenizer
 from d1jax.training import optimizer as optimizers
 from d1jax.training.run_tokenizer import Kept
 from d1jax.training.weights import Weights
-from d1jax.training.workdir import local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,10 +334,6 @@ def build(
     RunError: a path lies in a bucket and cannot.
   """
   limits.check(config)
-  for field in ("model.pretrained", "data.root", "task.module"):
-    section, name = field.split(".")
-    if config[section][name]:
-      local(field, config[section][name])
   task = build_task(config) if with_task else cast(Task, _NoTask())
   check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
   if isinstance(task, tasks.Custom):

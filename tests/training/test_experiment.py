@@ -166,7 +166,7 @@ def test_a_split_without_questions_is_named(tmp_path, split):
     experiment.texts(split)
 
 
-@pytest.mark.parametrize("field", ["model.pretrained", "data.root", "task.module"])
+@pytest.mark.parametrize("field", ["model.pretrained", "data.root", "task.module", "sft.data"])
 def test_what_must_be_local_is_refused_in_a_bucket(tmp_path, field):
   config = jobs.small(tmp_path, **{field.replace(".", "__"): "gs://bucket/x"})
   with pytest.raises(RunError, match=rf"config\.{field}=gs://bucket/x is no path of this machine"):
