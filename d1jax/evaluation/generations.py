@@ -25,7 +25,7 @@ from d1jax.evaluation import output
 from d1jax.evaluation.evaluator import grade_text
 from d1jax.evaluation.items import Item, append, question_id
 from d1jax.files import LARGEST, FileError, decode, parse_json
-from d1jax.tasks import DataError, Record, Task, d1_evaluation
+from d1jax.tasks import DataError, Record, Task, TaskError, d1_evaluation
 from d1jax.tasks.common import PREFILL
 from d1jax.training.workdir import folder as folder_of
 
@@ -276,6 +276,8 @@ def _items(task: Task, arm: Sequence[Generation], protocol: str) -> Iterator[Ite
       output.check_accuracy(task, record, STYLE, protocol)  # asks more of a record than an empty completion does
       found = grade_text(task, record, generation.shown, generation.raw, protocol)
       cluster = task.cluster(record)
+    except TaskError as error:  # of the task, whatever the record is
+      raise TaskError(f"{generation.place}: {error}") from None
     except (LookupError, TypeError, AttributeError, ValueError) as error:
       shown = json.dumps(record)[:80]
       raise DataError(f"{generation.place}: {shown} is no record of {task.name} ({error!r})") from None
