@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from d1jax.errors import RunError, input_checked
+from d1jax.errors import RunError, harmless, input_checked
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Frozen, Params, TrainState
@@ -126,7 +126,8 @@ def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Para
     try:
       trained = experiments.of_checkpoint(metadata["config"], config)
       if trained.model.pretrained and config.pretrained is None and multihost.is_main():
-        print(f"reading {trained.model.pretrained}, which the checkpoint names as its base", file=sys.stderr)
+        said = f"reading {trained.model.pretrained}, which the checkpoint names as its base"
+        print(harmless(said), file=sys.stderr)
       experiment = experiments.build(trained, run_tokenizer.kept(found.workdir, metadata), with_task=False)
       section = trained[found.home.parent.name]
       abstract = experiment.weights.abstract_state(experiment.optimizer(section, section.steps))

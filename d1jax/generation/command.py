@@ -78,7 +78,7 @@ def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[G
       film.save(path, [canvases.of(one, experiment.tokenizer) for one in shown])
     except OSError as error:
       raise StorageError(f"film={str(path)!r} could not be written ({error.strerror}); name another place") from None
-    print(f"{path}: {path.stat().st_size / 1024:.0f} KiB", file=sys.stderr)
+    print(harmless(f"{path}: {path.stat().st_size / 1024:.0f} KiB"), file=sys.stderr)
   return shown
 
 
