@@ -38,7 +38,7 @@ def run(config: ConfigDict) -> Path:
     if config.checkpoint is not None:
       _from_checkpoint(find_checkpoint(folder(config.checkpoint)), output, config)
     elif config.pretrained is not None and config.adapter is not None:
-      _from_adapter(local("pretrained", config.pretrained), local("adapter", config.adapter), output)
+      _from_adapter(Path(config.pretrained), Path(config.adapter), output)
     else:
       raise RunError("name a run with config.checkpoint, or config.pretrained and config.adapter")
   print(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")

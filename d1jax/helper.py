@@ -7,6 +7,7 @@ line. Its limits are its own to set; whatever ends it, the next question starts 
 import atexit
 import contextlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -24,6 +25,25 @@ ANSWER_SECONDS = 600
 
 MOST_BYTES = 64 << 20
 """Of an answer."""
+
+
+_TAKEN = {resource.RLIMIT_AS: 0, resource.RLIMIT_DATA: 5}
+"""Where /proc/self/statm says what a process has of it, in pages."""
+
+
+def limit_memory(spare: int, kind: int = resource.RLIMIT_AS) -> None:
+  """Lets this process take so many bytes of memory beyond what it has; not every system knows such a limit.
+
+  Args:
+    spare: bytes.
+    kind: `RLIMIT_AS` counts addresses, also those of files and of what is only reserved; `RLIMIT_DATA` what the process
+      may write to, and suits programs that reserve much and use little.
+  """
+  with contextlib.suppress(OSError, ValueError, IndexError):
+    with open("/proc/self/statm", "rb") as file:
+      taken = int(file.read().split()[_TAKEN[kind]]) * os.sysconf("SC_PAGE_SIZE")
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (taken + spare if hard < 0 else min(taken + spare, hard), hard))
 
 
 class EndedError(Exception):

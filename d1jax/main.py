@@ -14,7 +14,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from d1jax import errors
-from d1jax.parallel import multihost
+from d1jax.parallel import cluster, multihost
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with preset words behind a colon.")
 
@@ -61,7 +61,7 @@ def _run(argv: Sequence[str]) -> None:
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.redirect_stderr(cast(TextIO, Output(sys.stderr))))
     if config.mode != "generate":  # whose text is the result: it ends where nobody reads it
-      stack.enter_context(contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout))))
+      stack.enter_context(contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout, errors.harmless))))
     _start(config, stack)
 
 
@@ -71,6 +71,7 @@ def _start(config: ConfigDict, stack: contextlib.ExitStack) -> None:
   threading.excepthook = lambda failure: logging.debug("in %s: %s", failure.thread, failure.exc_value)
   logging.basicConfig(level=logging.WARNING, force=True)
   logging.getLogger().handlers[0].setFormatter(Formatter("%(levelname)s: %(message)s"))
+  cluster.check_xla_flags(os.environ)
   _meet(config)
   multihost.prepare(config.cpu_devices)
   with errors.explained(config.mode, "smaller batches"):
@@ -117,8 +118,10 @@ class Output:
   lose a run, whose numbers are in its work directory.
   """
 
-  def __init__(self, stream: TextIO | None):
+  def __init__(self, stream: TextIO | None, shown: Callable[[str], str] = str):
+    """Writes to a stream; `shown` makes of a text what is written, such as `errors.harmless`."""
     self._stream = stream or _nowhere()  # a program may be started without one
+    self._shown = shown
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
@@ -127,7 +130,7 @@ class Output:
     """Writes, if somebody reads; characters that the stream's encoding lacks become escapes."""
     with self._lasting():
       encoding = self._stream.encoding or "utf-8"
-      self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+      self._stream.write(self._shown(text).encode(encoding, "backslashreplace").decode(encoding))
     return len(text)
 
   def flush(self) -> None:

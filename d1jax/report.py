@@ -62,6 +62,13 @@ def summary(results: Mapping[str, Any], workdir: Folder) -> str:
   )
 
 
+def reprint(results: dict[str, Any], workdir: Folder) -> dict[str, Any]:
+  """Prints the closing words of a run that ended before, and returns its results."""
+  print(f"{workdir} is finished; this is its result again.\n")
+  print(summary(results, workdir))
+  return results
+
+
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
   """The running mean over up to `window` values, shorter at the start."""
   total = np.cumsum(np.insert(values, 0, 0.0))

@@ -81,3 +81,9 @@ def test_what_is_read_is_written_as_far_as_the_encoding_goes(capsys):
 def test_log_lines_cannot_steer_the_terminal():
   record = main.logging.LogRecord("d1jax", main.logging.WARNING, "", 0, "bad \x1b[2J", (), None)
   assert main.Formatter("%(levelname)s: %(message)s").format(record) == "WARNING: bad \ufffd[2J"
+
+
+def test_printed_paths_cannot_steer_the_terminal():
+  stream = io.StringIO()
+  print("runs/\x1b[2J\ud800 is finished\tnow", file=main.Output(stream, errors.harmless))
+  assert stream.getvalue() == "runs/\ufffd[2J\ufffd is finished\tnow\n"

@@ -14,6 +14,7 @@ from d1jax.aot import topology
 from d1jax.aot.analysis import Analysis, iteration
 from d1jax.aot.table import tables
 from d1jax.data import tokenizer as tokenizers
+from d1jax.data.tokenizer import Tokenizer
 from d1jax.errors import RunError, input_checked
 from d1jax.parallel import chips
 from d1jax.training import experiment as experiments
@@ -87,22 +88,23 @@ def build(config: ConfigDict) -> tuple[Experiment, Programs, int]:
   devices = topology.devices(config.topology, config.slices)
   meant = ConfigDict(config)
   meant.mode = "grpo"
-  files = None if config.model.pretrained else tokenizer_files(config.model.size)
-  experiment = experiments.build(meant, files, devices)
+  tokenizer = None if config.model.pretrained else stand_in_tokenizer(config.model.size)
+  experiment = experiments.build(meant, tokenizer, devices)
   experiments.check_batches(meant, experiment.ways)
   experiments.check_lengths(meant, experiment.length_ways)
   steps = config.grpo.steps * config.grpo.num_iterations
   return experiment, Programs(experiment, experiment.optimizer(config.grpo, steps)), max(config.data.prompt_buckets)
 
 
-def tokenizer_files(size: str) -> dict[str, bytes]:
+def stand_in_tokenizer(size: str) -> Tokenizer:
   """A tokenizer of digits in the place of one that is not at hand, with LLaDA's special ids and size for `llada_8b`.
 
   No text is read, so that nothing but these numbers matters.
   """
   model = tokenizers.train_sentencepiece(["0123456789"], model_type="char", vocab_size=32)
   files = {"tokenizer.model": model}
-  return files | {"config.json": json.dumps(LLADA_IDS).encode()} if size == "llada_8b" else files
+  files |= {"config.json": json.dumps(LLADA_IDS).encode()} if size == "llada_8b" else {}
+  return tokenizers.from_files(files)
 
 
 def compiler() -> str:

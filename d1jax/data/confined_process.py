@@ -7,7 +7,6 @@ midst of whatever it computes, and an allocation beyond the limit fails.
 
 import contextlib
 import json
-import os
 import resource
 import signal
 import socket
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from d1jax.data.hugging_face import HuggingFaceTokenizer
+from d1jax.helper import limit_memory
 
 CPU_SECONDS = 2.0
 """Of a question, and again for each MiB of it: a prompt takes a millisecond, a vocabulary of 5 MB half a second."""
@@ -70,15 +70,6 @@ class Server:
       return {name: getattr(tokenizer, name) for name in ("vocab", "mask_id", "stop_ids", "pad_id", "unk_id")}
     methods = ("try_template", "try_tokenizer", "prompt", "completion", "unknown", "decode_all", "decode_raw")
     return {name: getattr(tokenizer, name) for name in methods}[what](*arguments)
-
-
-def limit_memory(spare: int) -> None:
-  """Lets the process take so many bytes of address space beyond what it has; not every system knows such a limit."""
-  with contextlib.suppress(OSError, ValueError, IndexError):
-    with open("/proc/self/statm", "rb") as file:
-      taken = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (taken + spare if hard < 0 else min(taken + spare, hard), hard))
 
 
 def limit_time(seconds: float) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from d1jax import tasks
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.errors import explained, input_checked, smaller_batches
+from d1jax.errors import explained, harmless, input_checked, smaller_batches
 from d1jax.evaluation import generations, output, subject
 from d1jax.evaluation.evaluator import Completer, Evaluator, evaluation_key, grade_completions
 from d1jax.evaluation.items import Item, append, parse, question_id
@@ -26,7 +26,7 @@ from d1jax.training import workdir as workdirs
 from d1jax.training.experiment import Experiment, Texts
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.publish import Publisher
-from d1jax.training.workdir import Folder, local
+from d1jax.training.workdir import Folder
 
 ELSEWHERE = (
   *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),
@@ -211,10 +211,8 @@ def _tasks(config: ConfigDict, trained: ConfigDict) -> Iterator[Task]:
   """The tasks that are asked for, or those of the checkpoint, which come with its sizes and options."""
   section, options = trained.task, trained.task.options.to_dict()
   root = config.data_root or trained.data.root
-  if root is not None:
-    local("data_root", root)
-    if config.data_root is None and multihost.is_main():
-      print(f"reading data of {root}, which the checkpoint names", file=sys.stderr)
+  if root is not None and config.data_root is None and multihost.is_main():
+    print(harmless(f"reading data of {root}, which the checkpoint names"), file=sys.stderr)
   own = {name: options.get(name, {}) for name in section.mix} or {section.name: options}
   asked: list[tuple[str, str | None]] = [(name, None) for name in config.tasks]
   if config.module is not None:

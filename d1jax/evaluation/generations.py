@@ -25,10 +25,9 @@ from d1jax.evaluation import output
 from d1jax.evaluation.evaluator import grade_text
 from d1jax.evaluation.items import Item, append, question_id
 from d1jax.files import LARGEST, FileError, decode, parse_json
-from d1jax.tasks import DataError, Record, Task, d1_evaluation
+from d1jax.tasks import DataError, Record, Task, TaskError, d1_evaluation
 from d1jax.tasks.common import PREFILL
 from d1jax.training.workdir import folder as folder_of
-from d1jax.training.workdir import local
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 STOPS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>")
@@ -90,7 +89,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
       " say --config=configs/eval.py:tiny,gsm8k"
     )
   task = tasks.build(names[0], module=config.module)
-  path = local("generations", config.generations)
+  path = Path(config.generations)
   found = [g for g in read(path, task.name) if not config.lengths or g.length in config.lengths]
   if not found:
     raise DataError(f"{path}: no completion of length {', '.join(map(str, config.lengths))}")
@@ -277,6 +276,8 @@ def _items(task: Task, arm: Sequence[Generation], protocol: str) -> Iterator[Ite
       output.check_accuracy(task, record, STYLE, protocol)  # asks more of a record than an empty completion does
       found = grade_text(task, record, generation.shown, generation.raw, protocol)
       cluster = task.cluster(record)
+    except TaskError as error:  # of the task, whatever the record is
+      raise TaskError(f"{generation.place}: {error}") from None
     except (LookupError, TypeError, AttributeError, ValueError) as error:
       shown = json.dumps(record)[:80]
       raise DataError(f"{generation.place}: {shown} is no record of {task.name} ({error!r})") from None

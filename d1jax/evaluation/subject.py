@@ -7,16 +7,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from d1jax.errors import RunError, input_checked
+from d1jax.errors import RunError, harmless, input_checked
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Frozen, Params, TrainState
 from d1jax.training import experiment as experiments
+from d1jax.training import run_tokenizer
 from d1jax.training.checkpoint import Checkpoints, is_step
 from d1jax.training.experiment import Experiment
 from d1jax.training.identity import STAGES
 from d1jax.training.weights import check_base
-from d1jax.training.workdir import Folder, folder, is_workdir, read_tokenizer
+from d1jax.training.workdir import Folder, folder, is_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +126,9 @@ def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Para
     try:
       trained = experiments.of_checkpoint(metadata["config"], config)
       if trained.model.pretrained and config.pretrained is None and multihost.is_main():
-        print(f"reading {trained.model.pretrained}, which the checkpoint names as its base", file=sys.stderr)
-      experiment = experiments.build(trained, read_tokenizer(found.workdir), with_task=False)
+        said = f"reading {trained.model.pretrained}, which the checkpoint names as its base"
+        print(harmless(said), file=sys.stderr)
+      experiment = experiments.build(trained, run_tokenizer.kept(found.workdir, metadata), with_task=False)
       section = trained[found.home.parent.name]
       abstract = experiment.weights.abstract_state(experiment.optimizer(section, section.steps))
     except (AttributeError, KeyError, TypeError) as error:

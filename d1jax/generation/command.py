@@ -30,7 +30,6 @@ from d1jax.generation import film, terminal
 from d1jax.generation.generate import Generation, stream
 from d1jax.state import merge, merge_for_rollout
 from d1jax.training import limits
-from d1jax.training.workdir import local
 
 WIDEST = 100
 """Columns of a canvas, on a wider terminal too."""
@@ -79,7 +78,7 @@ def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[G
       film.save(path, [canvases.of(one, experiment.tokenizer) for one in shown])
     except OSError as error:
       raise StorageError(f"film={str(path)!r} could not be written ({error.strerror}); name another place") from None
-    print(f"{path}: {path.stat().st_size / 1024:.0f} KiB", file=sys.stderr)
+    print(harmless(f"{path}: {path.stat().st_size / 1024:.0f} KiB"), file=sys.stderr)
   return shown
 
 
@@ -87,7 +86,7 @@ def _film_path(config: ConfigDict, prompts: int) -> Path | None:
   """Where the film goes, if there is one; a RunError where it cannot."""
   if config.film is None:
     return None
-  path = local("film", config.film)
+  path = Path(config.film)
   with input_checked():
     film.check(path)
   if prompts * config.samples > film.MOST_CANVASES:

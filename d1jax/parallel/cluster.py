@@ -85,6 +85,32 @@ def check_launcher(environment: Mapping[str, str]) -> None:
     )
 
 
+def check_xla_flags(environment: Mapping[str, str]) -> None:
+  """Raises a RunError where XLA does not take what XLA_FLAGS holds; to be called before JAX asks for devices.
+
+  XLA ends its process at such a flag, and only it knows its flags: a copy of this process lets it read them first.
+  """
+  flags = environment.get("XLA_FLAGS", "").strip()
+  if not flags:
+    return
+  from jaxlib import xla_client
+
+  said, says = os.pipe()
+  child = os.fork()
+  if child == 0:
+    try:
+      os.dup2(says, 2)
+      xla_client.CompileOptions()
+    finally:
+      os._exit(0)
+  os.close(says)
+  with open(said, encoding="utf-8", errors="replace") as stream:
+    lines = stream.read().strip().splitlines()
+  if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+    reason = lines[-1].rpartition("] ")[2][:160] if lines else "no reason is given"
+    raise RunError(f"XLA_FLAGS={flags} is not what XLA takes ({reason}): correct it, or unset XLA_FLAGS")
+
+
 def bind_address(coordinator: str) -> str | None:
   """Where process 0 listens as coordinator, `HOST:PORT`; None leaves it to JAX, which listens on all interfaces.
 

@@ -53,9 +53,10 @@ def prepare(cpu_devices: int) -> None:
     try:
       jax.devices()
     except (RuntimeError, AssertionError, ValueError) as error:
+      reason = f" ({line_of(error)})" if str(error).strip() else ""
       raise RunError(
-        f"JAX_PLATFORMS={asked} names a platform that JAX cannot use here ({line_of(error)}): unset it, or install JAX"
-        " for that platform"
+        f"JAX_PLATFORMS={asked} names a platform that JAX cannot use here{reason}: unset it, or install JAX for that"
+        " platform and look whether the machine has its driver"
       ) from error
 
 

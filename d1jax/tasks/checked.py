@@ -61,6 +61,8 @@ def check_grade(found: object, accuracy: str | None = None) -> Grade:
     named = getattr(found, part)
     if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named):
       raise ValueError(f"gave the {part} {shortened(named)}, expected a dictionary of names")
+    for name in named:  # they are printed, and name curves
+      check_text(name, f"among the {part} the name")
   components = {}
   for name, value in found.components.items():
     number = _number(value)

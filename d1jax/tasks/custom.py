@@ -32,6 +32,9 @@ CALL_SECONDS = 30.0
 START_SECONDS = 600.0
 """The wall time of what may read files: the start with its `build`, and the records of a split."""
 
+MEMORY_SHARE = 0.5
+"""Of the machine's memory, which the process of a task may take; what it starts may take as much each."""
+
 ATTEMPTS = 2
 """How often a call is made whose process dies: once it may be for want of memory, or a signal to all processes."""
 
@@ -48,6 +51,11 @@ HELD_OUT = {"validation", "test"}
 """The splits whose questions belong to no other. SFT and diffu-GRPO may train on the same ones."""
 
 log = logging.getLogger(__name__)
+
+
+def most_bytes() -> int:
+  """Of memory that the process of a task may take."""
+  return int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def build(
@@ -190,7 +198,10 @@ class Custom:
         except _DiedError as error:
           code, call = error.code, checked.called(method, arguments) if is_built else "build()"
           log.warning("%s %s ended the process of the task (exit code %d)", path, call, code)
-    raise TaskError(f"{path} {call} ended its process twice (exit code {code}; -9: memory ran out); it must return")
+    raise TaskError(
+      f"{path} {call} ended its process twice (exit code {code}; -6 or -9: memory ran out, of which it may take"
+      f" {most_bytes() / 2**30:.1f} GiB); it must return"
+    )
 
   def __getstate__(self) -> dict[str, Any]:
     return {"_settings": self._settings, "name": self.name, "splits": self.splits}
@@ -226,7 +237,7 @@ class _Process:
     ours, theirs = socket.socketpair()
     with theirs:
       self._program = subprocess.Popen(
-        [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno())],
+        [sys.executable, "-P", "-c", PROGRAM, str(theirs.fileno()), str(most_bytes())],
         stdin=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
         env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"},

@@ -6,6 +6,7 @@ memory, change what it is given) happens to this process, which `custom` watches
 
 import importlib.util
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from d1jax.helper import limit_memory
 from d1jax.tasks import checked
 from d1jax.tasks.base import Task, TaskError
 
@@ -128,8 +130,12 @@ def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-  """Serve, and end at once when nobody asks any more: threads that the task left behind do not keep the process."""
+  """Serve, and end at once when nobody asks any more: threads that the task left behind do not keep the process.
+
+  The arguments are the number of the socket, and the bytes of memory that the task may take.
+  """
   connection = Connection(int(sys.argv[1]))
+  limit_memory(int(sys.argv[2]), resource.RLIMIT_DATA)
 
   stops = (signal.SIGTERM, signal.SIGINT)
 
@@ -167,4 +173,7 @@ def _said(error: BaseException) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
   except Exception:
     text = "(its text fails too)"
+  most, _ = resource.getrlimit(resource.RLIMIT_DATA)
+  if isinstance(error, MemoryError) and most > 0:
+    text = f"{text} (the process of a task may take {most / 2**30:.1f} GiB)"
   return " ".join(f"{type(error).__name__}: {text}".split()).removesuffix(":")[:500]

@@ -164,6 +164,16 @@ class Checkpoints:
           raise FileError(f"{path} does not say what a run says: {name!r} is missing or of another type")
       return found
 
+  def newest(self) -> int | None:
+    """The newest step whose metadata is sound; None where there is none. Nothing is warned."""
+    damaged = {step for step, _ in self._damaged()}
+    return max((step for step in self._on_disk() if step not in damaged), default=None)
+
+  def newest_metadata(self) -> dict[str, Any] | None:
+    """What was said beside that one."""
+    step = self.newest()
+    return None if step is None else self.metadata(step)
+
   def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
     """Starts to write a checkpoint; the arrays are copied before this returns, so `state` may be donated."""
     said = {**metadata, "fingerprint": fingerprint(state), "trainable": fingerprint(state.trainable)}

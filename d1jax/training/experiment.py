@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from d1jax import tasks
-from d1jax.data import tokenizer as tokenizers
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import SamplerSpec
@@ -25,13 +24,10 @@ from d1jax.parallel.attention import attention
 from d1jax.pretrained import Source, build_denoiser, inspect
 from d1jax.tasks import Record, Task
 from d1jax.tasks.common import check_choice
-from d1jax.training import limits
+from d1jax.training import limits, run_tokenizer
 from d1jax.training import optimizer as optimizers
+from d1jax.training.run_tokenizer import Kept
 from d1jax.training.weights import Weights
-from d1jax.training.workdir import local
-
-TOKENIZER_SAMPLE = 2000
-"""Records of each task and split whose texts train the tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +95,11 @@ class Experiment:
     """The same in rollouts."""
     return meshes.sharding(self.weights.mesh, self.weights.rollout_rules, "batch")
 
+  def metadata(self) -> dict[str, Any]:
+    """What every checkpoint says of its run: configuration, fingerprint of the base, hashes of the tokenizer."""
+    tokenizer = run_tokenizer.hashes(self.tokenizer.files)
+    return {"config": self.config.to_dict(), "base": self.weights.base_fingerprint, "tokenizer": tokenizer}
+
   def buckets(self, split: str) -> tuple[str, tuple[int, ...]]:
     """The prompt lengths that are compiled for a split, and the field that says so."""
     if split == "train":
@@ -143,18 +144,6 @@ class Experiment:
       weight_decay=stage.weight_decay,
       max_grad_norm=stage.max_grad_norm,
     )
-
-
-def train_tokenizer(task: Task, style: str, *, model_type: str, vocab_size: int) -> Tokenizer:
-  """Trains the tokenizer on prompts and answers of training records."""
-  texts: list[str] = []
-  for one in task.tasks.values() if isinstance(task, tasks.Mixture) else [task]:
-    for split in ("demonstrations", "train"):
-      for record in one.records(split)[:TOKENIZER_SAMPLE]:
-        messages, prefill = one.prompt(record, style)
-        texts += [m["content"] for m in messages] + [prefill, one.demonstration(record, style)]
-  model = tokenizers.train_sentencepiece(filter(None, texts), model_type=model_type, vocab_size=vocab_size)
-  return tokenizers.SentencePieceTokenizer(model)
 
 
 def build_task(config: ConfigDict) -> Task:
@@ -297,6 +286,22 @@ def _size(config: ConfigDict, source: Source | None, known_ids: int) -> transfor
   return dataclasses.replace(preset, **({"vocab": max(preset.vocab, -(-known_ids // 8) * 8)} | overrides))
 
 
+def _tokenizer(config: ConfigDict, run: Kept | None, source: Source | None, task: Task | None) -> Tokenizer:
+  """The tokenizer that a run keeps, or that its model's folder or its task gives; without a task none is trained."""
+
+  def make() -> Tokenizer:
+    if source is not None and source.tokenizer is None:
+      raise ValueError(f"{source.folder} holds no tokenizer; put tokenizer.json, or its parts, beside config.json")
+    if source is not None and source.tokenizer is not None:
+      return source.tokenizer
+    return run_tokenizer.train(cast(Task, task), config.task.style, **config.tokenizer)
+
+  if run is None:
+    return make()
+  is_makeable = source is not None or task is not None
+  return run_tokenizer.read(run, make if is_makeable else None, str(source.folder) if source else "the task")
+
+
 class _NoTask:
   """Stands for the task of a checkpoint, which may be a Python file of its author: nothing of it is run."""
 
@@ -310,7 +315,7 @@ class _NoTask:
 
 def build(
   config: ConfigDict,
-  tokenizer_files: Mapping[str, bytes] | None,
+  tokenizer: Tokenizer | Kept | None,
   devices: Sequence[Any] | None = None,
   *,
   with_task: bool = True,
@@ -319,8 +324,8 @@ def build(
 
   Args:
     config: resolved.
-    tokenizer_files: of the run's tokenizer; None takes the one of the pretrained folder, or trains one on the task's
-      texts.
+    tokenizer: what a run keeps of it, or one at hand; None takes that of the pretrained folder, or trains one on the
+      task's texts.
     devices: default: all of them.
     with_task: False leaves the task out, for what somebody else may have written: `config.task.module` is not run.
 
@@ -329,10 +334,6 @@ def build(
     RunError: a path lies in a bucket and cannot.
   """
   limits.check(config)
-  for field in ("model.pretrained", "data.root", "task.module"):
-    section, name = field.split(".")
-    if config[section][name]:
-      local(field, config[section][name])
   task = build_task(config) if with_task else cast(Task, _NoTask())
   check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
   if isinstance(task, tasks.Custom):
@@ -343,16 +344,8 @@ def build(
       "rollout.early_exit ends completions at their stop id, but task.protocol=d1 reads on: turn one off"
     )
   source = inspect(Path(config.model.pretrained)) if config.model.pretrained else None
-  tokenizer = source.tokenizer if source else None
-  if tokenizer_files is not None:
-    try:
-      tokenizer = tokenizers.from_files(tokenizer_files)
-    except ValueError as error:
-      raise ValueError(f"in the folder tokenizer of the run: {error}") from error
-  elif source is not None and tokenizer is None:
-    raise ValueError(f"{source.folder} holds no tokenizer; put tokenizer.json, or its parts, beside config.json")
-  elif tokenizer is None:
-    tokenizer = train_tokenizer(task, config.task.style, **config.tokenizer)
+  if tokenizer is None or isinstance(tokenizer, Kept):
+    tokenizer = _tokenizer(config, tokenizer, source, task if with_task else None)
   spec = _lora_spec(config)
   check_choice("model.quantize", config.model.quantize, ("none", *KINDS))
   quantized = None if config.model.quantize == "none" else config.model.quantize

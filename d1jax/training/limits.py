@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from d1jax.training.identity import flatten
+from d1jax.training.workdir import local
 
 
 class Limit(NamedTuple):
@@ -126,9 +127,23 @@ NONE_IS_ALL = ("lengths", "prompt_buckets")
 """Of these no number at all means those of the checkpoint."""
 
 
+LOCAL = (
+  *("model.pretrained", "data.root", "task.module", "sft.data"),
+  *("pretrained", "adapter", "generations", "module", "data_root", "film"),
+)
+"""The paths of all configurations that cannot lie in a bucket; `output` can in an evaluation, and is checked there."""
+
+
 def check(config: ConfigDict) -> None:
-  """Raises a ValueError that names the first field whose value makes no sense, and what it must be."""
+  """Looks at every field.
+
+  Raises:
+    ValueError: the value of a field makes no sense; the message names it, and what it must be.
+    RunError: a path lies in a bucket and cannot.
+  """
   for name, value in flatten(config.to_dict()).items():
+    if name in LOCAL and isinstance(value, str):
+      local(name, value)
     limit = TABLE.get(name)
     if limit is None or (limit.optional and value is None):
       continue

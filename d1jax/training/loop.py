@@ -76,7 +76,8 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       finite, tokens = bool(metrics.pop("finite")), metrics.pop("tokens")
       score: float | None = None
       last = iteration == stage.iterations
-      if finite and (last or iteration % stage.validate_every == 0):
+      # The last weights are validated even where the last step was left out: the same command then ends the stage.
+      if last or (finite and iteration % stage.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
           score = metrics["validation"] = stage.validate(state.trainable)
@@ -107,8 +108,8 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
         checkpoints.wait()
         raise NotFiniteError(
           f"{stage.name} iteration {iteration}: loss or gradient is not finite (loss {metrics['loss']}). The step was"
-          f" left out, and the weights without it are saved in {checkpoints.folder}/{iteration}: the same command goes"
-          f" on with the next batch. If it ends so again, {_remedy(stage, checkpoints)}"
+          f" left out, and the weights without it are saved in {checkpoints.folder}/{iteration}"
+          f"{_after_the_last(stage, checkpoints) if last else _after_another(stage, checkpoints)}"
         )
       if stop and not last:
         checkpoints.wait()
@@ -131,9 +132,27 @@ def _check_finite(stage: Stage, iteration: int, state: TrainState, checkpoints: 
     )
 
 
+def _after_another(stage: Stage, checkpoints: Checkpoints) -> str:
+  """How to go on behind a step that was left out."""
+  return f": the same command goes on with the next batch. If it ends so again, {_remedy(stage, checkpoints)}"
+
+
+def _after_the_last(stage: Stage, checkpoints: Checkpoints) -> str:
+  """The same of the last step of a stage, behind which there is no other: nothing but going back takes it again."""
+  return (
+    f". It was the last of {stage.name}: the same command goes on with what follows {stage.name}. To take it again,"
+    f" {_earlier(checkpoints)}, and {_gentler(stage)}"
+  )
+
+
 def _remedy(stage: Stage, checkpoints: Checkpoints) -> str:
   """What may help when numbers are not finite; all of it works in this folder."""
-  return (
-    f"lower --config.{stage.name}.learning_rate or --config.{stage.name}.max_grad_norm, which may change here, or"
-    f" delete the newest checkpoints in {checkpoints.folder} to go on from an earlier one"
-  )
+  return f"{_gentler(stage)}, or {_earlier(checkpoints)}"
+
+
+def _gentler(stage: Stage) -> str:
+  return f"lower --config.{stage.name}.learning_rate or --config.{stage.name}.max_grad_norm, which may change here"
+
+
+def _earlier(checkpoints: Checkpoints) -> str:
+  return f"delete the newest checkpoints in {checkpoints.folder} to go on from an earlier one"

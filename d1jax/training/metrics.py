@@ -31,10 +31,35 @@ def read_records(path: Folder) -> list[dict[str, Any]]:
   return _sorted_out(path)[0] if path.exists() else []
 
 
+def warn_of_lost(path: Folder, reached: Mapping[str, int]) -> None:
+  """Says in one line where a run that goes on lacks records of iterations that its checkpoints have.
+
+  Args:
+    path: the JSON lines file; it may be absent.
+    reached: by stage, the iteration of the newest checkpoint.
+
+  Raises:
+    RunError: something else is in the place of the file.
+  """
+  found = {(record["stage"], record["iteration"]) for record in read_records(path)}
+  lost = {stage: sum((stage, i + 1) not in found for i in range(last)) for stage, last in reached.items()}
+  said = [f"{number} of the {reached[stage]} of {stage}" for stage, number in lost.items() if number]
+  if said:
+    log.warning(
+      "%s lacks records that were written: %s. Training goes on; learning curves, costs, alarms and what"
+      " grpo.drift_limit decided go on without them, unless you put the file back and run the same command again",
+      path,
+      " and ".join(said),
+    )
+
+
 def _sorted_out(path: Folder) -> tuple[list[dict[str, Any]], list[bytes]]:
   """The records, and the lines that are none; a last line that was cut off by a kill is neither."""
   records, damaged = [], []
-  *whole, rest = read_bytes(path).split(b"\n")
+  try:
+    *whole, rest = read_bytes(path).split(b"\n")
+  except FileError as error:
+    raise FileError(f"{error}: move it away, then run the same command again") from error
   for line in (*whole, rest):
     if line.strip():
       try:

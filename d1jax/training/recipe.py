@@ -21,22 +21,21 @@ from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
 from d1jax.training import experiment as experiments
-from d1jax.training import grpo, ledger, loop, profile, sft
+from d1jax.training import grpo, ledger, loop, profile, run_tokenizer, sft
 from d1jax.training import optimizer as optimizers
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
 from d1jax.training.identity import check_splits, flatten, holds_run, record_changes
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.lock import locked
-from d1jax.training.metrics import read_records
+from d1jax.training.metrics import STAGES, read_records, warn_of_lost
 from d1jax.training.publish import Publisher
 from d1jax.training.weights import check_base
-from d1jax.training.workdir import Folder, claim, folder, read_tokenizer, revision, versions, write_json
+from d1jax.training.workdir import Folder, claim, folder, revision, versions, write_json
 
 log = logging.getLogger(__name__)
 VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
-
 
 Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
 """From the iteration to start at to one iteration of a stage."""
@@ -82,7 +81,7 @@ class Recipe:
     """Builds everything that can be found wrong; nothing is written or trained yet."""
     multihost.check_same("the configuration", config.to_dict() | {"distributed": {}})
     self._held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
-    self.experiment = experiments.build(config, read_tokenizer(workdir) if self._held else None)
+    self.experiment = experiments.build(config, run_tokenizer.kept_in(workdir) if self._held else None)
     experiments.check_batches(config, self.experiment.ways)
     experiments.check_lengths(config, self.experiment.length_ways)
     experiments.check_start(config)
@@ -197,7 +196,7 @@ class Recipe:
       finite.lower(abstract).compile(),
       section.validate_every,
       shown,
-      {"config": self.config.to_dict(), "base": weights.base_fingerprint},
+      self.experiment.metadata(),
       began,
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
     )
@@ -308,10 +307,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """
   workdir = folder(config.workdir)
   finished = multihost.from_main(lambda: _finished(workdir, config))
-  if finished:
-    print(f"{workdir} is finished; this is its result again.\n")
-    print(report.summary(finished, workdir))
-    return finished
+  if finished and multihost.from_main(lambda: run_tokenizer.is_whole(workdir)):
+    return report.reprint(finished, workdir)
   began = time.monotonic()
   with locked(workdir), Interrupts() as interrupts, explained("run", "more devices"):
     with input_checked():
@@ -320,6 +317,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
     multihost.check_same("the data", splits)
     recipe.read_base()
     multihost.from_main(lambda: _claim(recipe, splits))
+    if finished:  # its tokenizer was damaged, and is whole again
+      return report.reprint(finished, workdir)
     outcomes, evaluations = recipe.run()
     fingerprints = {
       "params_fingerprint": outcomes[config.mode].fingerprint,
@@ -354,6 +353,8 @@ def _claim(recipe: Recipe, splits: dict[str, Any]) -> None:
   check_splits(recipe.workdir, config, splits)
   record_changes(recipe.workdir, config)
   claim(recipe.workdir, config, recipe.experiment.tokenizer.files, splits)
+  newest = {stage: Checkpoints(recipe.workdir / "checkpoints" / stage).newest() for stage in STAGES}
+  warn_of_lost(recipe.workdir / "metrics.jsonl", {stage: step for stage, step in newest.items() if step})
 
 
 def _totals(config: dict[str, Any]) -> list[Any]:

@@ -25,7 +25,7 @@ import os
 import platform
 import secrets
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -113,8 +113,8 @@ def write_json(path: Folder, value: Any) -> None:
   write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_tokenizer(workdir: Folder) -> dict[str, bytes]:
-  """The files of a run's tokenizer.
+def read_tokenizer(workdir: Folder, names: Container[str] | None = None) -> dict[str, bytes]:
+  """The files of a run's tokenizer, or those of them that have one of some names.
 
   Raises:
     RunError: the folder is not the work directory of a run, or a file cannot be read.
@@ -123,6 +123,7 @@ def read_tokenizer(workdir: Folder) -> dict[str, bytes]:
   if not found.is_dir():
     raise RunError(f"{found} is missing: a checkpoint is used where its run left it, inside the work directory")
   paths = [path for path in sorted(found.iterdir()) if not path.name.endswith(DRAFT)]
+  paths = [path for path in paths if names is None or path.name in names]
   with input_checked():
     if not paths:
       raise FileError(f"{found} is empty: a checkpoint is used where its run left it, with its tokenizer")
@@ -133,10 +134,13 @@ def claim(
   workdir: Folder, config: dict[str, Any], tokenizer_files: Mapping[str, bytes], splits: Mapping[str, Any]
 ) -> None:
   """Makes the folder this run's own. The configuration comes last: where it is, the rest is."""
+  home = workdir / "tokenizer"
+  if home.exists() and not home.is_dir():
+    raise RunError(f"{home} is a file, expected a folder: move it away")
   try:
-    (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files.items():
-      write_atomically(workdir / "tokenizer" / name, content)
+      write_atomically(home / name, content)
     write_json(workdir / "splits.json", splits)
     write_json(workdir / "config.json", config)
   except OSError as error:

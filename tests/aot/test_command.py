@@ -6,7 +6,6 @@ import pytest
 from d1jax import main
 from d1jax.aot import command
 from d1jax.aot.analysis import Analysis
-from d1jax.data import tokenizer as tokenizers
 from d1jax.errors import RunError
 from d1jax.parallel import chips
 from tests import jobs
@@ -170,7 +169,7 @@ def test_state_beside_a_program_counts():
 
 
 def test_the_programs_know_llada_without_its_files():
-  tokenizer = tokenizers.from_files(command.tokenizer_files("llada_8b"))
+  tokenizer = command.stand_in_tokenizer("llada_8b")
   assert (tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id) == (126336, (126081, 126348), 126081)
   assert tokenizer.vocab <= 126464
   config = jobs.load("aot", "llada_8b,gsm8k,v5e")

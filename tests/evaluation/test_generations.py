@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from d1jax import tasks
 from d1jax.errors import RunError
-from d1jax.evaluation import command, generations, items
+from d1jax.evaluation import command, generations, items, output
 from tests.jobs import load
 
 PUBLISHED = {
@@ -135,6 +136,41 @@ def test_several_samples_of_a_question_vote(tmp_path):
   assert summary["majority"]["value"] == 1.0
   assert summary["pass_at"]["1"]["value"] == 0.5
   assert summary["pass_at"]["4"]["value"] == 1.0
+
+
+class Odd(tasks.Sudoku):
+  """Reads half of a character from every text, and breaks its contract over `bad`."""
+
+  name = "odd"
+
+  def baseline(self, record, style):
+    return ""
+
+  def cluster(self, record):
+    return record["id"]
+
+  def grade(self, text, record, protocol="strict"):
+    return tasks.Grade({"a": float("nan") if "bad" in text else 1.0}, {"solved": (1, 1)}, "7\ud800")
+
+
+def test_half_of_a_character_in_an_answer_breaks_nothing(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(tasks, "build", lambda *_, **__: Odd())
+  (tmp_path / "a.jsonl").write_text(json.dumps({"record": {"id": "1"}, "text": "good \ud800"}))
+  results = grade(tmp_path / "a.jsonl", "countdown", tmp_path / "out")
+  assert results["arms"][0]["summary"]["accuracy"] == 1.0
+  assert last_line(capsys)["accuracy"] == 100.0
+  (item,) = output.read_items(tmp_path / "out", results["arms"][0]["name"])
+  assert (item.answer, item.text) == ("7\ud800", "good \ud800")
+  assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_error_of_the_task_is_reported_as_the_tasks(tmp_path, monkeypatch):
+  monkeypatch.setattr(tasks, "build", lambda *_, **__: Odd())
+  (tmp_path / "a.jsonl").write_text(json.dumps({"record": {"id": "1"}, "text": "bad"}))
+  message = r"a\.jsonl line 1: the task odd: grade\(text='bad', .*\) gave the reward component 'a' the value nan"
+  with pytest.raises(RunError, match=message) as caught:
+    grade(tmp_path / "a.jsonl", "countdown", tmp_path / "out")
+  assert "is no record" not in str(caught.value)
 
 
 def test_a_question_that_a_file_repeats_counts_each_time(tmp_path, capsys):

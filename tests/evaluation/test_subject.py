@@ -36,7 +36,7 @@ def written(tmp_path_factory):
   checkpoints = Checkpoints(workdir / "checkpoints" / "sft", writes=True)
   state = experiment.weights.fresh_state(experiment.optimizer(config.sft, config.sft.steps))
   for step, score in ((40, 0.5), (80, 0.25)):
-    checkpoints.save(step, state, {"config": told, "seconds": 1.0, "base": None}, score)
+    checkpoints.save(step, state, experiment.metadata() | {"config": told, "seconds": 1.0}, score)
   checkpoints.wait()
   checkpoints.close()
   return workdir
@@ -102,6 +102,16 @@ def test_looking_at_a_run_changes_nothing_and_runs_nothing_of_it(workdir, tmp_pa
     evaluation.run(configured("eval", workdir, output=str(tmp_path / "eval")))
   assert files(workdir) == before
   assert not (tmp_path / "eval").exists()
+
+
+def test_a_damaged_tokenizer_is_one_line_with_a_remedy(workdir):
+  (workdir / "tokenizer" / "tokenizer.model").write_bytes(b"")
+  before = files(workdir)
+  message = r"tokenizer\.model is damaged.*: run the command that trained it again, which makes the tokenizer anew"
+  with pytest.raises(RunError, match=message) as caught:
+    load(configured("generate", workdir))
+  assert "\n" not in str(caught.value)
+  assert files(workdir) == before
 
 
 @pytest.mark.parametrize("damaged", ["_CHECKPOINT_METADATA", "metrics/metrics", "state/manifest.ocdbt"])

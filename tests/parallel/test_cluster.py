@@ -1,5 +1,8 @@
 import io
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -124,3 +127,26 @@ def test_the_coordinator_listens_where_it_is_told(monkeypatch, coordinator, reso
   monkeypatch.setattr(cluster.socket, "getaddrinfo", getaddrinfo)
   monkeypatch.setattr(cluster.socket, "socket", Socket)
   assert bind_address(coordinator) == expected
+
+
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    (
+      "--nonsense",
+      "XLA_FLAGS=--nonsense is not what XLA takes (Unknown flag in XLA_FLAGS: --nonsense): correct it, or",
+    ),
+    ("--xla_backend_optimization_level=0", "read"),
+  ],
+)
+def test_a_flag_that_xla_does_not_know_is_named(flags, said):
+  """In a process of its own: XLA reads its flags once, and this one has read them."""
+  program = (
+    "import os; from d1jax.errors import RunError; from d1jax.parallel import cluster\n"
+    "try: cluster.check_xla_flags(os.environ); print('read')\nexcept RunError as error: print(error)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", program], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=True
+  )
+  assert done.stdout.startswith(said)
+  assert done.stderr == ""

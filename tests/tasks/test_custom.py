@@ -19,6 +19,7 @@ import multiprocessing, os, re, sys, time
 from d1jax.tasks import SPLITS, Grade
 
 def hang(): re.match("(a+)+$", "a" * 50 + "b")  # never lets another thread of Python run
+def grow(): bytearray(1 << 30)
 def die(): os._exit(7)
 def close(): os.closerange(3, 256)
 def kill(): os.kill(os.getpid(), 9)
@@ -127,11 +128,23 @@ def test_a_grader_that_hangs_is_ended_and_the_next_text_is_graded(task, monkeypa
   assert task.grade("", RECORD).answer != before
 
 
+def test_a_grader_that_takes_too_much_memory_is_an_error_of_one_line_and_the_next_text_is_graded(path, monkeypatch):
+  assert custom.most_bytes() > 1 << 30, "graders may be large"
+  monkeypatch.setattr(custom, "most_bytes", lambda: 1 << 28)
+  task = build("x", module=path)
+  message = (
+    r"mine.py line \d+: grade\(text='grow', .*\) failed: MemoryError: \(the process of a task may take 0.3 GiB\)$"
+  )
+  with pytest.raises(TaskError, match=message):
+    task.grade("grow", RECORD)
+  assert task.grade("right", RECORD).reward == 1.0
+
+
 @pytest.mark.parametrize(
   ("text", "message"),
   [
     ("die", r"mine.py: grade\(text='die', .*\) ended its process twice \(exit code 7; .*\); it must return"),
-    ("kill", r"grade\(text='kill', .*\) ended its process twice \(exit code -9; -9: memory ran out\)"),
+    ("kill", r"grade\(text='kill', .*\) ended its process twice \(exit code -9; -6 or -9: memory ran out, of which "),
     ("close", r"grade\(text='close', .*\) ended its process twice \(exit code 0; "),
     ("interrupt", r"mine.py line \d+: grade\(text='interrupt', .*\) failed: KeyboardInterrupt$"),
     ("read", r"mine.py line \d+: grade\(text='read', .*\) failed: EOFError: EOF when reading a line$"),

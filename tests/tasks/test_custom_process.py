@@ -152,6 +152,10 @@ BAD = [
       *((np.float32("nan"), r"np.float32\(nan\)"), ([1.0], r"\[1.0\]")),
     )
   ],
+  *[
+    ("grade", Grade(*given), rf"returned among the {part} the name 'a\\ud800' with '\\ud800', a half of a character")
+    for part, given in (("components", ({"a\ud800": 1.0}, SOLVED)), ("metrics", ({}, SOLVED | {"a\ud800": (1, 1)})))
+  ],
   # Metrics.
   ("grade", Grade({"a": 1.0}, {}), r"gave the metrics \[\] without 'solved', which validation reads"),
   ("grade", Grade({"a": 1.0}, {"right": (1, 1)}), r"gave the metrics \['right'\] without 'solved', which validation"),

@@ -25,7 +25,7 @@ from d1jax.training import experiment as experiments
 from d1jax.training import grpo, recipe
 from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
-from d1jax.training.workdir import read_tokenizer
+from d1jax.training.run_tokenizer import kept_in
 from tests import hub, jobs
 from tests.session import shared
 
@@ -111,7 +111,7 @@ def tuned(folder, tmp_path_factory):
 
 
 def state_of(workdir, stage, config):
-  experiment = experiments.build(config, read_tokenizer(workdir))
+  experiment = experiments.build(config, kept_in(workdir))
   section = config[stage]
   optimizer = experiment.optimizer(section, section.steps)
   checkpoints = Checkpoints(workdir / "checkpoints" / stage)

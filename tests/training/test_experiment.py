@@ -166,7 +166,7 @@ def test_a_split_without_questions_is_named(tmp_path, split):
     experiment.texts(split)
 
 
-@pytest.mark.parametrize("field", ["model.pretrained", "data.root", "task.module"])
+@pytest.mark.parametrize("field", ["model.pretrained", "data.root", "task.module", "sft.data"])
 def test_what_must_be_local_is_refused_in_a_bucket(tmp_path, field):
   config = jobs.small(tmp_path, **{field.replace(".", "__"): "gs://bucket/x"})
   with pytest.raises(RunError, match=rf"config\.{field}=gs://bucket/x is no path of this machine"):
@@ -174,9 +174,9 @@ def test_what_must_be_local_is_refused_in_a_bucket(tmp_path, field):
 
 
 def test_the_task_of_somebody_elses_run_is_left_out(tmp_path):
-  files = experiments.build(jobs.small(tmp_path), None).tokenizer.files
+  tokenizer = experiments.build(jobs.small(tmp_path), None).tokenizer
   (tmp_path / "task.py").write_text("raise SystemExit(0)")
   config = jobs.small(tmp_path, task__module=str(tmp_path / "task.py"))
-  experiment = experiments.build(config, files, with_task=False)
+  experiment = experiments.build(config, tokenizer, with_task=False)
   with pytest.raises(RuntimeError, match="without its task"):
     experiment.task.records("test")

@@ -4,7 +4,9 @@ import re
 
 import pytest
 
+from d1jax.errors import RunError
 from d1jax.training import limits
+from d1jax.training.identity import flatten
 from tests.jobs import load
 
 NAN, INF = float("nan"), float("inf")
@@ -105,3 +107,16 @@ def test_every_limit_is_of_a_field():
 )
 def test_a_limit_says_what_a_number_must_be(limit, expected):
   assert str(limit) == expected
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft", "eval", "generate", "export", "aot"])
+def test_every_path_that_must_be_local_is_refused_in_a_bucket(name):
+  names = [field for field in flatten(load(name).to_dict()) if field in limits.LOCAL]
+  assert names
+  for field in names:
+    config = load(name)
+    config.update_from_flattened_dict({field: "gs://bucket/x"})
+    with pytest.raises(
+      RunError, match=rf"config\.{field}=gs://bucket/x is no path of this machine, which {field} must"
+    ):
+      limits.check(config)

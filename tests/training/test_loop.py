@@ -89,6 +89,23 @@ def test_a_refused_step_is_left_out_and_the_same_command_goes_on_with_the_next_b
   assert records == list(range(1, STEPS + 1))
 
 
+def test_behind_a_refused_last_step_the_same_command_goes_on_with_what_follows(tmp_path):
+  message = refusal(tmp_path, losses={STEPS: np.nan})
+  folder = tmp_path / "checkpoints" / "sft"
+  assert f"saved in {folder}/{STEPS}. It was the last of sft: the same command goes on with what follows sft" in message
+  assert "next batch" not in message
+  remedy = (
+    f"To take it again, delete the newest checkpoints in {folder} to go on from an earlier one, and lower --config"
+  )
+  assert remedy in message
+  checkpoints = Checkpoints(folder)
+  assert checkpoints.steps() == [6, STEPS]
+  assert checkpoints.best_step() == STEPS, "the weights at the end were validated"
+  assert run(tmp_path) == [], "the stage is done"
+  shutil.rmtree(folder / str(STEPS))
+  assert run(tmp_path, rate=0.01) == [7, 8]
+
+
 def test_where_every_step_is_refused_a_person_can_go_back(tmp_path):
   for iteration in (5, 6):
     message = refusal(tmp_path, losses=dict.fromkeys((5, 6), np.inf))

@@ -1,13 +1,15 @@
 """Records survive kills and resumes; progress is plain where nobody watches."""
 
 import json
+import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from d1jax.errors import RunError
 from d1jax.training import metrics
-from d1jax.training.metrics import MetricsWriter, Progress, read_records
+from d1jax.training.metrics import MetricsWriter, Progress, read_records, warn_of_lost
 
 
 def write(folder, stage, start, iterations):
@@ -83,11 +85,40 @@ def test_a_mark_at_the_start_carriage_returns_and_blank_lines_lose_nothing(tmp_p
   assert not (tmp_path / "metrics.jsonl.damaged").exists()
 
 
-def test_a_folder_in_the_place_of_the_file_is_one_line(tmp_path):
-  (tmp_path / "metrics.jsonl").mkdir()
-  for touch in (lambda: read_records(tmp_path / "metrics.jsonl"), lambda: MetricsWriter(tmp_path, "sft", 0)):
-    with pytest.raises(RunError, match=r"metrics\.jsonl is a folder, expected a file"):
+@pytest.mark.parametrize(("make", "kind"), [(Path.mkdir, "is a folder"), (os.mkfifo, "is no regular file")])
+def test_what_is_in_the_place_of_the_file_is_moved_away(tmp_path, make, kind):
+  path = tmp_path / "metrics.jsonl"
+  make(path)
+  touches = (lambda: read_records(path), lambda: MetricsWriter(tmp_path, "sft", 0), lambda: warn_of_lost(path, {}))
+  for touch in touches:
+    with pytest.raises(RunError, match=kind) as caught:
       touch()
+    said = f"{path} {kind}, expected a file: move it away, then run the same command again"
+    assert str(caught.value) == said
+  path.rename(tmp_path / "away")
+  write(tmp_path, "sft", 0, [1])
+  assert seen(tmp_path) == [("sft", 1)]
+
+
+@pytest.mark.parametrize("how", ["emptied", "deleted"])
+def test_lost_records_are_said_in_one_line_and_the_run_goes_on(tmp_path, how, caplog):
+  path = tmp_path / "metrics.jsonl"
+  write(tmp_path, "sft", 0, [1, 2, 3])
+  write(tmp_path, "grpo", 0, [1, 2, 3, 4])
+  warn_of_lost(path, {"sft": 3, "grpo": 2})
+  assert not caplog.records, "nothing is lost"
+  whole = path.read_bytes()
+  path.write_bytes(b"") if how == "emptied" else path.unlink()
+  warn_of_lost(path, {"sft": 3, "grpo": 2})
+  write(tmp_path, "grpo", 2, [3])
+  warn_of_lost(path, {"grpo": 3})
+  first, second = (record.message for record in caplog.records)
+  assert first.startswith(f"{path} lacks records that were written: 3 of the 3 of sft and 2 of the 2 of grpo. Training")
+  assert "written: 2 of the 3 of grpo. " in second
+  assert "\n" not in first
+  path.write_bytes(whole)
+  warn_of_lost(path, {"sft": 3, "grpo": 3})
+  assert len(caplog.records) == 2, "the remedy works"
 
 
 def test_no_file_no_records(tmp_path):

@@ -18,7 +18,7 @@ from d1jax.training import dump, grpo, ledger, recipe
 from d1jax.training import experiment as experiments
 from d1jax.training.checkpoint import Checkpoints
 from d1jax.training.metrics import read_records
-from d1jax.training.workdir import read_tokenizer
+from d1jax.training.run_tokenizer import kept_in
 from tests import runs
 from tests.jobs import small
 
@@ -105,7 +105,7 @@ def test_each_record_says_what_its_iteration_cost(finished):
       assert ("cost/seconds/saving" in record) == ("validation" in before)
       assert ("cost/seconds/validation" in record) == ("validation" in record)
   assert record["cost/tokens/rollout"] == record["cost/tokens/update"] == 16 * 18
-  size = experiments.build(config, read_tokenizer(workdir)).weights.network.size
+  size = experiments.build(config, kept_in(workdir)).weights.network.size
   canvas = 33 + 18
   assert record["cost/flops/rollout"] == 4 * flops.forward(size, 16, canvas, canvas, 18)
   assert record["cost/flops/update"] == 3 * flops.forward(size, 16, canvas, canvas, 18)
@@ -136,6 +136,17 @@ def test_a_finished_job_reprints_its_table(finished, capsys, monkeypatch):
   assert "is finished" in shown
   assert "constant answer" in shown
   assert "SFT + diffu-GRPO" in shown
+
+
+def test_a_finished_job_makes_a_damaged_tokenizer_again(finished, tmp_path, capsys, monkeypatch):
+  workdir, _, results = finished
+  shutil.copytree(workdir, tmp_path / "run")
+  model = tmp_path / "run" / "tokenizer" / "tokenizer.model"
+  model.write_bytes(b"")
+  monkeypatch.setattr(recipe.Recipe, "run", None)  # computing anything would fail
+  assert recipe.run(small(tmp_path / "run", **runs.CHANGES)) == json.loads(json.dumps(results))
+  assert "is finished" in capsys.readouterr().out
+  assert model.read_bytes() == (workdir / "tokenizer" / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.slow(reason="runs the recipe")
@@ -172,20 +183,26 @@ def test_other_questions_are_refused(finished, tmp_path):
     recipe.run(small(tmp_path / "run", **runs.CHANGES))
 
 
-def test_any_mesh_can_go_on(finished, tmp_path):
+def test_any_mesh_can_go_on(finished, tmp_path, caplog):
+  """Files were damaged meanwhile: the tokenizer is trained again, and lost records are said."""
   workdir, _, results = finished
   shutil.copytree(workdir, tmp_path / "moved")
   (tmp_path / "moved" / "results.json").unlink()
+  model = tmp_path / "moved" / "tokenizer" / "tokenizer.model"
+  for damaged in (model, tmp_path / "moved" / "metrics.jsonl"):
+    damaged.write_bytes(b"")
   mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
   moved = recipe.run(small(tmp_path / "moved", **runs.CHANGES, **mesh))
   assert moved["params_fingerprint"] == results["params_fingerprint"]
   assert moved["after"]["n"] == 24
+  assert "metrics.jsonl lacks records that were written: 120 of the 120 of sft and 4 of the 4 of grpo" in caplog.text
+  assert model.read_bytes() == (workdir / "tokenizer" / "tokenizer.model").read_bytes()
 
 
 def test_a_dumped_rollout_replays_to_the_same_state(finished):
   """Checkpoint 2, the rollout of iteration 2 (counted from 0) and the one after: together they give checkpoint 4."""
   workdir, config, _ = finished
-  experiment = experiments.build(config, read_tokenizer(workdir))
+  experiment = experiments.build(config, kept_in(workdir))
   optimizer = experiment.optimizer(config.grpo, config.grpo.steps)
   abstract = experiment.weights.abstract_state(optimizer)
   checkpoints = Checkpoints(workdir / "checkpoints" / "grpo")
