@@ -74,6 +74,7 @@ def normal_form(text: str) -> str | None:
   return None if len(text) > MOST_CHARACTERS else _normal_form(text)
 
 
+@functools.lru_cache(notation.REMEMBERED)
 def clean(text: str) -> str:
   r"""Take away what does not change an answer's value, and keep LaTeX that can be parsed.
 
@@ -123,6 +124,7 @@ def split(text: str) -> tuple[str, list[str]]:
   return ("{}", signs) if len(signs) > 1 else ("", signs)
 
 
+@functools.lru_cache(notation.REMEMBERED)
 def _plain(text: str) -> str:
   text = notation.plain(text)
   for pattern, replacement in _COMMANDS:

@@ -11,6 +11,9 @@ import unicodedata
 
 _MOST_WRAPPERS = 8
 
+REMEMBERED = 64
+"""Texts that a process remembers what it made of: the stages of a grader ask for the same ones again."""
+
 # What a sign is written as; the blank behind a command keeps it apart from letters.
 _SIGNS = str.maketrans(
   dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63", "-")  # Minus sign, hyphens, en dash.
@@ -75,6 +78,7 @@ _LEAD = re.compile(
 _FENCE = re.compile(r"```(?:[A-Za-z]{2,} )?(.*)```")
 _MARKS = ("$", "**", "`", '"', "'")
 _BRACED = (r"\text{", r"\boxed{", r"\fbox{")
+_FIRST = "$*`\"'\\="  # What a layer starts with, if not with a letter.
 
 CURRENCY = r"(?:(?:US|CA|AU|NZ|HK)?\\?\$|[£€¥₹])"
 """A pattern of the signs of money, in front of a number or behind it."""
@@ -122,6 +126,7 @@ _BRACE = re.compile(r"(?<!\\)[{}]")
 _MONEY = re.compile(rf"[-+]? ?({CURRENCY})")
 
 
+@functools.lru_cache(REMEMBERED)
 def plain(text: str) -> str:
   r"""Write signs, blanks and commands in one way: LaTeX's, and one blank where there are blanks of any kind.
 
@@ -142,6 +147,7 @@ def plain(text: str) -> str:
   return _GROUPED.sub(lambda number: number[0].replace(" ", ""), text)
 
 
+@functools.lru_cache(REMEMBERED)
 def unwrapped(text: str) -> str:
   r"""Take away what stands around a plain text, in up to eight layers.
 
@@ -163,6 +169,7 @@ def is_unit(words: str) -> bool:
   return bool(_canonical(words, "")) or _CHANGING.search(words) is None
 
 
+@functools.lru_cache(REMEMBERED)
 def split_unit(text: str) -> tuple[str, str]:
   r"""Take the unit from the end of a plain text; also returns its name, which equal units share, or "" if unknown.
 
@@ -194,7 +201,7 @@ def unit_of_words(words: str) -> str:
   return _canonical(words, "")
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(REMEMBERED)
 def unit(text: str) -> str:
   """Name the unit of an answer, behind it or, of money, in front of it; "" for none and for an unknown one."""
   text = unwrapped(plain(text))
@@ -211,6 +218,8 @@ def _braced(digits: str) -> str:
 
 def _inside(text: str) -> str | None:
   """Take away one layer; None if there is none."""
+  if not text or not (text[0].isalpha() or text[0] in _FIRST):
+    return None
   for layer in (_LEAD.match(text), _FENCE.fullmatch(text)):
     if layer is not None:
       # One pair of `**` around all of it, as in `**Answer: 18**`, or around the answer.
