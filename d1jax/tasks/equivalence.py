@@ -45,6 +45,9 @@ _NAME = re.compile(
   r"(?:_\{?[A-Za-z0-9]+\}?)?|[A-Wa-w](?:_[0-9])?\([A-Za-z0-9,. \-]+\)"
 )
 _ASKED = re.compile(r"\$([^$=]{1,100})\$")
+# math-verify reads `R` as `r`, `E` as Euler's number and `I` as the imaginary unit.
+_LETTER = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+_OTHERS = "qwkhjuvstpogmnlzyxcba"
 _CAPITALS = re.compile(r"(?<![A-Za-z\\])[A-Z]{2,}")
 # Arithmetic that is still to be done; not a sign in front, an exponent, or 3 \times 10^5.
 _UNDONE = re.compile(r"[^\s({\[^]\s*(?:[-+*]|\\div|\\(?:cdot|times)(?!\s*10\s*\^))")
@@ -93,7 +96,9 @@ def _is_equal(answer: str, gold: str, problem: str, depth: int) -> bool:
     return _is_equal_expression(entries[0], golds[0])
   if kind != wanted_kind or len(entries) != len(golds):
     return False
-  if kind in answers.UNORDERED:
+  # `x = 2, y = 1` is not `1, 2`, which is a set of roots or the values of x and y.
+  are_named = len({entry.strip()[0] for entry in entries if "=" in entry}) > 1 and not any("=" in g for g in golds)
+  if kind in answers.UNORDERED and not are_named:
     return _is_permutation(entries, golds, problem, depth - 1)
   return all(_is_equal(*pair, problem, depth - 1) for pair in zip(entries, golds, strict=True))
 
@@ -101,7 +106,19 @@ def _is_equal(answer: str, gold: str, problem: str, depth: int) -> bool:
 def _is_equal_expression(answer: str, gold: str) -> bool:
   if sorted(_CAPITALS.findall(answer)) != sorted(_CAPITALS.findall(gold)):
     return False
-  return _is_askable(answer) and _is_askable(gold) and compare(gold, answer)
+  if not _is_askable(answer) or not _is_askable(gold):
+    return False
+  letters = {*_LETTER.findall(answer), *_LETTER.findall(gold)}
+  names: dict[str, str] = {}
+  for letter in sorted(letters):
+    if letter.isupper() and (letter.lower() in letters or letter in "EI"):
+      free = next((other for other in _OTHERS if not {other, other.upper()} & {*letters, *names.values()}), None)
+      if free is None:
+        return False
+      names[letter] = free
+  if names:
+    answer, gold = (_LETTER.sub(lambda found: names.get(found[0], found[0]), text) for text in (answer, gold))
+  return compare(gold, answer)
 
 
 def _conclusion(answer: str, problem: str) -> str | None:

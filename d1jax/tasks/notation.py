@@ -156,7 +156,7 @@ def unwrapped(text: str) -> str:
   """
   text = text.strip()
   for _ in range(_MOST_WRAPPERS):
-    text = text.removesuffix(".").rstrip()
+    text = text if text.endswith("..") else text.removesuffix(".").rstrip()  # `0.3...` goes on.
     inside = _inside(text)
     if inside is None:
       break

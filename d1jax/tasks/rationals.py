@@ -12,8 +12,8 @@ _INTEGER = r"[0-9]|\{\s*-?[0-9]+\s*\}"
 _NUMBER = re.compile(
   rf"(?P<sign>{notation.CURRENCY} ?[-+]|[-+]? ?{notation.CURRENCY}?) ?"
   r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)"
-  r"(?:\.(?P<decimals>[0-9]*)(?:\\(?:overline|bar) ?\{(?P<repeated>[0-9]+)\})?(?<!\.)"
-  r"|(?:/|(?P<mixed> [0-9]+)/)(?P<below>[0-9]+)"
+  r"(?:\.(?P<decimals>[0-9]*)(?:\\(?:overline|bar|dot) ?\{(?P<repeated>[0-9]+)\})?(?<!\.)"
+  r"|(?P<mixed> [0-9]+)? ?/ ?(?P<below>[0-9]+)"
   rf"| ?\\frac ?(?P<top>{_INTEGER}) ?(?P<bottom>{_INTEGER}))?"
 )
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
@@ -44,7 +44,7 @@ def parse(text: str, shortest_word: int = 4) -> Fraction | None:
     text = counted[1]
   if text != answer:  # `$18$ dollars`
     text = notation.unwrapped(text)
-  if text[:1] + text[-1:] == "()" and "," not in text:  # (100,101) are two numbers.
+  if text[:1] + text[-1:] in ("()", "{}") and "," not in text:  # (100,101) are two numbers.
     text = text[1:-1]
   found = _NUMBER.fullmatch(text)
   if found is None:

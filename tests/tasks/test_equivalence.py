@@ -69,6 +69,8 @@ def same(answer: str, gold: str, problem: str = "") -> bool:
       ("a_{10} = 5", "5"),
       ("Area = 5", "5"),
     ),
+    *(("(R-r)(R+r)", "R^2-r^2"), ("2r+R", "R+2r"), ("1+E", "E+1"), (r"R^2\pi", r"\pi R^2"), ("(x,y)=(1,2)", "(1,2)")),
+    *(("x=1, y=2", "1,2"), ("x_2 = 1, x_1 = 2", "1,2"), (r"\$5.", "5"), ("$5$ cm", "5")),
     *(("x_1 = 1, x_2 = 2", "1, 2"), ("AB + 2", "2+AB"), (r"2AB", r"AB \cdot 2"), ("ba", "ab")),
     # Part by part.
     *((r"(\sqrt{8}, 1)", r"(2\sqrt{2},1)"), (r"\left[\frac{2\pi}{4},\pi\right]", r"[\pi/2,\pi]")),
@@ -121,6 +123,12 @@ def test_equivalent(answer, gold):
     *((r"\frac{x}{2}=5", "5"), (r"\sqrt{x}=3", "3"), ("|x|=3", "3"), ("n!=6", "6"), ("x^2=x^2-1", "x^2-1"), ("=", "5")),
     *((r"\frac{1}{2}=\frac{1}{\sqrt{3}}", r"\frac{\sqrt3}{3}"), (r"\text{half}=5", "5"), ("x(2)=5", "5"), ("==5", "5")),
     *((r"\sum_{i=1}^{2}i=4", "4"), ("2+3=5=6", "6"), (r"x=2+3=\sqrt{36}", "6")),
+    # Large letters are others than small ones, which math-verify does not see.
+    *(("r^2-R^2", "R^2-r^2"), ("Rr", "r^2"), ("X^2-1", "x^2-1"), ("A+b", "a+B"), ("E+1", "e+1"), ("1+2I", "1+2i")),
+    # Signs between digits, and dots that say that a number goes on.
+    *(("5%0", "50"), ("5$0", "50"), (r"5\%0", "50"), ("1$2$3", "123"), (r"18^\circ0", "180"), ("1234...", "1234")),
+    # Coordinates and values in another order than their names.
+    *(("(y,x)=(1,2)", "(1,2)"), ("x=2,y=1", "1,2")),
     # Capitals in a row are a name.
     *(("BA", "AB"), ("2BA", "2AB"), ("CAB", "ABC"), ("AC+DB", "AC+BD"), (r"A\cdot B", "AB"), ("AB^2", "A^2B")),
   ],
