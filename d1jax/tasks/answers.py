@@ -18,9 +18,16 @@ UNORDERED = ("{}", "cup")
 """The kinds of lists whose entries may come in any order."""
 
 _COMMANDS = (
-  (re.compile(rf"\b{notation.CURRENCY}(?=[0-9])|\\?[$%]|\^\\circ"), ""),
+  (
+    re.compile(
+      rf"(?<![0-9])\b{notation.CURRENCY}(?=[0-9])|(?<![0-9])\\?\$|\\?\$(?![0-9])|(?:\\?%|\^\\circ)(?! ?[0-9])"
+    ),
+    "",
+  ),
   (re.compile(r" ?,? ?(?:\\text\{ ?,? ?(?:and|or) ?\}|\b(?:and|or)\b) ?|;"), ", "),
 )
+# A sign between digits, `5%0`; MATH's normaliser would make it 50.
+_PARTED = re.compile(r"(?:%|\$|\^\\circ) ?[0-9]")
 _NAME = re.compile(r"(^|,)\s?([A-Za-z]{1,2})\s?=\s?")
 _POINT = re.compile(r"(?:\([A-Za-z](?:\s?,\s?[A-Za-z])*\)\s?=|[A-Za-z]\s?\\in(?![A-Za-z]))\s?(?=[^=]*$)")
 _WORDS = re.compile(r"\\text\{([^{}]*)\}")
@@ -74,11 +81,13 @@ def normal_form(text: str) -> str | None:
   return None if len(text) > MOST_CHARACTERS else _normal_form(text)
 
 
+@functools.lru_cache(notation.REMEMBERED)
 def clean(text: str) -> str:
   r"""Take away what does not change an answer's value, and keep LaTeX that can be parsed.
 
   Gone is what `notation` takes away: blanks and full stops at the ends, wrappers, a unit at the end; also `$`, `\%`,
-  degrees, and a name before the only equals sign (`x = 5`, `(x, y) = (1, 2)`; also `x = 1, x = 2`) or before `\in`.
+  degrees, and a name before the only equals sign (`x = 5`, `(x, y) = (1, 2)`, but not `(y, x)`; also `x = 1, x = 2`) or
+  before `\in`.
   `and`, `or` and semicolons become commas, inequalities intervals, signs and blanks what `notation.plain` writes.
   """
   text = _plain(text)
@@ -90,7 +99,8 @@ def clean(text: str) -> str:
   if len(found) == text.count("=") and len({name for _, name in found}) == 1:
     return _NAME.sub(r"\1", text)
   point = _POINT.match(text)
-  return text if point is None else text[point.end() :]
+  letters = re.findall("[A-Za-z]", point[0]) if point is not None and point[0][0] == "(" else []
+  return text if point is None or letters != sorted(letters) else text[point.end() :]
 
 
 def split(text: str) -> tuple[str, list[str]]:
@@ -123,11 +133,13 @@ def split(text: str) -> tuple[str, list[str]]:
   return ("{}", signs) if len(signs) > 1 else ("", signs)
 
 
+@functools.lru_cache(notation.REMEMBERED)
 def _plain(text: str) -> str:
   text = notation.plain(text)
   for pattern, replacement in _COMMANDS:
     text = pattern.sub(replacement, text)
-  return notation.unwrapped(text.strip().rstrip("."))
+  goes_on = text.endswith("...") and text.strip(".")  # `0.333...` is not `0.333`.
+  return notation.unwrapped(text if goes_on else text.strip().rstrip("."))
 
 
 def _names(text: str) -> set[str]:
@@ -191,7 +203,9 @@ def _scalar(text: str) -> str:
   text = _BRACED.sub(r"\1\2", _WORDS.sub(r"\1", text))
   try:
     # Of what stands before a single equals sign it drops two characters: `2x = 6` would be 6.
-    text = latex.normalize(text.replace("=", "==")).replace("==", "=")
+    text = (
+      "".join(text.split()) if _PARTED.search(text) else latex.normalize(text.replace("=", "==")).replace("==", "=")
+    )
   except ValueError:
     text = "".join(text.split())
   value = rationals.parse(text)

@@ -24,6 +24,10 @@ MOST_NUMBERS = 6
 """The solver's limit; its search grows about thirtyfold with each number."""
 
 _WORD = re.compile(r"0|[1-9][0-9]*|[-+*/()\[\]]")
+_SIGNS = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"))
+_FRACTION = re.compile(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
+# 3(4) and (3)(4); it is done before fractions get their parentheses, since 3\frac{1}{2} may be a mixed number.
+_PRODUCT = re.compile(r"(?<=[0-9)\]]) ?(?=[(\[])")
 _OPERATORS = {
   "+": operator.add,
   "-": operator.sub,
@@ -37,6 +41,19 @@ _RANK = {"(": -1, "[": -1, ")": 0, "]": 0, "+": 1, "-": 1, "*": 2, "/": 2}
 def words(text: str) -> list[str]:
   """List the numbers, operators and parentheses of a text in their order, skipping the rest."""
   return _WORD.findall(text)
+
+
+def translate(text: str) -> str:
+  r"""Write LaTeX's signs and fractions, and products such as `3(4)`, as `evaluate` reads them; quadratic time."""
+  if "(" in text or "[" in text:
+    text = _PRODUCT.sub("*", text)
+  if "\\" in text:
+    for sign, plain in _SIGNS:
+      text = text.replace(sign, plain)
+    found = 1
+    while found:
+      text, found = _FRACTION.subn(r"((\1)/(\2))", text)
+  return text
 
 
 def evaluate(text: str) -> tuple[Fraction, list[int]] | None:

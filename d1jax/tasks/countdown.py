@@ -36,10 +36,6 @@ _EVALUATION = (
   "<answer>\n\\boxed{...}\n</answer>"
 )
 
-_SIGNS = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"))
-_FRACTION = re.compile(r"\\frac ?\{([^{}]*)\} ?\{([^{}]*)\}")
-# 3(4) and (3)(4); it is done before fractions get their parentheses, since 3\frac{1}{2} may be a mixed number.
-_PRODUCT = re.compile(r"(?<=[0-9)\]]) ?(?=[(\[])")
 _LIST = re.compile(r"[0-9]{1,9}(, ?[0-9]{1,9})*")
 
 # How many tenths of all multisets of numbers a split owns.
@@ -183,13 +179,7 @@ def _expression(answer: str) -> str:
   text = latex.boxed_or_whole(answer)
   if len(text) > arithmetic.MOST_CHARACTERS:
     return text
-  text = _PRODUCT.sub("*", notation.unwrapped(notation.plain(text)))
-  for sign, plain in _SIGNS:
-    text = text.replace(sign, plain)
-  found = 1
-  while found:
-    text, found = _FRACTION.subn(r"((\1)/(\2))", text)
-  return text
+  return arithmetic.translate(notation.unwrapped(notation.plain(text)))
 
 
 def _key(nums: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from d1jax.tasks import common, d1_evaluation, d1_rewards, latex, notation, questions, rationals
+from d1jax.tasks import asked, common, d1_evaluation, d1_rewards, latex, notation, questions, rationals
 from d1jax.tasks.base import DataError, Grade, Message, Record
 
 FILE = "gsm8k/train.jsonl"
@@ -16,9 +16,12 @@ _EVALUATION = (
   "Respond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n"
   "<answer>\n\\boxed{...}\n</answer>"
 )
+SHORTEST_WORD = 2
+"""Letters of the words that may stand behind a number; single ones may be variables."""
+
 _GOLD = "####"
 _OPEN_BOX = re.compile(r"\\?boxed\s*\{")
-_NAMED = re.compile(r"(?:[A-Za-z]+ ?=)?(.*)", re.DOTALL)
+_NAME = re.compile(r"([A-Za-z]+) ?")
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 
 
@@ -94,10 +97,11 @@ class Gsm8k:
     `well_formed` (a number), the same under both; under `d1` also `d1_accuracy` (`d1_evaluation.gsm8k`).
     """
     common.check_choice("protocol", protocol, common.PROTOCOLS)
-    answer, gold = _answer(text), record["answer"]
-    value = rationals.parse(answer, shortest_word=2)
+    gold, question = record["answer"], record.get("question", "")
+    answer = asked.without_counts(_answer(text), question)
+    value = rationals.parse(answer, SHORTEST_WORD)
     solved = value is not None and gold is not None and value == rationals.parse(gold)
-    solved = solved and not notation.have_different_units(answer, gold)
+    solved = solved and not notation.have_different_units(answer, gold) and not asked.is_another(answer, gold, question)
     metrics = {"solved": (int(solved), int(gold is not None)), "well_formed": (int(value is not None), 1)}
     if protocol == "d1":
       components = d1_rewards.gsm8k(text, record["answer"])
@@ -114,9 +118,9 @@ class Gsm8k:
 def _answer(text: str) -> str:
   r"""Return what a completion answers with: all of its last box, of its answer block, or of itself; "" if that is long.
 
-  It may have one name (`x = 5`) or `Answer:` and the like in front, and a unit of up to four words behind. A box that
-  an answer block leaves open ends with the block. With a second number it is no number, nor is any other sentence:
-  `It is 18`.
+  It may have one name (`x = 5`), what is equal to it (`2 * 9 = 18`) or `Answer:` and the like in front, and a unit of
+  up to four words behind. A box that an answer block leaves open ends with the block. With a second number it is no
+  number, nor is any other sentence: `It is 18`.
   """
   answer = common.final_answer(text)
   box = latex.last_box(answer)
@@ -127,8 +131,12 @@ def _answer(text: str) -> str:
   if opened is not None:
     is_closed = answer.count("}") == answer.count("{")
     answer = answer[opened.end() :].removesuffix("}" if is_closed else "")
-  found = _NAMED.match(notation.unwrapped(notation.plain(answer)))
-  return found[1] if found else ""
+  answer = notation.unwrapped(notation.plain(answer))
+  first, *rest = answer.split("=")
+  name = _NAME.fullmatch(first) if rest else None
+  if name is not None and notation.is_unit(name[1]):  # Not `half = 18`.
+    answer = answer[len(first) + 1 :]
+  return rationals.conclusion(answer, SHORTEST_WORD)
 
 
 def _format(reasoning: str, answer: str, style: str) -> str:

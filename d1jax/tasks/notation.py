@@ -11,6 +11,9 @@ import unicodedata
 
 _MOST_WRAPPERS = 8
 
+REMEMBERED = 64
+"""Texts that a process remembers what it made of: the stages of a grader ask for the same ones again."""
+
 # What a sign is written as; the blank behind a command keeps it apart from letters.
 _SIGNS = str.maketrans(
   dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63", "-")  # Minus sign, hyphens, en dash.
@@ -42,7 +45,9 @@ _COMMANDS = (
   (re.compile(rf"\\(?:!|(?:negthinspace|displaystyle|textstyle){_END})"), ""),
   (re.compile(rf"\\(?:left|right){_END}\.?|\\[bB]igg?[lrm]?{_END}"), ""),
   (re.compile(r"(?<!\\)\\[()\[\]]"), ""),
-  (re.compile(r"(?<!\\)\\[,;:> ]|~|\\hspace\*? ?\{[^{}]*\}"), " "),
+  (re.compile(r"(?<!\\)\\[,;:> ]|\\hspace\*? ?\{[^{}]*\}"), " "),
+  # A tie, but in front of a number `about`.
+  (re.compile(r"(?<=[A-Za-z0-9)\]},;:.|])~|~(?![~ ]*(?:[-+$£€¥₹.0-9]|\\\$|\\frac|\\sqrt|\\pi))"), " "),
   (re.compile(rf"\\(?:q?quad|enspace|(?:thin|med|thick)space){_END}"), " "),
   (re.compile(r"\\[cdt]frac"), r"\\frac"),
   (
@@ -73,6 +78,7 @@ _LEAD = re.compile(
 _FENCE = re.compile(r"```(?:[A-Za-z]{2,} )?(.*)```")
 _MARKS = ("$", "**", "`", '"', "'")
 _BRACED = (r"\text{", r"\boxed{", r"\fbox{")
+_FIRST = "$*`\"'\\="  # What a layer starts with, if not with a letter.
 
 CURRENCY = r"(?:(?:US|CA|AU|NZ|HK)?\\?\$|[£€¥₹])"
 """A pattern of the signs of money, in front of a number or behind it."""
@@ -80,16 +86,22 @@ CURRENCY = r"(?:(?:US|CA|AU|NZ|HK)?\\?\$|[£€¥₹])"
 WORDS = r"[A-Za-z][A-Za-z.'/-]*(?: [A-Za-z][A-Za-z.'/-]*){0,3}"
 """A pattern of up to four words."""
 
-# Words that are no units: behind a number they make it another number, or one of several.
+# Words that are no units. Behind a number they make it another one (`dozen`, `pairs`), one of several, its negative or
+# its bound (`less`, `short`, `loss`), an approximation, or no answer (`wrong`). `asked` says where some are harmless.
 _CHANGING = re.compile(
-  r"\b(?:(?:hundred|thousand|million|billion|trillion)(?:th)?s?|mil|mn|bn|thou|(?:lakh|crore)s?|grand|gross|tens"
-  r"|(?:dozen|half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth)s?"
-  r"|[a-z]+t(?:een|ie)ths?|halved|doubled|tripled|twice|thrice|divided|multiplied|below"
+  r"\b(?:(?:hundred|thousand|[a-z]*illion)(?:th)?s?|mil|mn|bn|thou|(?:lakh|crore|myriad)s?|grand|gross|tens"
+  r"|(?:pair|couple|score|duo|trio|quartet|doz|prs?|dozen)s?"
+  r"|(?:half|halve|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth)s?"
+  r"|[a-z]+t(?:een|ie)ths?|halved|(?:doubl|tripl|quadrupl)e[ds]?|[a-z]*fold|twice|thrice|divided|multiplied"
   r"|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen"
   r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
-  r"|and|or|to|not|is|plus|minus|negative|times|over|least|most|[ap]\.?m"
-  r"|squared|cubed|factorial|choose|mod|modulo|remainder|base|binary|octal|decimal|hexadecimal|hex"
-  r"|pi|theta|alpha|beta|gamma|phi|infinity|sqrt|root|log|ln|sin|cos|tan)(?![A-Za-z])",
+  r"|and|or|to|not|none|never|is|plus|minus|negative|times|over|least|most|[ap]\.?m|but|except|without"
+  r"|more|less|fewer|short(?!-)|shy|under|below|above|loss(?:es)?|deficit|debts?|overdrawn|opposite|inverse|reciprocal"
+  r"|approx(?:imately)?|roughly|nearly|almost|circa|ish|repeating|recurring"
+  r"|wrong|incorrect|false|impossible|unknown|maybe|perhaps|possibly|probably|unless|if|instead|otherwise"
+  r"|squared|cubed|powers?|factorial|choose|mod|modulo|remainder|base|binary|octal|decimal|hexadecimal|hex"
+  r"|pi|theta|alpha|beta|gamma|phi|infinity|sqrt|root|log|ln|sin|cos|tan)(?![A-Za-z])"
+  r"|^ ?(?:about|around)\b|\b(?:about|around)$",  # But `laps around the track`.
   re.IGNORECASE,
 )
 # The name of each unit, and its other names; an "s" may follow those of two letters or more.
@@ -114,6 +126,7 @@ _BRACE = re.compile(r"(?<!\\)[{}]")
 _MONEY = re.compile(rf"[-+]? ?({CURRENCY})")
 
 
+@functools.lru_cache(REMEMBERED)
 def plain(text: str) -> str:
   r"""Write signs, blanks and commands in one way: LaTeX's, and one blank where there are blanks of any kind.
 
@@ -134,6 +147,7 @@ def plain(text: str) -> str:
   return _GROUPED.sub(lambda number: number[0].replace(" ", ""), text)
 
 
+@functools.lru_cache(REMEMBERED)
 def unwrapped(text: str) -> str:
   r"""Take away what stands around a plain text, in up to eight layers.
 
@@ -142,7 +156,7 @@ def unwrapped(text: str) -> str:
   """
   text = text.strip()
   for _ in range(_MOST_WRAPPERS):
-    text = text.removesuffix(".").rstrip()
+    text = text if text.endswith("..") else text.removesuffix(".").rstrip()  # `0.3...` goes on.
     inside = _inside(text)
     if inside is None:
       break
@@ -155,6 +169,7 @@ def is_unit(words: str) -> bool:
   return bool(_canonical(words, "")) or _CHANGING.search(words) is None
 
 
+@functools.lru_cache(REMEMBERED)
 def split_unit(text: str) -> tuple[str, str]:
   r"""Take the unit from the end of a plain text; also returns its name, which equal units share, or "" if unknown.
 
@@ -171,15 +186,23 @@ def split_unit(text: str) -> tuple[str, str]:
 
 def have_different_units(left: str, right: str) -> bool:
   """Tell whether both answers have a known unit, and not the same: `5 cm` and `5 m`, but not `5 cm` and `5 units`."""
-  names = _unit(left), _unit(right)
-  if not all(names):
-    return False
-  (one, *power), (other, *other_power) = (name.split("^") for name in names)
+  names = unit(left), unit(right)
+  return all(names) and are_different(*names)
+
+
+def are_different(left: str, right: str) -> bool:
+  """Tell whether two names of units (`unit`) are not the same; `unit` may be any of the same power."""
+  (one, *power), (other, *other_power) = (name.split("^") for name in (left, right))
   return power != other_power or (one != other and "unit" not in (one, other))
 
 
-@functools.lru_cache(256)
-def _unit(text: str) -> str:
+def unit_of_words(words: str) -> str:
+  """Name the unit that words such as `square feet` are; "" if they are none that is known."""
+  return _canonical(words, "")
+
+
+@functools.lru_cache(REMEMBERED)
+def unit(text: str) -> str:
   """Name the unit of an answer, behind it or, of money, in front of it; "" for none and for an unknown one."""
   text = unwrapped(plain(text))
   if text.count("$") % 2 == 0:  # Mathematics, not money: `$5$ cm`.
@@ -195,6 +218,8 @@ def _braced(digits: str) -> str:
 
 def _inside(text: str) -> str | None:
   """Take away one layer; None if there is none."""
+  if not text or not (text[0].isalpha() or text[0] in _FIRST):
+    return None
   for layer in (_LEAD.match(text), _FENCE.fullmatch(text)):
     if layer is not None:
       # One pair of `**` around all of it, as in `**Answer: 18**`, or around the answer.

@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from d1jax.tasks import notation
+from d1jax.tasks import arithmetic, notation
 
 MOST_CHARACTERS = 100
 """Longer texts are no numbers; this bounds the time that reading and comparing takes."""
@@ -12,10 +12,13 @@ _INTEGER = r"[0-9]|\{\s*-?[0-9]+\s*\}"
 _NUMBER = re.compile(
   rf"(?P<sign>{notation.CURRENCY} ?[-+]|[-+]? ?{notation.CURRENCY}?) ?"
   r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)"
-  r"(?:\.(?P<decimals>[0-9]*)(?:\\(?:overline|bar) ?\{(?P<repeated>[0-9]+)\})?(?<!\.)"
-  r"|(?:/|(?P<mixed> [0-9]+)/)(?P<below>[0-9]+)"
+  r"(?:\.(?P<decimals>[0-9]*)(?:\\(?:overline|bar|dot) ?\{(?P<repeated>[0-9]+)\})?(?<!\.)"
+  r"|(?P<mixed> [0-9]+)? ?/ ?(?P<below>[0-9]+)"
   rf"| ?\\frac ?(?P<top>{_INTEGER}) ?(?P<bottom>{_INTEGER}))?"
 )
+_DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
+_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+_TIMES = re.compile(r"(?<=[0-9)]) ?x ?(?=[0-9(])")
 _COUNTED = re.compile(rf"(.*?[^ ]) ({notation.WORDS})(?:\^[23])?")
 
 
@@ -41,7 +44,7 @@ def parse(text: str, shortest_word: int = 4) -> Fraction | None:
     text = counted[1]
   if text != answer:  # `$18$ dollars`
     text = notation.unwrapped(text)
-  if text[:1] + text[-1:] == "()" and "," not in text:  # (100,101) are two numbers.
+  if text[:1] + text[-1:] in ("()", "{}") and "," not in text:  # (100,101) are two numbers.
     text = text[1:-1]
   found = _NUMBER.fullmatch(text)
   if found is None:
@@ -68,3 +71,21 @@ def parse(text: str, shortest_word: int = 4) -> Fraction | None:
     return None
   value = int(whole or 0) + Fraction(top, bottom)
   return -value if "-" in found["sign"] else value
+
+
+def conclusion(text: str, shortest_word: int = 4) -> str:
+  r"""Return the last side of an equation whose other sides are equal to it, `18` of `2 \times 9 = 18`, else the text.
+
+  A side is a number, or an expression that `arithmetic.evaluate` computes, in which there may be decimals, signs of
+  money and an `x` for a product; with units it is neither. `shortest_word` is that of `parse`.
+  """
+  *sides, last = text.split("=")
+  value = parse(last, shortest_word) if sides else None
+  return last.strip() if value is not None and all(_computed(side) == value for side in sides) else text
+
+
+def _computed(text: str) -> Fraction | None:
+  text = _COMMA.sub("", notation.plain(text).replace("\\$", "").replace("$", ""))
+  text = _DECIMAL.sub(lambda found: f"({int(found[1] + found[2])}/1{'0' * len(found[2])})", text)
+  found = arithmetic.evaluate(arithmetic.translate(_TIMES.sub("*", text)))
+  return parse(text) if found is None else found[0]

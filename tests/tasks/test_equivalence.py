@@ -48,6 +48,30 @@ def same(answer: str, gold: str, problem: str = "") -> bool:
     *((r"\frac{\cos x}{\sin x}", r"\cot x"), (r"\frac{x+1}{2}", r"\frac{x}{2}+\frac{1}{2}"), ("p-q", "-q+p")),
     *((r"\sqrt{16}", "4"), ("2^{10}", "1024"), (r"3 \times 10^5", "300,000"), (r"\sin \frac{\pi}{6}", "0.5")),
     *(("10x - 14y + 22z + 8 = 0", "5x-7y+11z+4=0"), ("x^2 + y^2 - 1 = 0", "x^2+y^2=1"), ("y = 1+2x", "y=2x+1")),
+    # Equations that end with the answer.
+    *(
+      ("1+2+3=6", "6"),
+      (r"2 \cdot 3 = 6\text{ cm}", "6"),
+      ("x = 2+3 = 5", "5"),
+      ("1/2 = 2/4 = 0.5", r"\frac12"),
+      ("5=5", "5"),
+    ),
+    *(
+      (r"f(x)=2+3x", "3x+2"),
+      (r"\theta_1 = \sqrt{8}", r"2\sqrt2"),
+      ("AB = 5", "5"),
+      (r"\angle ABC=5^\circ", "5"),
+      ("P(A)=0.5", "1/2"),
+    ),
+    *(
+      ("(x+1)(x-1)=x^2-1", "x^2-1"),
+      (r"\frac{3}{3\sqrt3}=\frac{1}{\sqrt3}", r"\frac{\sqrt3}{3}"),
+      ("a_{10} = 5", "5"),
+      ("Area = 5", "5"),
+    ),
+    *(("(R-r)(R+r)", "R^2-r^2"), ("2r+R", "R+2r"), ("1+E", "E+1"), (r"R^2\pi", r"\pi R^2"), ("(x,y)=(1,2)", "(1,2)")),
+    *(("x=1, y=2", "1,2"), ("x_2 = 1, x_1 = 2", "1,2"), (r"\$5.", "5"), ("$5$ cm", "5")),
+    *(("x_1 = 1, x_2 = 2", "1, 2"), ("AB + 2", "2+AB"), (r"2AB", r"AB \cdot 2"), ("ba", "ab")),
     # Part by part.
     *((r"(\sqrt{8}, 1)", r"(2\sqrt{2},1)"), (r"\left[\frac{2\pi}{4},\pi\right]", r"[\pi/2,\pi]")),
     *((r"1+\sqrt{5}, 1-\sqrt5", r"1 \pm \sqrt{5}"), (r"\{-\sqrt{8},\sqrt{8}\}", r"2\sqrt2,-2\sqrt2")),
@@ -85,7 +109,28 @@ def test_equivalent(answer, gold):
     *(("203_5", "203_6"), ("203_5", "203"), ("2(3)", "5"), ("4{10}", "14"), ("3 4", "7"), ("2h", "2"), ("3c", "3t")),
     *((r"x = \sqrt{8}", r"y = 2\sqrt{2}"), (r"x=\sqrt{8},y=1", r"x=1,y=\sqrt{8}"), ("5, 6", "5"), ("5=6", "5")),
     # What is still to be computed.
-    *(("2+3", "5"), ("501^2-499^2", "2000"), (r"2 \cdot 3", "6"), (r"8 \div 2", "4"), ("1+2+3=6", "6")),
+    *(("2+3", "5"), ("501^2-499^2", "2000"), (r"2 \cdot 3", "6"), (r"8 \div 2", "4"), ("6=1+2+3", "6")),
+    # Equations whose other sides are not equal to the last, nor what was asked for.
+    *(
+      ("17=18", "18"),
+      ("1+2=4", "4"),
+      ("17=17+1=18", "18"),
+      ("x=y=18", "18"),
+      ("2x=6", "6"),
+      ("-x=5", "5"),
+      ("x^2=9", "9"),
+    ),
+    *((r"\frac{x}{2}=5", "5"), (r"\sqrt{x}=3", "3"), ("|x|=3", "3"), ("n!=6", "6"), ("x^2=x^2-1", "x^2-1"), ("=", "5")),
+    *((r"\frac{1}{2}=\frac{1}{\sqrt{3}}", r"\frac{\sqrt3}{3}"), (r"\text{half}=5", "5"), ("x(2)=5", "5"), ("==5", "5")),
+    *((r"\sum_{i=1}^{2}i=4", "4"), ("2+3=5=6", "6"), (r"x=2+3=\sqrt{36}", "6")),
+    # Large letters are others than small ones, which math-verify does not see.
+    *(("r^2-R^2", "R^2-r^2"), ("Rr", "r^2"), ("X^2-1", "x^2-1"), ("A+b", "a+B"), ("E+1", "e+1"), ("1+2I", "1+2i")),
+    # Signs between digits, and dots that say that a number goes on.
+    *(("5%0", "50"), ("5$0", "50"), (r"5\%0", "50"), ("1$2$3", "123"), (r"18^\circ0", "180"), ("1234...", "1234")),
+    # Coordinates and values in another order than their names.
+    *(("(y,x)=(1,2)", "(1,2)"), ("x=2,y=1", "1,2")),
+    # Capitals in a row are a name.
+    *(("BA", "AB"), ("2BA", "2AB"), ("CAB", "ABC"), ("AC+DB", "AC+BD"), (r"A\cdot B", "AB"), ("AB^2", "A^2B")),
   ],
 )
 def test_not_equivalent(answer, gold):
@@ -99,6 +144,12 @@ def test_what_is_copied_from_the_problem_is_no_answer():
   assert same("9x^2+3x", "3x(3x+1)", "Factor this.")
   assert same("3x(1+3x)", "3x(3x+1)", problem)
   assert same("x+1", "x + 1", "What is $x+1$?")
+
+
+def test_an_equation_may_name_what_the_problem_asks_for():
+  assert same("x + y = 5", "5", "Find $x+y$.")
+  assert not same("x + y = 5", "5", "Find $x$ if $x+y+z=6$.")
+  assert not same("17 = 18", "18", "What follows $17$?")
 
 
 @pytest.mark.parametrize(

@@ -113,9 +113,7 @@ def test_evaluation_demonstration_follows_the_prefill():
 @pytest.mark.parametrize(
   ("answer", "is_number", "is_right"),
   [
-    *(
-      (answer, 1, 1) for answer in ("1080", "1,080", "$1,080.00", "1080.", "1080%", "\\boxed{1080}", "$\\boxed{1,080}$")
-    ),
+    *((answer, 1, 1) for answer in ("1080", "1,080", "$1,080.00", "1080.", "\\boxed{1080}", "$\\boxed{1,080}$")),
     *((answer, 1, 0) for answer in ("-1080", "1", "1080.5", "1/1080", "0", "9" * 100)),
     *((answer, 0, 0) for answer in ("", "x", "1080 1080", "2*540", "9" * 101, "\\boxed{}", "1080/0")),
   ],
@@ -135,7 +133,7 @@ def test_strict_answers(answer, is_number, is_right):
       "18 dollars",
       "\\boxed{18\\text{ dollars}}",
       "\\text{18}",
-      "18\\%",
+      "9 + 9 = 18",
       "x = 18",
       "Total = $18",
       "18 sheets per month.",

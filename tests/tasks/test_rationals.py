@@ -60,6 +60,9 @@ def test_one_number_in_many_forms(text):
     (r"0.\overline{9}", 1),
     ("1 000 000.5", Fraction(2_000_001, 2)),
     ("(18)", 18),
+    ("{18}", 18),
+    ("36 / 8", Fraction(9, 2)),
+    (r"0.\dot{3}", Fraction(1, 3)),
   ],
 )
 def test_values(text, value):
@@ -123,6 +126,10 @@ def test_no_numbers(text):
     *(
       "(100,101)",
       "(18",
+      "{1,8}",
+      "18...",
+      "18 /",
+      "1 8 / 1 / 1",
       "1 00",
       "1 000,000",
       "0 100",
