@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from d1jax.training import parts
+
 ROOT = Path(__file__).parent.parent
 SMALL = {
   "model.overrides.embed": 32,
@@ -36,6 +38,9 @@ SMALL = {
   "grpo.rollout_chunks": 2,
   "evaluation.batch_size": 16,
 }
+
+PARTS = {f"grpo.{kind}" for kind in parts.TABLES}
+"""Fields that name a part of the method."""
 
 START = ROOT / "tests" / "start"
 """A folder that can write answers (`tests/make_start.py`)."""
@@ -75,7 +80,9 @@ def small(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:
   config = load(name, "smoke")
   fields = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": str(workdir)}
   for field, value in fields.items():
-    if field.split(".")[0] in config:
+    if field in PARTS:
+      parts.choose(config.grpo, [(field.removeprefix("grpo."), "", value)])
+    elif field.split(".")[0] in config:
       config.update_from_flattened_dict({field: value})
   config.lock()
   return config
