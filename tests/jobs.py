@@ -39,9 +39,6 @@ SMALL = {
   "evaluation.batch_size": 16,
 }
 
-PARTS = {f"grpo.{kind}" for kind in parts.TABLES}
-"""Fields that name a part of the method."""
-
 START = ROOT / "tests" / "start"
 """A folder that can write answers (`tests/make_start.py`)."""
 STARTED = {
@@ -80,8 +77,9 @@ def small(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:
   config = load(name, "smoke")
   fields = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": str(workdir)}
   for field, value in fields.items():
-    if field in PARTS:
-      parts.choose(config.grpo, [(field.removeprefix("grpo."), "", value)])
+    flags, _ = parts.take_flags([f"--config.{field}={value}"])
+    if flags:
+      parts.choose(config.grpo, flags)
     elif field.split(".")[0] in config:
       config.update_from_flattened_dict({field: value})
   config.lock()

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
-from d1jax.rl.losses import Figures, Ratios, Terms
+from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
 from d1jax.rl.shaping import Shaping, parse_weights
 from d1jax.tasks import Mixture, Task
@@ -62,7 +62,7 @@ def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec) -> None:
     rollout = Rollout(ids, ids, zeros[:, :1], valid, zeros, every, zeros, jnp.zeros(zeros.shape))
     return method.estimator(denoiser, {}, rollout, sampler, key)
 
-  def minimise(scores: Scores) -> tuple[jax.Array, Figures]:
+  def minimise(scores: Scores) -> Any:
     logp = scores.logp
     old, reference = (logp if name in needs else None for name in ("old", "reference"))
     return method.loss(Terms(scores, old, reference, rows, jnp.ones(logp.shape), jnp.ones(logp.shape)))

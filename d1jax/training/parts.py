@@ -194,21 +194,18 @@ def choose(section: ConfigDict, flags: Sequence[tuple[str, str, str]]) -> None:
 def renewed(config: dict[str, Any]) -> dict[str, Any]:
   """The configuration of a run as this release writes it; no file of a user's is run.
 
-  Until 0.2 the parts were names, and their options fields of `config.grpo`. Options that a part did not have when the
-  run began have their defaults.
+  In runs of 0.1 the parts are names, and their options fields of `config.grpo`. Options that a part did not have when
+  the run began have their defaults.
   """
   if not isinstance(config.get("grpo"), dict) or not TABLES.keys() <= config["grpo"].keys():
     return config
   grpo = {field: value for field, value in config["grpo"].items() if field not in MOVED}
   for kind, table in TABLES.items():
-    section = grpo[kind]
-    if not isinstance(section, dict):
-      told = {x: config["grpo"][x] for x, of in MOVED.items() if of == kind and config["grpo"].get(x) is not None}
-      section = {"name": section} | told
+    section = grpo[kind] if isinstance(grpo[kind], dict) else {"name": grpo[kind]}
     if section["name"] in table:
-      known = _parameters(kind, table[section["name"]])
-      defaults = {option: x.default for option, x in known.items() if x.default is not x.empty}
-      told = {option: x for option, x in section.items() if isinstance(grpo[kind], dict) or option in {"name", *known}}
-      section = defaults | told
+      for option, parameter in _parameters(kind, table[section["name"]]).items():
+        default = None if parameter.default is parameter.empty else parameter.default
+        value = config["grpo"].get(option) if section is not grpo[kind] else None
+        section = {option: default if value is None else value} | section
     grpo[kind] = section
   return config | {"grpo": grpo}
