@@ -142,6 +142,10 @@ def complete(config: ConfigDict) -> None:
   """
   for kind in TABLES if "grpo" in config else ():
     section = config.grpo[kind]
+    if not isinstance(section, ConfigDict):
+      raise ValueError(
+        f"config.grpo.{kind}={section!r} is a section now: let it be dict(name={section!r}), and its options"
+      )
     with config.unlocked():
       config.grpo[kind] = ConfigDict(_full(kind, _find(kind, section.name), section.to_dict()))
 
@@ -201,11 +205,10 @@ def renewed(config: dict[str, Any]) -> dict[str, Any]:
     return config
   grpo = {field: value for field, value in config["grpo"].items() if field not in MOVED}
   for kind, table in TABLES.items():
-    section = grpo[kind] if isinstance(grpo[kind], dict) else {"name": grpo[kind]}
-    if section["name"] in table:
-      for option, parameter in _parameters(kind, table[section["name"]]).items():
-        default = None if parameter.default is parameter.empty else parameter.default
-        value = config["grpo"].get(option) if section is not grpo[kind] else None
-        section = {option: default if value is None else value} | section
-    grpo[kind] = section
+    told = grpo[kind]
+    if isinstance(told, str):
+      was = {option: config["grpo"].get(option) for option, of in MOVED.items() if of == kind}
+      told = {"name": told} | {option: value for option, value in was.items() if value is not None}
+    known = _parameters(kind, table[told["name"]]) if told["name"] in table else {}
+    grpo[kind] = {option: x.default for option, x in known.items() if x.default is not x.empty} | told
   return config | {"grpo": grpo}
