@@ -175,6 +175,13 @@ def test_few_files_know_of_configurations(path):
 
 
 @each_file
+def test_rl_and_diffusion_know_no_command_line(path):
+  if room_of(module_of(path)) in ("rl", "diffusion"):
+    assert "grpo." not in path.read_text(encoding="utf-8")
+    assert "--config" not in path.read_text(encoding="utf-8")
+
+
+@each_file
 def test_a_small_part_of_nnx_is_used_and_by_models_alone(path):
   used = {
     node.attr

@@ -22,7 +22,6 @@ ROLLOUT = toy.rollout(batch=4, completion_length=6)
 ROLLOUT = ROLLOUT._replace(reveal_step=jnp.broadcast_to(jnp.asarray([1, 0, 2, 3, 5, 4], jnp.int32), (4, 6)))
 METHODS = (jobs.ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 IMPORTS = """
-import jax.numpy as jnp
 from d1jax.diffusion.likelihood import Scores, one_step
 from d1jax.diffusion.trajectory import step_merged
 from d1jax.rl.estimators import Estimator, Passes
