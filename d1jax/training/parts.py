@@ -32,6 +32,7 @@ MOVED: Mapping[str, str] = {
 OF_THE_RUN = ("p_mask_prompt", "tile")
 """Options of estimators that are fields of `config.grpo`: all estimators that have them share them."""
 TYPES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
+KINDS = {"estimator": "a function or an Estimator", "loss": "a subclass of Loss", "advantage": "a function"}
 _FLAG = re.compile(rf"--?config\.grpo\.({'|'.join((*TABLES, *MOVED))})((?:\.\w+)?)(?:=(.*))?", re.DOTALL)
 
 
@@ -58,17 +59,9 @@ def _find(kind: str, name: str) -> Any:
       )
     return TABLES[kind][name]
   found = getattr(load(name, kind), kind, None)
-  if kind == "estimator" and inspect.isfunction(found):
-    return Estimator(found)
-  expected = {
-    "estimator": (isinstance(found, Estimator), "a function, or an Estimator of one"),
-    "loss": (isinstance(found, type) and issubclass(found, Loss), "a subclass of d1jax.rl.losses.Loss"),
-    "advantage": (callable(found), "a function of rewards and completions a prompt"),
-  }
-  is_right, what = expected[kind]
-  if not is_right:
-    raise ValueError(f"{name}: `{kind}` is {found!r}; let the file define it: {what}")
-  return found
+  if not callable(found) or (kind == "loss" and not (isinstance(found, type) and issubclass(found, Loss))):
+    raise ValueError(f"{name}: `{kind}` is {found!r}, but the file must define it as {KINDS[kind]}")
+  return Estimator(found) if kind == "estimator" and not isinstance(found, Estimator) else found
 
 
 def _parameters(kind: str, part: Any) -> dict[str, inspect.Parameter]:
