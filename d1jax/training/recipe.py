@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
 
-
 Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
 """From the iteration to start at to one iteration of a stage."""
 

@@ -153,7 +153,7 @@ def test_more_steps_go_on_from_the_end(finished, tmp_path):
 def test_another_config_is_refused_and_nothing_changes(finished):
   workdir, _, _ = finished
   before = (workdir / "config.json").read_bytes()
-  with pytest.raises(RunError, match=r"grpo\.beta was .*, now 0\.5.*May change on a resume"):
+  with pytest.raises(RunError, match=r"grpo\.loss\.beta was .*, now 0\.5.*May change on a resume"):
     recipe.run(small(workdir, grpo__dump_every=1, grpo__steps=4, grpo__loss__beta=0.5))
   assert (workdir / "config.json").read_bytes() == before
 
