@@ -172,14 +172,12 @@ def summarise(
   for task in dict.fromkeys(tasks):
     values[f"{task}/reward"] = float(rewards[np.asarray(tasks) == task].mean())
   values |= {name: top / bottom for name, (top, bottom) in found.items() if bottom}
-  values["finite"] = float(np.min(metrics["finite"]))
-  values["sampling_gap"] = float(metrics["sampling_gap"][0])
   for name, figure in metrics.items():
     if figure.ndim > 1:
       values |= ratio_quantiles(name, np.mean(figure, axis=0))
     else:
-      values.setdefault(name, float(np.mean(figure)))
-  return values
+      values[name] = float(np.mean(figure))
+  return values | {"finite": float(np.min(metrics["finite"])), "sampling_gap": float(metrics["sampling_gap"][0])}
 
 
 def ratio_quantiles(name: str, below: Float[np.ndarray, "edges"]) -> dict[str, float]:
