@@ -113,14 +113,13 @@ GREEDY = {"rollout__temperature": 0.0, "rollout__remasking": "random"}
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"grpo__estimator": "two_step"}, "unknown grpo.estimator 'two_step'; choose one of: one_step, "),
     (
       {"grpo__loss": "sandwich"},
       "loss=sandwich needs the option upper_share: give --config.grpo.loss.upper_share=",
     ),
     ({"grpo__reward_weights": "sloved=1"}, "names 'sloved', which is no component; known: constraints, solved"),
     ({"grpo__oversample": 0}, "grpo.oversample=0 must be a whole number of at least 1"),
-    ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states .* shifts the data, not the ratio"),
+    ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states.* shifts the data, not the ratio"),
     ({"grpo__importance_cap": 0.0, "grpo__estimator": "step_merged"}, "importance_cap=0.0 must be positive"),
     (
       {"grpo__importance_cap": 2.0, "grpo__estimator": "step_merged", **GREEDY},
