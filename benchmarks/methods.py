@@ -1,6 +1,6 @@
 """Which method learns most at equal cost? `python -m benchmarks.methods`.
 
-For each seed, every preset of `d1jax.rl.presets.METHODS` goes on from one SFT checkpoint of a tiny model, for as many
+For each seed, every preset of `configs/methods.py` goes on from one SFT checkpoint of a tiny model, for as many
 iterations as its passes allow: forward passes of a completion in rollouts, scores and updates, a backward pass counted
 as two, come to `--passes` for all. The warm-up has the same share of each. The reference is scored by all, to log the
 distance to it. Checkpoints are chosen on the validation split, and the held-out split is looked at once. It prints a
@@ -30,12 +30,12 @@ from ml_collections import ConfigDict
 from benchmarks import timing
 from d1jax.aot.table import markdown
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.rl.methods import ADVANTAGES
-from d1jax.rl.presets import METHODS
+from d1jax.rl.advantage import ADVANTAGES
 from d1jax.training import method
 from d1jax.training.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
+METHODS = runpy.run_path(str(ROOT / "configs" / "methods.py"))["METHODS"]
 FIRST = next(iter(METHODS))
 """Trains the SFT checkpoint that all others start from."""
 
@@ -55,10 +55,10 @@ def preset(words: str) -> ConfigDict:
 def passes_an_iteration(config: ConfigDict) -> int:
   """Of one completion: its rollout, the reference's score, and the update."""
   sampler = SamplerSpec(**config.rollout)
-  spec = method.build(config.grpo, sampler).spec
+  passes = method.build(config.grpo, sampler).estimator.passes(sampler)
   steps = sampler.blocks * sampler.steps_per_block
-  each = steps if spec.passes.number is None else spec.passes.number
-  return steps + config.grpo.num_iterations * each * (1 + 3 + spec.passes.repeated)
+  each = steps if passes.number is None else passes.number
+  return steps + config.grpo.num_iterations * each * (1 + 3 + passes.repeated)
 
 
 def command(words: str, seed: int, workdir: Path, fields: dict[str, Any]) -> list[str]:

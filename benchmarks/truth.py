@@ -17,7 +17,9 @@ over the denoisers, in nats a sequence:
 
 import argparse
 import json
+import runpy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +32,12 @@ from benchmarks.enumeration import LENGTH, Truth, draw_params
 from d1jax.aot.table import markdown
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
-from d1jax.rl import methods, presets
+from d1jax.rl.estimators import ESTIMATORS, Estimator
 
 SPEC = SamplerSpec(completion_length=LENGTH, diffusion_steps=LENGTH, block_length=LENGTH, temperature=1.0)
 BATCH = 64
-UPPER_SHARE = presets.METHODS["spg"].method["upper_share"]
+METHODS = runpy.run_path(str(Path(__file__).parents[1] / "configs" / "methods.py"))["METHODS"]
+UPPER_SHARE = METHODS["spg"].method["loss"]["upper_share"]
 """w of SPG's loss."""
 
 SAMPLES = (1, 2, 4, 8)
@@ -118,7 +121,7 @@ def compare(seeds: int, keys: int) -> list[dict[str, Any]]:
   for name, options, counted, counts in ARMS:
     for count in counts or (None,):
       given = options | ({counted: count} if count else {})
-      estimator = methods.bind(name, {"p_mask_prompt": 0.0} | given)
+      estimator = _estimator(name, given)
       each: dict[str, list[np.ndarray]] = {}
       for truth, rollout, probability, reward in toys:
         found = {"": estimates(truth, rollout, _lower, estimator, keys)}
@@ -127,7 +130,7 @@ def compare(seeds: int, keys: int) -> list[dict[str, Any]]:
           found = {"lower": lower, "upper": spg(truth, rollout, reward, estimator, lower, keys)}
         for what, one in found.items():
           each.setdefault(what, []).append(judged(truth, rollout, probability, reward, one))
-      passes = methods.passes(name, given, SPEC)
+      passes = estimator.passes(SPEC)
       number = passes.number or SPEC.blocks * SPEC.steps_per_block
       for what, numbers in each.items():
         labels = [what, *(f"{key}={value}" for key, value in options.items())]
@@ -143,6 +146,13 @@ def compare(seeds: int, keys: int) -> list[dict[str, Any]]:
         )
         print(json.dumps(records[-1]), flush=True)
   return records
+
+
+def _estimator(name: str, options: Mapping[str, Any]) -> Estimator:
+  """The estimator, which masks no prompt where nothing else is said."""
+  estimator = ESTIMATORS[name]
+  prompt = {"p_mask_prompt": 0.0} if "p_mask_prompt" in estimator.options else {}
+  return estimator.bind(**{**prompt, **options})
 
 
 def _lower(scores: Scores) -> jax.Array:

@@ -33,11 +33,12 @@ from benchmarks import ceiling, profiles, timing
 from benchmarks.case import CASES, Case, Model
 from benchmarks.ceiling import Products
 from d1jax.diffusion.corruption import mask_prompt
-from d1jax.diffusion.likelihood import one_step
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.parallel import multihost
-from d1jax.rl.losses import LossOptions
-from d1jax.rl.update import UpdateMetrics, UpdateSpec, inner_keys, update
+from d1jax.rl.estimators import ESTIMATORS
+from d1jax.rl.losses import ClippedToken
+from d1jax.rl.method import Method
+from d1jax.rl.update import Metrics, inner_keys, update
 from d1jax.state import Frozen, TrainState
 from d1jax.training import optimizer
 
@@ -97,13 +98,13 @@ class Arm(NamedTuple):
 def own_arm(case: Case, model: Model, reference: Model, given: Work, parts: int, tile: int | None) -> Arm:
   """Our update; each call goes on from the state of the one before."""
   rule = optimizer.build(steps=1, warmup_steps=0, decay="constant", max_grad_norm=MAX_GRAD_NORM, **ADAMW)
-  estimator = functools.partial(one_step, p_mask_prompt=P_MASK_PROMPT, tile=tile)
-  spec = UpdateSpec(STEPS, parts, LossOptions(EPSILON, BETA), "token")
+  estimator = ESTIMATORS["one_step"].bind(p_mask_prompt=P_MASK_PROMPT, tile=tile)
+  loss = ClippedToken(epsilon=EPSILON, beta=BETA)
+  method = Method(estimator, loss, num_iterations=STEPS, accumulation=parts)
   sampler = SamplerSpec(case.completion, case.steps, case.block)
 
-  def program(state: TrainState, frozen: Frozen, *rows: Any) -> tuple[TrainState, UpdateMetrics]:
-    named = {"denoiser": model.denoiser, "estimator": estimator, "sampler": sampler, "optimizer": rule, "spec": spec}
-    return update(state, frozen, *rows, **named)
+  def program(state: TrainState, frozen: Frozen, *rows: Any) -> tuple[TrainState, Metrics]:
+    return update(state, frozen, *rows, method=method, denoiser=model.denoiser, sampler=sampler, optimizer=rule)
 
   copy = lambda tree: jax.tree.map(jnp.copy, tree)
   params = jax.jit(copy, out_shardings=model.everywhere)(model.params)
@@ -119,7 +120,7 @@ def own_arm(case: Case, model: Model, reference: Model, given: Work, parts: int,
   def run() -> jax.Array:
     state, metrics = compiled.run(states.pop(), frozen, *given)
     states.append(state)
-    return metrics.loss
+    return metrics["loss"]
 
   return Arm(run, np.asarray(run()).tolist(), compiled.peak_bytes, compiled.compile_seconds, compiled.text)
 

@@ -10,9 +10,13 @@ every weight instead of adapters, and `v5e`, `v5p`, `v6e` or `h100` lays it out 
 v6e with `full`: 16).
 """
 
+import runpy
+from pathlib import Path
+from typing import Any
+
 from ml_collections import config_dict
 
-from d1jax.rl.presets import METHODS, MethodPreset
+METHODS = runpy.run_path(str(Path(__file__).with_name("methods.py")))["METHODS"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -167,28 +171,22 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     accumulation=2,  # micro-batches an optimiser step
     rollout_chunks=2,  # parts of a rollout; one is graded while the next is computed
     grading_workers=8,  # processes that grade; 0: the run's own
-    # The method: what estimates log p, what is minimised, how rewards are compared (docs/methods.md). What is None is
-    # not there, or as the estimator has it; it may be set where the choice before it has it.
-    estimator="one_step",  # of log p: a line of d1jax.rl.methods.ESTIMATORS
+    # The method: what estimates log p, what is minimised, how rewards are compared (docs/methods.md). Each is a name,
+    # or a Python file of your own, and its options; the command line chooses another with --config.grpo.loss=NAME.
+    estimator=dict(name="one_step"),
     p_mask_prompt=0.15,  # probability that a prompt token is masked, of estimators that mask anew
-    samples=none(int),  # masks, pairs of masks or steps of an estimate
-    nodes=none(int),  # of quadrature
-    segments=none(int),  # of step_merged; None: every denoising step
-    masking=none(str),  # of elbo: bernoulli or count
-    antithetic=none(bool),  # of elbo: masks in complementary pairs
-    exponent=none(float),  # b of sandwich's upper bound
-    top_entropy=none(float),  # share of the tokens that left_to_right scores
-    loss="clipped_token",  # or clipped_sequence, likelihood, sandwich
-    epsilon=0.5,  # half width of the clip; None without a ratio
-    epsilon_high=none(float),  # of its upper side; None: the same
-    upper_share=none(float),  # of the upper bound in the loss sandwich
+    loss=dict(
+      name="clipped_token",
+      epsilon=0.5,  # half width of the clip
+      epsilon_high=none(float),  # of its upper side; None: the same
+      beta=0.04,  # weight of the KL
+      kl="k3",  # or k1, k2
+      kl_against="reference",  # or old
+    ),
     aggregation="token",  # or sequence, fixed
-    beta=0.04,  # weight of the KL
-    kl="k3",  # or k1, k2
-    kl_against="reference",  # or old
+    advantage=dict(name="mean"),
     score_reference=False,  # scores the reference where beta is 0 too, to log the KL to it
     importance_cap=none(float),  # of weights p_train / p_sample on recorded states; None: no weights
-    advantage="mean",  # or mean_std, leave_one_out, softmax
     # Rewards: weights of components, NAME=WEIGHT,...; tokens at the end over which length is punished; what an answer
     # pays that can be read at all; groups that are drawn for each that is trained on, those with equal rewards last.
     reward_weights="",
@@ -231,15 +229,27 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   return c
 
 
-def _choose(c: config_dict.ConfigDict, method: MethodPreset, task: str) -> None:
+def set_fields(section: config_dict.ConfigDict, fields: dict[str, Any]) -> None:
+  """Sets fields; a part of another name has the options that are given, and the KL that there was."""
+  for field, value in fields.items():
+    if isinstance(value, dict) and value.get("name", section[field].name) != section[field].name:
+      kept = {option: x for option, x in section[field].items() if option in ("beta", "kl", "kl_against")}
+      section[field] = config_dict.ConfigDict(kept | value)
+    elif isinstance(value, dict):
+      section[field].update(value)
+    else:
+      section[field] = value
+
+
+def _choose(c: config_dict.ConfigDict, method: Any, task: str) -> None:
   """Sets what a method is, and on the large model what its paper trained with; the small one keeps its own rates."""
   for section, fields in method.fields(c.rollout.to_dict()).items():
-    c[section].update(fields)
+    set_fields(c[section], fields)
   if c.model.size == "tiny":
     return
   given, optimiser_steps = method.paper(c.rollout.to_dict(), task), c.grpo.steps * c.grpo.num_iterations
   for section, fields in given.items():
-    c[section].update(fields)
+    set_fields(c[section], fields)
   # The warm-up counts optimiser steps, of which another mu makes more or fewer: it keeps its share of them.
   if "warmup_steps" not in given["grpo"]:
     c.grpo.warmup_steps = c.grpo.warmup_steps * c.grpo.steps * c.grpo.num_iterations // optimiser_steps
@@ -270,11 +280,18 @@ def _mix(parts: dict[str, config_dict.ConfigDict]) -> config_dict.ConfigDict:
   for split in c.task.sizes:
     c.task.sizes[split] = max(part.task.sizes[split] for part in parts.values())
   for section in ("data", "rollout", "sft", "grpo", "evaluation"):
-    for field in c[section]:
-      values = [part[section][field] for part in parts.values()]
-      if any(value != values[0] for value in values):
-        c[section][field] = max(values)
+    _enlarge(c[section], [part[section] for part in parts.values()])
   return c
+
+
+def _enlarge(section: config_dict.ConfigDict, parts: list[config_dict.ConfigDict]) -> None:
+  """Sets each field that differs to the largest value."""
+  for field, value in section.items():
+    values = [part[field] for part in parts]
+    if isinstance(value, config_dict.ConfigDict):
+      _enlarge(value, values)
+    elif any(other != value for other in values):
+      section[field] = max(values)
 
 
 def _tiny(c: config_dict.ConfigDict) -> None:
@@ -308,7 +325,7 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     accumulation=4,
     rollout_chunks=4,
     grading_workers=0,
-    beta=0.0,
+    loss=dict(beta=0.0),
     p_mask_prompt=0.0,
     learning_rate=6e-4,
     warmup_steps=20,

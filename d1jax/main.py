@@ -88,8 +88,16 @@ def _parse(argv: list[str]) -> list[str]:
   for path in (arg.partition("=")[2].partition(":")[0] for arg in argv if arg.startswith("--config=")):
     if not Path(path).is_file():
       raise errors.RunError(f"--config={path}: no such file; the configurations are in configs/")
+  chosen: list[tuple[str, str, str]] = []
+  if any("config.grpo." in arg for arg in argv):
+    from d1jax.training import parts
+
+    chosen, argv[:] = parts.take_flags(argv)
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    if chosen:
+      parts.choose(_CONFIG.value.grpo, chosen)
+    return rest
   except (AttributeError, KeyError) as error:
     reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("\"'").split())
     raise errors.RunError(f"unknown field '{reason}") from error

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from d1jax.training import parts
+
 ROOT = Path(__file__).parent.parent
 SMALL = {
   "model.overrides.embed": 32,
@@ -78,7 +80,10 @@ def small(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:
   config = load(name, "smoke")
   fields = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": str(workdir)}
   for field, value in fields.items():
-    if field.split(".")[0] in config:
+    flags, _ = parts.take_flags([f"--config.{field}={value}"])
+    if flags:
+      parts.choose(config.grpo, flags)
+    elif field.split(".")[0] in config:
       config.update_from_flattened_dict({field: value})
   config.lock()
   return config

@@ -175,6 +175,13 @@ def test_few_files_know_of_configurations(path):
 
 
 @each_file
+def test_rl_and_diffusion_know_no_command_line(path):
+  if room_of(module_of(path)) in ("rl", "diffusion"):
+    assert "grpo." not in path.read_text(encoding="utf-8")
+    assert "--config" not in path.read_text(encoding="utf-8")
+
+
+@each_file
 def test_a_small_part_of_nnx_is_used_and_by_models_alone(path):
   used = {
     node.attr
@@ -318,7 +325,7 @@ class Reads(ast.NodeVisitor):
       whole.append(node.func.value)
     for argument in whole:
       found = self.path(argument)
-      if found and found[0] not in ("sft", "grpo", STAGE):  # a stage's section is read field by field
+      if found and (len(found) > 1 or found[0] not in ("sft", "grpo", STAGE)):  # a stage is read field by field
         self.whole.add(found)
     self.generic_visit(node)
 
@@ -351,7 +358,7 @@ def test_every_field_of_a_config_is_read_by_some_line(arguments, reads):
   unread = []
   for leaf in leaves(load_config(*arguments)):
     same = [leaf, (STAGE, *leaf[1:])] if leaf[0] in ("sft", "grpo") else [leaf]
-    unpacked = any(leaf[:n] in reads.whole for n in range(1, len(leaf) + 1))
+    unpacked = any(form[:n] in reads.whole for form in same for n in range(1, len(leaf) + 1))
     if not unpacked and not reads.fields.intersection(same):
       unread.append(".".join(leaf))
   assert not unread

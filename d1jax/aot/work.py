@@ -23,7 +23,7 @@ def work(experiment: Experiment, programs: Programs, width: int) -> dict[str, Wo
   canvas, chunks = width + sampler.completion_length, section.rollout_chunks
   rows = section.oversample * section.prompts_per_iteration * section.num_generations // chunks
   reach, tiled = cost.whole(sampler, chunks, rows), section.logits_tile is not None
-  score, step = cost.update(model, sampler, programs.spec, canvas, reach, tiled=tiled, oversample=section.oversample)
+  score, step = cost.update(model, sampler, programs.method, canvas, reach, tiled=tiled, oversample=section.oversample)
   merged = 0
   if lora is not None and weights.merges:
     sides = flops.projections(size)

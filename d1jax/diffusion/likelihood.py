@@ -1,6 +1,5 @@
 """Estimators of log p(completion | prompt), and the denoising objective of supervised fine-tuning."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -28,9 +27,6 @@ class Scores(NamedTuple):
   weight: Float[Array, "B C"]
   upper: Float[Array, "B C"] | None = None
   upper_weight: Float[Array, "B C"] | None = None
-
-
-Estimator = Callable[[Denoiser, Params, Rollout, SamplerSpec, Key[Array, ""]], Scores]
 
 
 def token_logps(

@@ -3,11 +3,15 @@
 Each is a function of the rewards [B] and G, the completions of a prompt, of which B is a multiple.
 """
 
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 STD_EPSILON = 1e-4
+
+Advantage = Callable[[Float[Array, "B"], int], Float[Array, "B"]]
 
 
 def mean(rewards: Float[Array, "B"], num_generations: int) -> Float[Array, "B"]:
@@ -36,3 +40,12 @@ def softmax(rewards: Float[Array, "B"], num_generations: int) -> Float[Array, "B
 
 def _groups(rewards: Float[Array, "B"], num_generations: int) -> Float[Array, "prompts G"]:
   return rewards.astype(jnp.float32).reshape(-1, num_generations)
+
+
+ADVANTAGES: Mapping[str, Advantage] = {
+  "mean": mean,
+  "mean_std": mean_std,
+  "leave_one_out": leave_one_out,
+  "softmax": softmax,
+}
+"""The advantages that a configuration names."""

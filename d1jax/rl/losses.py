@@ -1,12 +1,14 @@
 """Policy losses and their normalisation.
 
-Each loss is a function `(terms, options) -> PolicyLoss` of a (micro-)batch. What it returns are sums whose weights add
-up to 1 over the whole batch, so that those of micro-batches add up to the batch's, whatever their number.
+A loss is a frozen dataclass that owns its options, such as `ClippedToken(epsilon=0.5)`. Called with the `Terms` of a
+(micro-)batch, it returns what is minimised and a dictionary of figures beside it. All of them are sums whose weights
+add up to 1 over the whole batch, so that those of micro-batches add up to the batch's, whatever their number.
 """
 
+import abc
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,50 +74,141 @@ class Terms(NamedTuple):
   share: Float[Array, "B C"]
 
 
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-  """What a loss can be told; `d1jax.rl.methods.check` says what goes with what.
+class Ratios(NamedTuple):
+  """A figure of many ratios to the old policy: a run logs their effective sample size and their quantiles.
+
+  Attributes:
+    sums: of the ratios, of their squares, and of 1; each has its share.
+    below: share of them whose logarithm is at most each of `RATIO_EDGES`.
+  """
+
+  sums: Float[Array, "3"]
+  below: Float[Array, "edges"]
+
+  @classmethod
+  def of(cls, log_ratio: Float[Array, "*N"], share: Float[Array, "*N"]) -> "Ratios":
+    """The figure of some log-ratios, each with its share."""
+    ratio, total = jnp.exp(log_ratio), lambda x: jnp.sum(share * x)
+    below = log_ratio[..., None] <= RATIO_EDGES.reshape(*(1,) * log_ratio.ndim, -1)
+    return cls(
+      jnp.stack([total(ratio), total(ratio**2), jnp.sum(share)]),
+      jnp.sum(share[..., None] * below, axis=tuple(range(log_ratio.ndim))),
+    )
+
+
+Figures = dict[str, Array | Ratios]
+"""Figures by name: numbers, or `Ratios`; sums over a (micro-)batch."""
+
+
+class Loss(abc.ABC):
+  """What is minimised; a subclass is a frozen dataclass whose fields are its options.
+
+  Attributes:
+    per_sequence: whether its ratio and its KL are of whole sequences; if not, the estimator must score single tokens.
+    weighs_tokens: whether a weight of its own for each token means something to it.
+  """
+
+  per_sequence: ClassVar[bool] = False
+  weighs_tokens: ClassVar[bool] = True
+
+  @property
+  def needs(self) -> frozenset[str]:
+    """What it reads beside the policy's scores: `old`, `reference` (log-probabilities), `upper` (a bound)."""
+    return frozenset()
+
+  @abc.abstractmethod
+  def __call__(self, terms: Terms) -> tuple[Float[Array, ""], Figures]:
+    """The loss and its figures: sums over a (micro-)batch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PulledLoss(Loss):
+  """A loss with a KL term beside it. Its figure `kl` is the KL to the reference, 0 where none is scored.
+
+  Attributes:
+    beta: weight of the KL term; 0: there is none.
+    kl: `k1`, `k2` or `k3`, see `divergence`.
+    kl_against: `reference`, or `old`: the policy that made the rollout.
+  """
+
+  beta: float = 0.0
+  kl: str = "k3"
+  kl_against: str = "reference"
+
+  def __post_init__(self) -> None:
+    for name, known in (("kl", KLS), ("kl_against", TARGETS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+    if not self.beta >= 0:
+      raise ValueError(f"beta={self.beta} must not be negative; 0 leaves the KL out")
+
+  @property
+  def needs(self) -> frozenset[str]:
+    """The policy that the KL is to."""
+    return frozenset({self.kl_against} if self.beta else ())
+
+  def _divergences(
+    self, terms: Terms, less: Callable[[Float[Array, "B C"]], Float[Array, "*N"]]
+  ) -> tuple[Float[Array, "*N"] | float, Float[Array, "*N"] | float]:
+    """The KL that `beta` weighs, and that to the reference; `less` makes a target's log-probabilities a difference."""
+    to = lambda target: divergence(self.kl, less(target))
+    to_reference = 0.0 if terms.ref_logp is None else to(terms.ref_logp)
+    if not self.beta:
+      return 0.0, to_reference
+    if self.kl_against == "old":
+      return to(_given(terms.old_logp, "old_logp")), to_reference
+    return to(_given(terms.ref_logp, "ref_logp")), to_reference
+
+  def _weighted(self, terms: Terms, parts: Float[Array, "B C"]) -> tuple[Float[Array, ""], Figures]:
+    """The weighted sum of the tokens' parts, and a sequence's KL."""
+    pull = terms.weights * terms.advantages[:, None] * parts
+    row, share = (jnp.sum(x, axis=1) / _lengths(terms) for x in (terms.weights, terms.share))
+    penalty, kl = self._divergences(terms, lambda target: _sums(terms, target - terms.scores.logp))
+    return self.beta * jnp.sum(row * penalty) - jnp.sum(pull), {"kl": jnp.sum(share * kl)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClippedLoss(PulledLoss):
+  """PPO's term of ratios to the old policy: `-min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A)`.
+
+  Its figures: `clip_fraction`, the share of tokens whose gradient the clip removes; `ratio_deviation`, the mean
+  |ratio - 1|; and `ratio`, their `Ratios`. A sequence counts for all its tokens.
 
   Attributes:
     epsilon: half width of the clip; 0: a ratio that has moved the way of its advantage gets no gradient (ESPO on
-      Countdown); None where the loss has no ratio.
-    beta: weight of the KL term.
+      Countdown).
     epsilon_high: half width of the clip's upper side (DAPO, arXiv 2503.14476, eq. 10); None: as the lower.
-    kl: `k1`, `k2` or `k3`, see `divergence`.
-    kl_against: `reference`, or `old`: the policy that made the rollout.
-    upper_share: of the upper bound where an advantage is negative, see `sandwich`.
   """
 
-  epsilon: float | None = None
-  beta: float = 0.0
+  epsilon: float
   epsilon_high: float | None = None
-  kl: str = "k3"
-  kl_against: str = "reference"
-  upper_share: float | None = None
 
-  def pulls_to(self, target: str) -> bool:
-    """Whether there is a KL term to `reference` or `old`."""
-    return self.beta > 0 and self.kl_against == target
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name in ("epsilon", "epsilon_high"):
+      value = getattr(self, name)
+      if value is not None and not value >= 0:
+        raise ValueError(f"{name}={value} must not be negative")
 
+  @property
+  def needs(self) -> frozenset[str]:
+    """The old policy, and the one that the KL is to."""
+    return super().needs | {"old"}
 
-class PolicyLoss(NamedTuple):
-  """Sums over a (micro-)batch. Figures beside the loss are means over tokens; a sequence's counts for all its tokens.
-
-  Attributes:
-    loss: what is minimised.
-    kl: estimate of KL(policy || reference), nats a token; 0 where no reference is scored.
-    clip_fraction: share of tokens whose gradient the clip removes; this and the next are None without a ratio.
-    ratio_deviation: mean |ratio - 1| of policy to old policy.
-    ratio_sums: of the ratios, of their squares, and of 1.
-    ratio_below: share of tokens whose log-ratio is at most each of `RATIO_EDGES`.
-  """
-
-  loss: Float[Array, ""]
-  kl: Float[Array, ""]
-  clip_fraction: Float[Array, ""] | None = None
-  ratio_deviation: Float[Array, ""] | None = None
-  ratio_sums: Float[Array, "3"] | None = None
-  ratio_below: Float[Array, "edges"] | None = None
+  def _clipped(
+    self, log_ratio: Float[Array, "*N"], advantage: Float[Array, "..."], share: Float[Array, "*N"]
+  ) -> tuple[Float[Array, "*N"], Figures]:
+    """The term of each ratio, and the figures of all."""
+    high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+    low, high = max(self.epsilon, _LEAST_EPSILON), max(high, _LEAST_EPSILON)
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - low, 1 + high)
+    figures: Figures = {
+      "clip_fraction": jnp.sum(share * (clipped * advantage < ratio * advantage)),
+      "ratio_deviation": jnp.sum(share * jnp.abs(ratio - 1)),
+      "ratio": Ratios.of(log_ratio, share),
+    }
+    return -jnp.minimum(ratio * advantage, clipped * advantage), figures
 
 
 def divergence(kind: str, difference: Float[Array, "*N"]) -> Float[Array, "*N"]:
@@ -136,56 +229,104 @@ def divergence(kind: str, difference: Float[Array, "*N"]) -> Float[Array, "*N"]:
   return jnp.exp(difference) - difference - 1
 
 
-def clipped_token(terms: Terms, options: LossOptions) -> PolicyLoss:
-  """Clip the ratio of each token (diffu-GRPO, arXiv 2504.12216, eq. 4): `-min(rho A, clip(rho, 1 - e, 1 + e') A)`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClippedToken(ClippedLoss):
+  """Clip the ratio of each token (diffu-GRPO, arXiv 2504.12216, eq. 4).
 
-  rho = exp(logp - old_logp) of the token; its KL is `divergence` of target - logp, beside it with the weight beta.
+  rho = exp(logp - old_logp) of the token; its KL is `divergence` of target - logp.
   """
-  logp, old = terms.scores.logp, _given(terms.old_logp, "old_logp")
-  weights, share = terms.weights * terms.scores.weight, terms.share * terms.scores.weight
-  # Tokens behind the stop id carry no weight; their ratio is set to 1, so that nothing of them can overflow into the
-  # sum.
-  used = weights > 0
-  log_ratio = jnp.where(used, logp - old, 0.0)
-  loss, figures = _clipped(log_ratio, terms.advantages[:, None], share, options)
-  penalty, kl = _divergences(terms, options, lambda target: jnp.where(used, target - logp, 0.0))
-  return PolicyLoss(jnp.sum(weights * (loss + options.beta * penalty)), jnp.sum(share * kl), **figures)
+
+  def __call__(self, terms: Terms) -> tuple[Float[Array, ""], Figures]:
+    """See `Loss`."""
+    logp, old = terms.scores.logp, _given(terms.old_logp, "old_logp")
+    weights, share = terms.weights * terms.scores.weight, terms.share * terms.scores.weight
+    # Tokens behind the stop id carry no weight; their ratio is set to 1, so that nothing of them can overflow into the
+    # sum.
+    used = weights > 0
+    log_ratio = jnp.where(used, logp - old, 0.0)
+    loss, figures = self._clipped(log_ratio, terms.advantages[:, None], share)
+    penalty, kl = self._divergences(terms, lambda target: jnp.where(used, target - logp, 0.0))
+    return jnp.sum(weights * (loss + self.beta * penalty)), figures | {"kl": jnp.sum(share * kl)}
 
 
-def clipped_sequence(terms: Terms, options: LossOptions) -> PolicyLoss:
-  """Clip the ratio of each sequence instead (GSPO, arXiv 2507.18071; ESPO, arXiv 2512.03759; GDPO, arXiv 2510.08554).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClippedSequence(ClippedLoss):
+  """Clip the ratio of each sequence (GSPO, arXiv 2507.18071; ESPO, arXiv 2512.03759; GDPO, arXiv 2510.08554).
 
   rho = exp((L - L_old) / n), with L the estimate of the sequence's log-probability and n its tokens. A sequence weighs
   what its tokens do together. Its KL is `divergence` of L_target - L, over n.
   """
-  length = _lengths(terms)
-  log_ratio = _sums(terms, terms.scores.logp - _given(terms.old_logp, "old_logp")) / length
-  weights, share = jnp.sum(terms.weights, axis=1), jnp.sum(terms.share, axis=1)
-  loss, figures = _clipped(log_ratio, terms.advantages, share, options)
-  penalty, kl = _divergences(terms, options, lambda target: _sums(terms, target - terms.scores.logp))
-  total = jnp.sum(weights * (loss + options.beta * penalty / length))
-  return PolicyLoss(total, jnp.sum(share * kl / length), **figures)
+
+  per_sequence = True
+  weighs_tokens = False
+
+  def __call__(self, terms: Terms) -> tuple[Float[Array, ""], Figures]:
+    """See `Loss`."""
+    length = _lengths(terms)
+    log_ratio = _sums(terms, terms.scores.logp - _given(terms.old_logp, "old_logp")) / length
+    weights, share = jnp.sum(terms.weights, axis=1), jnp.sum(terms.share, axis=1)
+    loss, figures = self._clipped(log_ratio, terms.advantages, share)
+    penalty, kl = self._divergences(terms, lambda target: _sums(terms, target - terms.scores.logp))
+    total = jnp.sum(weights * (loss + self.beta * penalty / length))
+    return total, figures | {"kl": jnp.sum(share * kl / length)}
 
 
-def likelihood(terms: Terms, options: LossOptions) -> PolicyLoss:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Likelihood(PulledLoss):
   """`-A log p` of each token, without a ratio: wd1's weighted likelihood (arXiv 2507.08838) with `softmax` advantages,
   REINFORCE with a group baseline with the others (JustGRPO, arXiv 2601.15165).
 
-  The KL is a sequence's, as in `clipped_sequence`.
+  The KL is a sequence's, as in `ClippedSequence`.
   """
-  return _weighted(terms, options, _parts(terms, terms.scores.logp, terms.scores.weight))
+
+  per_sequence = True
+
+  def __call__(self, terms: Terms) -> tuple[Float[Array, ""], Figures]:
+    """See `Loss`."""
+    return self._weighted(terms, _parts(terms, terms.scores.logp, terms.scores.weight))
 
 
-def sandwich(terms: Terms, options: LossOptions) -> PolicyLoss:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sandwich(PulledLoss):
   """SPG's loss (arXiv 2510.09541): `-A lower` where A is not negative, `-A (w upper + (1 - w) lower)` where it is.
 
-  The objective is then bounded from below on either side. w is `upper_share`; both bounds are sums over tokens, each
-  with weights of its own. The KL is a sequence's, of the lower bound.
+  The objective is then bounded from below on either side. Both bounds are sums over tokens, each with weights of its
+  own. The KL is a sequence's, of the lower bound.
+
+  Attributes:
+    upper_share: w, the share of the upper bound.
   """
-  scores, share = terms.scores, _given(options.upper_share, "upper_share")
-  upper = _parts(terms, _given(scores.upper, "upper"), _given(scores.upper_weight, "upper_weight"))
-  lower = _parts(terms, scores.logp, scores.weight)
-  return _weighted(terms, options, jnp.where(terms.advantages[:, None] < 0, share * upper + (1 - share) * lower, lower))
+
+  upper_share: float
+
+  per_sequence = True
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not 0 <= self.upper_share <= 1:
+      raise ValueError(f"upper_share={self.upper_share} must be from 0 to 1")
+
+  @property
+  def needs(self) -> frozenset[str]:
+    """The upper bound, and the policy that the KL is to."""
+    return super().needs | {"upper"}
+
+  def __call__(self, terms: Terms) -> tuple[Float[Array, ""], Figures]:
+    """See `Loss`."""
+    scores, share = terms.scores, self.upper_share
+    upper = _parts(terms, _given(scores.upper, "upper"), _given(scores.upper_weight, "upper_weight"))
+    lower = _parts(terms, scores.logp, scores.weight)
+    mixed = jnp.where(terms.advantages[:, None] < 0, share * upper + (1 - share) * lower, lower)
+    return self._weighted(terms, mixed)
+
+
+LOSSES: Mapping[str, Callable[..., Loss]] = {
+  "clipped_token": ClippedToken,
+  "clipped_sequence": ClippedSequence,
+  "likelihood": Likelihood,
+  "sandwich": Sandwich,
+}
+"""The losses that a configuration names; each is made of its options."""
 
 
 def sampling_gap(terms: Terms, sample_logp: Float[Array, "B C"], *, of_sequences: bool) -> Float[Array, ""]:
@@ -239,50 +380,6 @@ def _parts(terms: Terms, logp: Float[Array, "B C"], weight: Float[Array, "B C"])
   return weight * jnp.where(counts, logp, 0.0)
 
 
-def _weighted(terms: Terms, options: LossOptions, parts: Float[Array, "B C"]) -> PolicyLoss:
-  """The weighted sum of the tokens' parts, and a sequence's KL."""
-  pull = terms.weights * terms.advantages[:, None] * parts
-  row, share = (jnp.sum(x, axis=1) / _lengths(terms) for x in (terms.weights, terms.share))
-  penalty, kl = _divergences(terms, options, lambda target: _sums(terms, target - terms.scores.logp))
-  return PolicyLoss(options.beta * jnp.sum(row * penalty) - jnp.sum(pull), jnp.sum(share * kl))
-
-
-def _clipped(
-  log_ratio: Float[Array, "*N"],
-  advantage: Float[Array, "..."],
-  share: Float[Array, "*N"],
-  options: LossOptions,
-) -> tuple[Float[Array, "*N"], dict[str, Float[Array, "..."]]]:
-  """PPO's term of each ratio, and the figures that `PolicyLoss` has of them."""
-  low = _given(options.epsilon, "epsilon")
-  high = low if options.epsilon_high is None else options.epsilon_high
-  low, high = max(low, _LEAST_EPSILON), max(high, _LEAST_EPSILON)
-  ratio = jnp.exp(log_ratio)
-  clipped = jnp.clip(ratio, 1 - low, 1 + high)
-  total = lambda x: jnp.sum(share * x)
-  below = log_ratio[..., None] <= RATIO_EDGES.reshape(*(1,) * log_ratio.ndim, -1)
-  figures = {
-    "clip_fraction": total(clipped * advantage < ratio * advantage),
-    "ratio_deviation": total(jnp.abs(ratio - 1)),
-    "ratio_sums": jnp.stack([total(ratio), total(ratio**2), jnp.sum(share)]),
-    "ratio_below": jnp.sum(share[..., None] * below, axis=tuple(range(log_ratio.ndim))),
-  }
-  return -jnp.minimum(ratio * advantage, clipped * advantage), figures
-
-
-def _divergences(
-  terms: Terms, options: LossOptions, less: Callable[[Float[Array, "B C"]], Float[Array, "*N"]]
-) -> tuple[Float[Array, "*N"] | float, Float[Array, "*N"] | float]:
-  """The KL that `beta` weighs, and that to the reference; `less` makes a target's log-probabilities a difference."""
-  to = lambda target: divergence(options.kl, less(target))
-  to_reference = 0.0 if terms.ref_logp is None else to(terms.ref_logp)
-  if not options.beta:
-    return 0.0, to_reference
-  if options.kl_against == "old":
-    return to(_given(terms.old_logp, "old_logp")), to_reference
-  return to(_given(terms.ref_logp, "ref_logp")), to_reference
-
-
 def _sums(terms: Terms, values: Float[Array, "B C"]) -> Float[Array, "B"]:
   """What tokens add up to in each sequence, as the estimator weighs them."""
   weights = jnp.where(terms.share > 0, terms.scores.weight, 0.0)
@@ -296,5 +393,5 @@ def _lengths(terms: Terms) -> Float[Array, "B"]:
 
 def _given(value: _Value | None, name: str) -> _Value:
   if value is None:
-    raise ValueError(f"{name} is None, but the loss needs it: see d1jax.rl.methods.check")
+    raise ValueError(f"{name} is None, but the loss reads it: let `needs` name it")
   return value

@@ -27,24 +27,22 @@ class Shaping:
   def __post_init__(self) -> None:
     for name, weight in self.weights.items():
       if not math.isfinite(weight):
-        raise ValueError(f"the weight of {name} in grpo.reward_weights is {weight}; give a finite number")
+        raise ValueError(f"reward_weights: the weight of {name} is {weight}; give a finite number")
     if self.overlong < 0 or not math.isfinite(self.answered):
-      raise ValueError(
-        f"grpo.overlong={self.overlong} and grpo.answered={self.answered}: give a number of tokens, and a reward"
-      )
+      raise ValueError(f"overlong={self.overlong} and answered={self.answered}: give a number of tokens, and a reward")
 
   def check(self, known: Sequence[str], completion_length: int) -> None:
     """Raises a ValueError where a weight is of no component of the task, or no completion can be overlong."""
     names = [*known, *([OVERLONG] if self.overlong else []), *([ANSWERED] if self.answered else [])]
     for name in self.weights:
       if name not in names:
-        raise ValueError(f"grpo.reward_weights names {name!r}, which is no component; known: {', '.join(names)}")
+        raise ValueError(f"reward_weights names {name!r}, which is no component; known: {', '.join(names)}")
     for name in (OVERLONG, ANSWERED):
       if names.count(name) > 1:
-        raise ValueError(f"the task has a component {name} of its own: leave grpo.{name} at 0")
+        raise ValueError(f"{name}: the task has a component of this name: leave it at 0")
     if self.overlong > completion_length:
       raise ValueError(
-        f"grpo.overlong={self.overlong} is more than rollout.completion_length={completion_length}: give fewer tokens"
+        f"overlong={self.overlong} is more than the {completion_length} tokens of a completion: give fewer"
       )
 
   def __call__(self, grade: Grade, length: int, completion_length: int) -> Grade:
@@ -83,5 +81,5 @@ def parse_weights(text: str) -> dict[str, float]:
     except ValueError:
       equals = ""
     if not equals or not name.strip():
-      raise ValueError(f"grpo.reward_weights={text!r}: write NAME=WEIGHT, separated by commas; {part!r} is not")
+      raise ValueError(f"reward_weights={text!r}: write NAME=WEIGHT, separated by commas; {part!r} is not")
   return found

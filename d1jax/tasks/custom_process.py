@@ -20,7 +20,7 @@ from d1jax.helper import limit_memory
 from d1jax.tasks import checked
 from d1jax.tasks.base import Task, TaskError
 
-_PREFIX = "d1jax_custom_task_"
+_PREFIX = "d1jax_custom_"
 
 _MEMBERS = sorted({*Task.__annotations__, *(name for name in vars(Task) if not name.startswith("_"))})
 
@@ -45,13 +45,13 @@ def build(settings: Settings) -> Task:
   try:
     task = maker(**settings.keywords)
   except BaseException as error:  # SystemExit too: it would end the process and say nothing.
-    raise TaskError(f"{_place(path, error)}: build(seed, root, sizes, options) failed: {_said(error)}") from error
+    raise TaskError(f"{place(path, error)}: build(seed, root, sizes, options) failed: {described(error)}") from error
   try:
     _check(task, path)
   except TaskError:
     raise
   except Exception as error:  # of a property
-    raise TaskError(f"{_place(path, error)}: the task that build() made fails: {_said(error)}") from error
+    raise TaskError(f"{place(path, error)}: the task that build() made fails: {described(error)}") from error
   return task
 
 
@@ -66,8 +66,8 @@ def _check(task: object, path: str) -> None:
     raise TaskError(f"{path}: the task's splits are {checked.shortened(task.splits)}, expected a tuple of texts")
 
 
-def load(path: str) -> ModuleType:
-  """Import a user's file under a name of its own, so that what it defines can be pickled.
+def load(path: str, defines: str = "build") -> ModuleType:
+  """Import a user's file under a name of its own, so that what it defines can be pickled; it is meant to define a name.
 
   Raises:
     TaskError: it cannot be found, or running it fails.
@@ -76,13 +76,13 @@ def load(path: str) -> ModuleType:
   name = f"{_PREFIX}{file.stem}"
   spec = importlib.util.spec_from_file_location(name, file)
   if not file.is_file() or spec is None or spec.loader is None:
-    raise TaskError(f"{path}: no such Python file under {Path.cwd()}; name the .py file that defines build")
+    raise TaskError(f"{path}: no such Python file under {Path.cwd()}; name the .py file that defines {defines}")
   module = importlib.util.module_from_spec(spec)
   sys.modules[name] = module
   try:
     spec.loader.exec_module(module)
   except BaseException as error:
-    raise TaskError(f"{_place(path, error)}: {_said(error)}; run it with Python alone to see more") from error
+    raise TaskError(f"{place(path, error)}: {described(error)}; run it with Python alone to see more") from error
   return module
 
 
@@ -95,11 +95,11 @@ def answer(task: Task, path: str, method: str, arguments: tuple[Any, ...]) -> An
   try:
     found = getattr(task, method)(*arguments)
   except BaseException as error:
-    raise TaskError(f"{_place(path, error)}: {checked.called(method, arguments)} failed: {_said(error)}") from error
+    raise TaskError(f"{place(path, error)}: {checked.called(method, arguments)} failed: {described(error)}") from error
   try:
     return checked.check_answer(method, arguments, found)
   except Exception as error:  # also of a mapping whose methods raise
-    said = str(error) if type(error) is ValueError else f"returned what cannot be read: {_said(error)}"
+    said = str(error) if type(error) is ValueError else f"returned what cannot be read: {described(error)}"
     raise TaskError(f"{path}: {checked.called(method, arguments)} {said}") from error
 
 
@@ -160,14 +160,14 @@ def main() -> None:
     os._exit(0)
 
 
-def _place(path: str, error: BaseException) -> str:
+def place(path: str, error: BaseException) -> str:
   """The file, and its line that failed, where it is known."""
   lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(Path(path).resolve())]
   line = error.lineno if isinstance(error, SyntaxError) and not lines else next(reversed(lines), None)
   return path if line is None else f"{path} line {line}"
 
 
-def _said(error: BaseException) -> str:
+def described(error: BaseException) -> str:
   """The kind and the text of what was raised."""
   try:
     text = error.msg if isinstance(error, SyntaxError) else str(error)

@@ -21,7 +21,7 @@ from d1jax.models.flops import Products
 from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import multihost
-from d1jax.rl.update import UpdateSpec
+from d1jax.rl.method import Method
 from d1jax.training.experiment import Experiment
 
 
@@ -132,7 +132,7 @@ def rollout(model: Model, sampler: SamplerSpec, canvas: int, reach: Reach) -> Wo
 
 
 def update(
-  model: Model, sampler: SamplerSpec, spec: UpdateSpec, canvas: int, reach: Reach, *, tiled: bool, oversample: int = 1
+  model: Model, sampler: SamplerSpec, method: Method, canvas: int, reach: Reach, *, tiled: bool, oversample: int = 1
 ) -> tuple[Work, Work]:
   """The score (old and reference log-probabilities) and the optimiser steps of an update.
 
@@ -141,20 +141,20 @@ def update(
   Args:
     model: the network.
     sampler: that made the rollout.
-    spec: of the update.
+    method: of the update.
     canvas: L.
     reach: of the rollout.
     tiled: whether logits exist in tiles, which are computed again in the backward pass.
     oversample: groups that are drawn for each that is trained on.
   """
-  rows, mu, length = int(reach.rows[:, 0].sum()) // oversample, spec.num_iterations, sampler.completion_length
-  each = spec.passes
+  rows, mu, length = int(reach.rows[:, 0].sum()) // oversample, method.num_iterations, sampler.completion_length
+  each = method.estimator.passes(sampler)
   passes = each.times * (int(reach.steps.max(axis=0).sum()) if each.number is None else each.number)
   policy, reference = (
     _times(passes, _pass(model, rows, canvas, canvas, each.predicted or length, beside)) for beside in (True, False)
   )
-  old, ref = (mu - 1) * spec.scores_old, mu * spec.scores_reference
-  if spec.recorded_states:  # which are the same at each optimiser step
+  old, ref = (mu - 1) * method.scores_old, mu * method.scores_reference
+  if not method.estimator.redraws:  # the same states at each optimiser step
     old, ref = min(old, 1), min(ref, 1)
   scored = old + ref
   score = Work(old * sum(policy) + ref * sum(reference), scored * rows * length, passes=scored * rows * passes)
@@ -176,12 +176,12 @@ def model_of(experiment: Experiment) -> Model:
   return Model(weights.network.size, weights.lora, weights.merges, remat, experiment.denoiser.shift)
 
 
-def iteration(experiment: Experiment, spec: UpdateSpec, found: Rollout, *, cached: bool) -> dict[str, Work]:
+def iteration(experiment: Experiment, method: Method, found: Rollout, *, cached: bool) -> dict[str, Work]:
   """The work of one iteration of diffu-GRPO: `rollout`, `score` and `update`; collective as `reached` is.
 
   Args:
     experiment: network, sampler and batch.
-    spec: of the update.
+    method: of the update.
     found: the rollout on the host, the rows of this process, chunk after chunk.
     cached: whether the sampler's cache, if it has one, was used.
   """
@@ -193,7 +193,7 @@ def iteration(experiment: Experiment, spec: UpdateSpec, found: Rollout, *, cache
   reach = reached(sampler, chunks, rows, experiment.rollout_ways)
   canvas = found.prompt.shape[1] + sampler.completion_length
   tiled = config.logits_tile is not None
-  score, steps = update(model, sampler, spec, canvas, reach, tiled=tiled, oversample=config.oversample)
+  score, steps = update(model, sampler, method, canvas, reach, tiled=tiled, oversample=config.oversample)
   return {"rollout": rollout(model, sampler, canvas, reach), "score": score, "update": steps}
 
 

@@ -19,7 +19,6 @@ from d1jax.rl.grading import Graded, Grader, WorkersDiedError, graded_texts
 from d1jax.rl.losses import RATIO_EDGES
 from d1jax.rl.selection import NO_SIGNAL
 from d1jax.rl.shaping import UNSHAPED, Shaping
-from d1jax.rl.update import UpdateMetrics
 from d1jax.tasks.base import TaskError
 from d1jax.training.experiment import Experiment, Texts
 
@@ -145,14 +144,18 @@ def added(parts: Iterable[Sums]) -> Sums:
 
 
 def summarise(
-  rewards: Float[np.ndarray, "B"], found: Sums, metrics: UpdateMetrics, num_generations: int, tasks: Sequence[str]
+  rewards: Float[np.ndarray, "B"],
+  found: Sums,
+  metrics: Mapping[str, np.ndarray],
+  num_generations: int,
+  tasks: Sequence[str],
 ) -> dict[str, float]:
   """Host numbers of one iteration.
 
   Args:
     rewards: of the batch.
     found: its sums.
-    metrics: of the update.
+    metrics: of the update: means over its inner steps, `finite` of all and `sampling_gap` before the first.
     num_generations: rows of a group.
     tasks: the task of each row, where several are mixed; none otherwise.
 
@@ -169,20 +172,16 @@ def summarise(
   for task in dict.fromkeys(tasks):
     values[f"{task}/reward"] = float(rewards[np.asarray(tasks) == task].mean())
   values |= {name: top / bottom for name, (top, bottom) in found.items() if bottom}
-  values["finite"] = float(np.min(metrics.finite))
-  if metrics.sampling_gap is not None:
-    values["sampling_gap"] = float(metrics.sampling_gap[0])
-  if metrics.ratio_below is not None:
-    values |= ratio_quantiles(np.mean(metrics.ratio_below, axis=0))
-  averaged = ("loss", "kl", "reference_gap", "clip_fraction", "ratio_deviation", "grad_norm")
-  means = {name: getattr(metrics, name) for name in averaged}
-  means["importance/effective_sample_size"] = metrics.effective_sample_size
-  means["ratio/effective_sample_size"] = metrics.ratio_effective_sample_size
-  return values | {name: float(np.mean(value)) for name, value in means.items() if value is not None}
+  for name, figure in metrics.items():
+    if figure.ndim > 1:
+      values |= ratio_quantiles(name, np.mean(figure, axis=0))
+    else:
+      values[name] = float(np.mean(figure))
+  return values | {"finite": float(np.min(metrics["finite"])), "sampling_gap": float(metrics["sampling_gap"][0])}
 
 
-def ratio_quantiles(below: Float[np.ndarray, "edges"]) -> dict[str, float]:
-  """Quantiles of the ratios to the old policy from their distribution function at `RATIO_EDGES`.
+def ratio_quantiles(name: str, below: Float[np.ndarray, "edges"]) -> dict[str, float]:
+  """Quantiles of a figure of ratios, `NAME/p50`, from their distribution function at `RATIO_EDGES`.
 
   Each is the middle of the step that it lies in, so that its logarithm is right to a third; ratios within 1e-5 of 1 are
   1, and those beyond exp(+-10) are that.
@@ -191,4 +190,4 @@ def ratio_quantiles(below: Float[np.ndarray, "edges"]) -> dict[str, float]:
   most = np.concatenate([RATIO_EDGES, RATIO_EDGES[-1:]])
   middle = np.where(least * most > 0, np.sign(most) * np.sqrt(np.abs(least * most)), 0.0)
   places = [int(np.sum(below < share - ROUNDING)) for share in QUANTILES]
-  return {f"ratio/p{100 * share:g}": float(np.exp(middle[i])) for share, i in zip(QUANTILES, places, strict=True)}
+  return {f"{name}/p{100 * share:g}": float(np.exp(middle[i])) for share, i in zip(QUANTILES, places, strict=True)}

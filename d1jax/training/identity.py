@@ -9,6 +9,7 @@ from typing import Any
 from d1jax.errors import RunError, input_checked
 from d1jax.files import FileError, read_json, read_text
 from d1jax.training.checkpoint import Checkpoints
+from d1jax.training.parts import renewed
 from d1jax.training.workdir import Folder, write_atomically
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 CHANGEABLE = tuple(name for names in KINDS.values() for name in names)
 SETTLED = ("sft.steps", "sft.learning_rate", "sft.max_grad_norm")
 """Fields of the start of diffu-GRPO, which is fixed once that has begun."""
-FREE = ("task.options", "task.mix")
+FREE = ("task.options", "task.mix", "grpo.estimator", "grpo.loss", "grpo.advantage")
 """Sections without fields of their own: what is not in them is not there."""
 STAGES = ("grpo", "sft")
 
@@ -66,13 +67,13 @@ def _stored(workdir: Folder) -> tuple[dict[str, Any] | None, str | None]:
       found = read_json(path, dict)
       if "mode" not in found:
         raise FileError(f"{path} holds no configuration")
-      return found, None
+      return renewed(found), None
   except FileError as error:
     wrong = str(error)
   for stage in STAGES:
     checkpoints = Checkpoints(workdir / "checkpoints" / stage)
     if steps := checkpoints.steps():
-      return checkpoints.metadata(max(steps))["config"], wrong or f"{path} is missing"
+      return renewed(checkpoints.metadata(max(steps))["config"]), wrong or f"{path} is missing"
   if wrong is not None:
     raise RunError(f"{wrong}, and no checkpoint holds a copy of it: delete it to begin this run anew")
   return None, None

@@ -99,10 +99,7 @@ TABLE: Mapping[str, Limit] = {
   **{f"grpo.{name}": COUNT for name in ("prompts_per_iteration", "num_generations", "num_iterations")},
   **{f"grpo.{name}": COUNT for name in ("rollout_chunks", "oversample")},
   **{f"grpo.{name}": MANY for name in ("grading_workers", "dump_every", "overlong")},
-  **{f"grpo.{name}": MAYBE_COUNT for name in ("samples", "nodes", "segments")},
-  **{f"grpo.{name}": MAYBE_REAL for name in ("exponent", "top_entropy", "epsilon", "epsilon_high", "upper_share")},
   **{f"grpo.{name}": MAYBE_REAL for name in ("importance_cap", "drift_limit")},
-  "grpo.beta": SIZE,
   "grpo.answered": REAL,
   "evaluation.batch_size": COUNT,
   # Of evaluations and generations.

@@ -1,96 +1,91 @@
-"""From the configuration to a checked method: what estimates log p, what is minimised, how rewards are compared."""
+"""From the configuration to a checked method: what estimates log p, what is minimised, how rewards are compared.
 
-from collections.abc import Callable
-from typing import NamedTuple
+Here, and in `parts`, messages name fields of the command line; `d1jax.rl` knows none.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from d1jax.diffusion.denoiser import Denoiser
-from d1jax.diffusion.likelihood import Estimator, Scores
+from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
-from d1jax.rl import methods
-from d1jax.rl.losses import LossOptions
+from d1jax.rl.losses import Ratios, Terms
+from d1jax.rl.method import Method
 from d1jax.rl.shaping import Shaping, parse_weights
-from d1jax.rl.update import UpdateSpec
 from d1jax.tasks import Mixture, Task
+from d1jax.training import parts
 
-
-class Method(NamedTuple):
-  """A method, as an update takes it.
-
-  Attributes:
-    estimator: with its options.
-    advantages: from rewards and the completions a prompt.
-    spec: of the update.
-  """
-
-  estimator: Estimator
-  advantages: Callable[[jax.Array, int], jax.Array]
-  spec: UpdateSpec
+TAKEN = ("loss", "grad_norm", "finite", "sampling_gap", "reference_gap", "reward", "stage", "iteration", "alarms")
+"""Names of a record in `metrics.jsonl` that no figure of a loss may have."""
 
 
 def build(section: ConfigDict, sampler: SamplerSpec) -> Method:
   """The method of `config.grpo`.
 
   Raises:
-    ValueError: parts that do not go together, see `methods.check`, or options that the estimator refuses.
+    ValueError: see `parts.build`; parts that do not go together, see `Method`; or a part that fails when it is tried.
   """
-  options = {
-    "samples": section.samples,
-    "nodes": section.nodes,
-    "segments": section.segments,
-    "masking": section.masking,
-    "antithetic": section.antithetic,
-    "exponent": section.exponent,
-    "top_entropy": section.top_entropy,
-  }
-  methods.check_names(section.estimator, section.loss, section.advantage)
-  told = LossOptions(
-    section.epsilon, section.beta, section.epsilon_high, section.kl, section.kl_against, section.upper_share
-  )
-  methods.check(
-    estimator=section.estimator,
-    loss=section.loss,
-    loss_options=told,
-    importance_cap=section.importance_cap,
-    options=options,
-    sampler=sampler,
-    num_generations=section.num_generations,
-  )
-  spec = UpdateSpec(
-    section.num_iterations,
-    section.accumulation,
-    told,
-    section.aggregation,
-    recorded_states=not methods.ESTIMATORS[section.estimator].redraws,
-    importance_cap=section.importance_cap,
-    loss=section.loss,
-    score_reference=section.score_reference,
-    passes=methods.passes(section.estimator, options, sampler),
-  )
   shared = {"p_mask_prompt": section.p_mask_prompt, "tile": section.logits_tile}
-  estimator = methods.bind(section.estimator, options | shared)
-  try:
-    _scores_anything(estimator, sampler)
-  except ValueError as error:
-    raise ValueError(f"grpo.estimator={section.estimator}: {error}") from error
-  return Method(estimator, methods.ADVANTAGES[section.advantage], spec)
+  estimator = parts.build("estimator", section.estimator, **shared)
+  loss, advantage = parts.build("loss", section.loss), parts.build("advantage", section.advantage)
+  with _of_grpo():
+    method = Method(
+      estimator,
+      loss,
+      advantage,
+      section.num_iterations,
+      section.accumulation,
+      section.aggregation,
+      section.importance_cap,
+      section.score_reference,
+    )
+  if section.num_generations < 2:
+    raise ValueError(f"grpo.num_generations={section.num_generations}: a group of one has no baseline; use at least 2")
+  _try_out(method, section, sampler)
+  return method
 
 
-def _scores_anything(estimator: Estimator, sampler: SamplerSpec) -> None:
-  """Traces an estimator with a denoiser of one token and the mask: what it says of its options, it says here."""
+def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec) -> None:
+  """Traces the parts with a denoiser of one token and the mask: what they say of their options, they say here."""
   encode = lambda params, tokens, valid: jnp.zeros((*tokens.shape, 1))
   denoiser = Denoiser(encode, lambda params: jnp.zeros((1, 2)), mask_id=1, stop_ids=(), forbidden_ids=(1,), vocab=2)
+  needs, rows = method.loss.needs, jnp.ones(1)
 
   def score(key: jax.Array) -> Scores:
     ids, zeros = jnp.zeros(1, jnp.int32), jnp.zeros((1, sampler.completion_length), jnp.int32)
     valid, every = jnp.ones((1, 1), bool), jnp.ones(zeros.shape, bool)
     rollout = Rollout(ids, ids, zeros[:, :1], valid, zeros, every, zeros, jnp.zeros(zeros.shape))
-    return estimator(denoiser, {}, rollout, sampler, key)
+    return method.estimator(denoiser, {}, rollout, sampler, key)
 
-  jax.eval_shape(score, jax.random.key(0))
+  def minimise(scores: Scores) -> Any:
+    logp = scores.logp
+    old, reference = (logp if name in needs else None for name in ("old", "reference"))
+    return method.loss(Terms(scores, old, reference, rows, jnp.ones(logp.shape), jnp.ones(logp.shape)))
+
+  with parts.named("estimator", section.estimator.name):
+    scores = jax.eval_shape(score, jax.random.key(0))
+  with parts.named("loss", section.loss.name):
+    _check_loss(jax.eval_shape(minimise, scores))
+  with parts.named("advantage", section.advantage.name):
+    advantages = jax.eval_shape(lambda rewards: method.advantage(rewards, 2), jnp.ones(4))
+    if getattr(advantages, "shape", None) != (4,):
+      raise ValueError(f"the advantages of 4 rewards are {advantages}; there must be one for each")
+
+
+def _check_loss(found: Any) -> None:
+  """Raises a ValueError where what a loss returns is no loss with figures."""
+  if not isinstance(found, tuple) or len(found) != 2 or getattr(found[0], "shape", None) != ():
+    raise ValueError(f"returned {found}; it must return a number and a dictionary of figures")
+  for name, figure in found[1].items():
+    if name in TAKEN:
+      raise ValueError(f"the figure {name} has a name that is taken: {', '.join(TAKEN)}")
+    if not isinstance(figure, Ratios) and getattr(figure, "shape", None) != ():
+      raise ValueError(f"the figure {name} is {figure}; it must be a number, a sum over the batch, or Ratios")
 
 
 def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec) -> Shaping:
@@ -99,12 +94,23 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
   Raises:
     ValueError: a weight of a component that neither the right nor the constant answer to a training question has.
   """
-  found = Shaping(parse_weights(section.reward_weights), section.overlong, section.answered)
+  with _of_grpo():
+    found = Shaping(parse_weights(section.reward_weights), section.overlong, section.answered)
   if found.weights or found.overlong or found.answered:
     names: dict[str, None] = {}
     for one in task.tasks.values() if isinstance(task, Mixture) else [task]:
       record = one.records("train")[0]
       for text in (one.demonstration(record, "d1"), one.baseline(record, "d1")):
         names |= dict.fromkeys(one.grade(text, record, protocol).components)
-    found.check(list(names), sampler.completion_length)
+    with _of_grpo():
+      found.check(list(names), sampler.completion_length)
   return found
+
+
+@contextlib.contextmanager
+def _of_grpo() -> Iterator[None]:
+  """Makes fields of `config.grpo` of the names that errors of `d1jax.rl` begin with."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"grpo.{error}") from error

@@ -17,7 +17,7 @@ from d1jax.diffusion.sampler import sample
 from d1jax.parallel.mesh import constrained, place
 from d1jax.rl.grading import Grader
 from d1jax.rl.selection import with_signal
-from d1jax.rl.update import UpdateMetrics, update
+from d1jax.rl.update import Metrics, update
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
 from d1jax.training import drift, method
 from d1jax.training.checkpoint import with_placement
@@ -53,7 +53,7 @@ class Programs:
     grader: whose workers, if any, end with `with programs.grader:`.
     shaping: makes rewards of grades.
     watch: over the drift of a cached sampler; None where nothing is to be seen.
-    spec: of the update.
+    method: of the updates.
     compiled: the programs of each prompt bucket.
   """
 
@@ -88,7 +88,7 @@ class Programs:
         f" {experiment.rollout_ways} devices that rollout_rules share rows over: change one of them"
       )
     self.shaping = method.shaping(config, experiment.task, experiment.config.task.protocol, experiment.sampler)
-    self._estimator, self._advantages, self.spec = method.build(config, experiment.sampler)
+    self.method = method.build(config, experiment.sampler)
     self.compiled: dict[int, Compiled] = {}
     self._publish = publisher or Publisher(experiment.weights, experiment.weights.abstract_trainable)
     self._jit()
@@ -122,7 +122,7 @@ class Programs:
   @property
   def needs_reference(self) -> bool:
     """Whether the update scores a reference policy beside the base."""
-    return self.spec.scores_reference
+    return self.method.scores_reference
 
   @property
   def publish_bytes(self) -> int:
@@ -141,9 +141,9 @@ class Programs:
 
   def _update_program(
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: jax.Array
-  ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
+  ) -> tuple[TrainState, Metrics, jax.Array]:
     rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
-    advantages = self._advantages(rewards, self._num_generations)
+    advantages = self.method.advantage(rewards, self._num_generations)
     trained = (rollout, advantages)
     if self._oversample > 1:
       rows = with_signal(rewards, self._num_generations, self._rows // self._oversample)
@@ -152,11 +152,10 @@ class Programs:
       state,
       frozen,
       *trained,
+      method=self.method,
       denoiser=self._experiment.denoiser,
-      estimator=self._estimator,
       sampler=self._experiment.sampler,
       optimizer=self._optimizer,
-      spec=self.spec,
     )
     return state, metrics, advantages
 
@@ -259,7 +258,7 @@ class Programs:
 
   def update(
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: np.ndarray
-  ) -> tuple[TrainState, UpdateMetrics, jax.Array]:
+  ) -> tuple[TrainState, Metrics, jax.Array]:
     """Takes mu optimiser steps on a graded rollout; `state` is donated. Returns the state, metrics and advantages."""
     program = self.compiled[chunks[0].prompt.shape[1]].update
     return program(state, frozen, chunks, place(rewards, self._experiment.by_row))

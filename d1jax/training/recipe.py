@@ -21,7 +21,7 @@ from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
 from d1jax.training import experiment as experiments
-from d1jax.training import grpo, ledger, loop, profile, run_tokenizer, sft
+from d1jax.training import grpo, ledger, loop, parts, profile, run_tokenizer, sft
 from d1jax.training import optimizer as optimizers
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
@@ -306,6 +306,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     `checkpoint`.
   """
   workdir = folder(config.workdir)
+  parts.complete(config)
   finished = multihost.from_main(lambda: _finished(workdir, config))
   if finished and multihost.from_main(lambda: run_tokenizer.is_whole(workdir)):
     return report.reprint(finished, workdir)

@@ -86,7 +86,7 @@ def iteration() -> dict:
     "sums": dict(visit.sums),
     "texts": multihost.gather_rows(visit.rows, visit.graded.texts),
     "advantages": multihost.fetch(advantages).tolist(),
-    "losses": np.asarray(metrics.loss).tolist(),
+    "losses": np.asarray(metrics["loss"]).tolist(),
     "state": fingerprint(state),
     "rows": visit.rows.tolist(),
     "graded": programs.grader.graded,

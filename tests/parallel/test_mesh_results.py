@@ -1,7 +1,6 @@
 """What is computed does not depend on the mesh."""
 
 import dataclasses
-import functools
 import re
 from typing import Any
 
@@ -14,7 +13,6 @@ from jax.sharding import Mesh
 from d1jax import keys
 from d1jax.diffusion.corruption import corrupt, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser
-from d1jax.diffusion.likelihood import one_step
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.models.transformer import TransformerSize, build
@@ -30,8 +28,10 @@ from d1jax.parallel.mesh import (
   state_shardings,
   ways,
 )
-from d1jax.rl.losses import LossOptions
-from d1jax.rl.update import UpdateSpec, update
+from d1jax.rl.estimators import ESTIMATORS
+from d1jax.rl.losses import ClippedToken
+from d1jax.rl.method import Method
+from d1jax.rl.update import update
 from d1jax.state import Frozen, TrainState, create
 from d1jax.training import optimizer as optimizers
 from tests import toy
@@ -41,7 +41,8 @@ OPTIMIZER = optimizers.build(
   learning_rate=1e-3, steps=10, warmup_steps=0, decay="constant", b1=0.9, b2=0.99, weight_decay=0.1, max_grad_norm=1.0
 )
 SAMPLER = SamplerSpec(completion_length=8, diffusion_steps=4, block_length=4)
-UPDATE = UpdateSpec(num_iterations=2, accumulation=2, options=LossOptions(0.2, 0.1), aggregation="token")
+ESTIMATOR = ESTIMATORS["one_step"].bind(p_mask_prompt=0.3, tile=4)
+UPDATE = Method(ESTIMATOR, ClippedToken(epsilon=0.2, beta=0.1), num_iterations=2, accumulation=2)
 KEY = jax.random.key(2)
 ROWS = 16
 PROMPT, VALID = toy.prompts([1 + i % 5 for i in range(ROWS)], 8)
@@ -104,11 +105,10 @@ class World:
         frozen,
         rollout,
         advantages,
+        method=UPDATE,
         denoiser=self.denoiser,
-        estimator=functools.partial(one_step, p_mask_prompt=0.3, tile=4),
         sampler=SAMPLER,
         optimizer=OPTIMIZER,
-        spec=UPDATE,
       )
 
     jitted = jax.jit(

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from d1jax.rl import advantage
-from d1jax.rl.methods import ADVANTAGES
+from d1jax.rl.advantage import ADVANTAGES
 
 REWARDS = np.random.default_rng(0).normal(size=24).astype(np.float32)
 

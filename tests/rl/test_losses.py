@@ -7,16 +7,18 @@ from d1jax.diffusion.likelihood import Scores
 from d1jax.rl.importance import effective_sample_size
 from d1jax.rl.losses import (
   KLS,
+  LOSSES,
   RATIO_EDGES,
-  LossOptions,
+  ClippedLoss,
+  ClippedToken,
+  Loss,
+  Sandwich,
   Terms,
-  clipped_token,
   divergence,
   reference_gap,
   sampling_gap,
   token_weights,
 )
-from d1jax.rl.methods import LOSSES
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 7)
@@ -38,10 +40,14 @@ def terms(logp=LOGP, old=OLD, ref=REF, advantages=ADVANTAGES, weights=WEIGHTS, s
   return Terms(scores, old, ref, advantages, weights, WEIGHTS)
 
 
-def options(name: str, **fields) -> LossOptions:
-  """What each loss must be told, and more."""
-  needed = {"epsilon": 0.2} if LOSSES[name].ratio else {}
-  return LossOptions(**needed | ({"upper_share": 0.3} if LOSSES[name].upper else {}) | fields)
+def clips(name: str) -> bool:
+  return issubclass(LOSSES[name], ClippedLoss)
+
+
+def made(name: str, **fields) -> Loss:
+  """The loss with what it must be told, and more."""
+  needed = {"epsilon": 0.2} if clips(name) else {}
+  return LOSSES[name](**needed | ({"upper_share": 0.3} if LOSSES[name] is Sandwich else {}) | fields)
 
 
 def test_token_weights_are_one_over_all_tokens():
@@ -82,12 +88,12 @@ def naive_divergence(kind, d):
   return {"k1": -d, "k2": d * d / 2, "k3": np.exp(d) - d - 1}[kind]
 
 
-def naive(name, weights, scale, upper_scale, given: LossOptions, ref=REF):
+def naive(name, weights, scale, upper_scale, given: Loss, ref=REF):
   """Loops over tokens, or over sequences, in float64: loss, kl, clip fraction, ratio deviation."""
   loss = kl = clipped = deviation = 0.0
   logp, old, upper = (np.asarray(x, np.float64) for x in (LOGP, OLD, UPPER))
   weights, scale, mask = np.asarray(weights, np.float64), np.asarray(scale, np.float64), np.asarray(MASK)
-  high = given.epsilon if given.epsilon_high is None else given.epsilon_high
+  high = clips(name) and (given.epsilon if given.epsilon_high is None else given.epsilon_high)
 
   def surrogate(ratio, a):
     bounded = min(max(ratio, 1 - given.epsilon), 1 + high)
@@ -120,7 +126,7 @@ def naive(name, weights, scale, upper_scale, given: LossOptions, ref=REF):
       low = scale * logp
       up = given.upper_share * upper_scale * upper + (1 - given.upper_share) * low if name == "sandwich" else low
       loss -= sum(weights[b, i] * a * (low if a >= 0 else up)[b, i] for i in chosen)
-  return (loss, kl, clipped, deviation) if LOSSES[name].ratio else (loss, kl)
+  return (loss, kl, clipped, deviation) if clips(name) else (loss, kl)
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "fixed"])
@@ -132,22 +138,23 @@ def naive(name, weights, scale, upper_scale, given: LossOptions, ref=REF):
 @every_loss
 def test_the_loss_is_a_loop(name, given, aggregation):
   weights, scale = token_weights(MASK, aggregation), SAMPLED if given else MASK.astype(jnp.float32)
-  clip = {"epsilon": 0.1, "epsilon_high": 0.25} if LOSSES[name].ratio and given else {}
-  told, ref = options(name, **given, **clip), REF if given else None
+  clip = {"epsilon": 0.1, "epsilon_high": 0.25} if clips(name) and given else {}
+  told, ref = made(name, **given, **clip), REF if given else None
   upper_scale = jnp.where(scale > 0, 0.5 + 2 * scale, 0.0)
-  found = LOSSES[name].function(terms(ref=ref, weights=weights, scale=scale, upper_scale=upper_scale), told)
+  loss, figures = told(terms(ref=ref, weights=weights, scale=scale, upper_scale=upper_scale))
   expected = naive(name, weights, scale, np.asarray(upper_scale), told, ref)
   assert len(expected) == 2 or 0 < expected[2] < 1
-  np.testing.assert_allclose([x for x in found[:4] if x is not None], expected, rtol=1e-4, atol=1e-6)
+  found = [loss, *(figures[name] for name in ("kl", "clip_fraction", "ratio_deviation") if name in figures)]
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [5])
 @every_loss
 def test_sums_of_parts_are_those_of_the_whole(name, parts):
-  told = options(name, beta=0.3)
-  whole = LOSSES[name].function(terms(scale=SAMPLED), told)
+  told = made(name, beta=0.3)
+  whole = told(terms(scale=SAMPLED))
   rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], terms(scale=SAMPLED)) for i in range(parts)]
-  added = jax.tree.map(lambda *x: sum(x), *(LOSSES[name].function(row, told) for row in rows))
+  added = jax.tree.map(lambda *x: sum(x), *(told(row) for row in rows))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), added, whole)
 
 
@@ -169,12 +176,12 @@ def test_the_clip_binds_on_one_side_only(name, ratio, advantage, surrogate, acti
 
   def loss(logp):
     given = Terms(Scores(logp, one), jnp.zeros((1, 1)), None, jnp.asarray([advantage]), one, one)
-    return LOSSES[name].function(given, LossOptions(epsilon=0.2, epsilon_high=0.3))
+    return LOSSES[name](epsilon=0.2, epsilon_high=0.3)(given)
 
-  found = loss(logp)
-  np.testing.assert_allclose(found.loss, -surrogate, rtol=1e-6)
-  assert found.clip_fraction == active
-  gradient = jax.grad(lambda x: loss(x).loss)(logp)[0, 0]
+  found, figures = loss(logp)
+  np.testing.assert_allclose(found, -surrogate, rtol=1e-6)
+  assert figures["clip_fraction"] == active
+  gradient = jax.grad(lambda x: loss(x)[0])(logp)[0, 0]
   np.testing.assert_allclose(gradient, 0.0 if active else -ratio * advantage, rtol=1e-6)
 
 
@@ -196,7 +203,7 @@ def test_an_epsilon_of_zero_lets_no_ratio_go_further(name, ratio, advantage, sur
 
   def loss(logp):
     given = Terms(Scores(logp, one), jnp.zeros((1, 1)), None, jnp.asarray([advantage]), one, one)
-    return LOSSES[name].function(given, LossOptions(epsilon=0.0)).loss
+    return LOSSES[name](epsilon=0.0)(given)[0]
 
   value, slope = jax.value_and_grad(loss)(logp)
   np.testing.assert_allclose((value, slope[0, 0]), (-surrogate, -gradient), rtol=1e-5)
@@ -222,11 +229,11 @@ def test_each_kl_estimates_the_divergence_and_its_gradient(kind):
 
 @every_loss
 def test_the_distance_to_the_reference_is_zero_at_it_and_known_without_a_penalty(name):
-  told = options(name)
-  assert LOSSES[name].function(terms(ref=LOGP), told).kl == 0
-  assert LOSSES[name].function(terms(), told).kl > 0
-  assert LOSSES[name].function(terms(ref=None), told).kl == 0
-  without, penalised = (LOSSES[name].function(terms(ref=ref), told).loss for ref in (None, REF))
+  told = made(name)
+  assert told(terms(ref=LOGP))[1]["kl"] == 0
+  assert told(terms())[1]["kl"] > 0
+  assert told(terms(ref=None))[1]["kl"] == 0
+  without, penalised = (told(terms(ref=ref))[0] for ref in (None, REF))
   assert without == penalised
 
 
@@ -234,25 +241,25 @@ def test_the_distance_to_the_reference_is_zero_at_it_and_known_without_a_penalty
 @pytest.mark.parametrize("rubbish", [np.inf, -np.inf, np.nan, 1e30, -1e30])
 @every_loss
 def test_tokens_without_weight_reach_neither_value_nor_gradient(name, rubbish):
-  function = lambda logp, old, ref: LOSSES[name].function(terms(logp, old, ref), options(name, beta=0.5))
+  function = lambda logp, old, ref: made(name, beta=0.5)(terms(logp, old, ref))
   spoil = lambda x: jnp.where(MASK, x, rubbish)
   for spoilt in ((spoil(LOGP), OLD, REF), (LOGP, spoil(OLD), REF), (LOGP, OLD, spoil(REF)), (spoil(LOGP),) * 3):
     clean = [jnp.where(MASK, x, -1.0) for x in spoilt]
     jax.tree.map(np.testing.assert_array_equal, function(*spoilt), function(*clean))
-    gradients = [jax.grad(lambda *xs: function(*xs).loss)(*xs) for xs in (spoilt, clean)]
+    gradients = [jax.grad(lambda *xs: function(*xs)[0])(*xs) for xs in (spoilt, clean)]
     np.testing.assert_array_equal(*gradients)
     assert (np.asarray(gradients[0])[~np.asarray(MASK)] == 0).all()
 
 
 @every_loss
 def test_no_advantage_and_no_kl_give_no_gradient(name):
-  loss = lambda logp: LOSSES[name].function(terms(logp, advantages=jnp.zeros(5)), options(name)).loss
+  loss = lambda logp: made(name)(terms(logp, advantages=jnp.zeros(5)))[0]
   np.testing.assert_array_equal(jax.grad(loss)(LOGP), 0)
 
 
 def test_beta_alone_pulls_towards_the_reference():
-  told = LossOptions(epsilon=0.2, beta=0.3)
-  gradient = jax.grad(lambda logp: clipped_token(terms(logp, LOGP, advantages=jnp.zeros(5)), told).loss)(LOGP)
+  told = ClippedToken(epsilon=0.2, beta=0.3)
+  gradient = jax.grad(lambda logp: told(terms(logp, LOGP, advantages=jnp.zeros(5)))[0])(LOGP)
   expected = np.asarray(WEIGHTS) * 0.3 * (1 - np.exp(np.asarray(REF - LOGP)))
   np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
 
@@ -262,7 +269,7 @@ def test_beta_alone_pulls_towards_the_reference():
 def test_at_ratio_one_the_gradient_is_the_policy_gradient(name, aggregation):
   """Whatever the loss: of a clipped sequence too, whose ratio's exponent is a mean over its tokens."""
   weights = token_weights(MASK, aggregation)
-  loss = lambda logp: LOSSES[name].function(terms(logp, LOGP, None, weights=weights), options(name)).loss
+  loss = lambda logp: made(name)(terms(logp, LOGP, None, weights=weights))[0]
   row = np.asarray(weights).sum(axis=1, keepdims=True) / np.asarray(MASK).sum(axis=1, keepdims=True) * np.asarray(MASK)
   expected = -np.asarray(ADVANTAGES)[:, None] * (row if name == "clipped_sequence" else np.asarray(weights))
   np.testing.assert_allclose(jax.grad(loss)(LOGP), expected, rtol=1e-5, atol=1e-8)
@@ -270,19 +277,19 @@ def test_at_ratio_one_the_gradient_is_the_policy_gradient(name, aggregation):
 
 @pytest.mark.parametrize("name", ["clipped_token", "clipped_sequence"])
 def test_where_nothing_has_moved_every_ratio_is_one(name):
-  found = LOSSES[name].function(terms(LOGP, LOGP), options(name))
-  assert (found.clip_fraction, found.ratio_deviation) == (0, 0)
-  np.testing.assert_allclose(effective_sample_size(found.ratio_sums), 1, rtol=1e-6)
-  np.testing.assert_allclose(found.ratio_below, RATIO_EDGES > 0, rtol=1e-6)
+  _, found = made(name)(terms(LOGP, LOGP))
+  assert (found["clip_fraction"], found["ratio_deviation"]) == (0, 0)
+  np.testing.assert_allclose(effective_sample_size(found["ratio"].sums), 1, rtol=1e-6)
+  np.testing.assert_allclose(found["ratio"].below, RATIO_EDGES > 0, rtol=1e-6)
 
 
 def test_the_distribution_of_ratios_is_that_of_the_tokens():
-  found = clipped_token(terms(), LossOptions(epsilon=0.2))
+  found = ClippedToken(epsilon=0.2)(terms())[1]["ratio"]
   log_ratios = np.asarray(LOGP - OLD)[np.asarray(MASK)]
-  np.testing.assert_allclose(found.ratio_below, [(log_ratios <= edge).mean() for edge in RATIO_EDGES], atol=1e-6)
+  np.testing.assert_allclose(found.below, [(log_ratios <= edge).mean() for edge in RATIO_EDGES], atol=1e-6)
   ratios = np.exp(log_ratios)
   share = ratios.sum() ** 2 / (ratios**2).sum() / ratios.size
-  np.testing.assert_allclose(effective_sample_size(found.ratio_sums), share, rtol=1e-5)
+  np.testing.assert_allclose(effective_sample_size(found.sums), share, rtol=1e-5)
 
 
 def test_the_gap_to_what_drew_the_tokens():
@@ -305,14 +312,44 @@ def test_the_gap_to_the_reference(scale):
 
 
 @pytest.mark.parametrize(
+  ("name", "needs"),
+  [
+    ("clipped_token", {"old"}),
+    ("clipped_sequence", {"old"}),
+    ("likelihood", set()),
+    ("sandwich", {"upper"}),
+  ],
+)
+def test_a_loss_says_what_it_needs(name, needs):
+  assert made(name).needs == needs
+  assert made(name, beta=0.1).needs == needs | {"reference"}
+  assert made(name, beta=0.1, kl_against="old").needs == needs | {"old"}
+
+
+@pytest.mark.parametrize(
   ("name", "fields", "told", "message"),
   [
     ("clipped_token", {"old": None}, {}, "old_logp is None"),
-    ("clipped_sequence", {}, {"epsilon": None}, "epsilon is None"),
     ("likelihood", {"ref": None}, {"beta": 0.1}, "ref_logp is None"),
-    ("sandwich", {}, {"upper_share": None}, "upper_share is None"),
   ],
 )
 def test_what_a_loss_lacks_is_named(name, fields, told, message):
   with pytest.raises(ValueError, match=message):
-    LOSSES[name].function(terms(**fields), options(name, **told))
+    made(name, **told)(terms(**fields))
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    ("clipped_token", {"epsilon": -0.2}, "^epsilon=-0.2 must not be negative"),
+    ("clipped_token", {"epsilon": float("nan")}, "^epsilon=nan must not be negative"),
+    ("clipped_sequence", {"epsilon_high": -0.1}, "^epsilon_high=-0.1 must not be negative"),
+    ("likelihood", {"beta": -0.1}, "^beta=-0.1 must not be negative; 0 leaves the KL out"),
+    ("likelihood", {"kl": "k4"}, "^kl='k4' is unknown; known: k1, k2, k3"),
+    ("likelihood", {"kl_against": "base"}, "^kl_against='base' is unknown; known: reference, old"),
+    ("sandwich", {"upper_share": 1.5}, "^upper_share=1.5 must be from 0 to 1"),
+  ],
+)
+def test_options_that_make_no_sense_are_refused(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    made(name, **options)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.methods import METHODS
 from d1jax.diffusion.elbo import Hidden, Sums, quadrature
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.sandwich import bounds, mask_sums, mask_weight
-from d1jax.rl import losses
 from d1jax.rl.advantage import leave_one_out, softmax
-from d1jax.rl.losses import LossOptions, Terms, token_weights
-from d1jax.rl.presets import METHODS
+from d1jax.rl.losses import ClippedSequence, ClippedToken, Likelihood, Sandwich, Terms, token_weights
+from d1jax.training import parts
 from tests import jobs, toy
 
 
@@ -48,7 +48,7 @@ def test_wd1_weighs_likelihoods_by_two_softmaxes():
   # Sums of log p: -1 - 2 - 3 = -6, and -1 - 1 = -2 up to the stop. -(1/2 (-6) - 1/2 (-2)) = 2; here over B C = 6.
   logp, mask = [[-1, -2, -3], [-1, -1, -9]], [[1, 1, 1], [1, 1, 0]]
   given = terms(logp, advantages, "fixed", mask=mask)
-  np.testing.assert_allclose(losses.likelihood(given, LossOptions()).loss, 2 / 6, rtol=1e-6)
+  np.testing.assert_allclose(Likelihood()(given)[0], 2 / 6, rtol=1e-6)
 
 
 def test_espo_clips_the_mean_ratio_and_pulls_by_k2():
@@ -58,18 +58,16 @@ def test_espo_clips_the_mean_ratio_and_pulls_by_k2():
   # L - L_ref = -1.2: 1.44 / 2 / 3 = 0.24. Loss: -(2.21034 + 1.2) / 2 + 0.5 (0.06 + 0.24) / 2 = -1.63017.
   logp = [[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]]
   old, ref = [[-1.1, -2.1, -3.1], [-1.9, -1.0, -1.0]], [[-1.6, -2.0, -3.0], [-1.0, -1.0, 0.2]]
-  found = losses.clipped_sequence(
-    terms(logp, [2.0, 1.0], "sequence", old=old, ref=ref), LossOptions(epsilon=0.2, beta=0.5, kl="k2")
-  )
-  np.testing.assert_allclose(found.loss, -1.63017, rtol=1e-5)
-  np.testing.assert_allclose(found.clip_fraction, 0.5)
+  loss, figures = ClippedSequence(epsilon=0.2, beta=0.5, kl="k2")(terms(logp, [2.0, 1.0], "sequence", old=old, ref=ref))
+  np.testing.assert_allclose(loss, -1.63017, rtol=1e-5)
+  np.testing.assert_allclose(figures["clip_fraction"], 0.5)
 
 
 def test_espo_on_countdown_has_no_room_to_move():
   """Epsilon 0: -(min(1.10517 x 2, 1 x 2) + min(0.9 x -1, 1 x -1)) / 2 = -(2 - 1) / 2."""
   old = [[-1.1] * 3, [-1.0 - math.log(0.9)] * 3]
   given = terms([[-1.0] * 3] * 2, [2.0, -1.0], "sequence", old=old)
-  np.testing.assert_allclose(losses.clipped_sequence(given, LossOptions(epsilon=0.0)).loss, -0.5, rtol=1e-6)
+  np.testing.assert_allclose(ClippedSequence(epsilon=0.0)(given)[0], -0.5, rtol=1e-6)
 
 
 def spg_scores(logps, masks, exponent):
@@ -119,7 +117,7 @@ def test_spg_mixes_the_bounds_of_a_bad_row():
   scores = spg_scores(*SPG, exponent=1.0)
   both = Scores(*(jnp.concatenate([x, x]) for x in scores))
   plain = terms(jnp.zeros((2, 3)), [1.0, -1.0], "token")
-  loss = losses.sandwich(plain._replace(scores=both), LossOptions(upper_share=0.5)).loss
+  loss, _ = Sandwich(upper_share=0.5)(plain._replace(scores=both))
   np.testing.assert_allclose(loss, 0.020532, rtol=1e-4)
 
 
@@ -129,13 +127,13 @@ def test_tracerl_sums_its_kl_over_the_tokens_of_a_state():
   # ratio 1/2, A = 1: min(1/2, 0.8) = 1/2. State 2, d = 0: k3 = 0, ratio 1, A = -1: -1.
   # -(1/2 - 1) / 2 + 0.01 x (8 x 0.306853 + 0) / 2 = 0.25 + 0.0122741 = 0.2622741.
   config = jobs.load("grpo", "llada_8b,sudoku,tracerl")
-  assert config.grpo.beta == pytest.approx(0.08)
-  assert config.rollout.completion_length / config.grpo.segments == 8
+  assert config.grpo.loss.beta == pytest.approx(0.08)
+  assert config.rollout.completion_length / config.grpo.estimator.segments == 8
   logp = [[-1.0] * 8, [-1.0] * 8]
   old = [[-1.0 + math.log(2)] * 8, [-1.0] * 8]
-  options = LossOptions(config.grpo.epsilon, config.grpo.beta, kl=config.grpo.kl, kl_against=config.grpo.kl_against)
-  found = losses.clipped_token(terms(logp, [1.0, -1.0], config.grpo.aggregation, old=old), options)
-  np.testing.assert_allclose(found.loss, 0.2622741, rtol=1e-6)
+  loss = parts.build("loss", config.grpo.loss)
+  found, _ = loss(terms(logp, [1.0, -1.0], config.grpo.aggregation, old=old))
+  np.testing.assert_allclose(found, 0.2622741, rtol=1e-6)
 
 
 def test_agrpo_weighs_rows_alike_whatever_their_lengths():
@@ -147,7 +145,7 @@ def test_agrpo_weighs_rows_alike_whatever_their_lengths():
   mask, weight = [[1, 1, 1, 1], [1, 1, 0, 0]], [[2, 0, 2, 0], [1, 1, 0, 0]]
   preset = METHODS["agrpo"].method
   given = terms(np.log(ratios), [1.0, -2.0], preset["aggregation"], old=np.zeros((2, 4)), weight=weight, mask=mask)
-  np.testing.assert_allclose(losses.clipped_token(given, LossOptions(preset["epsilon"])).loss, 0.75, rtol=1e-6)
+  np.testing.assert_allclose(ClippedToken(epsilon=preset["loss"]["epsilon"])(given)[0], 0.75, rtol=1e-6)
 
 
 def test_stepmerge_sums_over_segments_and_divides_by_tokens():
@@ -160,8 +158,8 @@ def test_stepmerge_sums_over_segments_and_divides_by_tokens():
   ref = np.log([[2.0, 1, 1, 1], [1, 1, 1, 1]])
   config = jobs.load("grpo", "llada_8b,sudoku,stepmerge").grpo
   given = terms(np.zeros((2, 4)), [1.0, -1.0], config.aggregation, old=old, ref=ref, mask=mask)
-  found = losses.clipped_token(given, LossOptions(config.epsilon, config.beta, kl=config.kl))
-  np.testing.assert_allclose(found.loss, -0.797545, rtol=1e-5)
+  found, _ = parts.build("loss", config.loss)(given)
+  np.testing.assert_allclose(found, -0.797545, rtol=1e-5)
 
 
 def test_gdpo_integrates_at_three_nodes():
@@ -187,4 +185,4 @@ def test_coupled_takes_the_mean_of_the_whole_mask_and_of_a_pair():
   # A = 0.75 of leave-one-out: -0.75 x 1.221403 = -0.916052; token 2 has not moved: -0.75. Mean -0.833026.
   new, old = [[(-1.8 - 0.9 / 0.5) / 2, -3.0]], [[(-2.0 - 1.0 / 0.5) / 2, -3.0]]
   given = terms(new, [0.75], "token", old=old)
-  np.testing.assert_allclose(losses.clipped_token(given, LossOptions(0.5)).loss, -0.833026, rtol=1e-5)
+  np.testing.assert_allclose(ClippedToken(epsilon=0.5)(given)[0], -0.833026, rtol=1e-5)

@@ -47,10 +47,10 @@ def test_what_is_no_weight_is_refused(text):
   [
     ({"weights": {"rihgt": 1.0}}, "names 'rihgt', which is no component; known: right, format"),
     ({"weights": {"overlong": 1.0}}, "names 'overlong'"),
-    ({"overlong": 9}, "grpo.overlong=9 is more than rollout.completion_length=8"),
-    ({"overlong": -1}, "grpo.overlong=-1"),
-    ({"answered": math.nan}, "grpo.answered=nan"),
-    ({"weights": {"right": math.inf}}, "the weight of right in grpo.reward_weights is inf"),
+    ({"overlong": 9}, "overlong=9 is more than the 8 tokens of a completion"),
+    ({"overlong": -1}, "overlong=-1"),
+    ({"answered": math.nan}, "answered=nan"),
+    ({"weights": {"right": math.inf}}, "reward_weights: the weight of right is inf"),
   ],
 )
 def test_shaping_that_means_nothing_is_refused(fields, message):
@@ -59,5 +59,5 @@ def test_shaping_that_means_nothing_is_refused(fields, message):
 
 
 def test_a_component_of_the_same_name_is_refused():
-  with pytest.raises(ValueError, match="a component answered of its own"):
+  with pytest.raises(ValueError, match="answered: the task has a component of this name"):
     Shaping(answered=0.1).check(["answered"], 8)

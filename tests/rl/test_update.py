@@ -10,8 +10,10 @@ import pytest
 from d1jax.diffusion.likelihood import one_step
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.trajectory import step_merged
-from d1jax.rl.losses import LossOptions
-from d1jax.rl.update import UpdateSpec, inner_keys, update
+from d1jax.rl.estimators import Estimator
+from d1jax.rl.losses import ClippedSequence, ClippedToken, Likelihood, Loss
+from d1jax.rl.method import Method
+from d1jax.rl.update import inner_keys, update
 from d1jax.state import Frozen, TrainState, create
 from tests import toy
 
@@ -20,6 +22,15 @@ P_MASK = 0.3
 ROLLOUT = toy.rollout(batch=4)
 ADVANTAGES = jnp.asarray([1.0, -1.0, 0.4, -0.4])
 FROZEN = Frozen({}, toy.params(seed=1))
+ESTIMATOR = Estimator(one_step).bind(p_mask_prompt=P_MASK)
+FREE, PULLED = ClippedToken(epsilon=0.2), ClippedToken(epsilon=0.2, beta=0.1)
+TIGHT, TIGHT_PULLED = ClippedToken(epsilon=0.05), ClippedToken(epsilon=0.05, beta=0.1)
+
+
+def method(num_iterations: int, accumulation: int, loss: Loss, aggregation: str, **fields) -> Method:
+  """Of d1's estimator."""
+  fields |= {"num_iterations": num_iterations, "accumulation": accumulation, "aggregation": aggregation}
+  return Method(ESTIMATOR, loss, **fields)
 
 
 def start(step: int = 5) -> TrainState:
@@ -30,23 +41,22 @@ def start(step: int = 5) -> TrainState:
   return state._replace(step=jnp.int32(step), opt_state=opt_state)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "tile"))
-def compiled(state, frozen, rollout, advantages, spec, tile=None):
+@functools.partial(jax.jit, static_argnames="method")
+def compiled(state, frozen, rollout, advantages, method):
   return update(
     state,
     frozen,
     rollout,
     advantages,
+    method=method,
     denoiser=toy.DENOISER,
-    estimator=functools.partial(one_step, p_mask_prompt=P_MASK, tile=tile),
     sampler=toy.SPEC,
     optimizer=OPTIMIZER,
-    spec=spec,
   )
 
 
-def run(spec: UpdateSpec, *, state=None, advantages=ADVANTAGES, rollout=ROLLOUT, tile=None):
-  return compiled(start() if state is None else state, FROZEN, rollout, advantages, spec=spec, tile=tile)
+def run(spec: Method, *, state=None, advantages=ADVANTAGES, rollout=ROLLOUT):
+  return compiled(start() if state is None else state, FROZEN, rollout, advantages, method=spec)
 
 
 @jax.jit
@@ -97,7 +107,7 @@ def naive_loss(params, prompt, old, ref, weights, epsilon, beta):
   return loss, (kl, clipped, deviation)
 
 
-def naive_update(spec: UpdateSpec):
+def naive_update(spec: Method):
   state = start()
   params, opt_state, step = state.trainable, state.opt_state, int(state.step)
   weights = np.asarray([[weight_of(b, i, spec.aggregation) for i in range(6)] for b in range(4)], np.float32)
@@ -106,7 +116,7 @@ def naive_update(spec: UpdateSpec):
     prompt = masked_prompts(n, step)
     old = completion_logps(state.trainable, prompt)
     ref = completion_logps(FROZEN.reference, prompt)
-    (loss, rest), gradient = naive_loss(params, prompt, old, ref, weights, spec.options.epsilon, spec.options.beta)
+    (loss, rest), gradient = naive_loss(params, prompt, old, ref, weights, spec.loss.epsilon, spec.loss.beta)
     updates, opt_state = OPTIMIZER.update(gradient, opt_state, params)
     params = optax.apply_updates(params, updates)
     records.append((loss, *rest, optax.tree.norm(gradient)))
@@ -119,12 +129,12 @@ def assert_close(a, b, tolerance):
 
 
 CASES = [
-  UpdateSpec(1, 1, LossOptions(0.2), "token"),
-  UpdateSpec(1, 2, LossOptions(0.2, 0.1), "sequence"),
-  UpdateSpec(3, 1, LossOptions(0.2, 0.1), "token"),
-  UpdateSpec(3, 2, LossOptions(0.05), "sequence"),
-  UpdateSpec(3, 2, LossOptions(0.2, 0.1), "token"),
-  UpdateSpec(3, 1, LossOptions(0.05, 0.1), "sequence"),
+  method(1, 1, FREE, "token"),
+  method(1, 2, PULLED, "sequence"),
+  method(3, 1, PULLED, "token"),
+  method(3, 2, TIGHT, "sequence"),
+  method(3, 2, PULLED, "token"),
+  method(3, 1, TIGHT_PULLED, "sequence"),
 ]
 
 
@@ -136,20 +146,21 @@ def test_an_update_is_mu_steps_of_the_naive_loop(spec):
   assert_close(state.trainable, params, 1e-5)
   assert_close(state.opt_state, opt_state, 1e-5)
   assert int(state.step) == step
-  found = np.stack([metrics.loss, metrics.kl, metrics.clip_fraction, metrics.ratio_deviation, metrics.grad_norm], 1)
+  names = ("loss", "kl", "clip_fraction", "ratio_deviation", "grad_norm")
+  found = np.stack([metrics[name] for name in names], 1)
   np.testing.assert_allclose(found, records, rtol=2e-5, atol=2e-5)
-  assert metrics.finite.all()
+  assert metrics["finite"].all()
   assert found.shape == (spec.num_iterations, 5)
   if spec.num_iterations > 1:
     assert (found[1:, 2] > 0).any(), "the fixture should clip"
-  assert (found[:, 1] > 0).all() == bool(spec.options.beta)
+  assert (found[:, 1] > 0).all() == bool(spec.loss.beta)
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize(("aggregation", "parts"), [("token", 2), ("sequence", 4)])
 def test_accumulation_changes_nothing(aggregation, parts):
-  whole, metrics = run(UpdateSpec(2, 1, LossOptions(0.2, 0.1), aggregation))
-  split, split_metrics = run(UpdateSpec(2, parts, LossOptions(0.2, 0.1), aggregation))
+  whole, metrics = run(method(2, 1, PULLED, aggregation))
+  split, split_metrics = run(method(2, parts, PULLED, aggregation))
   assert_close(split.trainable, whole.trainable, 1e-6)
   assert_close(split.opt_state, whole.opt_state, 1e-6)
   assert_close(split_metrics, metrics, 1e-6)
@@ -157,8 +168,9 @@ def test_accumulation_changes_nothing(aggregation, parts):
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_tiles_change_nothing():
-  spec = UpdateSpec(2, 2, LossOptions(0.2, 0.1), "token")
-  (state, metrics), (expected, expected_metrics) = run(spec, tile=2), run(spec)
+  spec = method(2, 2, PULLED, "token")
+  tiled = dataclasses.replace(spec, estimator=ESTIMATOR.bind(tile=2))
+  (state, metrics), (expected, expected_metrics) = run(tiled), run(spec)
   assert_close(
     (state.trainable, state.opt_state, metrics), (expected.trainable, expected.opt_state, expected_metrics), 1e-6
   )
@@ -167,10 +179,10 @@ def test_tiles_change_nothing():
 @pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("parts", [1, 2])
 def test_at_the_first_inner_step_the_ratio_is_exactly_one(parts):
-  _, metrics = run(UpdateSpec(3, parts, LossOptions(0.2, 0.1), "token"))
-  assert metrics.ratio_deviation[0] == 0
-  assert metrics.clip_fraction[0] == 0
-  assert (metrics.ratio_deviation[1:] > 1e-3).all()
+  _, metrics = run(method(3, parts, PULLED, "token"))
+  assert metrics["ratio_deviation"][0] == 0
+  assert metrics["clip_fraction"][0] == 0
+  assert (metrics["ratio_deviation"][1:] > 1e-3).all()
 
 
 def test_precomputed_old_log_probabilities_are_the_current_ones():
@@ -193,13 +205,13 @@ def test_inner_keys_are_of_purpose_step_and_iteration():
 
 
 def test_no_advantage_and_no_kl_leave_the_gradient_at_zero():
-  _, metrics = run(UpdateSpec(3, 2, LossOptions(0.05), "sequence"), advantages=jnp.zeros(4))
-  np.testing.assert_array_equal(metrics.grad_norm, 0)
-  np.testing.assert_array_equal(metrics.loss, 0)
+  _, metrics = run(method(3, 2, TIGHT, "sequence"), advantages=jnp.zeros(4))
+  np.testing.assert_array_equal(metrics["grad_norm"], 0)
+  np.testing.assert_array_equal(metrics["loss"], 0)
 
 
 def test_what_lies_behind_the_stop_teaches_nothing():
-  spec = UpdateSpec(3, 1, LossOptions(0.2, 0.1), "token")
+  spec = method(3, 1, PULLED, "token")
   assert not np.asarray(ROLLOUT.completion_mask).all()
   spoilt = ROLLOUT._replace(completion=jnp.where(ROLLOUT.completion_mask, ROLLOUT.completion, toy.MASK))
   (state, metrics), (expected, expected_metrics) = run(spec, rollout=spoilt), run(spec)
@@ -210,10 +222,8 @@ def test_what_lies_behind_the_stop_teaches_nothing():
 @pytest.mark.parametrize("rubbish", [jnp.nan, jnp.inf])
 def test_a_reward_that_is_not_finite_changes_nothing(rubbish):
   state = start()
-  new, metrics = run(
-    UpdateSpec(3, 2, LossOptions(0.2, 0.1), "token"), state=state, advantages=ADVANTAGES.at[1].set(rubbish)
-  )
-  assert not metrics.finite.any()
+  new, metrics = run(method(3, 2, PULLED, "token"), state=state, advantages=ADVANTAGES.at[1].set(rubbish))
+  assert not metrics["finite"].any()
   assert int(new.step) == int(state.step)
   for a, b in zip(jax.tree.leaves(new._replace(key=0)), jax.tree.leaves(state._replace(key=0)), strict=True):
     np.testing.assert_array_equal(a, b)
@@ -221,10 +231,11 @@ def test_a_reward_that_is_not_finite_changes_nothing(rubbish):
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused():
   with pytest.raises(ValueError, match="3 micro-batches do not divide a batch of 4 rows"):
-    run(UpdateSpec(1, 3, LossOptions(0.2), "token"))
+    run(method(1, 3, FREE, "token"))
 
 
-WEIGHTED = UpdateSpec(1, 1, LossOptions(0.2), "token", recorded_states=True, importance_cap=1e6)
+RECORDED = Estimator(step_merged, recorded=True, redraws=False)
+WEIGHTED = Method(RECORDED, FREE, importance_cap=1e6)
 ONE = SamplerSpec(completion_length=1, diffusion_steps=1, block_length=1, temperature=0.7)
 SGD = optax.sgd(1.0)
 
@@ -247,9 +258,9 @@ def one_token_logp(params, rollout) -> jax.Array:
   return jax.nn.log_softmax(jnp.where(jnp.arange(toy.VOCAB) < toy.MASK, logits, -jnp.inf) / ONE.temperature)[: toy.MASK]
 
 
-def weighted_update(spec, rollout, advantages, estimator=step_merged, frozen=FROZEN):
+def weighted_update(spec, rollout, advantages, frozen=FROZEN):
   state = create(lambda _: toy.params(scale=0.7), SGD, jax.random.key(8), jax.random.key(0))
-  fixed = {"denoiser": toy.DENOISER, "estimator": estimator, "sampler": ONE, "optimizer": SGD, "spec": spec}
+  fixed = {"denoiser": toy.DENOISER, "sampler": ONE, "optimizer": SGD, "method": spec}
   new, metrics = jax.jit(functools.partial(update, **fixed))(state, frozen, rollout, advantages)
   step = jax.tree.map(lambda a, b: a - b, new.trainable, state.trainable)
   return state.trainable, step, metrics
@@ -277,11 +288,11 @@ def test_weights_make_the_gradient_that_of_the_policys_own_draws(cap, parts):
   gap = max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(step), jax.tree.leaves(of_policy), strict=True))
   assert gap < 1e-5 if cap == 1e6 else gap > 1e-3
   if cap is None:
-    assert metrics.effective_sample_size is None
+    assert "importance/effective_sample_size" not in metrics
   else:
     weights = kept / q
     expected_share = weights.sum() ** 2 / (weights**2).sum() / 11
-    np.testing.assert_allclose(metrics.effective_sample_size, [expected_share], rtol=1e-5)
+    np.testing.assert_allclose(metrics["importance/effective_sample_size"], [expected_share], rtol=1e-5)
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
@@ -290,8 +301,9 @@ def test_weights_are_of_the_policy_before_the_update_at_every_inner_step():
   rewards = jnp.asarray(rng.normal(size=11), jnp.float32)
   rollout, advantages = enumerated(jnp.asarray(np.log(rng.dirichlet(np.ones(11))), jnp.float32), rewards)
   _, _, metrics = weighted_update(dataclasses.replace(WEIGHTED, num_iterations=3), rollout, advantages)
-  assert (metrics.ratio_deviation[1:] > 1e-3).all(), "the policy moves"
-  np.testing.assert_allclose(metrics.effective_sample_size, metrics.effective_sample_size[0], rtol=1e-6)
+  assert (metrics["ratio_deviation"][1:] > 1e-3).all(), "the policy moves"
+  shares = metrics["importance/effective_sample_size"]
+  np.testing.assert_allclose(shares, shares[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("recorded", "passes"), [(True, 1 + 1 + 3), (False, 2 + 3 + 3)])
@@ -303,14 +315,14 @@ def test_recorded_states_are_scored_once_under_the_old_and_the_reference_policy(
     return step_merged(denoiser, params, rollout, spec, key)
 
   rollout, advantages = enumerated(jnp.full(11, -1.0), jnp.ones(11))
-  spec = UpdateSpec(3, 1, LossOptions(0.2, 0.1), "token", recorded_states=recorded)
-  jax.block_until_ready(weighted_update(spec, rollout, advantages, counting))
+  spec = Method(Estimator(counting, redraws=not recorded), PULLED, num_iterations=3)
+  jax.block_until_ready(weighted_update(spec, rollout, advantages))
   jax.effects_barrier()
   assert len(calls) == passes
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
-@pytest.mark.parametrize("loss", ["likelihood", "clipped_sequence"])
+@pytest.mark.parametrize("loss", [Likelihood(), ClippedSequence(epsilon=0.1)], ids=str)
 @pytest.mark.parametrize("parts", [1, 2])
 def test_what_a_loss_does_not_need_is_not_scored(loss, parts):
   """Passes: of mu inner steps, and of the old policy for a ratio at those behind the first."""
@@ -320,29 +332,31 @@ def test_what_a_loss_does_not_need_is_not_scored(loss, parts):
     jax.debug.callback(lambda: calls.append(1))
     return one_step(denoiser, params, rollout, spec, key, p_mask_prompt=P_MASK)
 
-  epsilon = None if loss == "likelihood" else 0.1
-  spec = UpdateSpec(3, parts, LossOptions(epsilon), "sequence", loss=loss)
-  fixed = {"denoiser": toy.DENOISER, "estimator": counting, "sampler": toy.SPEC, "optimizer": OPTIMIZER, "spec": spec}
+  spec = dataclasses.replace(method(3, parts, loss, "sequence"), estimator=Estimator(counting))
+  fixed = {"denoiser": toy.DENOISER, "sampler": toy.SPEC, "optimizer": OPTIMIZER, "method": spec}
   _, metrics = jax.jit(functools.partial(update, **fixed))(start(), FROZEN, ROLLOUT, ADVANTAGES)
   jax.block_until_ready(metrics)
   jax.effects_barrier()
-  assert len(calls) == parts * (3 if loss == "likelihood" else 2 + 3)
-  assert (metrics.clip_fraction is None) == (loss == "likelihood")
-  assert (metrics.kl == 0).all()
+  assert len(calls) == parts * (3 if loss == Likelihood() else 2 + 3)
+  assert ("clip_fraction" in metrics) == (loss != Likelihood())
+  assert (metrics["kl"] == 0).all()
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_the_reference_can_be_watched_without_a_penalty():
-  plain, watched = (run(UpdateSpec(2, 2, LossOptions(0.2), "token", score_reference=watch)) for watch in (False, True))
+  plain, watched = (run(method(2, 2, FREE, "token", score_reference=watch)) for watch in (False, True))
   assert_close(watched[0].trainable, plain[0].trainable, 1e-7)
-  np.testing.assert_allclose(watched[1].kl, run(UpdateSpec(2, 2, LossOptions(0.2, 1e-6), "token"))[1].kl, rtol=1e-4)
-  assert (watched[1].reference_gap > 0).all()
-  assert ((plain[1].kl == 0).all(), plain[1].reference_gap) == (True, None)
+  barely = run(method(2, 2, ClippedToken(epsilon=0.2, beta=1e-6), "token"))[1]
+  np.testing.assert_allclose(watched[1]["kl"], barely["kl"], rtol=1e-4)
+  assert (watched[1]["reference_gap"] > 0).all()
+  assert (plain[1]["kl"] == 0).all()
+  assert "reference_gap" not in plain[1]
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_a_pull_towards_the_old_policy_begins_at_nothing():
-  free, held = (run(UpdateSpec(2, 2, LossOptions(0.2, beta, kl_against="old"), "token"))[1] for beta in (0.0, 0.5))
-  np.testing.assert_allclose(held.loss[0], free.loss[0], rtol=1e-6)
-  np.testing.assert_allclose(held.grad_norm[0], free.grad_norm[0], rtol=1e-6)
-  assert held.loss[1] > free.loss[1]
+  losses = (ClippedToken(epsilon=0.2, beta=beta, kl_against="old") for beta in (0.0, 0.5))
+  free, held = (run(method(2, 2, loss, "token"))[1] for loss in losses)
+  np.testing.assert_allclose(held["loss"][0], free["loss"][0], rtol=1e-6)
+  np.testing.assert_allclose(held["grad_norm"][0], free["grad_norm"][0], rtol=1e-6)
+  assert held["loss"][1] > free["loss"][1]

@@ -54,7 +54,7 @@ FIELDS = {
   "grpo.num_iterations": 2,
   "grpo.accumulation": 1,
   "grpo.rollout_chunks": 2,
-  "grpo.beta": 0.04,
+  "grpo.loss.beta": 0.04,
   "grpo.learning_rate": 1e-2,
   "evaluation.batch_size": 8,
 }

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from d1jax.data.sft_batches import SftBatch
-from d1jax.diffusion.likelihood import one_step
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.models import lora, transformer
@@ -18,9 +17,10 @@ from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import multihost
 from d1jax.pretrained import build_denoiser
-from d1jax.rl import methods
-from d1jax.rl.losses import LossOptions
-from d1jax.rl.update import UpdateSpec, update
+from d1jax.rl.estimators import ESTIMATORS
+from d1jax.rl.losses import ClippedToken
+from d1jax.rl.method import Method
+from d1jax.rl.update import update
 from d1jax.state import Frozen, create, merge
 from d1jax.training import cost
 from d1jax.training.sft import sft_step
@@ -95,12 +95,16 @@ def test_a_rollout_with_adapters_beside_a_quantised_base():
   assert merged.flops < counted
 
 
-def counted_update(denoiser, trainable, frozen, sampler, spec, tile=None, estimator=None):
-  estimator = estimator or functools.partial(one_step, p_mask_prompt=0.1, tile=tile)
+def method_of(mu, accumulation, beta, estimator="one_step", **options):
+  """A method that clips tokens."""
+  options = {"p_mask_prompt": 0.1} | options if estimator == "one_step" else options
+  estimator, loss = ESTIMATORS[estimator].bind(**options), ClippedToken(epsilon=0.2, beta=beta)
+  return Method(estimator, loss, num_iterations=mu, accumulation=accumulation)
+
+
+def counted_update(denoiser, trainable, frozen, sampler, method):
   state = jax.eval_shape(lambda: create(lambda _: zeros(trainable), OPTIMIZER, KEY, KEY))
-  program = functools.partial(
-    update, denoiser=denoiser, estimator=estimator, sampler=sampler, optimizer=OPTIMIZER, spec=spec
-  )
+  program = functools.partial(update, method=method, denoiser=denoiser, sampler=sampler, optimizer=OPTIMIZER)
   return dot_flops(program, state, frozen, a_rollout(sampler), rows(dtype=jnp.float32))
 
 
@@ -114,9 +118,9 @@ def zeros(shapes):
 @pytest.mark.parametrize(("mu", "accumulation", "beta"), [(1, 1, 0.0), (1, 2, 0.1), (3, 1, 0.0), (4, 2, 0.1)])
 def test_score_and_update(adapters, mu, accumulation, beta):
   model, denoiser, trainable, frozen = parts(adapters)
-  spec = UpdateSpec(mu, accumulation, LossOptions(0.2, beta), "token")
-  score, steps = cost.update(model, SAMPLER, spec, PROMPT + 12, cost.whole(SAMPLER, 2, ROWS // 2), tiled=False)
-  assert score.flops + steps.flops == counted_update(denoiser, trainable, frozen, SAMPLER, spec)
+  method = method_of(mu, accumulation, beta)
+  score, steps = cost.update(model, SAMPLER, method, PROMPT + 12, cost.whole(SAMPLER, 2, ROWS // 2), tiled=False)
+  assert score.flops + steps.flops == counted_update(denoiser, trainable, frozen, SAMPLER, method)
   assert (score.tokens, steps.tokens) == (((mu - 1) + mu * (beta > 0)) * ROWS * 12, mu * ROWS * 12)
   assert score.repeated == steps.repeated == 0
   assert (score.flops == 0) == (mu == 1 and beta == 0)
@@ -125,14 +129,12 @@ def test_score_and_update(adapters, mu, accumulation, beta):
 def check_estimator(adapters, mu, beta, sampler, name, options):
   """Each pass of an estimate is computed again in the backward pass, with `jax.checkpoint`."""
   model, denoiser, trainable, frozen = parts(adapters)
-  recorded, passes = not methods.ESTIMATORS[name].redraws, methods.passes(name, options, sampler)
-  spec = UpdateSpec(mu, 2, LossOptions(0.2, beta), "token", recorded_states=recorded, passes=passes)
-  score, steps = cost.update(model, sampler, spec, PROMPT + 12, cost.whole(sampler, 1, ROWS), tiled=False)
-  estimator = methods.bind(name, options)
-  counted = counted_update(denoiser, trainable, frozen, sampler, spec, estimator=estimator)
+  method = method_of(mu, 2, beta, name, **options)
+  score, steps = cost.update(model, sampler, method, PROMPT + 12, cost.whole(sampler, 1, ROWS), tiled=False)
+  counted = counted_update(denoiser, trainable, frozen, sampler, method)
   assert score.flops + steps.flops + steps.repeated == counted
   scored = (mu - 1) + mu * (beta > 0)
-  assert score.tokens == (min(scored, (mu > 1) + (beta > 0)) if recorded else scored) * ROWS * 12
+  assert score.tokens == (min(scored, (mu > 1) + (beta > 0)) if not method.estimator.redraws else scored) * ROWS * 12
 
 
 @pytest.mark.few(3, reason="each case compiles programs of its own")
@@ -165,13 +167,13 @@ def test_every_estimator(name, options):
 
 @pytest.mark.parametrize(("adapters", "tile"), [(None, None), (None, 8), (ADAPTERS, None)])
 def test_what_saves_memory_is_counted_apart(adapters, tile):
-  spec = UpdateSpec(2, 1, LossOptions(0.2, 0.1), "token")
+  method = method_of(2, 1, 0.1, tile=tile)
   model, denoiser, trainable, frozen = parts(adapters, remat=True)
   reach = cost.whole(SAMPLER, 1, ROWS)
-  score, steps = cost.update(model, SAMPLER, spec, PROMPT + 12, reach, tiled=tile is not None)
-  counted = counted_update(denoiser, trainable, frozen, SAMPLER, spec, tile)
+  score, steps = cost.update(model, SAMPLER, method, PROMPT + 12, reach, tiled=tile is not None)
+  counted = counted_update(denoiser, trainable, frozen, SAMPLER, method)
   assert score.flops + steps.flops + steps.repeated == counted
-  plain = cost.update(dataclasses.replace(model, remat=False), SAMPLER, spec, PROMPT + 12, reach, tiled=False)
+  plain = cost.update(dataclasses.replace(model, remat=False), SAMPLER, method, PROMPT + 12, reach, tiled=False)
   assert (score, steps._replace(repeated=0)) == plain
 
 

@@ -95,7 +95,7 @@ def records_of(workdir):
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_the_recorded_states_train_as_well(tmp_path, cap):
   changes = {"grpo__estimator": "step_merged", "grpo__importance_cap": cap, "grpo__num_iterations": 2}
-  recipe.run(started(tmp_path, grpo__steps=3, grpo__accumulation=2, grpo__beta=0.01, **changes))
+  recipe.run(started(tmp_path, grpo__steps=3, grpo__accumulation=2, grpo__loss__beta=0.01, **changes))
   records = records_of(tmp_path)
   assert len(records) == 3
   assert any(r["grad_norm"] > 0 for r in records)
@@ -113,11 +113,13 @@ GREEDY = {"rollout__temperature": 0.0, "rollout__remasking": "random"}
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"grpo__estimator": "two_step"}, "unknown grpo.estimator 'two_step'; choose one of: one_step, "),
-    ({"grpo__loss": "likelihood"}, "grpo.epsilon=0.5 clips a ratio, but grpo.loss=likelihood has none"),
+    (
+      {"grpo__loss": "sandwich"},
+      "loss=sandwich needs the option upper_share: give --config.grpo.loss.upper_share=",
+    ),
     ({"grpo__reward_weights": "sloved=1"}, "names 'sloved', which is no component; known: constraints, solved"),
     ({"grpo__oversample": 0}, "grpo.oversample=0 must be a whole number of at least 1"),
-    ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states .* shifts the data, not the ratio"),
+    ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states.* shifts the data, not the ratio"),
     ({"grpo__importance_cap": 0.0, "grpo__estimator": "step_merged"}, "importance_cap=0.0 must be positive"),
     (
       {"grpo__importance_cap": 2.0, "grpo__estimator": "step_merged", **GREEDY},

@@ -7,13 +7,13 @@ from d1jax.errors import RunError
 from d1jax.rl.grading import Graded, Grader, WorkersDiedError
 from d1jax.rl.losses import RATIO_EDGES
 from d1jax.rl.shaping import UNSHAPED, Shaping
-from d1jax.rl.update import UpdateMetrics
 from d1jax.tasks import Grade, TaskError
 from d1jax.training import experiment as experiments
 from d1jax.training import host
 from tests.jobs import small
 
-UPDATE = UpdateMetrics(*(np.asarray([1.0, 3.0], np.float32) for _ in range(5)), np.asarray([True, False]))
+TWO = np.asarray([1.0, 3.0], np.float32)
+UPDATE = {"loss": TWO, "kl": TWO, "grad_norm": TWO, "sampling_gap": TWO, "finite": np.asarray([True, False])}
 
 
 def made_up(rows, completion_length=6, seed=0):
@@ -48,7 +48,7 @@ def test_metrics_are_pooled_and_components_averaged():
   assert (values["loss"], values["finite"], values["entropy"]) == (2.0, 0.0, 0.5)
   assert values["completion_length"] == made_up(4).completion_mask.sum() / 4
   assert "importance/effective_sample_size" not in values
-  weighted = UPDATE._replace(effective_sample_size=np.asarray([0.5, 0.75], np.float32))
+  weighted = UPDATE | {"importance/effective_sample_size": np.asarray([0.5, 0.75], np.float32)}
   assert summarised(batch, weighted, []) == values | {"importance/effective_sample_size": 0.625}
 
 
@@ -56,25 +56,25 @@ def test_figures_of_the_ratio_are_those_of_all_inner_steps_and_the_gap_that_of_t
   rng = np.random.default_rng(0)
   ratios = np.exp(0.3 * rng.normal(size=(2, 4000)))
   below = (np.log(ratios)[..., None] <= RATIO_EDGES).mean(axis=1).astype(np.float32)
-  metrics = UPDATE._replace(
-    ratio_below=below,
-    ratio_effective_sample_size=np.asarray([1.0, 0.5], np.float32),
-    sampling_gap=np.asarray([0.25, 9.0], np.float32),
-    clip_fraction=None,
-    ratio_deviation=None,
-  )
+  metrics = UPDATE | {
+    "ratio": below,
+    "ratio/effective_sample_size": np.asarray([1.0, 0.5], np.float32),
+    "sampling_gap": np.asarray([0.25, 9.0], np.float32),
+    "mine/tau": np.asarray([0.5, 1.0], np.float32),
+  }
   batch = graded(*[Grade({"right": float(i)}, {}) for i in range(4)])
   values = summarised(batch, metrics, [])
   assert (values["sampling_gap"], values["ratio/effective_sample_size"]) == (0.25, 0.75)
-  assert not {"clip_fraction", "ratio_deviation"} & set(values)
+  assert values["mine/tau"] == 0.75
+  assert not {"clip_fraction", "ratio_deviation", "ratio"} & set(values)
   for share in (0.01, 0.5, 0.99):
     exact, found = np.log(np.quantile(ratios, share)), np.log(values[f"ratio/p{100 * share:g}"])
     assert abs(found - exact) <= max(0.34 * abs(exact), 0.02)
 
 
 def test_ratios_of_one_have_quantiles_of_one_and_far_ones_the_last_edge():
-  assert set(host.ratio_quantiles((RATIO_EDGES > 0) * np.float32(1 - 1e-6)).values()) == {1.0}
-  far = host.ratio_quantiles(np.where(RATIO_EDGES < 9, 0.5, 0.5).astype(np.float32))
+  assert set(host.ratio_quantiles("ratio", (RATIO_EDGES > 0) * np.float32(1 - 1e-6)).values()) == {1.0}
+  far = host.ratio_quantiles("ratio", np.where(RATIO_EDGES < 9, 0.5, 0.5).astype(np.float32))
   assert far["ratio/p1"] == pytest.approx(np.exp(-10))
   assert far["ratio/p99"] == pytest.approx(np.exp(10))
 

@@ -13,7 +13,7 @@ NAN, INF = float("nan"), float("inf")
 
 WRONG = [
   *(("grpo", f"{stage}.learning_rate", value) for stage in ("sft", "grpo") for value in (NAN, INF, -1.0)),
-  *(("grpo", f"grpo.{name}", value) for name in ("max_grad_norm", "beta") for value in (NAN, -1.0)),
+  *(("grpo", "grpo.max_grad_norm", value) for value in (NAN, -1.0)),
   ("grpo", "grpo.max_grad_norm", 0.0),
   ("grpo", "grpo.weight_decay", NAN),
   ("grpo", "grpo.b1", 2.0),

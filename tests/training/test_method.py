@@ -3,11 +3,12 @@ import runpy
 
 import pytest
 
+from configs.methods import METHODS
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.rl.presets import METHODS
 from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.training import experiment as experiments
 from d1jax.training import method
+from d1jax.training.identity import flatten
 from tests import jobs
 
 SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
@@ -19,14 +20,15 @@ SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "
 def test_every_method_is_a_word(name, size, task):
   config = jobs.load("grpo", f"{size},{task},{name}")
   built = method.build(config.grpo, SamplerSpec(**config.rollout))
-  assert built.spec.passes.number is None or built.spec.passes.number > 0
+  passes = built.estimator.passes(SamplerSpec(**config.rollout))
+  assert passes.number is None or passes.number > 0
   assert isinstance(config.grpo.learning_rate, float)
-  own = METHODS[name].fields(config.rollout.to_dict())
-  papers = [METHODS[name].paper(config.rollout.to_dict(), one) for one in task.split(",")]
-  for section, fields in own.items():
-    for field, value in fields.items():
-      trained = size != "tiny" and any(field in paper[section] for paper in papers)
-      assert config[section][field] == value or trained, field
+  found, rollout = flatten(config.to_dict()), config.rollout.to_dict()
+  own = flatten(METHODS[name].fields(rollout))
+  papers = [flatten(METHODS[name].paper(rollout, one)) for one in task.split(",")]
+  for field, value in own.items():
+    trained = size != "tiny" and any(field in paper for paper in papers)
+    assert found[field] == value or trained, field
   if size == "tiny":
     assert config.grpo.learning_rate == jobs.load("grpo", f"tiny,{task}").grpo.learning_rate
 
@@ -44,7 +46,8 @@ def test_the_documented_passes_are_those_of_the_words():
   for words, *cells in rows[start + 2 : start + 5]:
     for name, cell in zip(names, cells, strict=True):
       config = jobs.load("grpo", f"{words.strip(' `')},{name}")
-      assert method.build(config.grpo, SamplerSpec(**config.rollout)).spec.passes.number == int(cell), (words, name)
+      sampler = SamplerSpec(**config.rollout)
+      assert method.build(config.grpo, sampler).estimator.passes(sampler).number == int(cell), (words, name)
 
 
 def warm_up(config):
@@ -82,7 +85,7 @@ def test_the_warm_up_is_counted_in_the_optimiser_steps_of_the_method(words, warm
 def test_a_mix_has_room_for_the_largest_of_each_field():
   config = jobs.load("grpo", "llada_8b,sudoku,gsm8k,math,stepmerge")
   assert (config.rollout.completion_length, config.rollout.diffusion_steps) == (512, 256)
-  assert (config.rollout.temperature, config.grpo.segments, config.grpo.num_iterations) == (0.9, 16, 12)
+  assert (config.rollout.temperature, config.grpo.estimator.segments, config.grpo.num_iterations) == (0.9, 16, 12)
 
 
 def test_one_method_at_a_time():

@@ -110,7 +110,7 @@ def test_rollouts_on_tpus_send_activations_and_no_weights(tpu, cache):
 
 
 def small(folder, **fields):
-  changes = {"model__overrides__heads": 4, "grpo__rollout_chunks": 2, "grpo__beta": 0.01}
+  changes = {"model__overrides__heads": 4, "grpo__rollout_chunks": 2, "grpo__loss__beta": 0.01}
   return build(jobs.small(folder, **changes), **fields)
 
 

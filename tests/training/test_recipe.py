@@ -164,8 +164,8 @@ def test_more_steps_go_on_from_the_end(finished, tmp_path):
 def test_another_config_is_refused_and_nothing_changes(finished):
   workdir, _, _ = finished
   before = (workdir / "config.json").read_bytes()
-  with pytest.raises(RunError, match=r"grpo\.beta was .*, now 0\.5.*May change on a resume"):
-    recipe.run(small(workdir, **runs.CHANGES, grpo__beta=0.5))
+  with pytest.raises(RunError, match=r"grpo\.loss\.beta was .*, now 0\.5.*May change on a resume"):
+    recipe.run(small(workdir, **runs.CHANGES, grpo__loss__beta=0.5))
   assert (workdir / "config.json").read_bytes() == before
 
 

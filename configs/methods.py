@@ -1,13 +1,13 @@
 """The papers' methods by name: what each is made of, and what its authors trained with.
 
-Where a preset differs from its reference, docs/methods.md says so.
+`configs/grpo.py` takes them as words. Where a preset differs from its reference, docs/methods.md says so.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from d1jax.rl.methods import Options
+Fields = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,40 +25,54 @@ class MethodPreset:
   """
 
   source: str
-  method: Options
-  rollout: Options = dataclasses.field(default_factory=dict)
-  trained: Options = dataclasses.field(default_factory=dict)
-  sampled: Options = dataclasses.field(default_factory=dict)
-  by_task: Mapping[str, Options] = dataclasses.field(default_factory=dict)
-  sampled_by_task: Mapping[str, Options] = dataclasses.field(default_factory=dict)
+  method: Fields
+  rollout: Fields = dataclasses.field(default_factory=dict)
+  trained: Fields = dataclasses.field(default_factory=dict)
+  sampled: Fields = dataclasses.field(default_factory=dict)
+  by_task: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
+  sampled_by_task: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
 
-  def fields(self, rollout: Options) -> dict[str, dict[str, Any]]:
+  def fields(self, rollout: Fields) -> dict[str, dict[str, Any]]:
     """Fields by section that hold for any model."""
     own = _resolved(self.rollout, rollout)
     return {"rollout": own, "grpo": _resolved(self.method, {**rollout, **own})}
 
-  def paper(self, rollout: Options, task: str) -> dict[str, dict[str, Any]]:
+  def paper(self, rollout: Fields, task: str) -> dict[str, dict[str, Any]]:
     """Fields by section that its authors used on their model."""
     own = _resolved({**self.sampled, **self.sampled_by_task.get(task, {})}, rollout)
-    return {"rollout": own, "grpo": _resolved({**self.trained, **self.by_task.get(task, {})}, {**rollout, **own})}
+    trained = _merged(self.trained, self.by_task.get(task, {}))
+    return {"rollout": own, "grpo": _resolved(trained, {**rollout, **own})}
 
 
-def _resolved(fields: Options, rollout: Options) -> dict[str, Any]:
-  return {name: value(rollout) if callable(value) else value for name, value in fields.items()}
+def _merged(fields: Fields, others: Fields) -> dict[str, Any]:
+  """Both, options of a part one by one; `others` win."""
+  inner = {name: _merged(fields.get(name, {}), value) for name, value in others.items() if isinstance(value, dict)}
+  return {**fields, **others, **inner}
 
 
-_TOKENS = dict(loss="clipped_token", aggregation="token")
-_SEQUENCES = dict(loss="clipped_sequence", aggregation="sequence", p_mask_prompt=0.0)
-_NO_CLIP = dict(epsilon=None, beta=0.0)
+def _resolved(fields: Fields, rollout: Fields) -> dict[str, Any]:
+  resolve = lambda value: _resolved(value, rollout) if isinstance(value, dict) else value
+  return {name: value(rollout) if callable(value) else resolve(value) for name, value in fields.items()}
+
+
+def _clipped_token(epsilon: float, **options: Any) -> dict[str, Any]:
+  return dict(loss=dict(name="clipped_token", epsilon=epsilon, epsilon_high=None, **options), aggregation="token")
+
+
+def _clipped_sequence(epsilon: float, **options: Any) -> dict[str, Any]:
+  loss = dict(name="clipped_sequence", epsilon=epsilon, epsilon_high=None, **options)
+  return dict(loss=loss, aggregation="sequence", p_mask_prompt=0.0)
+
+
 _SHRINK = 8
 """Denoising steps that TraceRL merges into one state."""
 
 
-def _every_token(rollout: Options) -> int:
+def _every_token(rollout: Fields) -> int:
   return rollout["completion_length"]
 
 
-def _trace_beta(rollout: Options) -> float:
+def _trace_beta(rollout: Fields) -> float:
   """TraceRL's 0.01 weighs a KL that is summed over the tokens of a state, beside a surrogate that is their mean.
 
   Both are means over tokens here, so that beta has the factor: 8 tokens a state at a token a step.
@@ -68,73 +82,77 @@ def _trace_beta(rollout: Options) -> float:
 
 METHODS: dict[str, MethodPreset] = {
   "d1": MethodPreset(
-    "arXiv 2504.12216, dllm-reasoning/d1", dict(**_TOKENS, advantage="mean", estimator="one_step", epsilon=0.5)
+    "arXiv 2504.12216, dllm-reasoning/d1",
+    dict(**_clipped_token(0.5), advantage=dict(name="mean"), estimator=dict(name="one_step")),
   ),
   "wd1": MethodPreset(
     "arXiv 2507.08838, xiaohangt/wd1",
-    dict(estimator="one_step", loss="likelihood", advantage="softmax", aggregation="fixed", **_NO_CLIP),
+    dict(
+      estimator=dict(name="one_step"),
+      loss=dict(name="likelihood", beta=0.0),
+      advantage=dict(name="softmax"),
+      aggregation="fixed",
+    ),
     by_task={"countdown": dict(num_iterations=12)},
   ),
   "coupled": MethodPreset(
     "DiffuCoder, arXiv 2506.20639, apple/ml-diffucoder",
-    dict(**_TOKENS, advantage="leave_one_out", estimator="coupled", samples=1, epsilon=0.5, p_mask_prompt=0.0),
-    trained=dict(beta=0.01, learning_rate=1e-6, num_generations=10, num_iterations=2),
+    dict(
+      **_clipped_token(0.5),
+      advantage=dict(name="leave_one_out"),
+      estimator=dict(name="coupled", samples=1),
+      p_mask_prompt=0.0,
+    ),
+    trained=dict(loss=dict(beta=0.01), learning_rate=1e-6, num_generations=10, num_iterations=2),
     sampled=dict(diffusion_steps=_every_token, temperature=1.0),
   ),
   "espo": MethodPreset(
     "arXiv 2512.03759, ML-GSAI/ESPO",
     dict(
-      **_SEQUENCES,
-      advantage="leave_one_out",
-      estimator="elbo",
-      samples=4,
-      masking="count",
-      antithetic=True,
-      epsilon=0.2,
-      kl="k2",
+      **_clipped_sequence(0.2, kl="k2"),
+      advantage=dict(name="leave_one_out"),
+      estimator=dict(name="elbo", samples=4, masking="count", antithetic=True),
     ),
     trained=dict(learning_rate=3e-6, num_iterations=8, weight_decay=0.01),
     sampled=dict(temperature=1.0),
     by_task={
-      "countdown": dict(beta=3e-3, epsilon=0.0),
-      "sudoku": dict(beta=1e-2),
-      "gsm8k": dict(beta=1e-3),
-      "math": dict(beta=1e-3, num_generations=16),
+      "countdown": dict(loss=dict(beta=3e-3, epsilon=0.0)),
+      "sudoku": dict(loss=dict(beta=1e-2)),
+      "gsm8k": dict(loss=dict(beta=1e-3)),
+      "math": dict(loss=dict(beta=1e-3), num_generations=16),
     },
     sampled_by_task={"gsm8k": dict(diffusion_steps=256), "math": dict(diffusion_steps=256)},
   ),
   "gdpo": MethodPreset(
     "arXiv 2510.08554",
-    dict(**_SEQUENCES, advantage="mean", estimator="quadrature", nodes=3, epsilon=0.5, beta=0.0),
+    dict(
+      **_clipped_sequence(0.5, beta=0.0),
+      advantage=dict(name="mean"),
+      estimator=dict(name="quadrature", nodes=3),
+    ),
     trained=dict(learning_rate=3e-7),
   ),
   "spg": MethodPreset(
     "arXiv 2510.09541, facebookresearch/SPG",
     dict(
-      estimator="sandwich",
-      samples=2,
-      exponent=1.5,
-      loss="sandwich",
-      upper_share=0.5,
-      advantage="mean",
+      estimator=dict(name="sandwich", samples=2, exponent=1.5),
+      loss=dict(name="sandwich", upper_share=0.5, beta=0.0),
+      advantage=dict(name="mean"),
       aggregation="token",
-      **_NO_CLIP,
     ),
     trained=dict(num_iterations=4),
-    by_task={"sudoku": dict(exponent=1.0)},
+    by_task={"sudoku": dict(estimator=dict(exponent=1.0))},
     sampled_by_task={"sudoku": dict(temperature=0.3)},
   ),
   # mu, beta and what else is not named are those of d1, whose scripts these are.
   "stepmerge": MethodPreset(
     "d2, arXiv 2509.21474, kuleshov-group/d2",
     dict(
-      **_TOKENS,
-      advantage="mean",
-      estimator="step_merged",
-      segments=lambda r: min(16, r["diffusion_steps"] // 2),
-      epsilon=0.5,
+      **_clipped_token(0.5),
+      advantage=dict(name="mean"),
+      estimator=dict(name="step_merged", segments=lambda r: min(16, r["diffusion_steps"] // 2)),
     ),
-    by_task={"gsm8k": dict(segments=8)},
+    by_task={"gsm8k": dict(estimator=dict(segments=8))},
     sampled_by_task={
       "sudoku": dict(completion_length=128, diffusion_steps=64, temperature=0.3),
       "countdown": dict(completion_length=128, diffusion_steps=64),
@@ -144,16 +162,13 @@ METHODS: dict[str, MethodPreset] = {
   "tracerl": MethodPreset(
     "arXiv 2509.06949, Gen-Verse/dLLM-RL",
     dict(
-      **_TOKENS,
-      advantage="mean_std",
-      estimator="step_merged",
-      segments=lambda r: min(16, r["diffusion_steps"]),
-      epsilon=0.2,
-      kl_against="old",
+      **_clipped_token(0.2, kl_against="old"),
+      advantage=dict(name="mean_std"),
+      estimator=dict(name="step_merged", segments=lambda r: min(16, r["diffusion_steps"])),
     ),
     trained=dict(
-      beta=_trace_beta,
-      segments=lambda r: r["diffusion_steps"] // _SHRINK,
+      loss=dict(beta=_trace_beta),
+      estimator=dict(segments=lambda r: r["diffusion_steps"] // _SHRINK),
       learning_rate=1e-6,
       num_generations=8,
       prompts_per_iteration=32,
@@ -168,16 +183,13 @@ METHODS: dict[str, MethodPreset] = {
   "agrpo": MethodPreset(
     "arXiv 2510.04019, probablyabot/agrpo",
     dict(
-      loss="clipped_token",
+      loss=dict(name="clipped_token", epsilon=0.2, epsilon_high=None, beta=0.0),
       aggregation="sequence",
-      advantage="mean",
-      estimator="sampled_steps",
-      samples=lambda r: max(2, r["diffusion_steps"] // 32),
-      epsilon=0.2,
-      beta=0.0,
+      advantage=dict(name="mean"),
+      estimator=dict(name="sampled_steps", samples=lambda r: max(2, r["diffusion_steps"] // 32)),
     ),
     trained=dict(
-      samples=24,
+      estimator=dict(samples=24),
       learning_rate=5e-6,
       num_generations=8,
       num_iterations=1,
@@ -188,7 +200,12 @@ METHODS: dict[str, MethodPreset] = {
   ),
   "justgrpo": MethodPreset(
     "arXiv 2601.15165, LeapLabTHU/JustGRPO",
-    dict(estimator="left_to_right", loss="likelihood", advantage="mean_std", aggregation="fixed", **_NO_CLIP),
+    dict(
+      estimator=dict(name="left_to_right"),
+      loss=dict(name="likelihood", beta=0.0),
+      advantage=dict(name="mean_std"),
+      aggregation="fixed",
+    ),
     rollout=dict(block_length=1, diffusion_steps=_every_token, temperature=1.0),
     trained=dict(
       learning_rate=5e-6,
