@@ -20,8 +20,8 @@ from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
+from d1jax.training import compiled, grpo, ledger, loop, profile, sft
 from d1jax.training import experiment as experiments
-from d1jax.training import grpo, ledger, loop, profile, sft
 from d1jax.training import optimizer as optimizers
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
@@ -313,7 +313,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     print(report.summary(finished, workdir))
     return finished
   began = time.monotonic()
-  with locked(workdir), Interrupts() as interrupts, explained("run", "more devices"):
+  with locked(workdir), compiled.kept(workdir), Interrupts() as interrupts, explained("run", "more devices"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
       splits = recipe.splits()
