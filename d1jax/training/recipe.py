@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -14,24 +13,23 @@ from ml_collections import ConfigDict
 
 from d1jax import report
 from d1jax.errors import RunError, explained, input_checked, smaller_batches
-from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator, baseline
-from d1jax.files import FileError, read_json
+from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
-from d1jax.training import compiled, grpo, ledger, loop, profile, sft
+from d1jax.training import compiled, grpo, loop, profile, sft
 from d1jax.training import experiment as experiments
 from d1jax.training import optimizer as optimizers
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
-from d1jax.training.identity import check_splits, flatten, holds_run, record_changes
+from d1jax.training.identity import check_splits, holds_run, record_changes
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.lock import locked
-from d1jax.training.metrics import read_records
 from d1jax.training.publish import Publisher
+from d1jax.training.results import Outcome, finished_results, write_results
 from d1jax.training.weights import check_base
-from d1jax.training.workdir import Folder, claim, folder, read_tokenizer, revision, versions, write_json
+from d1jax.training.workdir import Folder, claim, folder, read_tokenizer
 
 log = logging.getLogger(__name__)
 VALIDATION_METRIC = "solved"
@@ -40,25 +38,6 @@ VALIDATION_METRIC = "solved"
 
 Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
 """From the iteration to start at to one iteration of a stage."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """What a stage leaves behind.
-
-  Weights are on disk and no longer in memory: `Recipe.best` reads them when they are needed.
-
-  Attributes:
-    best_step: the iteration with the best validation.
-    fingerprint: of the weights at the end.
-    seconds: that the stage took, earlier attempts included.
-    checkpoint: the folder of the best weights.
-  """
-
-  best_step: int
-  fingerprint: str
-  seconds: float
-  checkpoint: Folder
 
 
 class Validation(NamedTuple):
@@ -307,7 +286,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     `checkpoint`.
   """
   workdir = folder(config.workdir)
-  finished = multihost.from_main(lambda: _finished(workdir, config))
+  finished = multihost.from_main(lambda: finished_results(workdir, config))
   if finished:
     print(f"{workdir} is finished; this is its result again.\n")
     print(report.summary(finished, workdir))
@@ -326,26 +305,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
       "base_fingerprint": recipe.experiment.weights.base_fingerprint,
     }
     rest = fingerprints | {"splits": splits}
-    results = multihost.from_main(lambda: _write_results(recipe, outcomes, evaluations, began, rest))
+    results = multihost.from_main(lambda: write_results(recipe.experiment, workdir, outcomes, evaluations, began, rest))
   print(report.summary(results, workdir))
-  return results
-
-
-def _finished(workdir: Folder, config: ConfigDict) -> dict[str, Any] | None:
-  """The results of this run, if it is finished."""
-  path = workdir / "results.json"
-  if not holds_run(workdir, config.to_dict()) or not path.exists():
-    return None
-  if path.is_dir():
-    raise RunError(f"{path} is a folder, expected a file: move it away")
-  try:
-    results = read_json(path, dict)
-    if _totals(results["config"]) != _totals(config.to_dict()):
-      return None
-    report.summary(results, workdir)
-  except (FileError, LookupError, TypeError, ValueError, AttributeError) as error:
-    log.warning("%s is damaged (%s); it is written anew", path, error)
-    return None
   return results
 
 
@@ -354,46 +315,3 @@ def _claim(recipe: Recipe, splits: dict[str, Any]) -> None:
   check_splits(recipe.workdir, config, splits)
   record_changes(recipe.workdir, config)
   claim(recipe.workdir, config, recipe.experiment.tokenizer.files, splits)
-
-
-def _totals(config: dict[str, Any]) -> list[Any]:
-  flat = flatten(json.loads(json.dumps(config)))
-  return [flat.get("sft.steps"), flat.get("grpo.steps")]
-
-
-def _write_results(
-  recipe: Recipe,
-  outcomes: dict[str, Outcome],
-  evaluated: dict[str, Evaluation],
-  began: float,
-  rest: dict[str, Any],
-) -> dict[str, Any]:
-  """Collects the results and writes them, the completions and the learning curves."""
-  config, workdir = recipe.config, recipe.workdir
-  final = outcomes[config.mode]
-  for name, found in evaluated.items():
-    found.write(workdir / "completions" / f"{name}.jsonl")
-  report.plot_learning_curves(workdir)
-  task, records = recipe.experiment.task, evaluated["after"].records
-  constant = baseline(task, records, config.task.style)
-  total = time.monotonic() - began
-  seconds = {stage: round(outcome.seconds, 2) for stage, outcome in outcomes.items()}
-  results = {
-    **{name: found.summary() for name, found in evaluated.items()},
-    "task": task.name,
-    "baseline": constant.summary(),
-    "samples": report.samples(evaluated["after"]),
-    "best_iteration": {stage: outcome.best_step for stage, outcome in outcomes.items()},
-    "checkpoint": str(final.checkpoint),
-    "seconds": seconds | {"this_invocation": round(total, 2)},
-    "cost": ledger.total(
-      read_records(workdir / "metrics.jsonl"), {stage: outcome.seconds for stage, outcome in outcomes.items()}
-    ),
-    "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-    "config": config.to_dict(),
-    "versions": versions(),
-    "revision": revision(),
-    **rest,
-  }
-  write_json(workdir / "results.json", results)
-  return results
