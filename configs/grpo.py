@@ -156,6 +156,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     p_mask_prompt=0.0,  # d1 masks prompts in diffu-GRPO only
     logits_tile=4096,  # vocabulary ids whose logits exist at a time; None: all
     validate_every=100,
+    save_every=none(int),  # iterations between checkpoints; None: every validation saves one
   )
 
   # d1's diffu-GRPO; one step is one rollout and num_iterations optimiser steps.
@@ -201,6 +202,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     max_grad_norm=0.2,
     logits_tile=4096,
     validate_every=50,
+    save_every=none(int),
     dump_every=0,  # iterations between dumped rollouts; 0: none
     drift_every=50,  # iterations between looks at what the rollouts' cache changes, if there is one; 0: none
     drift_limit=config_dict.placeholder(float),  # nats a token; beyond it the cache goes off. None: only logged

@@ -141,14 +141,24 @@ class Checkpoints:
     """Whether a damaged checkpoint was met."""
     return bool(self._passed)
 
-  def best_step(self) -> int | None:
-    """The step with the best validation, the later of equals; the last one where nothing was validated."""
-    steps, scored = self.steps(), []
+  def _scored(self, steps: list[int]) -> list[tuple[float, int]]:
+    """(validation, step) of those that have one."""
+    scored = []
     for step in steps:
       with contextlib.suppress(RunError):  # the run that writes the folder has just deleted it
         score = self._score(step)
         scored += [] if score is None or math.isnan(score) else [(score, step)]
+    return scored
+
+  def best_step(self) -> int | None:
+    """The step with the best validation, the later of equals; the last one where nothing was validated."""
+    steps = self.steps()
+    scored = self._scored(steps)
     return max(scored)[1] if scored else max(steps, default=None)
+
+  def best_score(self) -> float | None:
+    """The best validation, None where nothing was validated; the same on all processes."""
+    return multihost.from_main(lambda: max((score for score, _ in self._scored(self.steps())), default=None))
 
   def metadata(self, step: int) -> dict[str, Any]:
     """What was said beside the state of one checkpoint.

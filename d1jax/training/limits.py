@@ -63,6 +63,7 @@ SEED = Limit(True, 0, 2**32 - 1)
 _STAGE: Mapping[str, Limit] = {
   "steps": MANY,
   "validate_every": MANY,
+  "save_every": MAYBE_COUNT,
   "accumulation": COUNT,
   "learning_rate": SIZE,
   "warmup_steps": MANY,

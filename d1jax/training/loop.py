@@ -5,9 +5,13 @@ With several processes all run it side by side: what one of them alone knows, a 
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
 
 from d1jax.errors import NotFiniteError
 from d1jax.state import Params, TrainState
@@ -22,6 +26,31 @@ from d1jax.training.workdir import Folder
 log = logging.getLogger(__name__)
 
 
+class Cadence(NamedTuple):
+  """When a stage validates and saves.
+
+  Attributes:
+    validate_every: iterations between validations; the last iteration validates too.
+    save_every: iterations between checkpoints, and the last one saves too. The state of a validation is saved between
+      them only if no checkpoint has a better score. None: every validation saves.
+  """
+
+  validate_every: int
+  save_every: int | None = None
+
+  def saves(self, iteration: int, score: float | None, best: float | None) -> bool:
+    """Whether an iteration within the stage saves.
+
+    Args:
+      iteration: counted from 1.
+      score: of its validation; None without one.
+      best: the best score of a checkpoint; None without one.
+    """
+    if self.save_every is None:
+      return score is not None
+    return iteration % self.save_every == 0 or (score is not None and (best is None or score >= best))
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One stage of training.
@@ -33,7 +62,8 @@ class Stage:
       `tokens` (of completions) and what `ledger.entry` says.
     validate: `params -> score`, higher is better.
     all_finite: whether every weight and moment of a state is finite; asked before a state is saved.
-    validate_every: iterations between validations; a checkpoint is written at each, and at the end.
+    cadence: when it validates and saves.
+    rates: the learning rate of each optimiser step.
     shown: the metrics on the progress line.
     metadata: what a checkpoint says beside the state.
     began: when the stage began to be made ready (`time.perf_counter`).
@@ -45,7 +75,8 @@ class Stage:
   advance: Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
   validate: Callable[[Params], float]
   all_finite: Callable[[TrainState], Any]
-  validate_every: int
+  cadence: Cadence
+  rates: Float[np.ndarray, "optimiser_steps"]
   shown: tuple[str, ...]
   metadata: Mapping[str, Any]
   began: float
@@ -68,15 +99,16 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
   progress = Progress(stage.name, stage.iterations, start.step)
   history = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage.name]
   sounded: dict[str, str] = {}
-  clock = ledger.Clock(stage.began)
+  clock, best = ledger.Clock(stage.began), checkpoints.best_score()
   try:
     for iteration in range(start.step + 1, stage.iterations + 1):
       with stage.profile.iteration(iteration):
         state, metrics = stage.advance(state, iteration - 1)
       finite, tokens = bool(metrics.pop("finite")), metrics.pop("tokens")
+      metrics["learning_rate"] = float(stage.rates[max(int(state.step) - 1, 0)])  # of the last step that was taken
       score: float | None = None
       last = iteration == stage.iterations
-      if finite and (last or iteration % stage.validate_every == 0):
+      if finite and (last or iteration % stage.cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
           score = metrics["validation"] = stage.validate(state.trainable)
@@ -92,7 +124,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
       progress.update(iteration, shown | ({"alarm": " ".join(sounded)} if sounded else {}))
       stop = interrupts.pending()
-      if score is not None or stop or not finite:
+      if last or stop or not finite or stage.cadence.saves(iteration, score, best):
         if score is None:
           _check_finite(stage, iteration, state, checkpoints)
         metadata = {
@@ -103,6 +135,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
         with clock.outside("saving"):
           writer.keep()
           checkpoints.save(iteration, state, metadata, score)
+        best = max((x for x in (best, score) if x is not None and not math.isnan(x)), default=None)
       if not finite:
         checkpoints.wait()
         raise NotFiniteError(

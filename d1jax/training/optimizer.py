@@ -4,7 +4,9 @@ import logging
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jaxtyping import Float
 
 from d1jax.state import Params
 
@@ -30,6 +32,11 @@ def schedule(learning_rate: float, steps: int, warmup_steps: int, decay: str) ->
   else:
     raise ValueError(f"decay={decay!r} is unknown; known: constant, linear")
   return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)), tail], [warmup_steps])
+
+
+def rates(learning_rate: float, steps: int, warmup_steps: int, decay: str) -> Float[np.ndarray, "steps"]:
+  """The learning rate of each optimiser step, to be logged; see `schedule`."""
+  return np.asarray(schedule(learning_rate, steps, warmup_steps, decay)(np.arange(steps)))
 
 
 def build(

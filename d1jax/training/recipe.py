@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -31,7 +31,6 @@ from d1jax.training.results import Outcome, finished_results, write_results
 from d1jax.training.weights import check_base
 from d1jax.training.workdir import Folder, claim, folder, read_tokenizer
 
-log = logging.getLogger(__name__)
 VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
 
@@ -72,6 +71,7 @@ class Recipe:
     self._test = self._evaluator(self.experiment.texts("test"))
     self._validations: dict[str, Validation] = {}
     self._optimizers: dict[str, optax.GradientTransformation] = {}
+    self._rates: dict[str, np.ndarray] = {}
     if config.sft.steps:
       self._demonstrations, held_out = sft.demonstrations(self.experiment)
       self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
@@ -87,6 +87,7 @@ class Recipe:
     section = self.config[name]
     rate, warmup_steps = section.learning_rate, section.warmup_steps
     optimizers.warn_of_warm_up(name, learning_rate=rate, steps=steps, warmup_steps=warmup_steps)
+    self._rates[name] = optimizers.rates(rate, steps, warmup_steps, section.decay)
     return self.experiment.optimizer(section, steps)
 
   def splits(self) -> dict[str, Any]:
@@ -174,7 +175,8 @@ class Recipe:
       advancer(start.step),
       validate,
       finite.lower(abstract).compile(),
-      section.validate_every,
+      loop.Cadence(section.validate_every, section.save_every),
+      self._rates[name],
       shown,
       {"config": self.config.to_dict(), "base": weights.base_fingerprint},
       began,

@@ -22,8 +22,10 @@ def fresh(optimizer: optax.GradientTransformation) -> TrainState:
   return create(lambda _: {"w": jnp.ones((3,))}, optimizer, jax.random.key(0), jax.random.key(1))
 
 
-def run(folder, *, losses=(), rate=0.1, validate_every=3, stop_at=None):
-  """Runs, or goes on with, a stage whose iteration i has the loss `losses[i]`, 1 where nothing is said."""
+def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=None, **cadence):
+  """Runs, or goes on with, a stage whose iteration i has the loss `losses[i]`, 1 where nothing is said, and a
+  validation `scores[i]`, 0 where nothing is said.
+  """
   optimizer = optax.adam(rate)
   checkpoints = Checkpoints(folder / "checkpoints" / "sft", writes=True)
   start = checkpoints.restore_latest(jax.eval_shape(lambda: fresh(optimizer))) or Restored(0, fresh(optimizer), {})
@@ -46,9 +48,10 @@ def run(folder, *, losses=(), rate=0.1, validate_every=3, stop_at=None):
     "sft",
     STEPS,
     advance,
-    lambda trainable: 0.0,
+    lambda trainable: dict(scores).get(asked[-1], 0.0),
     jax.jit(all_finite),
-    validate_every,
+    loop.Cadence(validate_every, **cadence),
+    rate * np.arange(STEPS),
     ("loss",),
     {"config": {}, "base": None},
     0.0,
@@ -120,6 +123,49 @@ def test_a_stop_saves(tmp_path):
     run(tmp_path, stop_at=2)
   assert sorted(saved(tmp_path)) == [2]
   assert run(tmp_path)[0] == 3
+
+
+def records(folder) -> list[dict]:
+  return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize(
+  ("save_every", "scores", "kept"),
+  [
+    (None, {}, [6, 8]),  # as often as it validates; of equals the later
+    (None, {3: 1.0}, [3, 6, 8]),
+    (2, {}, [6, 8]),
+    (2, {3: 1.0}, [3, 6, 8]),  # the best is saved although no save was due, and stays
+    (100, {3: 1.0, 6: 0.5}, [3, 8]),
+    (100, {3: 1.0, 6: 1.0}, [6, 8]),  # Orbax keeps the later of equals, too
+  ],
+)
+def test_checkpoints_are_apart_from_validations(tmp_path, save_every, scores, kept):
+  run(tmp_path, scores=scores, save_every=save_every)
+  assert sorted(saved(tmp_path)) == kept
+  assert [r["iteration"] for r in records(tmp_path) if "validation" in r] == [3, 6, 8]
+  assert Checkpoints(tmp_path / "checkpoints" / "sft").best_step() == (
+    max(scores, key=lambda i: (scores[i], i)) if scores else 8
+  )
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_a_validation(tmp_path, monkeypatch):
+  """Killed behind iteration 5, whose last checkpoint is of iteration 4; the best, of iteration 3, stays."""
+  run(tmp_path / "whole", scores={3: 1.0}, save_every=2)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Progress, "update", lambda self, iteration, _: 1 / (iteration != 5))
+    with pytest.raises(ZeroDivisionError):
+      run(tmp_path / "broken", scores={3: 1.0}, save_every=2)
+  assert sorted(saved(tmp_path / "broken")) == [3, 4]
+  assert run(tmp_path / "broken", scores={3: 1.0}, save_every=2) == [5, 6, 7, 8]
+  whole, broken = saved(tmp_path / "whole"), saved(tmp_path / "broken")
+  assert sorted(broken) == sorted(whole) == [3, 6, 8]
+  np.testing.assert_array_equal(whole[8], broken[8])
+
+
+def test_the_learning_rate_of_the_last_step_that_was_taken_is_logged(tmp_path):
+  run(tmp_path, rate=0.5)
+  assert [r["learning_rate"] for r in records(tmp_path)] == [0.5 * i for i in range(STEPS)]
 
 
 def test_what_is_trained_is_read_without_the_moments(tmp_path):
