@@ -53,6 +53,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   c.mode = "grpo"
   c.seed = 0
   c.workdir = "runs/grpo"
+  # Where figures go beside metrics.jsonl, separated by commas: tensorboard, wandb, trackio, or FILE.py of your own.
+  c.trackers = "tensorboard"
   # FIRST:LAST iterations, counted from 1, to trace for XProf or TensorBoard (WORKDIR/profile); None: none.
   c.profile_steps = config_dict.placeholder(str)
 

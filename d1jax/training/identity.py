@@ -21,7 +21,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
   ),
   # What is written beside the weights.
-  "logging": ("profile_steps", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
+  "logging": ("profile_steps", "trackers", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
   # How long.
   "total": ("sft.steps", "grpo.steps"),
   # Where something lies: fingerprints say whether it is the same.

@@ -7,13 +7,14 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from d1jax.errors import NotFiniteError
+from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState
 from d1jax.training import ledger
 from d1jax.training.alarms import Limits, alarms
@@ -21,7 +22,8 @@ from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.metrics import MetricsWriter, Progress, read_records
 from d1jax.training.profile import Profile
-from d1jax.training.workdir import Folder
+from d1jax.training.trackers import Run, Trackers
+from d1jax.training.workdir import Folder, run_identity
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class Stage:
     all_finite: whether every weight and moment of a state is finite; asked before a state is saved.
     cadence: when it validates and saves.
     rates: the learning rate of each optimiser step.
+    trackers: where its figures go beside `metrics.jsonl`, see `trackers.named`.
     shown: the metrics on the progress line.
     metadata: what a checkpoint says beside the state.
     began: when the stage began to be made ready (`time.perf_counter`).
@@ -77,6 +80,7 @@ class Stage:
   all_finite: Callable[[TrainState], Any]
   cadence: Cadence
   rates: Float[np.ndarray, "optimiser_steps"]
+  trackers: Sequence[str]
   shown: tuple[str, ...]
   metadata: Mapping[str, Any]
   began: float
@@ -95,7 +99,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
     PreemptedError, InterruptedRunError: a stop was asked for; the state is saved.
   """
   state, began = start.state, time.monotonic() - float(start.metadata.get("seconds", 0.0))
-  writer = MetricsWriter(workdir, stage.name, start.step)
+  writer, trackers = MetricsWriter(workdir, stage.name, start.step), _trackers(stage, start.step, workdir)
   progress = Progress(stage.name, stage.iterations, start.step)
   history = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage.name]
   sounded: dict[str, str] = {}
@@ -120,7 +124,8 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       for name in raised.keys() - sounded.keys():
         log.warning("%s iteration %d: %s", stage.name, iteration, raised[name])
       sounded = raised
-      writer.write(iteration, {**metrics, "alarms": list(sounded)} if sounded else metrics)
+      writer.log(iteration, {**metrics, "alarms": list(sounded)} if sounded else metrics)
+      trackers.log(iteration, metrics)
       shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
       progress.update(iteration, shown | ({"alarm": " ".join(sounded)} if sounded else {}))
       stop = interrupts.pending()
@@ -150,8 +155,16 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
     stage.profile.close()
     progress.close()
     writer.close()
+    trackers.close()
   checkpoints.wait()
   return time.monotonic() - began
+
+
+def _trackers(stage: Stage, start: int, workdir: Folder) -> Trackers:
+  """The trackers of a stage: all on process 0."""
+  names = stage.trackers if multihost.is_main() else ()
+  identity = run_identity(workdir) if names else ""
+  return Trackers(names, Run(workdir, workdir.name, identity, stage.name, start, stage.metadata["config"]))
 
 
 def _check_finite(stage: Stage, iteration: int, state: TrainState, checkpoints: Checkpoints) -> None:

@@ -18,7 +18,7 @@ from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
-from d1jax.training import compiled, grpo, loop, profile, sft
+from d1jax.training import compiled, grpo, loop, profile, sft, trackers
 from d1jax.training import experiment as experiments
 from d1jax.training import optimizer as optimizers
 from d1jax.training.checkpoint import Checkpoints, Restored
@@ -64,6 +64,7 @@ class Recipe:
     experiments.check_batches(config, self.experiment.ways)
     experiments.check_lengths(config, self.experiment.length_ways)
     experiments.check_start(config)
+    multihost.from_main(lambda: trackers.check(config.trackers))
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
     publisher = Publisher(self.experiment.weights, self.experiment.weights.abstract_trainable)
@@ -177,6 +178,7 @@ class Recipe:
       finite.lower(abstract).compile(),
       loop.Cadence(section.validate_every, section.save_every),
       self._rates[name],
+      trackers.named(self.config.trackers),
       shown,
       {"config": self.config.to_dict(), "base": weights.base_fingerprint},
       began,

@@ -56,6 +56,8 @@ def test_the_same_config_may_go_on(tmp_path):
     ("sft.steps", 99),
     ("grpo.steps", 99),
     ("grpo.dump_every", 1),
+    ("trackers", "wandb"),
+    ("sft.save_every", 2),
     ("grpo.grading_workers", 2),
     ("grpo.accumulation", 2),
     ("grpo.rollout_chunks", 4),

@@ -22,7 +22,7 @@ def fresh(optimizer: optax.GradientTransformation) -> TrainState:
   return create(lambda _: {"w": jnp.ones((3,))}, optimizer, jax.random.key(0), jax.random.key(1))
 
 
-def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=None, **cadence):
+def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=None, trackers=(), **cadence):
   """Runs, or goes on with, a stage whose iteration i has the loss `losses[i]`, 1 where nothing is said, and a
   validation `scores[i]`, 0 where nothing is said.
   """
@@ -51,7 +51,8 @@ def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=Non
     lambda trainable: dict(scores).get(asked[-1], 0.0),
     jax.jit(all_finite),
     loop.Cadence(validate_every, **cadence),
-    rate * np.arange(STEPS),
+    np.asarray([rate * i for i in range(STEPS)]),
+    trackers,
     ("loss",),
     {"config": {}, "base": None},
     0.0,

@@ -271,6 +271,7 @@ def test_sft_alone(tmp_path, capsys):
     ({"profile_steps": "2:9"}, r"profile_steps='2:9' must be FIRST:LAST, iterations of the stage, .* 1:6"),
     ({"grpo__aggregation": "mean"}, "aggregation='mean' is unknown"),
     ({"sft__decay": "cosine"}, "decay='cosine' is unknown"),
+    ({"trackers": "tensorboard,wandbb"}, "unknown tracker 'wandbb'; known: tensorboard, trackio, wandb"),
     ({"data__root": "/nowhere"}, "sudoku/train.csv: not found in '/nowhere'"),
   ],
 )
