@@ -159,6 +159,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     logits_tile=4096,  # vocabulary ids whose logits exist at a time; None: all
     validate_every=100,
     save_every=none(int),  # iterations between checkpoints; None: every validation saves one
+    patience=none(int),  # validations in a row without a better score that end the stage; None: all steps are done
+    max_skipped_steps=0,  # iterations in a row whose loss or gradient may be not finite; one more ends the run
   )
 
   # d1's diffu-GRPO; one step is one rollout and num_iterations optimiser steps.
@@ -205,6 +207,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     logits_tile=4096,
     validate_every=50,
     save_every=none(int),
+    patience=none(int),
+    max_skipped_steps=0,
     dump_every=0,  # iterations between dumped rollouts; 0: none
     drift_every=50,  # iterations between looks at what the rollouts' cache changes, if there is one; 0: none
     drift_limit=config_dict.placeholder(float),  # nats a token; beyond it the cache goes off. None: only logged

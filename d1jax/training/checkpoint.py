@@ -76,7 +76,7 @@ class Checkpoints:
         [
           policies.LatestN(2),
           policies.BestN(
-            get_metric_fn=lambda metrics: float(metrics[METRIC]), n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: _rank(float(metrics[METRIC])), n=1, keep_checkpoints_without_metrics=False
           ),
         ]
       ),
@@ -290,6 +290,11 @@ class Checkpoints:
   def best_trainable(self, abstract: TrainState) -> tuple[int, Params] | None:
     """Its step and what is trained of it, without the memory of the optimiser's moments; None where there is none."""
     return self._first_good(self.best_step, lambda step: (step, self.restore_trainable(step, abstract)))
+
+
+def _rank(score: float) -> float:
+  """A validation by which checkpoints are compared: one that is no number is below all others."""
+  return -math.inf if math.isnan(score) else score
 
 
 def is_step(name: str) -> bool:

@@ -64,6 +64,8 @@ _STAGE: Mapping[str, Limit] = {
   "steps": MANY,
   "validate_every": MANY,
   "save_every": MAYBE_COUNT,
+  "max_skipped_steps": MANY,
+  "patience": MAYBE_COUNT,
   "accumulation": COUNT,
   "learning_rate": SIZE,
   "warmup_steps": MANY,

@@ -29,16 +29,20 @@ log = logging.getLogger(__name__)
 
 
 class Cadence(NamedTuple):
-  """When a stage validates and saves.
+  """When a stage validates and saves, and what ends it.
 
   Attributes:
     validate_every: iterations between validations; the last iteration validates too.
     save_every: iterations between checkpoints, and the last one saves too. The state of a validation is saved between
       them only if no checkpoint has a better score. None: every validation saves.
+    max_skipped_steps: iterations in a row whose loss or gradient may be not finite; one more ends the run.
+    patience: validations in a row without a better score that end the stage; None: it does all its iterations.
   """
 
   validate_every: int
   save_every: int | None = None
+  max_skipped_steps: int = 0
+  patience: int | None = None
 
   def saves(self, iteration: int, score: float | None, best: float | None) -> bool:
     """Whether an iteration within the stage saves.
@@ -51,6 +55,38 @@ class Cadence(NamedTuple):
     if self.save_every is None:
       return score is not None
     return iteration % self.save_every == 0 or (score is not None and (best is None or score >= best))
+
+
+class Counts(NamedTuple):
+  """What a stage counts from one attempt to the next.
+
+  Attributes:
+    skipped_in_a_row: iterations up to now whose loss or gradient was not finite.
+    skipped: such iterations in all.
+    stale: validations up to now without a better score.
+  """
+
+  skipped_in_a_row: int = 0
+  skipped: int = 0
+  stale: int = 0
+
+  def after(self, finite: bool) -> "Counts":
+    """Those after one more iteration."""
+    if finite:
+      return self._replace(skipped_in_a_row=0)
+    return self._replace(skipped_in_a_row=self.skipped_in_a_row + 1, skipped=self.skipped + 1)
+
+
+def counts_of(metadata: Mapping[str, Any]) -> Counts:
+  """The counts in the metadata of a checkpoint; what is not there, as in older ones, is 0."""
+  found = metadata.get("counts")
+  found = found if isinstance(found, Mapping) else {}
+  return Counts(**{name: n for name, n in found.items() if name in Counts._fields and isinstance(n, int)})
+
+
+def is_over(step: int, metadata: Mapping[str, Any], iterations: int, patience: int | None) -> bool:
+  """Whether a stage has ended with a checkpoint: after all its iterations, or as its `patience` did."""
+  return step >= iterations or (patience is not None and counts_of(metadata).stale >= patience)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +130,8 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
     The seconds that the stage has taken, earlier attempts included.
 
   Raises:
-    NotFiniteError: a loss or gradient was not finite, and the step was left out; the state is saved. Or a step made
-      weights that are not finite; that state is not saved.
+    NotFiniteError: losses or gradients were not finite more often in a row than allowed, and these steps were left
+      out; the state is saved. Or a step made weights that are not finite; that state is not saved.
     PreemptedError, InterruptedRunError: a stop was asked for; the state is saved.
   """
   state, began = start.state, time.monotonic() - float(start.metadata.get("seconds", 0.0))
@@ -103,19 +139,29 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
   progress = Progress(stage.name, stage.iterations, start.step)
   history = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage.name]
   sounded: dict[str, str] = {}
-  clock, best = ledger.Clock(stage.began), checkpoints.best_score()
+  clock, best, cadence = ledger.Clock(stage.began), checkpoints.best_score(), stage.cadence
+  counts = counts_of(start.metadata)
   try:
     for iteration in range(start.step + 1, stage.iterations + 1):
       with stage.profile.iteration(iteration):
         state, metrics = stage.advance(state, iteration - 1)
       finite, tokens = bool(metrics.pop("finite")), metrics.pop("tokens")
       metrics["learning_rate"] = float(stage.rates[max(int(state.step) - 1, 0)])  # of the last step that was taken
+      counts = counts.after(finite)
+      refused = counts.skipped_in_a_row > cadence.max_skipped_steps
+      if counts.skipped:
+        metrics["skipped_steps"] = float(counts.skipped)
+      if not finite and not refused:
+        _warn_of_skip(stage, iteration, counts)
       score: float | None = None
       last = iteration == stage.iterations
-      if finite and (last or iteration % stage.cadence.validate_every == 0):
+      if not refused and (last or iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
           score = metrics["validation"] = stage.validate(state.trainable)
+        is_better = not math.isnan(score) and (best is None or score > best)
+        counts = counts._replace(stale=0 if is_better else counts.stale + 1)
+        last = last or is_over(iteration, {"counts": counts._asdict()}, stage.iterations, cadence.patience)
       metrics = clock.close(metrics)
       metrics["tokens_per_second"] = tokens / metrics["seconds"]
       metrics["elapsed"] = time.monotonic() - began
@@ -129,19 +175,20 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
       progress.update(iteration, shown | ({"alarm": " ".join(sounded)} if sounded else {}))
       stop = interrupts.pending()
-      if last or stop or not finite or stage.cadence.saves(iteration, score, best):
+      if last or stop or refused or cadence.saves(iteration, score, best):
         if score is None:
           _check_finite(stage, iteration, state, checkpoints)
         metadata = {
           **stage.metadata,
           "data": {"next_index": iteration},
           "seconds": time.monotonic() - began,
+          "counts": (counts._replace(skipped_in_a_row=0) if refused else counts)._asdict(),
         }
         with clock.outside("saving"):
           writer.keep()
           checkpoints.save(iteration, state, metadata, score)
         best = max((x for x in (best, score) if x is not None and not math.isnan(x)), default=None)
-      if not finite:
+      if refused:
         checkpoints.wait()
         raise NotFiniteError(
           f"{stage.name} iteration {iteration}: loss or gradient is not finite (loss {metrics['loss']}). The step was"
@@ -151,6 +198,10 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       if stop and not last:
         checkpoints.wait()
         raise interrupts.error(f"{stage.name} iteration {iteration}")
+      if last:
+        if iteration < stage.iterations:
+          print(f"{stage.name}: ends at iteration {iteration}, {counts.stale} validations without a better score")
+        break
   finally:
     stage.profile.close()
     progress.close()
@@ -165,6 +216,13 @@ def _trackers(stage: Stage, start: int, workdir: Folder) -> Trackers:
   names = stage.trackers if multihost.is_main() else ()
   identity = run_identity(workdir) if names else ""
   return Trackers(names, Run(workdir, workdir.name, identity, stage.name, start, stage.metadata["config"]))
+
+
+def _warn_of_skip(stage: Stage, iteration: int, counts: Counts) -> None:
+  log.warning(
+    "%s iteration %d: loss or gradient is not finite; the step is left out (%d in a row, of at most %d)",
+    *(stage.name, iteration, counts.skipped_in_a_row, stage.cadence.max_skipped_steps),
+  )
 
 
 def _check_finite(stage: Stage, iteration: int, state: TrainState, checkpoints: Checkpoints) -> None:

@@ -159,7 +159,7 @@ class Recipe:
     if start:
       with input_checked():
         check_base(weights, start.metadata)
-    if start and start.step >= section.steps:
+    if start and loop.is_over(start.step, start.metadata, section.steps, section.patience):
       return
     start = start or Restored(0, fresh(), {})
     for tree in (start.state, start.state.trainable):
@@ -176,7 +176,7 @@ class Recipe:
       advancer(start.step),
       validate,
       finite.lower(abstract).compile(),
-      loop.Cadence(section.validate_every, section.save_every),
+      loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
       self._rates[name],
       trackers.named(self.config.trackers),
       shown,
@@ -197,11 +197,17 @@ class Recipe:
     """Runs or resumes a stage; nothing is computed twice, and of a finished one its best weights alone are read."""
     home, weights = self.workdir / "checkpoints" / name, self.experiment.weights
     checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
-    last = lambda: multihost.from_main(lambda: max(checkpoints.steps(), default=0))
+
+    def last() -> tuple[int, bool]:
+      """The last step, and whether the stage ended with it."""
+      step = max(checkpoints.steps(), default=0)
+      return step, step > 0 and loop.is_over(step, checkpoints.metadata(step), section.steps, section.patience)
+
+    found = lambda: multihost.from_main(last)
     with explained(name, self._smaller_parts(name)):
       step: int | None = None
-      while step is None or last() < section.steps:  # a damaged one is set aside by then, and made again
-        if last() < section.steps:
+      while step is None or not found()[1]:  # a damaged one is set aside by then, and made again
+        if not found()[1]:
           self._train_stage(name, section, fresh, advancer, shown, checkpoints)
         best = checkpoints.best_trainable(abstract)
         if best is None:
@@ -210,8 +216,8 @@ class Recipe:
         del best  # the weights are good, and are read again when they are needed
       with input_checked():
         check_base(weights, checkpoints.metadata(step))
-      end = checkpoints.metadata(last())
-      trained = end.get("trainable") or fingerprint(checkpoints.restore_trainable(last(), abstract))
+      end = checkpoints.metadata(found()[0])
+      trained = end.get("trainable") or fingerprint(checkpoints.restore_trainable(found()[0], abstract))
       checkpoints.close()
     return Outcome(step, trained, float(end["seconds"]), home / str(step))
 

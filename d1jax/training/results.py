@@ -65,7 +65,7 @@ def finished_results(workdir: Folder, config: ConfigDict) -> dict[str, Any] | No
 
 def _totals(config: dict[str, Any]) -> list[Any]:
   flat = flatten(json.loads(json.dumps(config)))
-  return [flat.get("sft.steps"), flat.get("grpo.steps")]
+  return [flat.get(f"{stage}.{name}") for stage in ("sft", "grpo") for name in ("steps", "patience")]
 
 
 def write_results(

@@ -58,6 +58,8 @@ def test_the_same_config_may_go_on(tmp_path):
     ("grpo.dump_every", 1),
     ("trackers", "wandb"),
     ("sft.save_every", 2),
+    ("grpo.patience", 3),
+    ("grpo.max_skipped_steps", 3),
     ("grpo.grading_workers", 2),
     ("grpo.accumulation", 2),
     ("grpo.rollout_chunks", 4),

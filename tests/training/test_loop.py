@@ -169,6 +169,58 @@ def test_the_learning_rate_of_the_last_step_that_was_taken_is_logged(tmp_path):
   assert [r["learning_rate"] for r in records(tmp_path)] == [0.5 * i for i in range(STEPS)]
 
 
+def test_steps_that_are_not_finite_are_skipped_counted_and_logged(tmp_path, caplog):
+  """As often in a row as is allowed; a finite one begins the count anew, and the last iteration validates too."""
+  losses = {2: np.nan, 3: np.inf, 5: np.nan, 6: np.nan, 8: np.nan}
+  assert run(tmp_path, losses=losses, max_skipped_steps=2) == list(range(1, STEPS + 1))
+  found = records(tmp_path)
+  assert [r.get("skipped_steps") for r in found] == [None, 1, 2, 2, 3, 4, 4, 5]
+  assert [r["iteration"] for r in found if "validation" in r] == [3, 6, 8]
+  assert [record.message for record in caplog.records if record.name == loop.__name__] == [
+    f"sft iteration {iteration}: loss or gradient is not finite; the step is left out ({n} in a row, of at most 2)"
+    for iteration, n in ((2, 1), (3, 2), (5, 1), (6, 2), (8, 1))
+  ]
+  optimizer = optax.adam(0.1)
+  state = fresh(optimizer)
+  for _ in range(3):
+    state = apply_gradients(state, {"w": jnp.ones((3,))}, optimizer, jnp.bool_(True))
+  np.testing.assert_array_equal(saved(tmp_path)[STEPS], state.trainable["w"])
+
+
+def test_one_skipped_step_more_ends_the_run_and_the_same_command_goes_on(tmp_path):
+  losses = dict.fromkeys((3, 4, 5), np.nan)
+  assert refusal(tmp_path, losses=losses, max_skipped_steps=2).startswith("sft iteration 5: loss or gradient is not")
+  assert run(tmp_path, losses=losses | {6: np.nan}, max_skipped_steps=2) == [6, 7, 8]
+  assert records(tmp_path)[-1]["skipped_steps"] == 4
+
+
+def test_skipped_steps_count_across_a_stop(tmp_path):
+  losses = dict.fromkeys((3, 4, 5), np.nan)
+  with pytest.raises(PreemptedError):
+    run(tmp_path, losses=losses, max_skipped_steps=2, stop_at=4)
+  assert refusal(tmp_path, losses=losses, max_skipped_steps=2).startswith("sft iteration 5")
+
+
+@pytest.mark.parametrize("stop_at", [None, 5])
+def test_a_stage_ends_where_validation_no_longer_improves(tmp_path, stop_at, capsys):
+  options = {"scores": {2: 1.0, 4: 0.5, 6: np.nan, 8: 2.0}, "validate_every": 2, "patience": 2}
+  if stop_at:
+    with pytest.raises(PreemptedError):
+      run(tmp_path, **options, stop_at=stop_at)
+  assert run(tmp_path, **options)[-1] == 6
+  assert "sft: ends at iteration 6, 2 validations without a better score" in capsys.readouterr().out
+  checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft")
+  assert checkpoints.best_step() == 2
+  end = checkpoints.metadata(6)
+  assert [loop.is_over(6, end, STEPS, patience) for patience in (1, 2, 3, None)] == [True, True, False, False]
+  assert run(tmp_path, **options | {"patience": 3})[-1] == 8, "more patience goes on in the same folder"
+
+
+@pytest.mark.parametrize("counts", [None, 3, [1], {}, {"stale": "2"}, {"more": 1}])
+def test_counts_that_are_none_are_0(counts):
+  assert loop.counts_of({"counts": counts}) == loop.Counts()
+
+
 def test_what_is_trained_is_read_without_the_moments(tmp_path):
   run(tmp_path)
   checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft", writes=True)
