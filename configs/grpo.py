@@ -155,6 +155,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     b2=0.999,
     weight_decay=0.1,
     max_grad_norm=1.0,
+    ema_decay=none(float),  # of an average of the weights, which is validated, evaluated and exported; None: none
     p_mask_prompt=0.0,  # d1 masks prompts in diffu-GRPO only
     logits_tile=4096,  # vocabulary ids whose logits exist at a time; None: all
     validate_every=100,
@@ -204,6 +205,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     warmup_steps=500,
     decay="constant",
     max_grad_norm=0.2,
+    ema_decay=none(float),
     logits_tile=4096,
     validate_every=50,
     save_every=none(int),

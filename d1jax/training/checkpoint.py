@@ -25,6 +25,7 @@ from d1jax.files import FileError, read_json, write_check
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState
+from d1jax.training.optimizer import evaluated
 from d1jax.training.workdir import Folder
 
 log = logging.getLogger(__name__)
@@ -177,6 +178,8 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
     """Starts to write a checkpoint; the arrays are copied before this returns, so `state` may be donated."""
     said = {**metadata, "fingerprint": fingerprint(state), "trainable": fingerprint(state.trainable)}
+    if evaluated(state) is not state.trainable:
+      said["evaluated"] = fingerprint(evaluated(state))
     self._passed.discard(step)  # a damaged one of this step was moved away, and this is another
     self._writer.save_checkpointables_async(
       step,
@@ -213,14 +216,17 @@ class Checkpoints:
     self._compare(step, state, metadata["fingerprint"])
     return Restored(step, state, metadata)
 
-  def restore_trainable(self, step: int, abstract: TrainState) -> Params:
-    """Reads what is trained alone, without the memory of the optimiser's moments; otherwise as `restore`."""
-    if not isinstance(multihost.from_main(lambda: self.metadata(step).get("trainable")), str):
-      return self.restore(step, abstract).state.trainable  # it was written before this was said apart
-    left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
-    state, metadata = self._read(step, left_out._replace(trainable=abstract.trainable))
-    self._compare(step, state.trainable, metadata["trainable"])
-    return state.trainable
+  def restore_evaluated(self, step: int, abstract: TrainState) -> Params:
+    """Reads what is evaluated of a state (`optimizer.evaluated`) alone, without the memory of the optimiser's moments;
+    otherwise as `restore`.
+    """
+    name = "trainable" if evaluated(abstract) is abstract.trainable else "evaluated"
+    if not isinstance(multihost.from_main(lambda: self.metadata(step).get(name)), str):
+      return evaluated(self.restore(step, abstract).state)  # it was written before this was said apart
+    wanted = set(map(id, jax.tree.leaves(evaluated(abstract))))
+    state, metadata = self._read(step, jax.tree.map(lambda x: x if id(x) in wanted else ocp.PLACEHOLDER, abstract))
+    self._compare(step, evaluated(state), metadata[name])
+    return evaluated(state)
 
   def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     failure: Exception | None = None
@@ -287,9 +293,9 @@ class Checkpoints:
     """The good checkpoint with the best validation, None where there is none."""
     return self._first_good(self.best_step, lambda step: self.restore(step, abstract))
 
-  def best_trainable(self, abstract: TrainState) -> tuple[int, Params] | None:
-    """Its step and what is trained of it, without the memory of the optimiser's moments; None where there is none."""
-    return self._first_good(self.best_step, lambda step: (step, self.restore_trainable(step, abstract)))
+  def best_evaluated(self, abstract: TrainState) -> tuple[int, Params] | None:
+    """Its step and what is evaluated of it, without the memory of the optimiser's moments; None where there is none."""
+    return self._first_good(self.best_step, lambda step: (step, self.restore_evaluated(step, abstract)))
 
 
 def _rank(score: float) -> float:

@@ -73,6 +73,7 @@ _STAGE: Mapping[str, Limit] = {
   "b2": DECAY,
   "weight_decay": SIZE,
   "max_grad_norm": POSITIVE,
+  "ema_decay": DECAY._replace(optional=True),
   "p_mask_prompt": SHARE,
   "logits_tile": MAYBE_COUNT,
 }

@@ -21,6 +21,7 @@ from d1jax.training.alarms import Limits, alarms
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.metrics import MetricsWriter, Progress, read_records
+from d1jax.training.optimizer import evaluated
 from d1jax.training.profile import Profile
 from d1jax.training.trackers import Run, Trackers
 from d1jax.training.workdir import Folder, run_identity
@@ -98,7 +99,7 @@ class Stage:
     iterations: how many, in all.
     advance: `(state, iteration) -> (state, metrics)`, one iteration; metrics are host numbers, among them `finite`,
       `tokens` (of completions) and what `ledger.entry` says.
-    validate: `params -> score`, higher is better.
+    validate: `params -> score` of the weights that are evaluated, higher is better.
     all_finite: whether every weight and moment of a state is finite; asked before a state is saved.
     cadence: when it validates and saves.
     rates: the learning rate of each optimiser step.
@@ -158,7 +159,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       if not refused and (last or iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
-          score = metrics["validation"] = stage.validate(state.trainable)
+          score = metrics["validation"] = stage.validate(evaluated(state))
         is_better = not math.isnan(score) and (best is None or score > best)
         counts = counts._replace(stale=0 if is_better else counts.stale + 1)
         last = last or is_over(iteration, {"counts": counts._asdict()}, stage.iterations, cadence.patience)

@@ -209,7 +209,7 @@ class Recipe:
       while step is None or not found()[1]:  # a damaged one is set aside by then, and made again
         if not found()[1]:
           self._train_stage(name, section, fresh, advancer, shown, checkpoints)
-        best = checkpoints.best_trainable(abstract)
+        best = checkpoints.best_evaluated(abstract)
         if best is None:
           raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
         step = best[0]
@@ -217,14 +217,14 @@ class Recipe:
       with input_checked():
         check_base(weights, checkpoints.metadata(step))
       end = checkpoints.metadata(found()[0])
-      trained = end.get("trainable") or fingerprint(checkpoints.restore_trainable(found()[0], abstract))
+      trained = end.get("trainable") or fingerprint(checkpoints.restore_evaluated(found()[0], abstract))
       checkpoints.close()
     return Outcome(step, trained, float(end["seconds"]), home / str(step))
 
   def best(self, name: str) -> Params:
     """The best weights of a stage that was run."""
     checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
-    found = checkpoints.best_trainable(self.experiment.weights.abstract_state(self._optimizers[name]))
+    found = checkpoints.best_evaluated(self.experiment.weights.abstract_state(self._optimizers[name]))
     checkpoints.close()
     if found is None:
       raise RunError(f"{checkpoints.folder} lost its checkpoints while the run went on; run the same command again")

@@ -14,6 +14,7 @@ WRONG = [
   *(("grpo", f"grpo.{name}", value) for name in ("max_grad_norm", "beta") for value in (NAN, -1.0)),
   ("grpo", "grpo.max_grad_norm", 0.0),
   ("grpo", "grpo.weight_decay", NAN),
+  *(("grpo", "sft.ema_decay", value) for value in (1.0, NAN, -0.5)),
   *(("grpo", f"grpo.{name}", 0) for name in ("save_every", "patience")),
   ("grpo", "grpo.max_skipped_steps", -1),
   ("grpo", "grpo.b1", 2.0),

@@ -69,7 +69,7 @@ def saved(folder) -> dict[int, np.ndarray]:
   """The weights of each checkpoint."""
   checkpoints = Checkpoints(folder / "checkpoints" / "sft", writes=True)
   abstract = jax.eval_shape(lambda: fresh(optax.adam(0.1)))
-  return {step: np.asarray(checkpoints.restore_trainable(step, abstract)["w"]) for step in checkpoints.steps()}
+  return {step: np.asarray(checkpoints.restore_evaluated(step, abstract)["w"]) for step in checkpoints.steps()}
 
 
 def refusal(folder, **options) -> str:
@@ -226,7 +226,7 @@ def test_what_is_trained_is_read_without_the_moments(tmp_path):
   checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft", writes=True)
   abstract = jax.eval_shape(lambda: fresh(optax.adam(0.1)))
   before = {id(x) for x in jax.live_arrays()}
-  step, trainable = checkpoints.best_trainable(abstract)
+  step, trainable = checkpoints.best_evaluated(abstract)
   assert step == STEPS
   made = [x for x in jax.live_arrays() if id(x) not in before and x.dtype == jnp.float32]
   assert sum(x.nbytes for x in made) == trainable["w"].nbytes
