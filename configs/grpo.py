@@ -103,7 +103,13 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     quantize="nf4",  # how the base under adapters is kept: int8, nf4, or none for `dtype`
   )
   # Adapters; rank 0 trains every weight instead.
-  c.lora = dict(rank=128, alpha=64.0, dropout=0.05, targets=("q_proj", "k_proj", "v_proj", "up_proj"))
+  c.lora = dict(
+    rank=128,
+    alpha=64.0,
+    dropout=0.05,
+    targets=("q_proj", "k_proj", "v_proj", "up_proj"),
+    rslora=False,  # scales adapters by alpha / sqrt(rank) instead of alpha / rank
+  )
   # Of the tokenizer that is trained where there is no folder.
   c.tokenizer = dict(model_type="char", vocab_size=512)
 
