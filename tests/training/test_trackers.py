@@ -123,10 +123,12 @@ def test_what_cannot_be_loaded_is_one_line_before_anything_is_trained(tmp_path, 
   assert "\n" not in str(caught.value)
 
 
-def test_a_tracker_that_cannot_begin_is_one_line(tmp_path):
-  (tmp_path / "own.py").write_text("def build(run):\n  raise ValueError('nobody is logged in\\nmore')")
-  with pytest.raises(RunError, match=r"own\.py cannot begin \(ValueError: nobody is logged in\)$"):
-    Trackers([str(tmp_path / "own.py")], run_of(tmp_path))
+def test_a_tracker_that_cannot_begin_is_one_line_and_the_others_are_closed(tmp_path):
+  (tmp_path / "own.py").write_text(OWN)
+  (tmp_path / "bad.py").write_text("def build(run):\n  raise ValueError('nobody is logged in\\nmore')")
+  with pytest.raises(RunError, match=r"bad\.py cannot begin \(ValueError: nobody is logged in\)$"):
+    Trackers([str(tmp_path / "own.py"), str(tmp_path / "bad.py")], run_of(tmp_path))
+  assert (tmp_path / "mine.closed").exists()
 
 
 @pytest.mark.parametrize("method", ["log", "close"])

@@ -105,10 +105,10 @@ class Trackers:
     for name in names:
       try:
         self._trackers[name] = _load(name).build(run)
-      except RunError:
-        raise
       except Exception as error:
         self.close()
+        if isinstance(error, RunError):
+          raise
         raise RunError(f"trackers: {name} cannot begin ({type(error).__name__}: {line_of(error)})") from error
 
   def log(self, step: int, values: Mapping[str, Any]) -> None:
