@@ -57,6 +57,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   c.mode = "grpo"
   c.seed = 0
   c.workdir = "runs/grpo"
+  # Where figures go beside metrics.jsonl, separated by commas: tensorboard, wandb, trackio, or FILE.py of your own.
+  c.trackers = "tensorboard"
   # FIRST:LAST iterations, counted from 1, to trace for XProf or TensorBoard (WORKDIR/profile); None: none.
   c.profile_steps = config_dict.placeholder(str)
 
@@ -105,7 +107,13 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     quantize="nf4",  # how the base under adapters is kept: int8, nf4, or none for `dtype`
   )
   # Adapters; rank 0 trains every weight instead.
-  c.lora = dict(rank=128, alpha=64.0, dropout=0.05, targets=("q_proj", "k_proj", "v_proj", "up_proj"))
+  c.lora = dict(
+    rank=128,
+    alpha=64.0,
+    dropout=0.05,
+    targets=("q_proj", "k_proj", "v_proj", "up_proj"),
+    rslora=False,  # scales adapters by alpha / sqrt(rank) instead of alpha / rank
+  )
   # Of the tokenizer that is trained where there is no folder.
   c.tokenizer = dict(model_type="char", vocab_size=512)
 
@@ -157,9 +165,13 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     b2=0.999,
     weight_decay=0.1,
     max_grad_norm=1.0,
+    ema_decay=none(float),  # of an average of the weights, which is validated, evaluated and exported; None: none
     p_mask_prompt=0.0,  # d1 masks prompts in diffu-GRPO only
     logits_tile=4096,  # vocabulary ids whose logits exist at a time; None: all
     validate_every=100,
+    save_every=none(int),  # iterations between checkpoints; None: every validation saves one
+    patience=none(int),  # validations in a row without a better score that end the stage; None: all steps are done
+    max_skipped_steps=0,  # iterations in a row whose loss or gradient may be not finite; one more ends the run
   )
 
   # d1's diffu-GRPO; one step is one rollout and num_iterations optimiser steps.
@@ -197,8 +209,12 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     warmup_steps=500,
     decay="constant",
     max_grad_norm=0.2,
+    ema_decay=none(float),
     logits_tile=4096,
     validate_every=50,
+    save_every=none(int),
+    patience=none(int),
+    max_skipped_steps=0,
     dump_every=0,  # iterations between dumped rollouts; 0: none
     drift_every=50,  # iterations between looks at what the rollouts' cache changes, if there is one; 0: none
     drift_limit=config_dict.placeholder(float),  # nats a token; beyond it the cache goes off. None: only logged

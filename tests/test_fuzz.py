@@ -200,7 +200,7 @@ def checkpoint(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> None:
-  Checkpoints(folder / "sft").best_trainable(abstract())
+  Checkpoints(folder / "sft").best_evaluated(abstract())
 
 
 READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {

@@ -72,8 +72,8 @@ class Found:
       RunError: none could be read.
     """
     if self.named:
-      return self.home, self.checkpoints.restore_trainable(int(self.home.name), abstract)
-    found = self.checkpoints.best_trainable(abstract)
+      return self.home, self.checkpoints.restore_evaluated(int(self.home.name), abstract)
+    found = self.checkpoints.best_evaluated(abstract)
     if found is None:
       raise RunError(f"the checkpoints of {self.home.parent} are gone; run the same command again")
     return self.home.parent / str(found[0]), found[1]

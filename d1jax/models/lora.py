@@ -1,10 +1,11 @@
 """Low-rank adapters on the projections of a frozen network (LoRA, arXiv 2106.09685).
 
-A projection with an adapter computes `x @ w + alpha / rank * (x @ a) @ b`. `b` starts at zero, so that a fresh adapter
-changes nothing, and the network without its adapter is the reference policy.
+A projection with an adapter computes `x @ w + scale * (x @ a) @ b`, with the scale alpha / rank. `b` starts at zero, so
+that a fresh adapter changes nothing, and the network without its adapter is the reference policy.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,12 +41,20 @@ class LoraSpec:
     alpha: the addition is scaled by alpha / rank.
     dropout: share of an adapter's inputs that supervised fine-tuning drops.
     targets: names of `PROJECTIONS`.
+    rslora: it is scaled by alpha / sqrt(rank) instead, so that a large rank learns as fast as a small one
+      (rank-stabilised LoRA, arXiv 2312.03732).
   """
 
   rank: int
   alpha: float
   dropout: float = 0.0
   targets: tuple[str, ...] = tuple(PROJECTIONS)
+  rslora: bool = False
+
+  @property
+  def scale(self) -> float:
+    """By what the addition is multiplied."""
+    return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
   def __post_init__(self) -> None:
     if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
@@ -68,7 +77,7 @@ class Adapter:
   Attributes:
     a: down to the rank, float32 [layers in rank].
     b: up from it, float32 [layers rank out].
-    scale: alpha / rank.
+    scale: of the addition, see `LoraSpec`.
     dropout: share of the inputs that are dropped in supervised fine-tuning.
   """
 
@@ -118,7 +127,7 @@ def init(key: Key[Array, ""], spec: LoraSpec, shapes: Params) -> Params:
     layers, inner, outer = w.shape
     bound = inner**-0.5
     draw = jax.random.uniform(jax.random.fold_in(key, index), (layers, inner, spec.rank), jnp.float32, -bound, bound)
-    return Adapter(draw, jnp.zeros((layers, spec.rank, outer)), spec.alpha / spec.rank, spec.dropout)
+    return Adapter(draw, jnp.zeros((layers, spec.rank, outer)), spec.scale, spec.dropout)
 
   return _each_target(spec, shapes["blocks"], make)
 
@@ -128,7 +137,7 @@ def axes(spec: LoraSpec, network_axes: Params) -> Params:
 
   def make(named: tuple[str, str, str], _: int) -> Adapter:
     layers, inner, outer = (name if name in ("layers", "embed") else "adapter" for name in named)
-    return Adapter((layers, inner, None), (layers, None, outer), spec.alpha / spec.rank, spec.dropout)
+    return Adapter((layers, inner, None), (layers, None, outer), spec.scale, spec.dropout)
 
   return _each_target(spec, network_axes["blocks"], make)
 

@@ -1,5 +1,6 @@
 """Adapters as folders of the PEFT library: adapter_config.json and adapter_model.safetensors, in both directions."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from d1jax.models.tensor_files import TensorFiles, write
 from d1jax.models.transformer import Network, Params
 
 LARGEST_SCALE = 1e6
-"""Of lora_alpha / r; in use are 0.01 to 100, and float32 ends at 3e38."""
+"""Of lora_alpha / r, or lora_alpha / sqrt(r); in use are 0.01 to 100, and float32 ends at 3e38."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -35,7 +36,6 @@ FIXED: Mapping[str, Any] = {
   "rank_pattern": {},
   "trainable_token_indices": None,
   "use_dora": False,
-  "use_rslora": False,
 }
 """The values of PEFT's options that an adapter here can have."""
 
@@ -77,7 +77,7 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
   Raises:
     ValueError: an option is not supported, or a tensor is missing, unknown or misshaped; the message names it.
   """
-  rank, alpha, dropout = _options(folder / CONFIG)
+  spec = _options(folder / CONFIG)
   files = TensorFiles(folder, f"{WEIGHTS}.index.json", WEIGHTS)
   shapes, layers = jax.eval_shape(network.init, jax.random.key(0))["blocks"], network.size.layers
   spelled = names.LLADA if any(".transformer.blocks." in name for name in files.shapes) else names.LLAMA
@@ -90,7 +90,7 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
       continue
     inner, outer = shapes[part][weight].shape[1:]
     stacks = []
-    for side, shape in (("A", (rank, inner)), ("B", (outer, rank))):
+    for side, shape in (("A", (spec.rank, inner)), ("B", (outer, spec.rank))):
       tensors = [f"{module.format(i)}.lora_{side}.weight" for i in range(layers)]
       for name in tensors:
         if files.shapes.get(name) != shape:
@@ -98,7 +98,7 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
           raise ValueError(f"{folder / WEIGHTS}: {name} has shape {found}, expected {shape}")
       stacks.append(jnp.stack([np.asarray(files.read(name), np.float32).T for name in tensors]))
       unread -= set(tensors)
-    tree.setdefault(part, {})[weight] = Adapter(stacks[0], stacks[1], alpha / rank, dropout)
+    tree.setdefault(part, {})[weight] = Adapter(stacks[0], stacks[1], spec.scale, spec.dropout)
     targets.append(target)
   if unread:
     example = next(
@@ -112,11 +112,11 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
     )
   if not targets:
     raise ValueError(f"{folder / WEIGHTS} holds no tensors of an adapter")
-  return LoraSpec(rank, alpha, dropout, tuple(targets)), {"blocks": tree}
+  return dataclasses.replace(spec, targets=tuple(targets)), {"blocks": tree}
 
 
-def _options(path: Path) -> tuple[int, float, float]:
-  """Rank, alpha and dropout of an adapter_config.json, whose other options are those that an adapter here can have."""
+def _options(path: Path) -> LoraSpec:
+  """What an adapter_config.json says but for the targets; its other options are those that an adapter here can have."""
   try:
     config = read_json(path, dict)
   except FileError as error:
@@ -134,11 +134,14 @@ def _options(path: Path) -> tuple[int, float, float]:
         f"{path} is not the configuration of a LoRA adapter ({name}={shown.repr(value)} is not {number})"
       )
   rank, alpha, dropout = int(numbers["r"]), float(numbers["lora_alpha"]), float(numbers["lora_dropout"])
+  rslora = config.get("use_rslora") or False
+  if not isinstance(rslora, bool):
+    raise ValueError(f"{path}: use_rslora={shown.repr(rslora)} is neither true nor false")
   try:
-    LoraSpec(rank, alpha, dropout)
+    spec = LoraSpec(rank, alpha, dropout, rslora=rslora)
   except ValueError as error:
     raise ValueError(f"{path} is not the configuration of a LoRA adapter ({error})") from None
-  if alpha / rank > LARGEST_SCALE:
+  if spec.scale > LARGEST_SCALE:
     raise ValueError(f"{path}: lora_alpha={alpha:g} is more than {LARGEST_SCALE:g} times r={rank}; correct it")
   start = config.get("init_lora_weights", True)
   if start not in STARTS:
@@ -148,7 +151,7 @@ def _options(path: Path) -> tuple[int, float, float]:
     is_empty = value is None or value is False or value in ({}, [])
     if value != expected and (expected or not is_empty):
       raise ValueError(f"{path}: {name}={shown.repr(value)} is not supported, only {expected!r}")
-  return rank, alpha, dropout
+  return spec
 
 
 def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Mapping[names.Path, str]) -> None:
@@ -184,6 +187,7 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Ma
     "r": spec.rank,
     "target_modules": _target_modules(list(modules.values())),
     "task_type": None,
+    "use_rslora": spec.rslora,
   }
   (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

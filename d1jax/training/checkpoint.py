@@ -25,6 +25,7 @@ from d1jax.files import FileError, read_json, write_check
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState
+from d1jax.training.optimizer import evaluated
 from d1jax.training.workdir import Folder
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Checkpoints:
         [
           policies.LatestN(2),
           policies.BestN(
-            get_metric_fn=lambda metrics: float(metrics[METRIC]), n=1, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: _rank(float(metrics[METRIC])), n=1, keep_checkpoints_without_metrics=False
           ),
         ]
       ),
@@ -141,14 +142,24 @@ class Checkpoints:
     """Whether a damaged checkpoint was met."""
     return bool(self._passed)
 
-  def best_step(self) -> int | None:
-    """The step with the best validation, the later of equals; the last one where nothing was validated."""
-    steps, scored = self.steps(), []
+  def _scored(self, steps: list[int]) -> list[tuple[float, int]]:
+    """(validation, step) of those that have one."""
+    scored = []
     for step in steps:
       with contextlib.suppress(RunError):  # the run that writes the folder has just deleted it
         score = self._score(step)
         scored += [] if score is None or math.isnan(score) else [(score, step)]
+    return scored
+
+  def best_step(self) -> int | None:
+    """The step with the best validation, the later of equals; the last one where nothing was validated."""
+    steps = self.steps()
+    scored = self._scored(steps)
     return max(scored)[1] if scored else max(steps, default=None)
+
+  def best_score(self) -> float | None:
+    """The best validation, None where nothing was validated; the same on all processes."""
+    return multihost.from_main(lambda: max((score for score, _ in self._scored(self.steps())), default=None))
 
   def metadata(self, step: int) -> dict[str, Any]:
     """What was said beside the state of one checkpoint.
@@ -177,6 +188,8 @@ class Checkpoints:
   def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
     """Starts to write a checkpoint; the arrays are copied before this returns, so `state` may be donated."""
     said = {**metadata, "fingerprint": fingerprint(state), "trainable": fingerprint(state.trainable)}
+    if evaluated(state) is not state.trainable:
+      said["evaluated"] = fingerprint(evaluated(state))
     self._passed.discard(step)  # a damaged one of this step was moved away, and this is another
     self._writer.save_checkpointables_async(
       step,
@@ -213,14 +226,17 @@ class Checkpoints:
     self._compare(step, state, metadata["fingerprint"])
     return Restored(step, state, metadata)
 
-  def restore_trainable(self, step: int, abstract: TrainState) -> Params:
-    """Reads what is trained alone, without the memory of the optimiser's moments; otherwise as `restore`."""
-    if not isinstance(multihost.from_main(lambda: self.metadata(step).get("trainable")), str):
-      return self.restore(step, abstract).state.trainable  # it was written before this was said apart
-    left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, abstract)
-    state, metadata = self._read(step, left_out._replace(trainable=abstract.trainable))
-    self._compare(step, state.trainable, metadata["trainable"])
-    return state.trainable
+  def restore_evaluated(self, step: int, abstract: TrainState) -> Params:
+    """Reads what is evaluated of a state (`optimizer.evaluated`) alone, without the memory of the optimiser's moments;
+    otherwise as `restore`.
+    """
+    name = "trainable" if evaluated(abstract) is abstract.trainable else "evaluated"
+    if not isinstance(multihost.from_main(lambda: self.metadata(step).get(name)), str):
+      return evaluated(self.restore(step, abstract).state)  # it was written before this was said apart
+    wanted = set(map(id, jax.tree.leaves(evaluated(abstract))))
+    state, metadata = self._read(step, jax.tree.map(lambda x: x if id(x) in wanted else ocp.PLACEHOLDER, abstract))
+    self._compare(step, evaluated(state), metadata[name])
+    return evaluated(state)
 
   def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     failure: Exception | None = None
@@ -287,9 +303,14 @@ class Checkpoints:
     """The good checkpoint with the best validation, None where there is none."""
     return self._first_good(self.best_step, lambda step: self.restore(step, abstract))
 
-  def best_trainable(self, abstract: TrainState) -> tuple[int, Params] | None:
-    """Its step and what is trained of it, without the memory of the optimiser's moments; None where there is none."""
-    return self._first_good(self.best_step, lambda step: (step, self.restore_trainable(step, abstract)))
+  def best_evaluated(self, abstract: TrainState) -> tuple[int, Params] | None:
+    """Its step and what is evaluated of it, without the memory of the optimiser's moments; None where there is none."""
+    return self._first_good(self.best_step, lambda step: (step, self.restore_evaluated(step, abstract)))
+
+
+def _rank(score: float) -> float:
+  """A validation by which checkpoints are compared: one that is no number is below all others."""
+  return -math.inf if math.isnan(score) else score
 
 
 def is_step(name: str) -> bool:

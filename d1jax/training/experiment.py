@@ -143,6 +143,7 @@ class Experiment:
       b2=stage.b2,
       weight_decay=stage.weight_decay,
       max_grad_norm=stage.max_grad_norm,
+      ema_decay=stage.ema_decay,
     )
 
 
@@ -180,6 +181,9 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
   restored.rules, restored.rollout_rules = meshes.changed(trained["rules"], trained.get("rollout_rules", {})), {}
   # What runs of 0.1 could not say yet.
   restored.task = {"module": None, "mix": {}, **restored.task.to_dict()}
+  restored.lora = {"rslora": False, **restored.lora.to_dict()}
+  for stage in {"sft", "grpo"} & set(restored):
+    restored[stage] = {"ema_decay": None, **restored[stage].to_dict()}
   if config.pretrained is not None:
     restored.model.pretrained = config.pretrained
   return restored
@@ -269,7 +273,7 @@ def _lora_spec(config: ConfigDict) -> LoraSpec | None:
   if not config.lora.rank:
     return None
   targets = tuple(config.lora.targets)
-  return LoraSpec(config.lora.rank, config.lora.alpha, config.lora.dropout, targets)
+  return LoraSpec(config.lora.rank, config.lora.alpha, config.lora.dropout, targets, config.lora.rslora)
 
 
 def _size(config: ConfigDict, source: Source | None, known_ids: int) -> transformer.TransformerSize:

@@ -22,9 +22,9 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
   ),
   # What is written beside the weights.
-  "logging": ("profile_steps", "grpo.dump_every"),
-  # How long.
-  "total": ("sft.steps", "grpo.steps"),
+  "logging": ("profile_steps", "trackers", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
+  # How long, and what ends a stage earlier.
+  "total": tuple(f"{stage}.{name}" for stage in ("sft", "grpo") for name in ("steps", "patience", "max_skipped_steps")),
   # Where something lies: fingerprints say whether it is the same.
   "place": ("workdir", "data.root", "sft.data", "model.pretrained"),
   # What may have to change for a run to go on at all; the change is recorded in changes.jsonl.
@@ -32,7 +32,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 """What a field is; one that is not here is part of the run's identity, and another value makes another run."""
 CHANGEABLE = tuple(name for names in KINDS.values() for name in names)
-SETTLED = ("sft.steps", "sft.learning_rate", "sft.max_grad_norm")
+SETTLED = ("sft.steps", "sft.patience", "sft.learning_rate", "sft.max_grad_norm")
 """Fields of the start of diffu-GRPO, which is fixed once that has begun."""
 FREE = ("task.options", "task.mix", "grpo.estimator", "grpo.loss", "grpo.advantage")
 """Sections without fields of their own: what is not in them is not there."""

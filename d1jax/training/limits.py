@@ -64,6 +64,9 @@ SEED = Limit(True, 0, 2**32 - 1)
 _STAGE: Mapping[str, Limit] = {
   "steps": MANY,
   "validate_every": MANY,
+  "save_every": MAYBE_COUNT,
+  "max_skipped_steps": MANY,
+  "patience": MAYBE_COUNT,
   "accumulation": COUNT,
   "learning_rate": SIZE,
   "warmup_steps": MANY,
@@ -71,6 +74,7 @@ _STAGE: Mapping[str, Limit] = {
   "b2": DECAY,
   "weight_decay": SIZE,
   "max_grad_norm": POSITIVE,
+  "ema_decay": DECAY._replace(optional=True),
   "p_mask_prompt": SHARE,
   "logits_tile": MAYBE_COUNT,
 }

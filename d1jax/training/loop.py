@@ -5,21 +5,89 @@ With several processes all run it side by side: what one of them alone knows, a 
 
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
 
 from d1jax.errors import NotFiniteError
+from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState
 from d1jax.training import ledger
 from d1jax.training.alarms import Limits, alarms
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.metrics import MetricsWriter, Progress, read_records
+from d1jax.training.optimizer import evaluated
 from d1jax.training.profile import Profile
-from d1jax.training.workdir import Folder
+from d1jax.training.trackers import Run, Trackers
+from d1jax.training.workdir import Folder, run_identity
 
 log = logging.getLogger(__name__)
+
+
+class Cadence(NamedTuple):
+  """When a stage validates and saves, and what ends it.
+
+  Attributes:
+    validate_every: iterations between validations; the last iteration validates too.
+    save_every: iterations between checkpoints, and the last one saves too. The state of a validation is saved between
+      them only if no checkpoint has a better score. None: every validation saves.
+    max_skipped_steps: iterations in a row whose loss or gradient may be not finite; one more ends the run.
+    patience: validations in a row without a better score that end the stage; None: it does all its iterations.
+  """
+
+  validate_every: int
+  save_every: int | None = None
+  max_skipped_steps: int = 0
+  patience: int | None = None
+
+  def saves(self, iteration: int, score: float | None, best: float | None) -> bool:
+    """Whether an iteration within the stage saves.
+
+    Args:
+      iteration: counted from 1.
+      score: of its validation; None without one.
+      best: the best score of a checkpoint; None without one.
+    """
+    if self.save_every is None:
+      return score is not None
+    return iteration % self.save_every == 0 or (score is not None and (best is None or score >= best))
+
+
+class Counts(NamedTuple):
+  """What a stage counts from one attempt to the next.
+
+  Attributes:
+    skipped_in_a_row: iterations up to now whose loss or gradient was not finite.
+    skipped: such iterations in all.
+    stale: validations up to now without a better score.
+  """
+
+  skipped_in_a_row: int = 0
+  skipped: int = 0
+  stale: int = 0
+
+  def after(self, finite: bool) -> "Counts":
+    """Those after one more iteration."""
+    if finite:
+      return self._replace(skipped_in_a_row=0)
+    return self._replace(skipped_in_a_row=self.skipped_in_a_row + 1, skipped=self.skipped + 1)
+
+
+def counts_of(metadata: Mapping[str, Any]) -> Counts:
+  """The counts in the metadata of a checkpoint; what is not there, as in older ones, is 0."""
+  found = metadata.get("counts")
+  found = found if isinstance(found, Mapping) else {}
+  return Counts(**{name: n for name, n in found.items() if name in Counts._fields and isinstance(n, int)})
+
+
+def is_over(step: int, metadata: Mapping[str, Any], iterations: int, patience: int | None) -> bool:
+  """Whether a stage has ended with a checkpoint: after all its iterations, or as its `patience` did."""
+  return step >= iterations or (patience is not None and counts_of(metadata).stale >= patience)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +99,11 @@ class Stage:
     iterations: how many, in all.
     advance: `(state, iteration) -> (state, metrics)`, one iteration; metrics are host numbers, among them `finite`,
       `tokens` (of completions) and what `ledger.entry` says.
-    validate: `params -> score`, higher is better.
+    validate: `params -> score` of the weights that are evaluated, higher is better.
     all_finite: whether every weight and moment of a state is finite; asked before a state is saved.
-    validate_every: iterations between validations; a checkpoint is written at each, and at the end.
+    cadence: when it validates and saves.
+    rates: the learning rate of each optimiser step.
+    trackers: where its figures go beside `metrics.jsonl`, see `trackers.named`.
     shown: the metrics on the progress line.
     metadata: what a checkpoint says beside the state.
     began: when the stage began to be made ready (`time.perf_counter`).
@@ -45,7 +115,9 @@ class Stage:
   advance: Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
   validate: Callable[[Params], float]
   all_finite: Callable[[TrainState], Any]
-  validate_every: int
+  cadence: Cadence
+  rates: Float[np.ndarray, "optimiser_steps"]
+  trackers: Sequence[str]
   shown: tuple[str, ...]
   metadata: Mapping[str, Any]
   began: float
@@ -59,28 +131,39 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
     The seconds that the stage has taken, earlier attempts included.
 
   Raises:
-    NotFiniteError: a loss or gradient was not finite, and the step was left out; the state is saved. Or a step made
-      weights that are not finite; that state is not saved.
+    NotFiniteError: losses or gradients were not finite more often in a row than allowed, and these steps were left
+      out; the state is saved. Or a step made weights that are not finite; that state is not saved.
     PreemptedError, InterruptedRunError: a stop was asked for; the state is saved.
   """
   state, began = start.state, time.monotonic() - float(start.metadata.get("seconds", 0.0))
-  writer = MetricsWriter(workdir, stage.name, start.step)
+  writer, trackers = MetricsWriter(workdir, stage.name, start.step), _trackers(stage, start.step, workdir)
   progress = Progress(stage.name, stage.iterations, start.step)
   history = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage.name]
   sounded: dict[str, str] = {}
-  clock = ledger.Clock(stage.began)
+  clock, best, cadence = ledger.Clock(stage.began), checkpoints.best_score(), stage.cadence
+  counts = counts_of(start.metadata)
   try:
     for iteration in range(start.step + 1, stage.iterations + 1):
       with stage.profile.iteration(iteration):
         state, metrics = stage.advance(state, iteration - 1)
       finite, tokens = bool(metrics.pop("finite")), metrics.pop("tokens")
+      metrics["learning_rate"] = float(stage.rates[max(int(state.step) - 1, 0)])  # of the last step that was taken
+      counts = counts.after(finite)
+      refused = counts.skipped_in_a_row > cadence.max_skipped_steps
+      if counts.skipped:
+        metrics["skipped_steps"] = float(counts.skipped)
+      if not finite and not refused:
+        _warn_of_skip(stage, iteration, counts)
       score: float | None = None
       last = iteration == stage.iterations
       # The last weights are validated even where the last step was left out: the same command then ends the stage.
-      if last or (finite and iteration % stage.validate_every == 0):
+      if last or (not refused and iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
-          score = metrics["validation"] = stage.validate(state.trainable)
+          score = metrics["validation"] = stage.validate(evaluated(state))
+        is_better = not math.isnan(score) and (best is None or score > best)
+        counts = counts._replace(stale=0 if is_better else counts.stale + 1)
+        last = last or is_over(iteration, {"counts": counts._asdict()}, stage.iterations, cadence.patience)
       metrics = clock.close(metrics)
       metrics["tokens_per_second"] = tokens / metrics["seconds"]
       metrics["elapsed"] = time.monotonic() - began
@@ -89,22 +172,25 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       for name in raised.keys() - sounded.keys():
         log.warning("%s iteration %d: %s", stage.name, iteration, raised[name])
       sounded = raised
-      writer.write(iteration, {**metrics, "alarms": list(sounded)} if sounded else metrics)
+      writer.log(iteration, {**metrics, "alarms": list(sounded)} if sounded else metrics)
+      trackers.log(iteration, metrics)
       shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
       progress.update(iteration, shown | ({"alarm": " ".join(sounded)} if sounded else {}))
       stop = interrupts.pending()
-      if score is not None or stop or not finite:
+      if last or stop or refused or cadence.saves(iteration, score, best):
         if score is None:
           _check_finite(stage, iteration, state, checkpoints)
         metadata = {
           **stage.metadata,
           "data": {"next_index": iteration},
           "seconds": time.monotonic() - began,
+          "counts": (counts._replace(skipped_in_a_row=0) if refused else counts)._asdict(),
         }
         with clock.outside("saving"):
           writer.keep()
           checkpoints.save(iteration, state, metadata, score)
-      if not finite:
+        best = max((x for x in (best, score) if x is not None and not math.isnan(x)), default=None)
+      if refused:
         checkpoints.wait()
         raise NotFiniteError(
           f"{stage.name} iteration {iteration}: loss or gradient is not finite (loss {metrics['loss']}). The step was"
@@ -114,12 +200,31 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       if stop and not last:
         checkpoints.wait()
         raise interrupts.error(f"{stage.name} iteration {iteration}")
+      if last:
+        if iteration < stage.iterations:
+          print(f"{stage.name}: ends at iteration {iteration}, {counts.stale} validations without a better score")
+        break
   finally:
     stage.profile.close()
     progress.close()
     writer.close()
+    trackers.close()
   checkpoints.wait()
   return time.monotonic() - began
+
+
+def _trackers(stage: Stage, start: int, workdir: Folder) -> Trackers:
+  """The trackers of a stage: all on process 0."""
+  names = stage.trackers if multihost.is_main() else ()
+  identity = run_identity(workdir) if names else ""
+  return Trackers(names, Run(workdir, workdir.name, identity, stage.name, start, stage.metadata["config"]))
+
+
+def _warn_of_skip(stage: Stage, iteration: int, counts: Counts) -> None:
+  log.warning(
+    "%s iteration %d: loss or gradient is not finite; the step is left out (%d in a row, of at most %d)",
+    *(stage.name, iteration, counts.skipped_in_a_row, stage.cadence.max_skipped_steps),
+  )
 
 
 def _check_finite(stage: Stage, iteration: int, state: TrainState, checkpoints: Checkpoints) -> None:

@@ -1,4 +1,4 @@
-"""Where numbers go: JSON lines, TensorBoard event files, and the line that a person watches."""
+"""The records of a run, which a resume and the readers need, and the line that a person watches."""
 
 import json
 import logging
@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import tqdm
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from d1jax.errors import input_checked
 from d1jax.files import FileError, decode, parse_json, read_bytes
@@ -80,10 +77,10 @@ def _record(line: str, path: Folder) -> dict[str, Any]:
 
 
 class MetricsWriter:
-  """Appends one record an iteration to `metrics.jsonl` and to TensorBoard; nothing but on process 0."""
+  """Appends one record an iteration to `metrics.jsonl`, as a `Tracker`; nothing but on process 0."""
 
   def __init__(self, workdir: Folder, stage: str, start: int):
-    """Opens the files; records of this stage beyond iteration `start` are dropped, the run will make them again."""
+    """Opens the file; records of this stage beyond iteration `start` are dropped, the run will make them again."""
     self._stage = stage
     self._writes = multihost.is_main()
     if not self._writes:
@@ -101,38 +98,22 @@ class MetricsWriter:
     text = "".join(json.dumps(r) + "\n" for r in kept)
     write_atomically(path, text.encode())
     self._file = path.open("a", encoding="utf-8") if isinstance(path, Path) else _Object(path, text)
-    # Not a SummaryWriter, whose thread would die on a full disk and leave the run waiting for it.
-    board = workdir / "tensorboard" / stage
-    board.mkdir(parents=True, exist_ok=True)
-    self._board = EventsWriter(str(board / "events"))
-    self._event(start + 1, session_log=SessionLog(status=SessionLog.START))  # hides what is made again
 
-  def write(self, iteration: int, values: Mapping[str, float | str | list[str]]) -> None:
-    """Writes one record; numbers go to TensorBoard too."""
-    if not self._writes:
-      return
-    self._file.write(json.dumps({"stage": self._stage, "iteration": iteration, **values}) + "\n")
-    self._file.flush()
-    numbers = [(name, value) for name, value in values.items() if isinstance(value, int | float)]
-    found = [Summary.Value(tag=name, simple_value=value) for name, value in numbers]
-    self._event(iteration, summary=Summary(value=found))
-
-  def _event(self, step: int, **content: Any) -> None:
-    self._board.write_event(Event(wall_time=time.time(), step=step, **content))
+  def log(self, step: int, values: Mapping[str, float | list[str]]) -> None:
+    """Writes the record of an iteration."""
+    if self._writes:
+      self._file.write(json.dumps({"stage": self._stage, "iteration": step, **values}) + "\n")
+      self._file.flush()
 
   def keep(self) -> None:
     """Makes sure that all records are where a run that goes on finds them."""
-    if not self._writes:
-      return
-    self._board.flush()
-    if isinstance(self._file, _Object):
+    if self._writes and isinstance(self._file, _Object):
       self._file.close()
 
   def close(self) -> None:
-    """Flushes both."""
+    """Closes the file."""
     if self._writes:
       self._file.close()
-      self._board.close()
 
 
 class Progress:

@@ -1,12 +1,15 @@
-"""AdamW with a warm-up, a decay and a clip, as the d1 runs use it."""
+"""AdamW with a warm-up, a decay and a clip, as the d1 runs use it; and an average of the weights, if one is wanted."""
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Float
 
-from d1jax.state import Params
+from d1jax.state import Params, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,40 @@ def schedule(learning_rate: float, steps: int, warmup_steps: int, decay: str) ->
   return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)), tail], [warmup_steps])
 
 
+def rates(learning_rate: float, steps: int, warmup_steps: int, decay: str) -> Float[np.ndarray, "steps"]:
+  """The learning rate of each optimiser step, to be logged; see `schedule`."""
+  return np.asarray(schedule(learning_rate, steps, warmup_steps, decay)(np.arange(steps)))
+
+
+class AverageState(NamedTuple):
+  """An exponential moving average of the weights: it is kept, saved and placed as the moments are."""
+
+  average: Params
+
+
+def averaging(decay: float) -> optax.GradientTransformation:
+  """Changes no update, and keeps `average = decay * average + (1 - decay) * weights`, which starts at the weights.
+
+  It stands behind everything that changes updates: what it is given is what is added to the weights.
+  """
+
+  def init(params: Params) -> AverageState:
+    return AverageState(jax.tree.map(jnp.copy, params))
+
+  def update(updates: Params, state: AverageState, params: Params) -> tuple[Params, AverageState]:
+    weights = optax.apply_updates(params, updates)
+    mean = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, weights)
+    return updates, AverageState(mean)
+
+  return optax.GradientTransformation(init, update)
+
+
+def evaluated(state: TrainState) -> Params:
+  """What is validated, evaluated and exported of a state: the average of the weights if one is kept, or the weights."""
+  average = optax.tree.get(state.opt_state, "average")
+  return state.trainable if average is None else average
+
+
 def build(
   *,
   learning_rate: float,
@@ -42,6 +79,7 @@ def build(
   b2: float,
   weight_decay: float,
   max_grad_norm: float,
+  ema_decay: float | None = None,
 ) -> optax.GradientTransformation:
   """AdamW (moments in float32) behind a clip by global norm.
 
@@ -54,7 +92,9 @@ def build(
     b2: decay of the second moment.
     weight_decay: decoupled, on everything but norms and biases.
     max_grad_norm: gradients are scaled down to this global norm.
+    ema_decay: of the average of the weights, see `averaging`; None: none is kept.
   """
+  averaged = () if ema_decay is None else (averaging(ema_decay),)
   return optax.chain(
     optax.clip_by_global_norm(max_grad_norm),
     optax.adamw(
@@ -64,6 +104,7 @@ def build(
       weight_decay=weight_decay,
       mask=decayed,
     ),
+    *averaged,
   )
 
 

@@ -2,62 +2,41 @@
 
 import dataclasses
 import functools
-import json
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from d1jax import report
 from d1jax.errors import RunError, explained, input_checked, smaller_batches
-from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator, baseline
-from d1jax.files import FileError, read_json
+from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
+from d1jax.training import compiled, grpo, loop, parts, profile, run_tokenizer, sft, trackers
 from d1jax.training import experiment as experiments
-from d1jax.training import grpo, ledger, loop, parts, profile, run_tokenizer, sft
 from d1jax.training import optimizer as optimizers
 from d1jax.training.checkpoint import Checkpoints, Restored
 from d1jax.training.held_out import HeldOutLoss
-from d1jax.training.identity import check_splits, flatten, holds_run, record_changes
+from d1jax.training.identity import check_splits, holds_run, record_changes
 from d1jax.training.interrupts import Interrupts
 from d1jax.training.lock import locked
-from d1jax.training.metrics import STAGES, read_records, warn_of_lost
+from d1jax.training.metrics import STAGES, warn_of_lost
 from d1jax.training.publish import Publisher
+from d1jax.training.results import Outcome, finished_results, write_results
 from d1jax.training.weights import check_base
-from d1jax.training.workdir import Folder, claim, folder, revision, versions, write_json
+from d1jax.training.workdir import Folder, claim, folder
 
-log = logging.getLogger(__name__)
 VALIDATION_METRIC = "solved"
 """What checkpoints are chosen by, on the validation split."""
 
 Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
 """From the iteration to start at to one iteration of a stage."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  """What a stage leaves behind.
-
-  Weights are on disk and no longer in memory: `Recipe.best` reads them when they are needed.
-
-  Attributes:
-    best_step: the iteration with the best validation.
-    fingerprint: of the weights at the end.
-    seconds: that the stage took, earlier attempts included.
-    checkpoint: the folder of the best weights.
-  """
-
-  best_step: int
-  fingerprint: str
-  seconds: float
-  checkpoint: Folder
 
 
 class Validation(NamedTuple):
@@ -85,6 +64,7 @@ class Recipe:
     experiments.check_batches(config, self.experiment.ways)
     experiments.check_lengths(config, self.experiment.length_ways)
     experiments.check_start(config)
+    multihost.from_main(lambda: trackers.check(config.trackers))
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
     publisher = Publisher(self.experiment.weights, self.experiment.weights.abstract_trainable)
@@ -92,6 +72,7 @@ class Recipe:
     self._test = self._evaluator(self.experiment.texts("test"))
     self._validations: dict[str, Validation] = {}
     self._optimizers: dict[str, optax.GradientTransformation] = {}
+    self._rates: dict[str, np.ndarray] = {}
     if config.sft.steps:
       self._demonstrations, held_out = sft.demonstrations(self.experiment)
       self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
@@ -107,6 +88,7 @@ class Recipe:
     section = self.config[name]
     rate, warmup_steps = section.learning_rate, section.warmup_steps
     optimizers.warn_of_warm_up(name, learning_rate=rate, steps=steps, warmup_steps=warmup_steps)
+    self._rates[name] = optimizers.rates(rate, steps, warmup_steps, section.decay)
     return self.experiment.optimizer(section, steps)
 
   def splits(self) -> dict[str, Any]:
@@ -177,7 +159,7 @@ class Recipe:
     if start:
       with input_checked():
         check_base(weights, start.metadata)
-    if start and start.step >= section.steps:
+    if start and loop.is_over(start.step, start.metadata, section.steps, section.patience):
       return
     start = start or Restored(0, fresh(), {})
     for tree in (start.state, start.state.trainable):
@@ -194,7 +176,9 @@ class Recipe:
       advancer(start.step),
       validate,
       finite.lower(abstract).compile(),
-      section.validate_every,
+      loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
+      self._rates[name],
+      trackers.named(self.config.trackers),
       shown,
       self.experiment.metadata(),
       began,
@@ -213,28 +197,34 @@ class Recipe:
     """Runs or resumes a stage; nothing is computed twice, and of a finished one its best weights alone are read."""
     home, weights = self.workdir / "checkpoints" / name, self.experiment.weights
     checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
-    last = lambda: multihost.from_main(lambda: max(checkpoints.steps(), default=0))
+
+    def last() -> tuple[int, bool]:
+      """The last step, and whether the stage ended with it."""
+      step = max(checkpoints.steps(), default=0)
+      return step, step > 0 and loop.is_over(step, checkpoints.metadata(step), section.steps, section.patience)
+
+    found = lambda: multihost.from_main(last)
     with explained(name, self._smaller_parts(name)):
       step: int | None = None
-      while step is None or last() < section.steps:  # a damaged one is set aside by then, and made again
-        if last() < section.steps:
+      while step is None or not found()[1]:  # a damaged one is set aside by then, and made again
+        if not found()[1]:
           self._train_stage(name, section, fresh, advancer, shown, checkpoints)
-        best = checkpoints.best_trainable(abstract)
+        best = checkpoints.best_evaluated(abstract)
         if best is None:
           raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
         step = best[0]
         del best  # the weights are good, and are read again when they are needed
       with input_checked():
         check_base(weights, checkpoints.metadata(step))
-      end = checkpoints.metadata(last())
-      trained = end.get("trainable") or fingerprint(checkpoints.restore_trainable(last(), abstract))
+      end = checkpoints.metadata(found()[0])
+      trained = end.get("trainable") or fingerprint(checkpoints.restore_evaluated(found()[0], abstract))
       checkpoints.close()
     return Outcome(step, trained, float(end["seconds"]), home / str(step))
 
   def best(self, name: str) -> Params:
     """The best weights of a stage that was run."""
     checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
-    found = checkpoints.best_trainable(self.experiment.weights.abstract_state(self._optimizers[name]))
+    found = checkpoints.best_evaluated(self.experiment.weights.abstract_state(self._optimizers[name]))
     checkpoints.close()
     if found is None:
       raise RunError(f"{checkpoints.folder} lost its checkpoints while the run went on; run the same command again")
@@ -307,11 +297,11 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """
   workdir = folder(config.workdir)
   parts.complete(config)
-  finished = multihost.from_main(lambda: _finished(workdir, config))
+  finished = multihost.from_main(lambda: finished_results(workdir, config))
   if finished and multihost.from_main(lambda: run_tokenizer.is_whole(workdir)):
     return report.reprint(finished, workdir)
   began = time.monotonic()
-  with locked(workdir), Interrupts() as interrupts, explained("run", "more devices"):
+  with locked(workdir), compiled.kept(workdir), Interrupts() as interrupts, explained("run", "more devices"):
     with input_checked():
       recipe = Recipe(config, workdir, interrupts)
       splits = recipe.splits()
@@ -326,26 +316,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
       "base_fingerprint": recipe.experiment.weights.base_fingerprint,
     }
     rest = fingerprints | {"splits": splits}
-    results = multihost.from_main(lambda: _write_results(recipe, outcomes, evaluations, began, rest))
+    results = multihost.from_main(lambda: write_results(recipe.experiment, workdir, outcomes, evaluations, began, rest))
   print(report.summary(results, workdir))
-  return results
-
-
-def _finished(workdir: Folder, config: ConfigDict) -> dict[str, Any] | None:
-  """The results of this run, if it is finished."""
-  path = workdir / "results.json"
-  if not holds_run(workdir, config.to_dict()) or not path.exists():
-    return None
-  if path.is_dir():
-    raise RunError(f"{path} is a folder, expected a file: move it away")
-  try:
-    results = read_json(path, dict)
-    if _totals(results["config"]) != _totals(config.to_dict()):
-      return None
-    report.summary(results, workdir)
-  except (FileError, LookupError, TypeError, ValueError, AttributeError) as error:
-    log.warning("%s is damaged (%s); it is written anew", path, error)
-    return None
   return results
 
 
@@ -356,46 +328,3 @@ def _claim(recipe: Recipe, splits: dict[str, Any]) -> None:
   claim(recipe.workdir, config, recipe.experiment.tokenizer.files, splits)
   newest = {stage: Checkpoints(recipe.workdir / "checkpoints" / stage).newest() for stage in STAGES}
   warn_of_lost(recipe.workdir / "metrics.jsonl", {stage: step for stage, step in newest.items() if step})
-
-
-def _totals(config: dict[str, Any]) -> list[Any]:
-  flat = flatten(json.loads(json.dumps(config)))
-  return [flat.get("sft.steps"), flat.get("grpo.steps")]
-
-
-def _write_results(
-  recipe: Recipe,
-  outcomes: dict[str, Outcome],
-  evaluated: dict[str, Evaluation],
-  began: float,
-  rest: dict[str, Any],
-) -> dict[str, Any]:
-  """Collects the results and writes them, the completions and the learning curves."""
-  config, workdir = recipe.config, recipe.workdir
-  final = outcomes[config.mode]
-  for name, found in evaluated.items():
-    found.write(workdir / "completions" / f"{name}.jsonl")
-  report.plot_learning_curves(workdir)
-  task, records = recipe.experiment.task, evaluated["after"].records
-  constant = baseline(task, records, config.task.style)
-  total = time.monotonic() - began
-  seconds = {stage: round(outcome.seconds, 2) for stage, outcome in outcomes.items()}
-  results = {
-    **{name: found.summary() for name, found in evaluated.items()},
-    "task": task.name,
-    "baseline": constant.summary(),
-    "samples": report.samples(evaluated["after"]),
-    "best_iteration": {stage: outcome.best_step for stage, outcome in outcomes.items()},
-    "checkpoint": str(final.checkpoint),
-    "seconds": seconds | {"this_invocation": round(total, 2)},
-    "cost": ledger.total(
-      read_records(workdir / "metrics.jsonl"), {stage: outcome.seconds for stage, outcome in outcomes.items()}
-    ),
-    "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-    "config": config.to_dict(),
-    "versions": versions(),
-    "revision": revision(),
-    **rest,
-  }
-  write_json(workdir / "results.json", results)
-  return results

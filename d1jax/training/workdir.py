@@ -8,7 +8,8 @@ WORKDIR/
   tokenizer/           the files of the tokenizer
   splits.json          how many questions each split has, and a hash of them
   checkpoints/STAGE/   Orbax checkpoints of `sft` and `grpo`
-  metrics.jsonl        one record an iteration; tensorboard/ holds the same; metrics.jsonl.damaged lines that were none
+  metrics.jsonl        one record an iteration; metrics.jsonl.damaged lines that were none
+  run_id               by which trackers know the run again; tensorboard/, wandb/ what some of them write
   rollouts/            dumped rollouts, when asked for
   completions/         every graded completion of the last evaluations
   profile/             a trace of some iterations, when asked for
@@ -23,6 +24,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import subprocess
 from collections.abc import Container, Mapping
@@ -32,7 +34,7 @@ from typing import Any, TypeAlias
 from etils import epath
 
 from d1jax.errors import RunError, input_checked
-from d1jax.files import FileError, read_bytes
+from d1jax.files import FileError, read_bytes, read_text
 
 Folder: TypeAlias = Path | epath.Path
 """A path on a disk or in a bucket; of a folder or of a file in one."""
@@ -111,6 +113,20 @@ def write_atomically(path: Folder, content: bytes) -> None:
 def write_json(path: Folder, value: Any) -> None:
   """Writes JSON atomically."""
   write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def run_identity(workdir: Folder) -> str:
+  """The text of `run_id`: eight hexadecimal digits, drawn once a run; a damaged one is drawn anew."""
+  path = workdir / "run_id"
+  try:
+    found = read_text(path).strip()
+    if re.fullmatch("[0-9a-f]{8}", found):
+      return found
+  except FileError:
+    pass
+  found = secrets.token_hex(4)
+  write_atomically(path, found.encode())
+  return found
 
 
 def read_tokenizer(workdir: Folder, names: Container[str] | None = None) -> dict[str, bytes]:

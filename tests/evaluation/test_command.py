@@ -65,13 +65,19 @@ def test_a_checkpoint_from_before_mixes_is_still_read(finished):
   _, trained = finished
   config = json.loads(json.dumps(trained["config"]))
   late = ("cache", "refresh_every", "look_behind", "look_ahead", "schedule", "threshold", "factor", "max_reveal")
-  later = ("grading_workers", "estimator", "importance_cap", "drift_every", "drift_limit")
-  for section, names in (("task", ("module", "mix")), ("rollout", ("early_exit", *late)), ("grpo", later)):
+  later = ("grading_workers", "estimator", "importance_cap", "drift_every", "drift_limit", "ema_decay", "save_every")
+  for section, names in (
+    ("task", ("module", "mix")),
+    ("lora", ("rslora",)),
+    ("rollout", ("early_exit", *late)),
+    ("grpo", later),
+  ):
     for name in names:
       del config[section][name]
   restored = experiments.of_checkpoint(config, load("eval"))
   assert experiments.build_task(restored).name == "sudoku"
   assert SamplerSpec(**restored.rollout) == SamplerSpec(**trained["config"]["rollout"])
+  assert (restored.lora.rslora, restored.grpo.ema_decay) == (False, None)
   assert experiments.of_checkpoint(trained["config"], load("eval")).task.to_dict() == trained["config"]["task"]
 
 

@@ -25,13 +25,14 @@ raise SystemExit(0)
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-  """A run with two checkpoints of weights that nobody trained; it names a Python file as its task."""
+  """A run with two checkpoints of weights that nobody trained; it names a Python file as its task and tracker."""
   workdir = tmp_path_factory.mktemp("written")
   config = small(workdir, "sft")
   experiment = experiments.build(config, None)
   module = workdir / "evil.py"
   module.write_text(EVIL)
-  told = json.loads(json.dumps(config.to_dict() | {"task": config.task.to_dict() | {"module": str(module)}}))
+  own = {"task": config.task.to_dict() | {"module": str(module)}, "trackers": str(module)}
+  told = json.loads(json.dumps(config.to_dict() | own))
   claim(workdir, told, experiment.tokenizer.files, {})
   checkpoints = Checkpoints(workdir / "checkpoints" / "sft", writes=True)
   state = experiment.weights.fresh_state(experiment.optimizer(config.sft, config.sft.steps))

@@ -64,7 +64,7 @@ def test_a_round_trip_keeps_every_name_and_bit(tmp_path, networks, name):
     assert file.metadata() == {"format": "pt"}
   written = json.loads((tmp_path / "out" / peft.CONFIG).read_text(encoding="utf-8"))
   golden = json.loads((GOLDENS / name / peft.CONFIG).read_text(encoding="utf-8"))
-  same = set(peft.FIXED) | {"r", "lora_alpha", "lora_dropout", "inference_mode", "task_type"}
+  same = set(peft.FIXED) | {"use_rslora", "r", "lora_alpha", "lora_dropout", "inference_mode", "task_type"}
   assert {key: written[key] for key in same} == {key: golden[key] for key in same}
   assert written["base_model_name_or_path"] == "somewhere"
   assert written.keys() <= golden.keys(), "an option that peft does not know"
@@ -100,6 +100,20 @@ def test_the_targets_are_what_the_tensors_have_not_what_the_configuration_asks_f
   assert set(adapter["blocks"]["attention"]) == {"query", "key", "value"}
   assert set(adapter["blocks"]["mlp"]) == {"up"}
   assert peft.load(GOLDENS / "llada_all", networks["llada"])[0].targets == tuple(PROJECTIONS)
+
+
+def test_rank_stabilised_adapters_go_both_ways(tmp_path, networks, copied):
+  """PEFT's scale is alpha / sqrt(r) then."""
+  spec, adapter = peft.load(copied("llama_qv", {"use_rslora": True}), networks["llama"])
+  assert spec.rslora
+  assert (
+    {leaf.scale for leaf in adapter["blocks"]["attention"].values()} == {spec.alpha / spec.rank**0.5} == {spec.scale}
+  )
+  peft.save(tmp_path / "out", adapter, spec, base="", scheme=names.LLAMA)
+  assert json.loads((tmp_path / "out" / peft.CONFIG).read_text(encoding="utf-8"))["use_rslora"] is True
+  assert peft.load(tmp_path / "out", networks["llama"])[0] == spec
+  with pytest.raises(ValueError, match="use_rslora='yes' is neither true nor false"):
+    peft.load(copied("llama_qv", {"use_rslora": "yes"}), networks["llama"])
 
 
 def test_every_layer_stands_in_its_place(networks):
@@ -138,7 +152,6 @@ def test_half_precision_adapters_are_read_as_float32(networks, copied, dtype):
 @pytest.mark.parametrize(
   ("option", "value"),
   [
-    ("use_rslora", True),
     ("use_dora", True),
     ("rank_pattern", {"q_proj": 8}),
     ("alpha_pattern", {"q_proj": 8}),

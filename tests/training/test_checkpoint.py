@@ -66,7 +66,7 @@ def test_a_reader_changes_nothing(home):
   (home / "2" / "state" / "manifest.ocdbt").write_bytes(b"")
   before = files(home.parent)
   checkpoints = Checkpoints(home)
-  step, trainable = checkpoints.best_trainable(abstract())
+  step, trainable = checkpoints.best_evaluated(abstract())
   assert (step, float(trainable["w"][0, 0])) == (4, 4.0)
   assert checkpoints.restore_latest(abstract()).step == 4
   checkpoints.close()
@@ -91,17 +91,17 @@ def test_the_run_that_writes_deletes_what_a_kill_left(home):
 
 
 def test_what_is_trained_is_read_alone_and_verified(home):
-  trainable = Checkpoints(home).restore_trainable(3, abstract())
+  trainable = Checkpoints(home).restore_evaluated(3, abstract())
   np.testing.assert_array_equal(trainable["w"], np.full((4, 4), 3.0))
   path = home / "3" / "_CHECKPOINT_METADATA"
   found = json.loads(path.read_text())
   found["custom_metadata"]["trainable"] = "0" * 64
   path.write_text(json.dumps(found))
   with pytest.raises(RunError, match="corrupt"):
-    Checkpoints(home).restore_trainable(3, abstract())
+    Checkpoints(home).restore_evaluated(3, abstract())
   del found["custom_metadata"]["trainable"]  # as it was before this fingerprint was said
   path.write_text(json.dumps(found))
-  assert float(Checkpoints(home).restore_trainable(3, abstract())["w"][0, 0]) == 3.0
+  assert float(Checkpoints(home).restore_evaluated(3, abstract())["w"][0, 0]) == 3.0
 
 
 @pytest.mark.parametrize("how", DAMAGES)

@@ -22,8 +22,10 @@ def fresh(optimizer: optax.GradientTransformation) -> TrainState:
   return create(lambda _: {"w": jnp.ones((3,))}, optimizer, jax.random.key(0), jax.random.key(1))
 
 
-def run(folder, *, losses=(), rate=0.1, validate_every=3, stop_at=None):
-  """Runs, or goes on with, a stage whose iteration i has the loss `losses[i]`, 1 where nothing is said."""
+def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=None, trackers=(), **cadence):
+  """Runs, or goes on with, a stage whose iteration i has the loss `losses[i]`, 1 where nothing is said, and a
+  validation `scores[i]`, 0 where nothing is said.
+  """
   optimizer = optax.adam(rate)
   checkpoints = Checkpoints(folder / "checkpoints" / "sft", writes=True)
   start = checkpoints.restore_latest(jax.eval_shape(lambda: fresh(optimizer))) or Restored(0, fresh(optimizer), {})
@@ -46,9 +48,11 @@ def run(folder, *, losses=(), rate=0.1, validate_every=3, stop_at=None):
     "sft",
     STEPS,
     advance,
-    lambda trainable: 0.0,
+    lambda trainable: dict(scores).get(asked[-1], 0.0),
     jax.jit(all_finite),
-    validate_every,
+    loop.Cadence(validate_every, **cadence),
+    np.asarray([rate * i for i in range(STEPS)]),
+    trackers,
     ("loss",),
     {"config": {}, "base": None},
     0.0,
@@ -65,7 +69,7 @@ def saved(folder) -> dict[int, np.ndarray]:
   """The weights of each checkpoint."""
   checkpoints = Checkpoints(folder / "checkpoints" / "sft", writes=True)
   abstract = jax.eval_shape(lambda: fresh(optax.adam(0.1)))
-  return {step: np.asarray(checkpoints.restore_trainable(step, abstract)["w"]) for step in checkpoints.steps()}
+  return {step: np.asarray(checkpoints.restore_evaluated(step, abstract)["w"]) for step in checkpoints.steps()}
 
 
 def refusal(folder, **options) -> str:
@@ -139,12 +143,107 @@ def test_a_stop_saves(tmp_path):
   assert run(tmp_path)[0] == 3
 
 
+def records(folder) -> list[dict]:
+  return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+@pytest.mark.parametrize(
+  ("save_every", "scores", "kept"),
+  [
+    (None, {}, [6, 8]),  # as often as it validates; of equals the later
+    (None, {3: 1.0}, [3, 6, 8]),
+    (2, {}, [6, 8]),
+    (2, {3: 1.0}, [3, 6, 8]),  # the best is saved although no save was due, and stays
+    (100, {3: 1.0, 6: 0.5}, [3, 8]),
+    (100, {3: 1.0, 6: 1.0}, [6, 8]),  # Orbax keeps the later of equals, too
+  ],
+)
+def test_checkpoints_are_apart_from_validations(tmp_path, save_every, scores, kept):
+  run(tmp_path, scores=scores, save_every=save_every)
+  assert sorted(saved(tmp_path)) == kept
+  assert [r["iteration"] for r in records(tmp_path) if "validation" in r] == [3, 6, 8]
+  assert Checkpoints(tmp_path / "checkpoints" / "sft").best_step() == (
+    max(scores, key=lambda i: (scores[i], i)) if scores else 8
+  )
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_a_validation(tmp_path, monkeypatch):
+  """Killed behind iteration 5, whose last checkpoint is of iteration 4; the best, of iteration 3, stays."""
+  run(tmp_path / "whole", scores={3: 1.0}, save_every=2)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Progress, "update", lambda self, iteration, _: 1 / (iteration != 5))
+    with pytest.raises(ZeroDivisionError):
+      run(tmp_path / "broken", scores={3: 1.0}, save_every=2)
+  assert sorted(saved(tmp_path / "broken")) == [3, 4]
+  assert run(tmp_path / "broken", scores={3: 1.0}, save_every=2) == [5, 6, 7, 8]
+  whole, broken = saved(tmp_path / "whole"), saved(tmp_path / "broken")
+  assert sorted(broken) == sorted(whole) == [3, 6, 8]
+  np.testing.assert_array_equal(whole[8], broken[8])
+
+
+def test_the_learning_rate_of_the_last_step_that_was_taken_is_logged(tmp_path):
+  run(tmp_path, rate=0.5)
+  assert [r["learning_rate"] for r in records(tmp_path)] == [0.5 * i for i in range(STEPS)]
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_logged(tmp_path, caplog):
+  """As often in a row as is allowed; a finite one begins the count anew, and the last iteration validates too."""
+  losses = {2: np.nan, 3: np.inf, 5: np.nan, 6: np.nan, 8: np.nan}
+  assert run(tmp_path, losses=losses, max_skipped_steps=2) == list(range(1, STEPS + 1))
+  found = records(tmp_path)
+  assert [r.get("skipped_steps") for r in found] == [None, 1, 2, 2, 3, 4, 4, 5]
+  assert [r["iteration"] for r in found if "validation" in r] == [3, 6, 8]
+  assert [record.message for record in caplog.records if record.name == loop.__name__] == [
+    f"sft iteration {iteration}: loss or gradient is not finite; the step is left out ({n} in a row, of at most 2)"
+    for iteration, n in ((2, 1), (3, 2), (5, 1), (6, 2), (8, 1))
+  ]
+  optimizer = optax.adam(0.1)
+  state = fresh(optimizer)
+  for _ in range(3):
+    state = apply_gradients(state, {"w": jnp.ones((3,))}, optimizer, jnp.bool_(True))
+  np.testing.assert_array_equal(saved(tmp_path)[STEPS], state.trainable["w"])
+
+
+def test_one_skipped_step_more_ends_the_run_and_the_same_command_goes_on(tmp_path):
+  losses = dict.fromkeys((3, 4, 5), np.nan)
+  assert refusal(tmp_path, losses=losses, max_skipped_steps=2).startswith("sft iteration 5: loss or gradient is not")
+  assert run(tmp_path, losses=losses | {6: np.nan}, max_skipped_steps=2) == [6, 7, 8]
+  assert records(tmp_path)[-1]["skipped_steps"] == 4
+
+
+def test_skipped_steps_count_across_a_stop(tmp_path):
+  losses = dict.fromkeys((3, 4, 5), np.nan)
+  with pytest.raises(PreemptedError):
+    run(tmp_path, losses=losses, max_skipped_steps=2, stop_at=4)
+  assert refusal(tmp_path, losses=losses, max_skipped_steps=2).startswith("sft iteration 5")
+
+
+@pytest.mark.parametrize("stop_at", [None, 5])
+def test_a_stage_ends_where_validation_no_longer_improves(tmp_path, stop_at, capsys):
+  options = {"scores": {2: 1.0, 4: 0.5, 6: np.nan, 8: 2.0}, "validate_every": 2, "patience": 2}
+  if stop_at:
+    with pytest.raises(PreemptedError):
+      run(tmp_path, **options, stop_at=stop_at)
+  assert run(tmp_path, **options)[-1] == 6
+  assert "sft: ends at iteration 6, 2 validations without a better score" in capsys.readouterr().out
+  checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft")
+  assert checkpoints.best_step() == 2
+  end = checkpoints.metadata(6)
+  assert [loop.is_over(6, end, STEPS, patience) for patience in (1, 2, 3, None)] == [True, True, False, False]
+  assert run(tmp_path, **options | {"patience": 3})[-1] == 8, "more patience goes on in the same folder"
+
+
+@pytest.mark.parametrize("counts", [None, 3, [1], {}, {"stale": "2"}, {"more": 1}])
+def test_counts_that_are_none_are_0(counts):
+  assert loop.counts_of({"counts": counts}) == loop.Counts()
+
+
 def test_what_is_trained_is_read_without_the_moments(tmp_path):
   run(tmp_path)
   checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft", writes=True)
   abstract = jax.eval_shape(lambda: fresh(optax.adam(0.1)))
   before = {id(x) for x in jax.live_arrays()}
-  step, trainable = checkpoints.best_trainable(abstract)
+  step, trainable = checkpoints.best_evaluated(abstract)
   assert step == STEPS
   made = [x for x in jax.live_arrays() if id(x) not in before and x.dtype == jnp.float32]
   assert sum(x.nbytes for x in made) == trainable["w"].nbytes

@@ -32,6 +32,8 @@ def test_schedule_values(warmup, decay, expected):
   rate = optimizer.schedule(2.0, 10, warmup, decay)
   for step, value in expected.items():
     np.testing.assert_allclose(rate(step), value, rtol=1e-6, atol=1e-7)
+  logged = optimizer.rates(2.0, 10, warmup, decay)
+  np.testing.assert_allclose(logged, [rate(step) for step in range(10)], rtol=1e-6, atol=1e-7)
 
 
 def test_an_unknown_decay_is_refused():

@@ -73,6 +73,14 @@ def test_files_are_written(finished):
   assert b"validation" in events
 
 
+def own_rate(config, stage, iteration):
+  """The learning rate of an iteration's last optimiser step: a line up from 0, and down to 0 at the end."""
+  mu, warmup = (config.grpo.num_iterations if stage == "grpo" else 1), config[stage].warmup_steps
+  step, steps = iteration * mu - 1, config[stage].steps * mu
+  rate = min(step / warmup, 1 - (step - warmup) / (steps - warmup))
+  return pytest.approx(config[stage].learning_rate * rate, rel=1e-5)
+
+
 def test_metrics_have_one_record_an_iteration(finished):
   workdir, config, _ = finished
   records = read_records(workdir / "metrics.jsonl")
@@ -82,6 +90,7 @@ def test_metrics_have_one_record_an_iteration(finished):
     every = config[stage].validate_every
     assert [r["iteration"] for r in own if "validation" in r] == list(range(every, config[stage].steps + 1, every))
     assert all(np.isfinite(r["loss"]) for r in own)
+    assert [r["learning_rate"] for r in own] == [own_rate(config, stage, r["iteration"]) for r in own]
   assert any(r["reward_std"] > 0 and r["grad_norm"] > 0 for r in own), "the job has nothing to learn from"
   assert {"reward", "kl", "entropy", "no_signal", "tokens_per_second", "compiled_share"} <= set(own[0])
 
@@ -279,6 +288,7 @@ def test_sft_alone(tmp_path, capsys):
     ({"profile_steps": "2:9"}, r"profile_steps='2:9' must be FIRST:LAST, iterations of the stage, .* 1:6"),
     ({"grpo__aggregation": "mean"}, "aggregation='mean' is unknown"),
     ({"sft__decay": "cosine"}, "decay='cosine' is unknown"),
+    ({"trackers": "tensorboard,wandbb"}, "unknown tracker 'wandbb'; known: tensorboard, trackio, wandb"),
     ({"data__root": "/nowhere"}, "sudoku/train.csv: not found in '/nowhere'"),
   ],
 )

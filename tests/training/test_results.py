@@ -5,7 +5,7 @@ import json
 import pytest
 
 from d1jax.errors import RunError
-from d1jax.training import recipe
+from d1jax.training.results import finished_results
 from d1jax.training.workdir import claim
 from tests.jobs import small
 from tests.training.damages import DAMAGES
@@ -25,17 +25,17 @@ def finished(tmp_path):
 
 def test_a_finished_run_is_known(finished):
   workdir, config = finished
-  assert recipe._finished(workdir, config)["after"] == ROW
+  assert finished_results(workdir, config)["after"] == ROW
   with config.unlocked():
     config.sft.steps += 1
-  assert recipe._finished(workdir, config) is None, "it goes on"
+  assert finished_results(workdir, config) is None, "it goes on"
 
 
 @pytest.mark.parametrize("how", [how for how in DAMAGES if how != "a folder"])
 def test_damaged_results_are_said_and_written_anew(finished, how, caplog):
   workdir, config = finished
   DAMAGES[how](workdir / "results.json")
-  assert recipe._finished(workdir, config) is None
+  assert finished_results(workdir, config) is None
   assert ("results.json is damaged" in caplog.text) == (how != "deleted")
   assert all("\n" not in record.message for record in caplog.records)
 
@@ -48,7 +48,7 @@ def test_results_that_lack_something_are_written_anew(finished, field, value):
   results = json.loads(path.read_text())
   del results[field]
   path.write_text(json.dumps(results if value == "absent" else results | {field: value}))
-  found = recipe._finished(workdir, config)
+  found = finished_results(workdir, config)
   assert found is None or (field in ("task", "checkpoint") and value != "absent")
 
 
@@ -56,4 +56,4 @@ def test_a_folder_in_the_place_of_the_results_is_one_line(finished):
   workdir, config = finished
   DAMAGES["a folder"](workdir / "results.json")
   with pytest.raises(RunError, match=r"results\.json is a folder, expected a file: move it away"):
-    recipe._finished(workdir, config)
+    finished_results(workdir, config)

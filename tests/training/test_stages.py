@@ -95,7 +95,7 @@ def test_a_finished_run_reads_its_best_weights_alone(finished, tmp_path, monkeyp
 
     return call
 
-  for owner, name in ((Checkpoints, "restore"), (Checkpoints, "restore_trainable"), (evaluator.Evaluator, "complete")):
+  for owner, name in ((Checkpoints, "restore"), (Checkpoints, "restore_evaluated"), (evaluator.Evaluator, "complete")):
     monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
   results = recipe.run(config)
   assert results["params_fingerprint"] == finished[1]["params_fingerprint"]
