@@ -139,7 +139,7 @@ CASES = [
 
 
 @pytest.mark.few(2, reason="each case compiles programs of its own")
-@pytest.mark.parametrize("spec", CASES, ids=str)
+@pytest.mark.parametrize("spec", CASES, ids=lambda m: f"mu {m.num_iterations}, {m.accumulation}, {m.aggregation}")
 def test_an_update_is_mu_steps_of_the_naive_loop(spec):
   state, metrics = run(spec)
   params, opt_state, step, records = naive_update(spec)
