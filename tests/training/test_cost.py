@@ -18,7 +18,7 @@ from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import multihost
 from d1jax.pretrained import build_denoiser
 from d1jax.rl.estimators import ESTIMATORS
-from d1jax.rl.losses import ClippedToken
+from d1jax.rl.losses import ClippedSequence, ClippedToken
 from d1jax.rl.method import Method
 from d1jax.rl.update import update
 from d1jax.state import Frozen, create, merge
@@ -96,9 +96,10 @@ def test_a_rollout_with_adapters_beside_a_quantised_base():
 
 
 def method_of(mu, accumulation, beta, estimator="one_step", **options):
-  """A method that clips tokens."""
+  """A method that clips tokens, or sequences where the estimator scores those."""
   options = {"p_mask_prompt": 0.1} | options if estimator == "one_step" else options
-  estimator, loss = ESTIMATORS[estimator].bind(**options), ClippedToken(epsilon=0.2, beta=beta)
+  estimator = ESTIMATORS[estimator].bind(**options)
+  loss = (ClippedSequence if estimator.per_sequence else ClippedToken)(epsilon=0.2, beta=beta)
   return Method(estimator, loss, num_iterations=mu, accumulation=accumulation)
 
 
