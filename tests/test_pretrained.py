@@ -135,6 +135,7 @@ def test_a_claimed_size_takes_no_memory(tmp_path, key, family):
     tracemalloc.stop()
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
 def test_a_mesh_changes_where_weights_live_and_nothing_else(tmp_path, quantize):

@@ -106,6 +106,7 @@ def test_gradients_are_finite_where_a_token_has_no_probability():
   assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_rows_stand_alone():
   check_rows_stand_alone(functools.partial(sandwich, samples=4, exponent=1.5, p_mask_prompt=0.3))
 

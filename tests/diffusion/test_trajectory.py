@@ -48,7 +48,7 @@ def naive(rollout, spec) -> np.ndarray:
   return found
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("spec", [EXACT, STALE], ids=["exact", "stale"])
 def test_tokens_score_what_the_network_says_of_their_state(spec):
   rollout = drawn(spec)
@@ -68,7 +68,7 @@ def test_rollouts_in_exact_mode_weigh_one():
   assert float(effective_sample_size(weight_sums(weights, rollout.completion_mask))) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("cap", [1.02, 1.2])
 def test_rollouts_of_a_stale_cache_weigh_what_the_network_thinks_of_them(cap):
   rollout = drawn(STALE, batch=16)

@@ -161,6 +161,7 @@ def test_the_folder_is_named_by_what_is_evaluated(finished, tmp_path):
     evaluate(tmp_path / "run", folder, questions=9)
 
 
+@pytest.mark.slow(reason="evaluates a run again and again")
 def test_any_mix_of_tasks_and_lengths(finished, tmp_path, capsys):
   """One of one's own among them."""
   workdir, _ = finished
@@ -240,6 +241,7 @@ def test_a_checkpoint_that_validation_did_not_choose_may_not_meet_the_test_split
   assert evaluate(other, tmp_path / "b", chosen_beforehand=True)["arms"][0]["summary"]["n"] == 24
 
 
+@pytest.mark.slow(reason="evaluates a run again and again")
 def test_two_evaluations_are_compared_question_by_question(finished, tmp_path):
   workdir, trained = finished
   sft = Path(trained["checkpoint"]).parent.parent / "sft" / str(trained["best_iteration"]["sft"])

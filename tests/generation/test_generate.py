@@ -55,6 +55,7 @@ def test_draws_are_those_of_the_sampler(model):
   assert (found.prompt, found.index, found.sample, found.prefill) == (PROMPTS[0], 0, 0, "so ")
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_batches_buckets_and_company_change_nothing(model):
   together = tokens(generate(*model, PROMPTS, spec=DRAWN))
   np.testing.assert_array_equal(together, tokens(generate(*model, PROMPTS, spec=DRAWN, batch_size=3)))
@@ -164,6 +165,7 @@ def test_a_model_without_a_tokenizer_is_refused(model):
     generate(denoiser, params, None, ["a"])
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_without_a_sampler_the_most_probable_tokens_are_taken(model):
   (found,) = generate(*model, PROMPTS[:1], prompt_buckets=(64,))
   np.testing.assert_array_equal(found.tokens, generate(*model, PROMPTS[:1], spec=GREEDY, seed=7)[0].tokens)

@@ -214,6 +214,7 @@ def with_dropout(rate):
   return trained(LoraSpec(3, 7.5, rate, ("q_proj", "down_proj")))
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_nothing_is_dropped_without_keys_or_at_rate_zero(params, logits):
   plain = logits(lora.overlay(params, with_dropout(0.0)))
   np.testing.assert_array_equal(logits(lora.overlay(params, with_dropout(0.5))), plain)

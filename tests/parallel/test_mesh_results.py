@@ -236,6 +236,7 @@ def test_the_state_is_donated(one_device, other):
     assert found.alias_bytes >= held
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_devices_that_share_positions_hold_no_canvas_whole():
   """Activations of an update, products included, are cut along their length."""
   world = World(mesh_of(1, 2, 1, 4))

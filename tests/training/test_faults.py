@@ -9,7 +9,7 @@ import pytest
 from d1jax.training.metrics import read_records
 from tests import jobs, runs
 
-SLOW = pytest.mark.slow(reason="processes of the whole recipe; the quick tests stop and kill a shorter one")
+SLOW = pytest.mark.slow(reason="processes of the whole recipe")
 ONE_MORE = pytest.mark.slow(reason="one more process that imports JAX")
 
 
@@ -44,6 +44,7 @@ def check_stopped(workdir, err, name, stage):
   assert (workdir / "checkpoints" / stage / str(stopped_at)).is_dir()
 
 
+@SLOW
 def test_a_job_that_is_stopped_and_then_killed_ends_bit_identical(tmp_path):
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   code, _, err = jobs.finish(jobs.start(*jobs.flags(whole, **jobs.STARTED)))

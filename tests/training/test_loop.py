@@ -167,6 +167,7 @@ def test_checkpoints_are_apart_from_validations(tmp_path, save_every, scores, ke
   )
 
 
+@pytest.mark.slow(reason="saves and reads checkpoints")
 def test_a_run_goes_on_from_a_checkpoint_without_a_validation(tmp_path, monkeypatch):
   """Killed behind iteration 5, whose last checkpoint is of iteration 4; the best, of iteration 3, stays."""
   run(tmp_path / "whole", scores={3: 1.0}, save_every=2)

@@ -72,6 +72,7 @@ def test_rules_that_cut_alike_on_this_mesh_move_nothing(tmp_path):
   assert publisher.received_bytes == 0
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_all_weights_are_cast_before_they_move(tmp_path):
   experiment, trained, publisher = built(tmp_path, ROLLOUTS, model__dtype="bfloat16", **MESH)
   params = publish(publisher, trained, experiment.weights.frozen.base)
@@ -100,7 +101,7 @@ def test_adapters_are_added_into_a_float_base(tmp_path, rules):
   assert (publisher.received_bytes > 0) == (rules is not None)
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_moves_in_its_few_bits(tmp_path, kind):
   few = {"model__quantize": kind, "lora__rank": 4, "model__overrides__embed": 256, "model__overrides__mlp": 256}

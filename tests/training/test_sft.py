@@ -74,6 +74,7 @@ def test_every_pair_of_buckets_is_compiled_before_the_first_step(root, tmp_path)
   assert set(steps.compiled) == {(140, 72), (140, 112), (160, 72), (160, 112)}
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_the_held_out_loss_is_a_function_of_the_weights(root, tmp_path):
   config = job(root, tmp_path)
   experiment = experiments.build(config, None)
