@@ -117,6 +117,7 @@ def test_seeds_and_samples_are_drawn_apart_and_whatever_the_batch(finished, tmp_
     assert [(i.seed, i.sample, i.index, i.text) for i in one] == [(i.seed, i.sample, i.index, i.text) for i in other]
 
 
+@pytest.mark.slow(reason="evaluates a run again and again")
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
   workdir, _ = finished
   draws = {"temperatures": (1.0,), "samples": 2, "batch_size": 8}
@@ -147,6 +148,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(finished, tmp_path, 
   assert [(key(i), i.text, i.metrics, i.tokens) for i in one] == [(key(i), i.text, i.metrics, i.tokens) for i in other]
 
 
+@pytest.mark.slow(reason="evaluates a run again and again")
 def test_the_folder_is_named_by_what_is_evaluated(finished, tmp_path):
   workdir, _ = finished
   shutil.copytree(workdir, tmp_path / "run")
@@ -262,6 +264,7 @@ def test_two_evaluations_are_compared_question_by_question(finished, tmp_path):
     evaluate(workdir, tmp_path / "e", compare=str(tmp_path / "b"), questions=8)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_the_d1_protocol_reads_on_and_refuses_an_early_exit(finished, tmp_path):
   workdir, _ = finished
   both = evaluate(workdir, tmp_path / "d1", protocol="d1", lengths=(24,), block_length=6, tokens_per_step=3)

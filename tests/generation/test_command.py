@@ -98,6 +98,7 @@ def test_fields_change_the_sampler_and_keep_the_tokens_a_step(finished, capsys):
   assert "sample 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_a_downloaded_folder_answers(folder, capsys):
   fields = {"length": 8, "block_length": 4, "tokens_per_step": 2, "prefill": "So"}
   (found,) = command.run(configured(pretrained=str(folder), prompt="What?", **fields))

@@ -97,7 +97,7 @@ MESHES = [
 ]
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize(("dtype", "kind", "sizes"), MESHES, ids=lambda v: str(v))
 def test_a_read_on_a_mesh_is_the_load(wide, loaded, dtype, kind, sizes):
   one = loaded(jnp.dtype(dtype).type, kind)

@@ -336,6 +336,7 @@ def test_an_experiment_gets_the_attention_of_its_mesh(tpu):
   assert text.count("@tpu_custom_call") == 1
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_a_folder_gets_the_attention_of_its_mesh(tmp_path, monkeypatch):
   made = []
 

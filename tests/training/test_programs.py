@@ -78,13 +78,14 @@ def assert_only_activations_are_sent(experiment, compiled, cache):
   assert sum(c.times for c in sent if c.numbers == window) == (0 if cache == "none" else 3 * (steps - blocks))
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_rollouts_send_activations_and_no_weights(cache):
   experiment, programs = large(rollout__cache=cache, model__overrides__embed=EMBED)
   assert_only_activations_are_sent(experiment, programs.lowering(WIDTH)["rollout"]().compile(), cache)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_the_rules_of_updates_would_send_weights():
   experiment, programs = large(rollout_rules={}, model__overrides__embed=EMBED)
   assert weights_sent(experiment, programs.lowering(WIDTH)["rollout"]().compile())

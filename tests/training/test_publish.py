@@ -85,6 +85,7 @@ def test_all_weights_are_cast_before_they_move(tmp_path):
   assert publisher.received_bytes == missing_bytes(jax.tree.map(lambda w: w.astype(jnp.bfloat16), trained), params)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("rules", [None, ROLLOUTS], ids=["where they are", "moved"])
 def test_adapters_are_added_into_a_float_base(tmp_path, rules):
   experiment, trained, publisher = built(tmp_path, rules, lora__rank=4, lora__targets=("q_proj", "up_proj"), **MESH)

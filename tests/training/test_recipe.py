@@ -208,6 +208,7 @@ def test_any_mesh_can_go_on(finished, tmp_path, caplog):
   assert model.read_bytes() == (workdir / "tokenizer" / "tokenizer.model").read_bytes()
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_a_dumped_rollout_replays_to_the_same_state(finished):
   """Checkpoint 2, the rollout of iteration 2 (counted from 0) and the one after: together they give checkpoint 4."""
   workdir, config, _ = finished

@@ -41,6 +41,7 @@ def widest(text: str) -> int:
   return max(rows)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_the_rollout_unembeds_one_block_at_a_time(experiment):
   config = experiment.config
   rollout = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["rollout"]
