@@ -12,7 +12,7 @@ import pytest
 from d1jax.training.metrics import read_records
 from tests import jobs, runs
 
-TIMEOUT = 10
+TIMEOUT = 20
 """Seconds that a process waits for another: at the start, and without a sign of life."""
 
 

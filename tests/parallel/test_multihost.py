@@ -371,7 +371,7 @@ def test_a_stop_of_one_saves_all_and_another_number_goes_on(tmp_path, undisturbe
 @SLOW
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, killed):
-  processes = jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), timeout=10)
+  processes = jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), timeout=20)
   jobs.wait_for(tmp_path, "sft", 5, processes[0])
   processes[killed].kill()
   found = jobs.finish_processes(processes, timeout=45)
