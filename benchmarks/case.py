@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from d1jax.diffusion.denoiser import Denoiser
+from d1jax.model import build_denoiser
 from d1jax.models import transformer
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel.attention import attention
-from d1jax.pretrained import build_denoiser
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from d1jax.training.metrics import read_records
+from d1jax.run.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
 CONTROL_STEPS = 7000

@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from d1jax.training import experiment as experiments
+from d1jax.run import experiment as experiments
 from d1jax.training import grpo
 
 GIB = 2**30

@@ -31,8 +31,8 @@ from benchmarks import timing
 from d1jax.aot.table import markdown
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.advantage import ADVANTAGES
+from d1jax.run.metrics import read_records
 from d1jax.training import method
-from d1jax.training.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
 METHODS = runpy.run_path(str(ROOT / "configs" / "methods.py"))["METHODS"]

@@ -28,7 +28,7 @@ from d1jax import tasks
 from d1jax.data import pipeline
 from d1jax.parallel import multihost
 from d1jax.rl.grading import Grader, decode
-from d1jax.training import experiment as experiments
+from d1jax.run import experiment as experiments
 from d1jax.training import grpo
 
 ROWS, CHUNKS, GROUP = 192, 4, 4

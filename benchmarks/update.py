@@ -32,6 +32,7 @@ from benchmarks import case as cases
 from benchmarks import ceiling, profiles, timing
 from benchmarks.case import CASES, Case, Model
 from benchmarks.ceiling import Products
+from d1jax import optimizer
 from d1jax.diffusion.corruption import mask_prompt
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.parallel import multihost
@@ -40,7 +41,6 @@ from d1jax.rl.losses import ClippedToken
 from d1jax.rl.method import Method
 from d1jax.rl.update import Metrics, inner_keys, update
 from d1jax.state import Frozen, TrainState
-from d1jax.training import optimizer
 
 STEPS, EPSILON, BETA, P_MASK_PROMPT = 4, 0.5, 0.04, 0.15
 ADAMW = {"learning_rate": 1e-4, "weight_decay": 0.1, "b1": 0.9, "b2": 0.99}

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from d1jax.generation.generate import generate
-  from d1jax.pretrained import from_pretrained
+  from d1jax.model import from_pretrained
 
 __all__ = ["from_pretrained", "generate"]
 
@@ -12,7 +12,7 @@ __all__ = ["from_pretrained", "generate"]
 def __getattr__(name: str) -> Any:
   """Imports what the package's top offers when it is first asked for: flags are read without waiting for JAX."""
   if name == "from_pretrained":
-    from d1jax.pretrained import from_pretrained
+    from d1jax.model import from_pretrained
 
     return from_pretrained
   if name == "generate":

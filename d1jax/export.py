@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 from d1jax.errors import RunError, input_checked
 from d1jax.evaluation.subject import Found, find_checkpoint, read_run
 from d1jax.files import FileError, write_check
-from d1jax.models import export, lora, names, peft, pretrained
+from d1jax.model import inspect
+from d1jax.models import load, lora, names, peft, save
 from d1jax.models.tensor_files import TensorFiles
 from d1jax.models.transformer import Params
-from d1jax.pretrained import inspect
+from d1jax.run import limits
+from d1jax.run.workdir import folder, local, unwritable
 from d1jax.state import merge_for_rollout
-from d1jax.training import limits
-from d1jax.training.weights import Weights
-from d1jax.training.workdir import folder, local, unwritable
+from d1jax.weights import Weights
 
 FORMS = ("model", "adapter")
 
@@ -74,7 +74,7 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
   params = trainable
   if weights.lora is not None:
     # The same base as it is stored, so that nothing but the adapters' own matrices changes.
-    dtype = export.widest(TensorFiles(weights.source.folder)) if weights.source else weights.base_dtype
+    dtype = save.widest(TensorFiles(weights.source.folder)) if weights.source else weights.base_dtype
     dense = dataclasses.replace(weights, quantized=None, base_dtype=dtype)
     params = merge_for_rollout(trainable, dense.frozen)
   source = weights.source.folder if weights.source else None
@@ -84,7 +84,7 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
     "eos_token_id": tokenizer.stop_ids[0],
     "pad_token_id": tokenizer.pad_id,
   }
-  _say_left_out(export.export(output, params, weights.network.size, source=source, token_ids=token_ids))
+  _say_left_out(save.export(output, params, weights.network.size, source=source, token_ids=token_ids))
   if source is None:
     for name, content in tokenizer.files.items():
       if not (output / name).exists():
@@ -93,11 +93,11 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
 
 def _from_adapter(base: Path, adapter: Path, output: Path) -> None:
   ids = inspect(base).ids
-  loaded = pretrained.load(base, export.widest(TensorFiles(base)), rows=ids.mask_id + 1)
+  loaded = load.load(base, save.widest(TensorFiles(base)), rows=ids.mask_id + 1)
   _, tree = peft.load(adapter, loaded.network)
   params = lora.merged(lora.overlay(loaded.params, tree))
   token_ids = {"mask_token_id": ids.mask_id, "eos_token_id": ids.stop_ids[0], "pad_token_id": ids.pad_id}
-  _say_left_out(export.export(output, params, loaded.network.size, source=base, token_ids=token_ids))
+  _say_left_out(save.export(output, params, loaded.network.size, source=base, token_ids=token_ids))
 
 
 def _say_left_out(names_of_links: list[str]) -> None:

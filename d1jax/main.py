@@ -22,7 +22,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, w
 def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
   """The function that runs a mode; imported late, so that a mistyped flag is answered at once."""
   if config.mode in ("grpo", "sft"):
-    from d1jax.training import recipe
+    from d1jax import recipe
 
     return recipe.run
   if config.mode == "eval":
@@ -90,7 +90,7 @@ def _parse(argv: list[str]) -> list[str]:
       raise errors.RunError(f"--config={path}: no such file; the configurations are in configs/")
   chosen: list[tuple[str, str, str]] = []
   if any("config.grpo." in arg for arg in argv):
-    from d1jax.training import parts
+    from d1jax.run import parts
 
     chosen, argv[:] = parts.take_flags(argv)
   try:

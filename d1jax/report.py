@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from d1jax.evaluation.evaluator import Evaluation, tables
-from d1jax.training import ledger
-from d1jax.training.metrics import read_records
-from d1jax.training.workdir import Folder, write_atomically
+from d1jax.run.metrics import read_records
+from d1jax.run.workdir import Folder, write_atomically
+from d1jax.telemetry import ledger
 
 SMOOTHING = 20
 """Iterations over which training curves are averaged."""

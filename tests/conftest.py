@@ -28,6 +28,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 from tests import session, typechecker
+from tests.buckets import bucket
+
+__all__ = ["bucket"]
 
 # No deadline: how fast the machine is decides nothing. `make test-slow` asks for the full profile.
 hypothesis.settings.register_profile("full", max_examples=100, deadline=None)
@@ -35,8 +38,9 @@ hypothesis.settings.register_profile("quick", max_examples=20, deadline=None)
 hypothesis.settings.load_profile("quick")
 
 # All rooms but tasks, whose annotations hold no arrays and whose graders run a hundred thousand times.
-ROOMS = ("models", "diffusion", "rl", "data", "parallel", "training", "evaluation", "generation", "intervals")
-ROOMS += ("fingerprint", "keys", "microbatch", "report", "state")
+ROOMS = ("models", "diffusion", "rl", "data", "parallel", "run", "telemetry", "training", "evaluation", "generation")
+ROOMS += ("fingerprint", "intervals", "keys", "microbatch", "model", "optimizer", "publish", "recipe", "report")
+ROOMS += ("results", "state", "weights")
 install_import_hook([f"d1jax.{room}" for room in ROOMS], f"{typechecker.__name__}.checked")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from d1jax.training import parts
+from d1jax.run import parts
 
 ROOT = Path(__file__).parent.parent
 SMALL = {

@@ -8,8 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from d1jax import export
-from d1jax.training import recipe
+from d1jax import export, recipe
 from tests import hub, jobs
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from d1jax.training import recipe
+from d1jax import recipe
 from tests import jobs
 from tests.session import shared
 

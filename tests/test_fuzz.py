@@ -18,20 +18,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d1jax.data import sft
+from d1jax.data import demonstrations
 from d1jax.errors import RunError
 from d1jax.evaluation import generations, items
-from d1jax.models import families, peft, pretrained, transformer
-from d1jax.pretrained import inspect
+from d1jax.model import inspect
+from d1jax.models import families, load, peft, transformer
+from d1jax.run import identity, metrics
+from d1jax.run.checkpoint import Checkpoints
 from d1jax.tasks.countdown import Countdown
 from d1jax.tasks.gsm8k import Gsm8k
 from d1jax.tasks.hendrycks_math import HendrycksMath
 from d1jax.tasks.sudoku import Sudoku
-from d1jax.training import identity, metrics
-from d1jax.training.checkpoint import Checkpoints
 from tests import hub
 from tests.models import folders
-from tests.training.test_checkpoint import abstract, state
+from tests.run.test_checkpoint import abstract, state
 
 pytestmark = pytest.mark.slow(reason="hundreds of random damages of each reader")
 
@@ -131,7 +131,7 @@ def model(folder: Path) -> None:
 
 def read_model(folder: Path) -> None:
   source = inspect(folder)
-  pretrained.check(folder, transformer.build(source.size, dtype=np.float32))
+  load.check(folder, transformer.build(source.size, dtype=np.float32))
   source.tokenizer.decode_all([source.tokenizer.prompt([{"role": "user", "content": "héllo 12"}], "")])
 
 
@@ -206,8 +206,8 @@ def read_checkpoint(folder: Path) -> None:
 READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
   "model": (model, read_model),
   "adapter": (adapter, lambda f: peft.load(f, network())),
-  "sft": (rows("x.jsonl", TRACE, TRACE), lambda f: sft.read(f / "x.jsonl")),
-  "sft.math": (rows("x.jsonl", MATH, MATH), lambda f: sft.read(f / "x.jsonl")),
+  "sft": (rows("x.jsonl", TRACE, TRACE), lambda f: demonstrations.read(f / "x.jsonl")),
+  "sft.math": (rows("x.jsonl", MATH, MATH), lambda f: demonstrations.read(f / "x.jsonl")),
   "generations": (rows("g.jsonl", {"record": GSM8K, "text": "5"}), lambda f: generations.read(f / "g.jsonl", "gsm8k")),
   "generations.d1": (rows("g.json", D1), lambda f: generations.read(f / "g.json", "gsm8k")),
   "items": (rows("i.jsonl", ITEM.line(), ITEM.line(), ITEM.line()), lambda f: items.read(f / "i.jsonl")),

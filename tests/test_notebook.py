@@ -23,8 +23,8 @@ from ml_collections import config_flags
 from nbclient import NotebookClient
 from PIL import Image
 
-from d1jax.training.experiment import check_batches
-from d1jax.training.metrics import read_records
+from d1jax.run.experiment import check_batches
+from d1jax.run.metrics import read_records
 from tests import jobs
 
 NOTEBOOK = jobs.ROOT / "notebooks" / "d1jax_tpu_demo.ipynb"

@@ -9,7 +9,7 @@ from d1jax.aot import collectives, hlo, invariants, memory, network, roofline, t
 from d1jax.aot.memory import bytes_a_device
 from d1jax.aot.work import work
 from d1jax.parallel.chips import Chip
-from d1jax.training.experiment import Experiment
+from d1jax.run.experiment import Experiment
 from d1jax.training.programs import Programs
 
 MOVES = ("all-gather", "all-to-all", "collective-permute")

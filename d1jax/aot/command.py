@@ -17,10 +17,10 @@ from d1jax.data import tokenizer as tokenizers
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.errors import RunError, input_checked
 from d1jax.parallel import chips
-from d1jax.training import experiment as experiments
-from d1jax.training.experiment import Experiment
+from d1jax.run import experiment as experiments
+from d1jax.run.experiment import Experiment
+from d1jax.run.workdir import local
 from d1jax.training.programs import Programs
-from d1jax.training.workdir import local
 
 LLADA_IDS = {"vocab_size": 126464, "mask_token_id": 126336, "eos_token_id": [126081, 126348], "pad_token_id": 126081}
 """Of LLaDA-8B-Instruct (its config.json and tokenizer files)."""

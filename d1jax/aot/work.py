@@ -1,9 +1,9 @@
 """FLOPs of the programs of an iteration, by formula: XLA's own count takes the body of a loop once."""
 
 from d1jax.models import flops
-from d1jax.training import cost
-from d1jax.training.cost import Work
-from d1jax.training.experiment import Experiment
+from d1jax.run.experiment import Experiment
+from d1jax.telemetry import cost
+from d1jax.telemetry.cost import Work
 from d1jax.training.programs import Programs
 
 

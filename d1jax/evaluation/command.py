@@ -19,14 +19,14 @@ from d1jax.evaluation.evaluator import Completer, Evaluator, evaluation_key, gra
 from d1jax.evaluation.items import Item, append, parse, question_id
 from d1jax.evaluation.subject import Subject
 from d1jax.parallel import multihost
+from d1jax.publish import Publisher
+from d1jax.run import limits
+from d1jax.run import workdir as workdirs
+from d1jax.run.experiment import Experiment, Texts
+from d1jax.run.interrupts import Interrupts
+from d1jax.run.workdir import Folder
 from d1jax.tasks import Task
 from d1jax.tasks.common import check_choice
-from d1jax.training import limits
-from d1jax.training import workdir as workdirs
-from d1jax.training.experiment import Experiment, Texts
-from d1jax.training.interrupts import Interrupts
-from d1jax.training.publish import Publisher
-from d1jax.training.workdir import Folder
 
 ELSEWHERE = (
   *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),

@@ -20,13 +20,13 @@ from d1jax.diffusion.sampler import sample
 from d1jax.intervals import Share, clustered
 from d1jax.parallel import multihost
 from d1jax.parallel.mesh import constrained, place
+from d1jax.publish import Publisher
 from d1jax.rl.grading import Graded, decode
+from d1jax.run.experiment import Experiment, Texts
+from d1jax.run.workdir import Folder, write_atomically
 from d1jax.state import Frozen, Params
 from d1jax.tasks import Record, Task, TaskError, checked
 from d1jax.tasks.base import Grade
-from d1jax.training.experiment import Experiment, Texts
-from d1jax.training.publish import Publisher
-from d1jax.training.workdir import Folder, write_atomically
 
 
 class Completed(NamedTuple):

@@ -25,9 +25,9 @@ from d1jax.evaluation import output
 from d1jax.evaluation.evaluator import grade_text
 from d1jax.evaluation.items import Item, append, question_id
 from d1jax.files import LARGEST, FileError, decode, parse_json
+from d1jax.run.workdir import folder as folder_of
 from d1jax.tasks import DataError, Record, Task, TaskError, d1_evaluation
 from d1jax.tasks.common import PREFILL
-from d1jax.training.workdir import folder as folder_of
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 STOPS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from d1jax.files import FileError, decode, parse_json, read_bytes
-from d1jax.training.workdir import Folder, write_atomically
+from d1jax.run.workdir import Folder, write_atomically
 
 log = logging.getLogger(__name__)
 

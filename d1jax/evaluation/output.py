@@ -24,10 +24,10 @@ from d1jax.evaluation import html, items, summary
 from d1jax.evaluation.evaluator import baseline
 from d1jax.evaluation.items import Item
 from d1jax.files import FileError, read_json, write_check
+from d1jax.run import workdir as workdirs
+from d1jax.run.workdir import Folder, revision, unwritable, versions, write_atomically, write_json
 from d1jax.tasks import Record, Task
 from d1jax.tasks.common import ACCURACY
-from d1jax.training import workdir as workdirs
-from d1jax.training.workdir import Folder, revision, unwritable, versions, write_atomically, write_json
 
 
 @dataclasses.dataclass(frozen=True)

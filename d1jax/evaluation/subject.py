@@ -10,14 +10,14 @@ from ml_collections import ConfigDict
 from d1jax.errors import RunError, harmless, input_checked
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
+from d1jax.run import experiment as experiments
+from d1jax.run import run_tokenizer
+from d1jax.run.checkpoint import Checkpoints, is_step
+from d1jax.run.experiment import Experiment
+from d1jax.run.identity import STAGES
+from d1jax.run.workdir import Folder, folder, is_workdir
 from d1jax.state import Frozen, Params, TrainState
-from d1jax.training import experiment as experiments
-from d1jax.training import run_tokenizer
-from d1jax.training.checkpoint import Checkpoints, is_step
-from d1jax.training.experiment import Experiment
-from d1jax.training.identity import STAGES
-from d1jax.training.weights import check_base
-from d1jax.training.workdir import Folder, folder, is_workdir
+from d1jax.weights import check_base
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,8 @@ from d1jax.evaluation.subject import Subject
 from d1jax.generation import canvas as canvases
 from d1jax.generation import film, terminal
 from d1jax.generation.generate import Generation, stream
+from d1jax.run import limits
 from d1jax.state import merge, merge_for_rollout
-from d1jax.training import limits
 
 WIDEST = 100
 """Columns of a canvas, on a wider terminal too."""

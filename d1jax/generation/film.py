@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from d1jax.generation.canvas import GIVEN, SCALE, Canvas, Glyph, evenly, layout, rgb
-from d1jax.training.workdir import write_atomically
+from d1jax.run.workdir import write_atomically
 
 MOST_FRAMES = 240
 PILL = (45, 49, 58)

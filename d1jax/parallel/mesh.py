@@ -294,3 +294,13 @@ def place(tree: Any, placement: NamedSharding) -> Any:
     return jax.make_array_from_callback(host.shape, placement, lambda index: host[index])
 
   return jax.tree.map(spread, tree)
+
+
+def with_placements(abstract: Any, placements: Any) -> Any:
+  """Shapes and dtypes with a placement for each leaf."""
+  return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placements)
+
+
+def with_placement(abstract: Any, placement: Any) -> Any:
+  """The same with one placement for every leaf."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement), abstract)

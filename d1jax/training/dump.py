@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from d1jax.diffusion.rollout import Rollout
 from d1jax.parallel import multihost
+from d1jax.run.workdir import Folder, write_atomically
 from d1jax.training.host import Visit
-from d1jax.training.workdir import Folder, write_atomically
 
 
 class Dumped(NamedTuple):

@@ -10,14 +10,15 @@ import numpy as np
 from d1jax.data import pipeline
 from d1jax.diffusion.rollout import Rollout
 from d1jax.parallel import multihost
+from d1jax.run.experiment import Experiment, Texts
+from d1jax.run.metrics import read_records
+from d1jax.run.workdir import Folder
 from d1jax.state import Frozen, TrainState
 from d1jax.tasks import Mixture
-from d1jax.training import cost, drift, dump, ledger
-from d1jax.training.experiment import Experiment, Texts
+from d1jax.telemetry import cost, ledger
+from d1jax.training import drift, dump
 from d1jax.training.host import grade_chunks, summarise
-from d1jax.training.metrics import read_records
 from d1jax.training.programs import Programs, Prompts
-from d1jax.training.workdir import Folder
 
 SHOWN = ("reward", "loss", "tokens_per_second")
 

@@ -19,8 +19,8 @@ from d1jax.rl.grading import Graded, Grader, WorkersDiedError, graded_texts
 from d1jax.rl.losses import RATIO_EDGES
 from d1jax.rl.selection import NO_SIGNAL
 from d1jax.rl.shaping import UNSHAPED, Shaping
+from d1jax.run.experiment import Experiment, Texts
 from d1jax.tasks.base import TaskError
-from d1jax.training.experiment import Experiment, Texts
 
 QUANTILES = (0.01, 0.5, 0.99)
 """Of the ratios to the old policy, that a run logs."""

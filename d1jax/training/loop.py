@@ -14,17 +14,17 @@ import numpy as np
 from jaxtyping import Float
 
 from d1jax.errors import NotFiniteError
+from d1jax.optimizer import evaluated
 from d1jax.parallel import multihost
+from d1jax.run.checkpoint import Checkpoints, Restored
+from d1jax.run.interrupts import Interrupts
+from d1jax.run.metrics import MetricsWriter, Progress, read_records
+from d1jax.run.trackers import Run, Trackers
+from d1jax.run.workdir import Folder, run_identity
 from d1jax.state import Params, TrainState
-from d1jax.training import ledger
-from d1jax.training.alarms import Limits, alarms
-from d1jax.training.checkpoint import Checkpoints, Restored
-from d1jax.training.interrupts import Interrupts
-from d1jax.training.metrics import MetricsWriter, Progress, read_records
-from d1jax.training.optimizer import evaluated
-from d1jax.training.profile import Profile
-from d1jax.training.trackers import Run, Trackers
-from d1jax.training.workdir import Folder, run_identity
+from d1jax.telemetry import ledger
+from d1jax.telemetry.alarms import Limits, alarms
+from d1jax.telemetry.profile import Profile
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
 from d1jax.rl.shaping import Shaping, parse_weights
+from d1jax.run import parts
 from d1jax.tasks import Mixture, Task
-from d1jax.training import parts
 
 TAKEN = ("loss", "grad_norm", "finite", "sampling_gap", "reference_gap", "reward", "stage", "iteration", "alarms")
 """Names of a record in `metrics.jsonl` that no figure of a loss may have."""

@@ -14,15 +14,15 @@ from d1jax.data import pipeline
 from d1jax.diffusion.replay import replay
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
+from d1jax.parallel import mesh as meshes
 from d1jax.parallel.mesh import constrained, place
+from d1jax.publish import Publisher
 from d1jax.rl.grading import Grader
 from d1jax.rl.selection import with_signal
 from d1jax.rl.update import Metrics, update
+from d1jax.run.experiment import Experiment
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
 from d1jax.training import drift, method
-from d1jax.training.checkpoint import with_placement
-from d1jax.training.experiment import Experiment
-from d1jax.training.publish import Publisher
 
 Prompts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 """prompt[B P], prompt_valid[B P], sample_id[B], group_id[B]."""
@@ -193,7 +193,7 @@ class Programs:
 
   def _chunk(self, arguments: tuple[Any, ...]) -> Rollout:
     """What it returns."""
-    return with_placement(jax.eval_shape(self._rollout, *arguments), self._experiment.by_row)
+    return meshes.with_placement(jax.eval_shape(self._rollout, *arguments), self._experiment.by_row)
 
   def lowering(self, width: int) -> Mapping[str, Callable[[], Any]]:
     """Functions that lower `publish`, and the `rollout` and the `update` for prompts of `width` tokens, from shapes

@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from d1jax import keys
-from d1jax.data import sft as demonstration_files
+from d1jax.data import demonstrations as demonstration_files
 from d1jax.data.sft_batches import SftBatch, padding, sft_batches
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.corruption import mask_prompt
@@ -20,10 +20,10 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.likelihood import denoising_loss
 from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.parallel.mesh import place
+from d1jax.run.experiment import Experiment
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
 from d1jax.tasks import held_out as held_out_questions
-from d1jax.training import cost, ledger
-from d1jax.training.experiment import Experiment
+from d1jax.telemetry import cost, ledger
 
 
 def sft_step(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from d1jax.data.sft import SYSTEM_PROMPT, Demonstration, conversation, read, split
+from d1jax.data.demonstrations import SYSTEM_PROMPT, Demonstration, conversation, read, split
 
 S1K = {"question": "Q?", "thinking_trajectories": ["first\n", "second"], "attempt": " so \\boxed{3}", "solution": "3"}
 S1K_1_1 = {"question": "Q?", "solution": "3", "deepseek_thinking_trajectory": "t", "deepseek_attempt": "a"}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax import pretrained
+from d1jax import model
 from d1jax.diffusion.blocks import NO_CACHES, block_logits, window_of
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
@@ -122,7 +122,7 @@ def test_a_real_network_refreshed_at_every_step_is_exact(cache, shift):
   size = transformer.TransformerSize(vocab=toy.VOCAB, embed=16, heads=2, mlp=32, layers=2, rope_theta=100.0)
   network = transformer.build(size)
   params = jax.tree.map(lambda p: 4 * p, network.init(jax.random.key(1)))
-  denoiser = pretrained.build_denoiser(network, mask_id=toy.MASK, stop_ids=(toy.STOP,), known_ids=12, shift=shift)
+  denoiser = model.build_denoiser(network, mask_id=toy.MASK, stop_ids=(toy.STOP,), known_ids=12, shift=shift)
   with jax.numpy_rank_promotion("allow"):  # networks broadcast their weights
     found = rolled(dataclasses.replace(SPEC, cache=cache, refresh_every=1), denoiser, params)
     assert_same(found, rolled(SPEC, denoiser, params))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from d1jax import recipe
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import PreemptedError, RunError
 from d1jax.evaluation import command, evaluator, items, output
-from d1jax.training import experiment as experiments
-from d1jax.training import recipe
-from d1jax.training.interrupts import Interrupts
+from d1jax.run import experiment as experiments
+from d1jax.run.interrupts import Interrupts
 from tests import hub, runs
 from tests.jobs import load, small
 

@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 from d1jax.errors import RunError
 from d1jax.evaluation import items, output
+from tests.damages import DAMAGES
 from tests.evaluation.test_items import ITEM
-from tests.training.damages import DAMAGES
 
 IDENTITY = {"subject": "runs/x", "config": {"protocol": "strict"}, "questions": {"arm": {"n": 1}}}
 

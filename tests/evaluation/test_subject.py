@@ -10,9 +10,9 @@ from d1jax.errors import RunError
 from d1jax.evaluation import command as evaluation
 from d1jax.evaluation.subject import find_checkpoint, load
 from d1jax.generation import command as generation
-from d1jax.training import experiment as experiments
-from d1jax.training.checkpoint import Checkpoints
-from d1jax.training.workdir import claim, folder
+from d1jax.run import experiment as experiments
+from d1jax.run.checkpoint import Checkpoints
+from d1jax.run.workdir import claim, folder
 from tests.jobs import load as load_config
 from tests.jobs import small
 

@@ -25,20 +25,20 @@ def main() -> None:
   import jax.numpy as jnp
   import numpy as np
 
-  from d1jax.models import families, pretrained, transformer
+  from d1jax.models import families, load, transformer
   from d1jax.parallel import mesh as meshes
 
   mesh = meshes.make_mesh({"data": 1, "fsdp": devices, "tensor": 1})
 
-  def load(folder: Path) -> transformer.Params:
+  def read(folder: Path) -> transformer.Params:
     network = transformer.build(families.describe(folder).size, dtype=jnp.bfloat16)
     placements = meshes.shardings(mesh, meshes.RULES, network.axes)
-    return jax.block_until_ready(pretrained.read(folder, network, jnp.bfloat16, placements))
+    return jax.block_until_ready(load.read(folder, network, jnp.bfloat16, placements))
 
-  load(tiny)
+  read(tiny)
   Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
   before = resident()
-  params = load(folder)
+  params = read(folder)
   after = resident()
   leaves = jax.tree.leaves(params)
   held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)

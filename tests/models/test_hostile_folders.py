@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d1jax.models import pretrained
+from d1jax.model import inspect
+from d1jax.models import load
 from d1jax.models.tensor_files import INDEX, TensorFiles
-from d1jax.pretrained import inspect
 from tests import hub
 
 pytestmark = pytest.mark.slow(reason="hundreds of folders, each read whole")
@@ -45,7 +45,7 @@ def reason(folder):
   """Reads all but most of the weights; why that failed, where it did. Other errors than ValueErrors pass."""
   try:
     source = inspect(folder)
-    pretrained.check(folder, pretrained.transformer.build(source.size))
+    load.check(folder, load.transformer.build(source.size))
     files = TensorFiles(folder)
     for name, shape in files.shapes.items():
       files.read(name, *(slice(0, 2) for _ in shape))

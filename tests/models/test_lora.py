@@ -15,8 +15,8 @@ from d1jax.models import lora, quantize, transformer
 from d1jax.models.lora import PROJECTIONS, Adapted, Adapter, LoraSpec
 from d1jax.models.quantize import Quantized
 from d1jax.parallel import mesh as meshes
+from d1jax.run.checkpoint import Checkpoints
 from d1jax.state import Frozen, TrainState, apply_gradients, create, merge, merge_for_rollout, reference
-from d1jax.training.checkpoint import Checkpoints, with_placements
 from tests import toy
 from tests.models import forward
 
@@ -364,7 +364,7 @@ def test_adapters_are_trained_saved_and_restored_on_another_mesh(tmp_path, netwo
   checkpoints = Checkpoints(tmp_path / "adapters", writes=True)
   checkpoints.save(1, stepped, {"config": {}, "seconds": 0.0}, None)
   checkpoints.wait()
-  restored = checkpoints.restore(1, with_placements(jax.eval_shape(state_of), there))
+  restored = checkpoints.restore(1, meshes.with_placements(jax.eval_shape(state_of), there))
   checkpoints.close()
   assert jax.tree.structure(restored.state) == jax.tree.structure(stepped)
   for a, b, s in zip(*map(jax.tree.leaves, (restored.state, stepped, there)), strict=True):

@@ -21,8 +21,8 @@ from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.parallel.mesh import place
 from d1jax.rl.grading import Grader
+from d1jax.run import experiment as experiments
 from d1jax.tasks import Grade
-from d1jax.training import experiment as experiments
 from d1jax.training import host
 from d1jax.training.programs import Programs
 from tests.jobs import small

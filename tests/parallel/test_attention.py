@@ -11,13 +11,12 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
 import d1jax
-from d1jax import pretrained
 from d1jax.models import transformer
 from d1jax.models.layers import plain_attention
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import attention as kernels
 from d1jax.parallel.mesh import MESH_AXES, RULES, constrainer, make_mesh, sharding, shardings
-from d1jax.training import experiment as experiments
+from d1jax.run import experiment as experiments
 from tests import hub, jobs
 
 SIZE = TransformerSize(vocab=256, embed=256, heads=4, kv_heads=2, head_dim=128, mlp=256, layers=2)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from d1jax.training.metrics import read_records
+from d1jax.run.metrics import read_records
 from tests import jobs, runs
 
 TIMEOUT = 20

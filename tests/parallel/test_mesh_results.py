@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from d1jax import keys
+from d1jax import optimizer as optimizers
 from d1jax.diffusion.corruption import corrupt, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import SamplerSpec
@@ -33,7 +34,6 @@ from d1jax.rl.losses import ClippedToken
 from d1jax.rl.method import Method
 from d1jax.rl.update import update
 from d1jax.state import Frozen, TrainState, create
-from d1jax.training import optimizer as optimizers
 from tests import toy
 
 SIZE = TransformerSize(vocab=16, embed=16, heads=4, mlp=32, layers=2, rope_theta=100.0)

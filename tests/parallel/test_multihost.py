@@ -17,7 +17,7 @@ import pytest
 from d1jax.errors import RunError
 from d1jax.parallel import multihost
 from d1jax.parallel.mesh import make_mesh, place, sharding
-from d1jax.training.metrics import read_records
+from d1jax.run.metrics import read_records
 from tests import jobs, runs
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}

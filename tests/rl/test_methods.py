@@ -13,8 +13,9 @@ from d1jax.rl.estimators import ESTIMATORS
 from d1jax.rl.losses import ClippedSequence, ClippedToken
 from d1jax.rl.method import Method
 from d1jax.rl.update import update
+from d1jax.run import parts
 from d1jax.state import Frozen, create
-from d1jax.training import method, parts
+from d1jax.training import method
 from tests import jobs, toy
 
 LENGTH, STEPS = 6, 6

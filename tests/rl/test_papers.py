@@ -16,7 +16,7 @@ from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.sandwich import bounds, mask_sums, mask_weight
 from d1jax.rl.advantage import leave_one_out, softmax
 from d1jax.rl.losses import ClippedSequence, ClippedToken, Likelihood, Sandwich, Terms, token_weights
-from d1jax.training import parts
+from d1jax.run import parts
 from tests import jobs, toy
 
 

@@ -13,19 +13,19 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 import d1jax
-from d1jax import export
+from d1jax import export, recipe
 from d1jax.errors import RunError
 from d1jax.evaluation import command
 from d1jax.models import lora, peft
 from d1jax.models.lora import Adapter
 from d1jax.models.tensor_files import TensorFiles
+from d1jax.run import experiment as experiments
+from d1jax.run.checkpoint import Checkpoints
+from d1jax.run.metrics import read_records
+from d1jax.run.run_tokenizer import kept_in
 from d1jax.state import merge, merge_for_rollout
 from d1jax.tasks.sudoku import Sudoku
-from d1jax.training import experiment as experiments
-from d1jax.training import grpo, recipe
-from d1jax.training.checkpoint import Checkpoints
-from d1jax.training.metrics import read_records
-from d1jax.training.run_tokenizer import kept_in
+from d1jax.training import grpo
 from tests import hub, jobs
 from tests.session import shared
 

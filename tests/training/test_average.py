@@ -9,17 +9,18 @@ import numpy as np
 import optax
 import pytest
 
+from d1jax import recipe
 from d1jax.errors import PreemptedError
 from d1jax.evaluation import subject
 from d1jax.fingerprint import fingerprint
+from d1jax.optimizer import build, evaluated
 from d1jax.parallel import mesh as meshes
+from d1jax.run.checkpoint import Checkpoints
 from d1jax.state import TrainState, apply_gradients, create
-from d1jax.training import loop, recipe
-from d1jax.training.checkpoint import Checkpoints
-from d1jax.training.optimizer import build, evaluated
+from d1jax.training import loop
 from tests import jobs
+from tests.test_optimizer import SETTINGS
 from tests.training import test_loop
-from tests.training.test_optimizer import SETTINGS
 
 DECAY = 0.75
 

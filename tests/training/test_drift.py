@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.training import drift, recipe
-from d1jax.training.metrics import read_records
+from d1jax import recipe
+from d1jax.run.metrics import read_records
+from d1jax.training import drift
 from tests import jobs, toy
 from tests.jobs import started, untimed
 

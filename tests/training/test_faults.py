@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from d1jax.training.metrics import read_records
+from d1jax.run.metrics import read_records
 from tests import jobs, runs
 
 SLOW = pytest.mark.slow(reason="processes of the whole recipe")

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from d1jax import recipe
 from d1jax.errors import RunError
-from d1jax.training import dump, grpo, recipe
-from d1jax.training import experiment as experiments
-from d1jax.training.metrics import read_records
+from d1jax.run import experiment as experiments
+from d1jax.run.metrics import read_records
+from d1jax.training import dump, grpo
 from tests import jobs
 from tests.jobs import small, started
 

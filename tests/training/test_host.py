@@ -7,8 +7,8 @@ from d1jax.errors import RunError
 from d1jax.rl.grading import Graded, Grader, WorkersDiedError
 from d1jax.rl.losses import RATIO_EDGES
 from d1jax.rl.shaping import UNSHAPED, Shaping
+from d1jax.run import experiment as experiments
 from d1jax.tasks import Grade, TaskError
-from d1jax.training import experiment as experiments
 from d1jax.training import host
 from tests.jobs import small
 

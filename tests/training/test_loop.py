@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from d1jax.errors import NotFiniteError, PreemptedError
+from d1jax.run.checkpoint import Checkpoints, Restored
+from d1jax.run.interrupts import Interrupts
 from d1jax.state import TrainState, all_finite, apply_gradients, create
-from d1jax.training import loop, profile
-from d1jax.training.checkpoint import Checkpoints, Restored
-from d1jax.training.interrupts import Interrupts
+from d1jax.telemetry import profile
+from d1jax.training import loop
 
 STEPS = 8
 

@@ -6,9 +6,9 @@ import pytest
 from configs.methods import METHODS
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.shaping import UNSHAPED, Shaping
-from d1jax.training import experiment as experiments
+from d1jax.run import experiment as experiments
+from d1jax.run.identity import flatten
 from d1jax.training import method
-from d1jax.training.identity import flatten
 from tests import jobs
 
 SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from d1jax import recipe
 from d1jax.errors import RunError
-from d1jax.training import dump, recipe
-from d1jax.training import experiment as experiments
-from d1jax.training.metrics import read_records
+from d1jax.run import experiment as experiments
+from d1jax.run.metrics import read_records
+from d1jax.training import dump
 from tests.jobs import SMALL, load, small
 
 PARITY = str(Path(__file__).parents[1] / "tasks/parity_task.py")

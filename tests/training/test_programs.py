@@ -9,7 +9,7 @@ from jax.experimental import topologies
 
 from d1jax.aot import hlo
 from d1jax.aot.collectives import find
-from d1jax.training import experiment as experiments
+from d1jax.run import experiment as experiments
 from d1jax.training.programs import Programs
 from tests import jobs
 

@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from d1jax import recipe
 from d1jax.errors import RunError
+from d1jax.run import experiment as experiments
+from d1jax.run.metrics import read_records
 from d1jax.tasks import held_out
-from d1jax.training import experiment as experiments
-from d1jax.training import recipe, sft
-from d1jax.training.held_out import HeldOutLoss
-from d1jax.training.metrics import read_records
+from d1jax.training import sft
+from d1jax.training.held_out_loss import HeldOutLoss
 from tests.jobs import small
 
 ROWS = [

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from d1jax import recipe
 from d1jax.errors import InterruptedRunError, OutOfMemoryError, PreemptedError
 from d1jax.evaluation import evaluator
-from d1jax.training import experiment as experiments
-from d1jax.training import loop, recipe
-from d1jax.training.checkpoint import Checkpoints
+from d1jax.run import experiment as experiments
+from d1jax.run.checkpoint import Checkpoints
+from d1jax.training import loop
 from tests.jobs import small
 
 pytestmark = pytest.mark.slow(reason="each runs the recipe or a part of it")

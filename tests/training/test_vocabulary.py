@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from d1jax.training import experiment as experiments
+from d1jax.run import experiment as experiments
 from d1jax.training import grpo, sft
 from tests import jobs
 

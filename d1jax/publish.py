@@ -1,0 +1,94 @@
+"""From the weights that updates train to those that rollouts take: merged, cast and moved by one compiled program."""
+
+from typing import Any
+
+import jax
+
+from d1jax import state
+from d1jax.models import lora
+from d1jax.models.quantize import Quantized
+from d1jax.models.transformer import Params
+from d1jax.parallel import mesh as meshes
+from d1jax.state import Frozen
+from d1jax.weights import Weights
+
+
+class Publisher:
+  """The one place where placements of updates and of rollouts meet.
+
+  Adapters are added into a float base and stay beside a quantised one. Every leaf is cast to the dtype of the network's
+  products, which would cast it in every forward pass. All of that happens where updates have the weights, so that what
+  moves is neither wider nor apart. What rollouts take as it is costs nothing; what moves does so each time, a frozen
+  base too: a copy of it that stays would take room from updates.
+
+  Attributes:
+    placement: of what rollouts take.
+    abstract: its shapes, types and placements.
+    received_bytes: that a device receives when it moves; the most of any device.
+  """
+
+  def __init__(self, weights: Weights, trainable: Params):
+    """Prepares the program; nothing is compiled yet.
+
+    Args:
+      weights: of the run.
+      trainable: shapes, types and placements of what is trained.
+
+    Raises:
+      ValueError: the mesh does not divide a weight or the heads under `rollout_rules`.
+    """
+    self._weights = weights
+    axes = weights.network.axes
+    if weights.quantized:
+      axes = lora.overlay(lora.quantized_axes(axes), weights.trainable_axes)
+    self._arguments = trainable, weights.abstract_frozen().base
+    shapes = jax.eval_shape(self._merged, *self._arguments)
+    before, after = (meshes.shardings(weights.mesh, rules, axes) for rules in (weights.rules, weights.rollout_rules))
+    meshes.check_divides(shapes, after)
+    self.received_bytes = meshes.received_bytes(shapes, before, after)
+    self._before = before
+    same = lambda x, old, new: old if new.is_equivalent_to(old, x.ndim) else new
+    self.placement = jax.tree.map(same, shapes, before, after)
+    self.abstract = meshes.with_placements(shapes, self.placement)
+
+    traced = jax.make_jaxpr(self._publish)(*self._arguments).jaxpr
+    places = {id(variable): place for place, variable in enumerate(traced.invars)}
+    self._kept = [places.get(id(variable)) for variable in traced.outvars]
+    self._program = jax.jit(
+      self._made,
+      in_shardings=jax.tree.map(lambda x: x.sharding, self._arguments),
+      out_shardings=self._new(self.placement),
+    )
+    self._compiled: Any = None
+
+  def _merged(self, trainable: Params, base: Params) -> Params:
+    params = state.merge_for_rollout(trainable, Frozen(base, {}))
+    few_bits = lambda leaf: isinstance(leaf, Quantized)
+    cast = lambda leaf: leaf if few_bits(leaf) else leaf.astype(self._weights.base_dtype)
+    return jax.tree.map(cast, params, is_leaf=few_bits)
+
+  def _publish(self, trainable: Params, base: Params) -> Params:
+    return meshes.moved(self._merged(trainable, base), self._before, self.placement)
+
+  def _new(self, tree: Any) -> list[Any]:
+    """The leaves of what is published that are not arguments as they are: XLA would copy those."""
+    return [leaf for leaf, place in zip(jax.tree.leaves(tree), self._kept, strict=True) if place is None]
+
+  def _made(self, trainable: Params, base: Params) -> list[jax.Array]:
+    return self._new(self._publish(trainable, base))
+
+  def lower(self) -> Any:
+    """The lowered program, from shapes alone."""
+    return self._program.lower(*self._arguments)
+
+  def compile(self) -> None:
+    """Compiles the program, once."""
+    if self._compiled is None:
+      self._compiled = self.lower().compile()
+
+  def __call__(self, trainable: Params, base: Params) -> Params:
+    """What rollouts take; some of its arrays may be arguments themselves."""
+    self.compile()
+    given, made = jax.tree.leaves((trainable, base)), iter(self._compiled(trainable, base))
+    leaves = [next(made) if place is None else given[place] for place in self._kept]
+    return jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)

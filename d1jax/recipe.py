@@ -1,0 +1,332 @@
+"""d1's whole recipe: masked SFT, then diffu-GRPO, then one look at the held-out split. Also SFT alone."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from d1jax import optimizer as optimizers
+from d1jax import report
+from d1jax.errors import RunError, explained, input_checked, smaller_batches
+from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator
+from d1jax.fingerprint import fingerprint
+from d1jax.parallel import multihost
+from d1jax.publish import Publisher
+from d1jax.results import Outcome, finished_results, write_results
+from d1jax.run import compiled, parts, run_tokenizer, trackers
+from d1jax.run import experiment as experiments
+from d1jax.run.checkpoint import Checkpoints, Restored
+from d1jax.run.identity import check_splits, holds_run, record_changes
+from d1jax.run.interrupts import Interrupts
+from d1jax.run.lock import locked
+from d1jax.run.metrics import STAGES, warn_of_lost
+from d1jax.run.workdir import Folder, claim, folder
+from d1jax.state import Params, TrainState, all_finite
+from d1jax.tasks import split_hash
+from d1jax.telemetry import profile
+from d1jax.training import grpo, loop, sft
+from d1jax.training.held_out_loss import HeldOutLoss
+from d1jax.weights import check_base
+
+VALIDATION_METRIC = "solved"
+"""What checkpoints are chosen by, on the validation split."""
+
+Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
+"""From the iteration to start at to one iteration of a stage."""
+
+
+class Validation(NamedTuple):
+  """What scores weights while they are trained.
+
+  Attributes:
+    compile: compiles all that `score` needs.
+    score: of some weights, higher is better.
+    remedy: what to try when device memory runs out.
+  """
+
+  compile: Callable[[], None]
+  score: Callable[[Params], float]
+  remedy: str
+
+
+class Recipe:
+  """The stages of one work directory."""
+
+  def __init__(self, config: ConfigDict, workdir: Folder, interrupts: Interrupts):
+    """Builds everything that can be found wrong; nothing is written or trained yet."""
+    multihost.check_same("the configuration", config.to_dict() | {"distributed": {}})
+    self._held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
+    self.experiment = experiments.build(config, run_tokenizer.kept_in(workdir) if self._held else None)
+    experiments.check_batches(config, self.experiment.ways)
+    experiments.check_lengths(config, self.experiment.length_ways)
+    experiments.check_start(config)
+    multihost.from_main(lambda: trackers.check(config.trackers))
+    self.config, self.workdir, self._interrupts = config, workdir, interrupts
+    self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
+    publisher = Publisher(self.experiment.weights, self.experiment.weights.abstract_trainable)
+    self._completer = Completer(self.experiment, publisher)
+    self._test = self._evaluator(self.experiment.texts("test"))
+    self._validations: dict[str, Validation] = {}
+    self._optimizers: dict[str, optax.GradientTransformation] = {}
+    self._rates: dict[str, np.ndarray] = {}
+    if config.sft.steps:
+      self._demonstrations, held_out = sft.demonstrations(self.experiment)
+      self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
+      self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
+    if config.mode == "grpo":
+      self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
+      self._programs = grpo.Programs(self.experiment, self._optimizers["grpo"], publisher)
+      self._train = self.experiment.texts("train")
+      self._validations["grpo"] = self._by_accuracy()
+
+  def _optimizer(self, name: str, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a stage that takes `steps` steps."""
+    section = self.config[name]
+    rate, warmup_steps = section.learning_rate, section.warmup_steps
+    optimizers.warn_of_warm_up(name, learning_rate=rate, steps=steps, warmup_steps=warmup_steps)
+    self._rates[name] = optimizers.rates(rate, steps, warmup_steps, section.decay)
+    return self.experiment.optimizer(section, steps)
+
+  def splits(self) -> dict[str, Any]:
+    """How many questions each split in use has, and a hash of their records."""
+    task = self.experiment.task
+    names = ["test", "validation", *(["train"] if self.config.mode == "grpo" else [])]
+    if self.config.sft.steps and not self.config.sft.data:
+      names.append("demonstrations")
+    found = {name: task.records(name) for name in names}
+    if self.config.sft.steps and self.config.sft.data:
+      found["sft.data"] = [{"prompt": a, "answer": b} for a, b in zip(*self._demonstrations, strict=True)]
+    return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
+
+  def _evaluator(self, texts: experiments.Texts) -> Evaluator:
+    """A greedy evaluation of what is trained, together with its frozen base; exact, also where rollouts are cached."""
+    sampler = dataclasses.replace(self.experiment.sampler.with_cache("none"), temperature=0.0)
+    return Evaluator(self._completer, self.experiment, texts, sampler, self.config.evaluation.batch_size)
+
+  @property
+  def _smaller_batches(self) -> str:
+    """What to try when an evaluation does not fit."""
+    return smaller_batches("evaluation.batch_size", self.config.evaluation.batch_size)
+
+  def _by_accuracy(self) -> Validation:
+    evaluator = self._evaluator(self.experiment.texts("validation"))
+
+    def score(trainable: Params) -> float:
+      return evaluator(trainable, self.experiment.weights.frozen).share(VALIDATION_METRIC).value
+
+    return Validation(evaluator.compile, score, self._smaller_batches)
+
+  def _by_loss(self, held_out: sft.Demonstrations) -> Validation:
+    loss = HeldOutLoss(self.experiment, held_out)
+    remedy = self._smaller_parts("sft")
+    return Validation(loss.compile, lambda trainable: loss(trainable, self.experiment.weights.frozen), remedy)
+
+  def _smaller_parts(self, stage: str) -> str:
+    """What to try when training does not fit."""
+    return experiments.smaller_parts(self.config, stage, self.experiment.ways)
+
+  def read_base(self) -> None:
+    """Reads what adapters stand on, before the folder belongs to this run: a smaller base makes another run."""
+    smaller = self.config.lora.rank and self.config.model.quantize != "nf4" and not self._held
+    with explained("reading the base", "--config.model.quantize=nf4, or more devices" if smaller else "more devices"):
+      _ = self.experiment.weights.base_fingerprint
+
+  def compile(self) -> None:
+    """Compiles what validations and the final evaluation need, so that nothing of it fails after hours of training."""
+    for name, validation in self._validations.items():
+      with explained(f"{name}: validation", validation.remedy):
+        validation.compile()
+    with explained("the final evaluation", self._smaller_batches):
+      self._test.compile()
+
+  def _train_stage(
+    self,
+    name: str,
+    section: ConfigDict,
+    fresh: Callable[[], TrainState],
+    advancer: Advancer,
+    shown: tuple[str, ...],
+    checkpoints: Checkpoints,
+  ) -> None:
+    """Runs a stage to its end, from its last good checkpoint on; the state is gone from memory afterwards."""
+    weights, validation, optimizer = self.experiment.weights, self._validations[name], self._optimizers[name]
+    began, abstract = time.perf_counter(), weights.abstract_state(optimizer)
+    start = checkpoints.restore_latest(abstract)
+    if start:
+      with input_checked():
+        check_base(weights, start.metadata)
+    if start and loop.is_over(start.step, start.metadata, section.steps, section.patience):
+      return
+    start = start or Restored(0, fresh(), {})
+    for tree in (start.state, start.state.trainable):
+      fingerprint(tree)  # compiles what each checkpoint needs
+    finite = jax.jit(all_finite, in_shardings=(weights.state_placement(optimizer),), out_shardings=weights.replicated)
+
+    def validate(trainable: Params) -> float:
+      with explained(f"{name}: validation", validation.remedy):
+        return validation.score(trainable)
+
+    stage = loop.Stage(
+      name,
+      section.steps,
+      advancer(start.step),
+      validate,
+      finite.lower(abstract).compile(),
+      loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
+      self._rates[name],
+      trackers.named(self.config.trackers),
+      shown,
+      self.experiment.metadata(),
+      began,
+      profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
+    )
+    loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
+
+  def _run_stage(
+    self,
+    name: str,
+    section: ConfigDict,
+    fresh: Callable[[], TrainState],
+    advancer: Advancer,
+    shown: tuple[str, ...],
+  ) -> Outcome:
+    """Runs or resumes a stage; nothing is computed twice, and of a finished one its best weights alone are read."""
+    home, weights = self.workdir / "checkpoints" / name, self.experiment.weights
+    checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
+
+    def last() -> tuple[int, bool]:
+      """The last step, and whether the stage ended with it."""
+      step = max(checkpoints.steps(), default=0)
+      return step, step > 0 and loop.is_over(step, checkpoints.metadata(step), section.steps, section.patience)
+
+    found = lambda: multihost.from_main(last)
+    with explained(name, self._smaller_parts(name)):
+      step: int | None = None
+      while step is None or not found()[1]:  # a damaged one is set aside by then, and made again
+        if not found()[1]:
+          self._train_stage(name, section, fresh, advancer, shown, checkpoints)
+        best = checkpoints.best_evaluated(abstract)
+        if best is None:
+          raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
+        step = best[0]
+        del best  # the weights are good, and are read again when they are needed
+      with input_checked():
+        check_base(weights, checkpoints.metadata(step))
+      end = checkpoints.metadata(found()[0])
+      trained = end.get("trainable") or fingerprint(checkpoints.restore_evaluated(found()[0], abstract))
+      checkpoints.close()
+    return Outcome(step, trained, float(end["seconds"]), home / str(step))
+
+  def best(self, name: str) -> Params:
+    """The best weights of a stage that was run."""
+    checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
+    found = checkpoints.best_evaluated(self.experiment.weights.abstract_state(self._optimizers[name]))
+    checkpoints.close()
+    if found is None:
+      raise RunError(f"{checkpoints.folder} lost its checkpoints while the run went on; run the same command again")
+    return found[1]
+
+  def sft(self) -> Outcome:
+    """Masked supervised fine-tuning from the run's start."""
+    experiment, optimizer = self.experiment, self._optimizers["sft"]
+
+    def advancer(position: int) -> Any:
+      return sft.advancer(experiment, self._demonstrations, optimizer, position)
+
+    fresh = functools.partial(experiment.weights.fresh_state, optimizer)
+    return self._run_stage("sft", self.config.sft, fresh, advancer, ("loss", "masked_ce"))
+
+  def grpo(self, start: Callable[[], Params]) -> Outcome:
+    """diffu-GRPO from the weights that `start` reads, which stay the reference where one is scored."""
+    experiment, optimizer = self.experiment, self._optimizers["grpo"]
+    stays = self._programs.needs_reference and experiment.weights.lora is None
+    start = functools.cache(start) if stays else start
+
+    def advancer(position: int) -> Any:
+      self._programs.compile()
+      frozen = experiment.weights.frozen
+      frozen = frozen._replace(reference=start()) if stays else frozen
+      return grpo.advancer(experiment, self._train, frozen, self._programs, position, self.workdir)
+
+    def fresh() -> TrainState:
+      return experiment.weights.state_from(start(), optimizer, donate=not stays)
+
+    with self._programs.grader:
+      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN)
+
+  def _evaluate(self, read: Callable[[], Params]) -> Evaluation:
+    """The final evaluation of the weights that `read` reads; they are gone from memory afterwards."""
+
+    def pause() -> None:
+      if self._interrupts.pending():
+        raise self._interrupts.error("the end of training, before the final evaluation was done")
+
+    with explained("the final evaluation", self._smaller_batches):
+      return self._test(read(), self.experiment.weights.frozen, pause)
+
+  def run(self) -> tuple[dict[str, Outcome], dict[str, Evaluation]]:
+    """Runs the stages, then looks at the held-out split once.
+
+    Returns:
+      The stages' outcomes, and the evaluations `before` diffu-GRPO (of the start where there is no SFT) and `after`.
+    """
+    self.compile()
+    outcomes: dict[str, Outcome] = {}
+    start: Callable[[], Params] = self.experiment.weights.start
+    if self.config.sft.steps:
+      outcomes["sft"] = self.sft()
+      start = functools.partial(self.best, "sft")
+    if self.config.mode == "sft":
+      return outcomes, {"after": self._evaluate(start)}
+    outcomes["grpo"] = self.grpo(start)
+    best = functools.partial(self.best, "grpo")
+    return outcomes, {"before": self._evaluate(start), "after": self._evaluate(best)}
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+  """Runs the job that the configuration describes, or goes on with it, or reprints its table when it is finished.
+
+  Returns:
+    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `task`, `baseline`,
+    `params_fingerprint`, `seconds` by stage, `cost` (see `ledger.total`), `splits`, `config`, `versions`, `revision`,
+    `checkpoint`.
+  """
+  workdir = folder(config.workdir)
+  parts.complete(config)
+  finished = multihost.from_main(lambda: finished_results(workdir, config))
+  if finished and multihost.from_main(lambda: run_tokenizer.is_whole(workdir)):
+    return report.reprint(finished, workdir)
+  began = time.monotonic()
+  with locked(workdir), compiled.kept(workdir), Interrupts() as interrupts, explained("run", "more devices"):
+    with input_checked():
+      recipe = Recipe(config, workdir, interrupts)
+      splits = recipe.splits()
+    multihost.check_same("the data", splits)
+    recipe.read_base()
+    multihost.from_main(lambda: _claim(recipe, splits))
+    if finished:  # its tokenizer was damaged, and is whole again
+      return report.reprint(finished, workdir)
+    outcomes, evaluations = recipe.run()
+    fingerprints = {
+      "params_fingerprint": outcomes[config.mode].fingerprint,
+      "base_fingerprint": recipe.experiment.weights.base_fingerprint,
+    }
+    rest = fingerprints | {"splits": splits}
+    results = multihost.from_main(lambda: write_results(recipe.experiment, workdir, outcomes, evaluations, began, rest))
+  print(report.summary(results, workdir))
+  return results
+
+
+def _claim(recipe: Recipe, splits: dict[str, Any]) -> None:
+  config = recipe.config.to_dict()
+  check_splits(recipe.workdir, config, splits)
+  record_changes(recipe.workdir, config)
+  claim(recipe.workdir, config, recipe.experiment.tokenizer.files, splits)
+  newest = {stage: Checkpoints(recipe.workdir / "checkpoints" / stage).newest() for stage in STAGES}
+  warn_of_lost(recipe.workdir / "metrics.jsonl", {stage: step for stage, step in newest.items() if step})

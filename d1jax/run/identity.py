@@ -1,0 +1,175 @@
+"""Whether a folder holds this run: what each field of the configuration is to it, and which questions it began with."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from d1jax.errors import RunError, input_checked
+from d1jax.files import FileError, read_json, read_text
+from d1jax.run.checkpoint import Checkpoints
+from d1jax.run.parts import renewed
+from d1jax.run.workdir import Folder, write_atomically
+
+log = logging.getLogger(__name__)
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+  # On which devices, and in how many parts: results differ by rounding alone.
+  "placement": (
+    *("mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
+    *("sft.accumulation", "grpo.accumulation", "grpo.rollout_chunks", "grpo.grading_workers"),
+    *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
+  ),
+  # What is written beside the weights.
+  "logging": ("profile_steps", "trackers", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
+  # How long, and what ends a stage earlier.
+  "total": tuple(f"{stage}.{name}" for stage in ("sft", "grpo") for name in ("steps", "patience", "max_skipped_steps")),
+  # Where something lies: fingerprints say whether it is the same.
+  "place": ("workdir", "data.root", "sft.data", "model.pretrained"),
+  # What may have to change for a run to go on at all; the change is recorded in changes.jsonl.
+  "recorded": ("sft.learning_rate", "sft.max_grad_norm", "grpo.learning_rate", "grpo.max_grad_norm"),
+}
+"""What a field is; one that is not here is part of the run's identity, and another value makes another run."""
+CHANGEABLE = tuple(name for names in KINDS.values() for name in names)
+SETTLED = ("sft.steps", "sft.patience", "sft.learning_rate", "sft.max_grad_norm")
+"""Fields of the start of diffu-GRPO, which is fixed once that has begun."""
+FREE = ("task.options", "task.mix", "grpo.estimator", "grpo.loss", "grpo.advantage")
+"""Sections without fields of their own: what is not in them is not there."""
+STAGES = ("grpo", "sft")
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested dictionaries as one with dotted names."""
+  flat: dict[str, Any] = {}
+  for name, value in tree.items():
+    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return flat
+
+
+def _is_of(name: str, group: tuple[str, ...]) -> bool:
+  return any(name == one or name.startswith(one + ".") for one in group)
+
+
+def kind(name: str) -> str:
+  """What a field (dotted) is: a key of `KINDS`, or `identity`."""
+  return next((kind for kind, names in KINDS.items() if _is_of(name, names)), "identity")
+
+
+def _stored(workdir: Folder) -> tuple[dict[str, Any] | None, str | None]:
+  """The configuration of the run in a folder, None where there is none; and what is wrong with its file.
+
+  Every checkpoint holds a copy, which serves where config.json does not.
+  """
+  path, wrong = workdir / "config.json", None
+  try:
+    if path.exists():
+      found = read_json(path, dict)
+      if "mode" not in found:
+        raise FileError(f"{path} holds no configuration")
+      return renewed(found), None
+  except FileError as error:
+    wrong = str(error)
+  for stage in STAGES:
+    checkpoints = Checkpoints(workdir / "checkpoints" / stage)
+    if steps := checkpoints.steps():
+      return renewed(checkpoints.metadata(max(steps))["config"]), wrong or f"{path} is missing"
+  if wrong is not None:
+    raise RunError(f"{wrong}, and no checkpoint holds a copy of it: delete it to begin this run anew")
+  return None, None
+
+
+def _differences(workdir: Folder, old: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[str, Any, Any]]:
+  """By name: kind, old and new value of each field that differs; a field that the old run did not know is `added`."""
+  was, now = flatten(old), flatten(json.loads(json.dumps(config)))
+  settled = SETTLED if (workdir / "checkpoints" / "grpo").exists() else ()
+  found = {}
+  for name in sorted(was.keys() | now.keys()):
+    if was.get(name) != now.get(name):
+      what = "identity" if name in settled else kind(name)
+      if what == "identity" and name not in was and not _is_of(name, FREE):
+        what = "added"
+      found[name] = (what, was.get(name), now.get(name))
+  return found
+
+
+@input_checked()
+def holds_run(workdir: Folder, config: dict[str, Any]) -> bool:
+  """Whether the folder holds this run already; nothing is written.
+
+  A field that an older release did not know is taken as it is now: the run goes on as if it had always been so.
+
+  Raises:
+    RunError: it holds a run of another configuration; the message names the fields that differ.
+  """
+  old, _ = _stored(workdir)
+  if old is None:
+    return False
+  differences = _differences(workdir, old, config)
+  other = [name for name, (what, _, _) in differences.items() if what == "identity"]
+  if "model.pretrained" in differences:
+    _, was, now = differences["model.pretrained"]
+    if was is None or now is None or not flatten(old).get("lora.rank"):
+      other.append("model.pretrained")  # only the base of adapters has a fingerprint
+  if other:
+    shown = ", ".join(f"{name} was {differences[name][1]!r}, now {differences[name][2]!r}" for name in other[:3])
+    raise RunError(
+      f"{workdir} holds a run of another config ({shown}{', ...' if len(other) > 3 else ''});"
+      f" use --config.workdir=... for a new run. May change on a resume: {', '.join(CHANGEABLE)}"
+    )
+  return True
+
+
+@input_checked()
+def check_splits(workdir: Folder, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
+  """Raises a RunError when a run that goes on would meet other questions than it began with."""
+  path, moved = workdir / "splits.json", _moved(workdir, config)
+  old: dict[str, Any] = {}
+  if path.exists():
+    try:
+      old = read_json(path, dict)
+    except FileError as error:
+      raise RunError(f"{error}; delete it to go on without a look at whether the questions are the same") from error
+  differing = [name for name in splits if old.get(name, splits[name]) != splits[name]]
+  if differing:
+    raise RunError(
+      f"the questions of {', '.join(differing)} are not those that {workdir} began with (did a file under data.root"
+      " change?); restore them, or use --config.workdir=... for a new run"
+    )
+  unknown = [name for name in splits if name not in old]
+  if moved and unknown:
+    raise RunError(
+      f"{', '.join(moved)} changed, and {path} does not say what {', '.join(unknown)} held, so that nothing tells"
+      " whether it is the same: put the files back where they were"
+    )
+
+
+def _moved(workdir: Folder, config: dict[str, Any]) -> list[str]:
+  old, _ = _stored(workdir)
+  return [name for name in _differences(workdir, old, config) if name in ("data.root", "sft.data")] if old else []
+
+
+@input_checked()
+def record_changes(workdir: Folder, config: dict[str, Any]) -> None:
+  """Says and records what changed although it decides results; to be called before the new configuration is written."""
+  old, wrong = _stored(workdir)
+  if wrong:
+    log.warning("%s; a checkpoint holds a copy, and the file is written anew", wrong)
+  if old is None:
+    return
+  steps = {stage: Checkpoints(workdir / "checkpoints" / stage).steps() for stage in STAGES}
+  after = {stage: max(found) for stage, found in steps.items() if found}
+  reached = ", ".join(f"{stage} iteration {step}" for stage, step in after.items()) or "the start"
+  path, lines = workdir / "changes.jsonl", []
+  for name, (what, was, now) in _differences(workdir, old, config).items():
+    if what == "recorded":
+      log.warning("%s was %r, and is %r after %s (see %s)", name, was, now, reached, path)
+    elif what == "added":
+      log.warning("%s is new since this run began; it goes on with %r (see %s)", name, now, path)
+    else:
+      continue
+    said = {"field": name, "was": was, "now": now, "after": after, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    lines.append(json.dumps(said) + "\n")
+  if lines:
+    before = read_text(path) if path.exists() else ""
+    write_atomically(path, (before + "".join(lines)).encode())

@@ -1,0 +1,179 @@
+"""The records of a run, which a resume and the readers need, and the line that a person watches."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from d1jax.errors import input_checked
+from d1jax.files import FileError, decode, parse_json, read_bytes
+from d1jax.parallel import multihost
+from d1jax.run.workdir import Folder, write_atomically
+
+log = logging.getLogger(__name__)
+
+STAGES = ("sft", "grpo")
+UPLOAD_SECONDS = 60
+"""How often records go to a bucket, where a file can only be written whole; also before each checkpoint."""
+
+
+@input_checked()
+def read_records(path: Folder) -> list[dict[str, Any]]:
+  """The records of a JSON lines file; lines that are none are left out, an absent file is empty."""
+  return _sorted_out(path)[0] if path.exists() else []
+
+
+def warn_of_lost(path: Folder, reached: Mapping[str, int]) -> None:
+  """Says in one line where a run that goes on lacks records of iterations that its checkpoints have.
+
+  Args:
+    path: the JSON lines file; it may be absent.
+    reached: by stage, the iteration of the newest checkpoint.
+
+  Raises:
+    RunError: something else is in the place of the file.
+  """
+  found = {(record["stage"], record["iteration"]) for record in read_records(path)}
+  lost = {stage: sum((stage, i + 1) not in found for i in range(last)) for stage, last in reached.items()}
+  said = [f"{number} of the {reached[stage]} of {stage}" for stage, number in lost.items() if number]
+  if said:
+    log.warning(
+      "%s lacks records that were written: %s. Training goes on; learning curves, costs, alarms and what"
+      " grpo.drift_limit decided go on without them, unless you put the file back and run the same command again",
+      path,
+      " and ".join(said),
+    )
+
+
+def _sorted_out(path: Folder) -> tuple[list[dict[str, Any]], list[bytes]]:
+  """The records, and the lines that are none; a last line that was cut off by a kill is neither."""
+  records, damaged = [], []
+  try:
+    *whole, rest = read_bytes(path).split(b"\n")
+  except FileError as error:
+    raise FileError(f"{error}: move it away, then run the same command again") from error
+  for line in (*whole, rest):
+    if line.strip():
+      try:
+        records.append(_record(decode(line, path), path))
+      except FileError:
+        damaged += [] if line is rest else [line]
+  return records, damaged
+
+
+def _record(line: str, path: Folder) -> dict[str, Any]:
+  """What a line says of an iteration; a FileError where it is no record."""
+  found = parse_json(line.strip(), path, dict)
+  values = [value for name, value in found.items() if name not in ("stage", "iteration", "alarms")]
+  is_whole = isinstance(found.get("iteration"), int) and found.get("stage") in STAGES
+  if not is_whole or not all(isinstance(value, int | float) for value in values):
+    raise FileError(f"{path} holds a line that is no record")
+  return found
+
+
+class MetricsWriter:
+  """Appends one record an iteration to `metrics.jsonl`, as a `Tracker`; nothing but on process 0."""
+
+  def __init__(self, workdir: Folder, stage: str, start: int):
+    """Opens the file; records of this stage beyond iteration `start` are dropped, the run will make them again."""
+    self._stage = stage
+    self._writes = multihost.is_main()
+    if not self._writes:
+      return
+    path = workdir / "metrics.jsonl"
+    with input_checked():
+      records, damaged = _sorted_out(path) if path.exists() else ([], [])
+      if damaged:
+        beside = path.with_name(path.name + ".damaged")
+        write_atomically(
+          beside, b"".join([read_bytes(beside) if beside.exists() else b"", *(x + b"\n" for x in damaged)])
+        )
+        log.warning("%s: %d lines are no records and were moved to %s", path, len(damaged), beside.name)
+    kept = [r for r in records if r["stage"] != stage or r["iteration"] <= start]
+    text = "".join(json.dumps(r) + "\n" for r in kept)
+    write_atomically(path, text.encode())
+    self._file = path.open("a", encoding="utf-8") if isinstance(path, Path) else _Object(path, text)
+
+  def log(self, step: int, values: Mapping[str, float | list[str]]) -> None:
+    """Writes the record of an iteration."""
+    if self._writes:
+      self._file.write(json.dumps({"stage": self._stage, "iteration": step, **values}) + "\n")
+      self._file.flush()
+
+  def keep(self) -> None:
+    """Makes sure that all records are where a run that goes on finds them."""
+    if self._writes and isinstance(self._file, _Object):
+      self._file.close()
+
+  def close(self) -> None:
+    """Closes the file."""
+    if self._writes:
+      self._file.close()
+
+
+class Progress:
+  """A live bar on a terminal, plain lines elsewhere; nothing but on process 0."""
+
+  def __init__(self, stage: str, total: int, start: int, *, lines: int = 20):
+    """`lines`: how many plain lines a stage prints when the output is no terminal."""
+    self._stage, self._total, self._done = stage, total, start
+    self._every = max(total // lines, 1)
+    self._bar: Any = None
+    self._prints = multihost.is_main()
+    if self._prints and sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=total, initial=start, desc=stage, unit="it", dynamic_ncols=True)
+    else:
+      self._clock = tqdm.tqdm(total=total, initial=start, disable=False, file=_Nowhere())
+
+  def update(self, iteration: int, shown: Mapping[str, float | str]) -> None:
+    """Moves to `iteration` and shows a few values."""
+    text = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    bar = self._clock if self._bar is None else self._bar
+    bar.update(iteration - self._done)
+    self._done = iteration
+    if self._bar is not None:
+      bar.set_postfix_str(text, refresh=False)
+    elif self._prints and (iteration % self._every == 0 or iteration == self._total or "validation" in shown):
+      rate = bar.format_dict["rate"]
+      eta = f"{(self._total - iteration) / rate:.0f} s" if rate else "?"
+      print(f"{self._stage} {iteration}/{self._total}  {text}  eta {eta}", flush=True)
+
+  def close(self) -> None:
+    """Ends the bar."""
+    (self._clock if self._bar is None else self._bar).close()
+
+
+class _Object:
+  """A text file in a bucket that grows, by being written anew."""
+
+  def __init__(self, path: Folder, text: str):
+    self._path, self._text, self._written = path, text, time.monotonic()
+
+  def write(self, text: str) -> None:
+    """Adds to the text."""
+    self._text += text
+
+  def flush(self) -> None:
+    """Uploads the text, if that was long ago."""
+    if time.monotonic() - self._written > UPLOAD_SECONDS:
+      self.close()
+
+  def close(self) -> None:
+    """Uploads the text."""
+    write_atomically(self._path, self._text.encode())
+    self._written = time.monotonic()
+
+
+class _Nowhere:
+  """A file that swallows what it is given; tqdm then only keeps the time."""
+
+  def write(self, text: str) -> None:
+    """Drops the text."""
+
+  def flush(self) -> None:
+    """Does nothing."""

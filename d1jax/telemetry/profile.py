@@ -1,0 +1,76 @@
+"""A profile of a few iterations, to be looked at in XProf or TensorBoard (`tensorboard --logdir WORKDIR/profile`)."""
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from d1jax.parallel import multihost
+from d1jax.run.workdir import Folder
+
+
+def iterations(steps: str | None, last: int) -> range:
+  """The iterations to profile, counted from 1 as in `metrics.jsonl`; none without `steps`.
+
+  Args:
+    steps: `FIRST:LAST`, both included.
+    last: the number of iterations of the stage.
+
+  Raises:
+    ValueError: that names none of its iterations.
+  """
+  if steps is None:
+    return range(0)
+  found = re.fullmatch(r"(\d+):(\d+)", steps)
+  if not found or not 1 <= int(found[1]) <= int(found[2]) <= last:
+    raise ValueError(
+      f"profile_steps={steps!r} must be FIRST:LAST, iterations of the stage, counted from 1: for example 1:{last}"
+    )
+  return range(int(found[1]), int(found[2]) + 1)
+
+
+class Profile:
+  """Traces some iterations of a stage. The main process alone does: its trace holds the devices that are its own."""
+
+  def __init__(self, chosen: range, stage: str, folder: Folder):
+    """Keeps what is to be done.
+
+    Args:
+      chosen: the iterations.
+      stage: names their steps in the trace.
+      folder: where the trace goes.
+    """
+    self._chosen = chosen if multihost.is_main() else range(0)
+    self._stage, self._folder = stage, folder
+    self._writing: tempfile.TemporaryDirectory[str] | None = None
+
+  @contextlib.contextmanager
+  def iteration(self, number: int) -> Iterator[None]:
+    """Runs around an iteration; one of the chosen is a step in the trace."""
+    if number not in self._chosen:
+      yield
+      return
+    if self._writing is None:
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # every call of every line would bury the rest
+      self._writing = tempfile.TemporaryDirectory()
+      jax.profiler.start_trace(self._writing.name, profiler_options=options)
+    with jax.profiler.StepTraceAnnotation(self._stage, step_num=number):
+      yield
+    if number == self._chosen[-1]:
+      self.close()
+
+  def close(self) -> None:
+    """Writes the trace, if there is one that is not written."""
+    if self._writing is None:
+      return
+    jax.profiler.stop_trace()
+    with self._writing as found:  # JAX writes to disks alone, not to buckets
+      for path in filter(Path.is_file, Path(found).rglob("*")):
+        target = self._folder / path.relative_to(found).as_posix()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    self._writing = None

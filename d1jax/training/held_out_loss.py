@@ -1,0 +1,103 @@
+"""The denoising loss of held-out demonstrations: what fine-tuning on a file is validated by."""
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+
+from d1jax import keys
+from d1jax.data.pipeline import bucket_for, pad_left
+from d1jax.diffusion.likelihood import denoising_loss
+from d1jax.parallel.mesh import place
+from d1jax.run.experiment import Experiment
+from d1jax.state import Frozen, Params, merge
+from d1jax.training.sft import Demonstrations
+
+DRAWS = 4
+"""Noise levels at which each demonstration is looked at."""
+
+
+class HeldOutLoss:
+  """Minus the mean loss of some demonstrations under fixed noise, the same for any weights; higher is better."""
+
+  def __init__(self, experiment: Experiment, found: Demonstrations):
+    """Lays out the batches; demonstrations that fit no bucket are left out.
+
+    Args:
+      experiment: network and mesh.
+      found: the demonstrations.
+    """
+    config, pad_id = experiment.config.sft, experiment.tokenizer.pad_id
+    longest = max(config.completion_buckets)
+    by_pair: dict[tuple[int, int], list[int]] = {}
+    answers = [ids[:longest] if config.truncate else ids for ids in found.completions]
+    for i, (prompt, answer) in enumerate(zip(found.prompts, answers, strict=True)):
+      pair = bucket_for(len(prompt), config.prompt_buckets), bucket_for(len(answer), config.completion_buckets)
+      if pair[0] is not None and pair[1] is not None:
+        by_pair.setdefault((pair[0], pair[1]), []).append(i)
+    self._rows = sum(map(len, by_pair.values()))
+    if not self._rows:
+      raise ValueError("no held-out demonstration fits the buckets of sft: raise them, or hold out more")
+    # No more rows at a time than in a micro-batch of training, so that what helps there helps here.
+    size = config.batch_size // config.accumulation
+    self._batches = []
+    for (width, length), members in sorted(by_pair.items()):
+      jobs = list(itertools.product(members, range(DRAWS)))
+      for first in range(0, len(jobs), size):
+        part = jobs[first : first + size]
+        scale = np.zeros((size, length), np.float32)
+        scale[: len(part)] = 1 / length
+        part += part[:1] * (size - len(part))
+        prompts, valid = pad_left([found.prompts[i] for i, _ in part], width, pad_id)
+        completions = np.full((size, length), pad_id, np.int32)
+        for row, (i, _) in enumerate(part):
+          completions[row, : len(answers[i])] = answers[i]
+        sample_id = np.asarray([i * DRAWS + draw for i, draw in part], np.int32)
+        self._batches.append(place((prompts, valid, completions, scale, sample_id), experiment.by_row))
+    weights = experiment.weights
+
+    def loss(trainable: Params, frozen: Frozen, batch: Any) -> jax.Array:
+      prompt, valid, completion, weight, sample_id = batch
+      params = merge(trainable, frozen)
+      key = keys.purpose_key(keys.seeded(0), keys.Purpose.EVALUATION)
+      total, _ = denoising_loss(
+        experiment.denoiser,
+        params,
+        prompt,
+        valid,
+        completion,
+        weight,
+        sample_id,
+        key,
+        tile=config.logits_tile,
+      )
+      return total
+
+    self._program = jax.jit(
+      loss,
+      in_shardings=(weights.trainable_placement, weights.frozen_placement(), experiment.by_row),
+      out_shardings=experiment.replicated,
+    )
+    self._weights = weights
+    self._compiled: dict[tuple[int, int], Any] = {}
+
+  def compile(self) -> None:
+    """Compiles all that it needs, so that nothing is left to compile when it is asked."""
+    for batch in self._batches:
+      shape = _shape(batch)
+      if shape not in self._compiled:
+        given = self._weights.abstract_trainable, self._weights.abstract_frozen(), batch
+        self._compiled[shape] = self._program.lower(*given).compile()
+
+  def __call__(self, trainable: Params, frozen: Frozen) -> float:
+    """The score of some weights: minus the mean over demonstrations and noise levels of the loss a token."""
+    self.compile()
+    losses = jax.device_get([self._compiled[_shape(batch)](trainable, frozen, batch) for batch in self._batches])
+    return -float(sum(losses)) / (self._rows * DRAWS)
+
+
+def _shape(batch: Any) -> tuple[int, int]:
+  """Prompt and completion length."""
+  prompt, _, completion, *_ = batch
+  return prompt.shape[1], completion.shape[1]

@@ -1,0 +1,201 @@
+"""Which weights a run has, which of them it trains, where they live, and how they start."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from d1jax import keys, state
+from d1jax.fingerprint import fingerprint
+from d1jax.model import Source
+from d1jax.models import load, lora
+from d1jax.models.lora import LoraSpec
+from d1jax.models.transformer import Network, Params
+from d1jax.parallel import mesh as meshes
+from d1jax.state import Frozen, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """The weights of a run: all of them trained in float32, or adapters on a frozen base.
+
+  Attributes:
+    network: the pure functions of the model.
+    mesh: the devices.
+    rules: where logical axes live on them.
+    rollout_rules: the same in rollouts.
+    seed: of random starts.
+    source: the folder that the weights come from; None draws them.
+    lora: the adapters; None trains everything.
+    quantized: how the base under adapters is kept: `int8`, `nf4` or None.
+    base_dtype: of the network's products, of a base that is not quantised, and of its other leaves.
+  """
+
+  network: Network
+  mesh: Mesh
+  rules: meshes.Rules
+  rollout_rules: meshes.Rules
+  seed: int
+  source: Source | None = None
+  lora: LoraSpec | None = None
+  quantized: str | None = None
+  base_dtype: Any = jnp.float32
+
+  @property
+  def key(self) -> jax.Array:
+    """The run's key, in a buffer of its own: a state that holds it is donated."""
+    return keys.seeded(self.seed)
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """The placement of scalars."""
+    return meshes.sharding(self.mesh, self.rules)
+
+  @functools.cached_property
+  def trainable_axes(self) -> Params:
+    """The logical axes of what is trained."""
+    return lora.axes(self.lora, self.network.axes) if self.lora else self.network.axes
+
+  @functools.cached_property
+  def trainable_placement(self) -> Params:
+    """The placement of what is trained."""
+    return meshes.shardings(self.mesh, self.rules, self.trainable_axes)
+
+  @functools.cached_property
+  def base_placement(self) -> Params:
+    """The placement of the frozen base; empty where everything is trained."""
+    if self.lora is None:
+      return {}
+    axes = lora.quantized_axes(self.network.axes) if self.quantized else self.network.axes
+    return meshes.shardings(self.mesh, self.rules, axes)
+
+  def check(self) -> None:
+    """Raises a ValueError when the mesh does not divide some weight or some head, or the folder lacks a weight."""
+    if self.source is not None:
+      load.check(self.source.folder, self.network)
+    meshes.check_divides(jax.eval_shape(self._init, self.key), self.trainable_placement)
+    if self.lora:
+      meshes.check_divides(load.abstract(self.network, self.base_dtype, self.quantized), self.base_placement)
+    self._check_heads()
+
+  def _check_heads(self) -> None:
+    """A device that held a part of a head would have to ask others for the rest, at every layer."""
+    for field, rules in (("rules", self.rules), ("rollout_rules", self.rollout_rules)):
+      sizes = {"heads": self.network.size.heads, "kv_heads": self.network.size.key_value_heads}
+      for axis, size in sizes.items():
+        devices = meshes.ways(self.mesh, rules, axis)
+        if size % devices:
+          raise ValueError(
+            f"{field} cut {axis} over {devices} devices, but the network has {size}: change {field}.{axis} or the mesh"
+            f" so that they divide {size}"
+          )
+
+  def frozen_placement(self, *, with_reference: bool = False) -> Frozen:
+    """The placements of what is not trained; a reference beside the base exists in full fine-tuning only."""
+    return Frozen(self.base_placement, self.trainable_placement if with_reference and not self.lora else {})
+
+  def abstract_frozen(self, *, with_reference: bool = False) -> Frozen:
+    """Shapes, types and placements of what is not trained, without memory."""
+    base: Params = {}
+    if self.lora:
+      base = load.abstract(self.network, self.base_dtype, self.quantized)
+    reference = self._shapes if with_reference and not self.lora else {}
+    return meshes.with_placements(Frozen(base, reference), self.frozen_placement(with_reference=with_reference))
+
+  @functools.cached_property
+  def frozen(self) -> Frozen:
+    """The base under the adapters, read or drawn; empty where everything is trained."""
+    if self.lora is None:
+      return Frozen({}, {})
+    if self.source is not None:
+      return Frozen(self._read(self.base_dtype, self.base_placement, self.quantized), {})
+
+    def draw(key: jax.Array) -> Params:
+      params = jax.tree.map(lambda w: w.astype(self.base_dtype), self.network.init(key))
+      return lora.quantized(params, self.quantized) if self.quantized else params
+
+    make = jax.jit(draw, in_shardings=self.replicated, out_shardings=self.base_placement)
+    return Frozen(make(self._purpose_key(keys.Purpose.INITIALISATION)), {})
+
+  @functools.cached_property
+  def base_fingerprint(self) -> str | None:
+    """Identifies the base that adapters belong to; None where everything is trained."""
+    return fingerprint(self.frozen.base) if self.lora else None
+
+  @property
+  def merges(self) -> bool:
+    """Whether adapters are added into their base for rollouts."""
+    return self.lora is not None and self.quantized is None
+
+  @functools.cached_property
+  def _shapes(self) -> Params:
+    return jax.eval_shape(self.network.init, self.key)
+
+  def _purpose_key(self, purpose: keys.Purpose) -> jax.Array:
+    return meshes.place(keys.purpose_key(self.key, purpose), self.replicated)
+
+  def _read(self, dtype: Any, placement: Params, quantized: str | None) -> Params:
+    if self.source is None:
+      raise ValueError("the weights come from no folder")
+    return load.read(self.source.folder, self.network, dtype, placement, quantized=quantized)
+
+  def _init(self, key: jax.Array) -> Params:
+    """What is trained, at its start; not for weights that are read."""
+    return lora.init(key, self.lora, self._shapes) if self.lora else self.network.init(key)
+
+  def state_placement(self, optimizer: optax.GradientTransformation) -> Any:
+    """The placements of a TrainState, as a TrainState."""
+    abstract = jax.eval_shape(self._init, self.key)
+    return meshes.state_shardings(self.mesh, self.rules, self.trainable_axes, abstract, optimizer)
+
+  @functools.cached_property
+  def abstract_trainable(self) -> Params:
+    """Shapes, types and placements of what is trained, without memory."""
+    return meshes.with_placements(jax.eval_shape(self._init, self.key), self.trainable_placement)
+
+  def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, types and placements of a TrainState, without memory."""
+    abstract = jax.eval_shape(lambda key: state.create(self._init, optimizer, key, key), self.key)
+    return meshes.with_placements(abstract, self.state_placement(optimizer))
+
+  def start(self, dtype: Any = jnp.float32) -> Params:
+    """What is trained, before any training: read from the folder, drawn, or fresh adapters.
+
+    Training wants float32; a whole model that is only to be evaluated may be read in another dtype.
+    """
+    if self.source is not None and self.lora is None:
+      return self._read(dtype, self.trainable_placement, None)
+    purpose = keys.Purpose.ADAPTER if self.lora else keys.Purpose.INITIALISATION
+    make = jax.jit(self._init, in_shardings=self.replicated, out_shardings=self.trainable_placement)
+    return make(self._purpose_key(purpose))
+
+  def fresh_state(self, optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 that starts from `start()`."""
+    return self.state_from(self.start(), optimizer, donate=True)
+
+  def state_from(
+    self, trainable: Params, optimizer: optax.GradientTransformation, *, donate: bool = False
+  ) -> TrainState:
+    """A state at step 0 that starts from given weights, a copy of them unless they are donated."""
+
+    def begin(trainable: Params, key: jax.Array) -> TrainState:
+      return state.create(lambda _: jax.tree.map(jnp.copy, trainable), optimizer, key, key)
+
+    return jax.jit(
+      begin,
+      in_shardings=(self.trainable_placement, self.replicated),
+      out_shardings=self.state_placement(optimizer),
+      donate_argnums=0 if donate else (),
+    )(trainable, meshes.place(self.key, self.replicated))
+
+
+def check_base(weights: Weights, metadata: Mapping[str, Any]) -> None:
+  """Raises a ValueError when a checkpoint's adapters belong to another base than the one at hand."""
+  if metadata.get("base") != weights.base_fingerprint:
+    where = weights.source.folder if weights.source else "the random base of this seed"
+    raise ValueError(f"the checkpoint's adapters were trained on other weights than {where}: give model.pretrained")

@@ -1,0 +1,240 @@
+"""Formulas against the products of the traced rollout, update and fine-tuning step."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from d1jax.data.sft_batches import SftBatch
+from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.diffusion.sampler import sample
+from d1jax.model import build_denoiser
+from d1jax.models import lora, transformer
+from d1jax.models.lora import LoraSpec
+from d1jax.models.transformer import TransformerSize
+from d1jax.parallel import multihost
+from d1jax.rl.estimators import ESTIMATORS
+from d1jax.rl.losses import ClippedSequence, ClippedToken
+from d1jax.rl.method import Method
+from d1jax.rl.update import update
+from d1jax.state import Frozen, create, merge
+from d1jax.telemetry import cost
+from d1jax.training.sft import sft_step
+from tests.diffusion.test_sampler import LONG, STOPS, Stopping
+from tests.jaxprs import dot_flops
+
+SIZE = TransformerSize(vocab=40, embed=24, heads=6, mlp=50, layers=2, kv_heads=2)
+ADAPTERS = LoraSpec(rank=4, alpha=8.0, targets=("q_proj", "up_proj"))
+ROWS, PROMPT = 4, 7
+OPTIMIZER = optax.sgd(0.1)
+KEY = jax.random.key(0)
+SAMPLER = SamplerSpec(completion_length=12, diffusion_steps=6, block_length=4)
+
+either = pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["full", "adapters"])
+
+
+def parts(adapters=None, remat=False, shift=0):
+  """The formulas' network, the denoiser, what is trained and what is frozen."""
+  network = transformer.build(SIZE, remat=remat)
+  denoiser = build_denoiser(network, mask_id=3, stop_ids=(2,), known_ids=30, shift=shift)
+  base = jax.eval_shape(network.init, KEY)
+  model = cost.Model(SIZE, adapters, merges=False, remat=remat, shift=shift)
+  if adapters is None:
+    return model, denoiser, base, Frozen({}, base)
+  return model, denoiser, jax.eval_shape(lambda key: lora.init(key, adapters, base), KEY), Frozen(base, {})
+
+
+def rows(*shape, dtype=jnp.int32):
+  return jax.ShapeDtypeStruct((ROWS, *shape), dtype)
+
+
+def a_rollout(sampler):
+  length = sampler.completion_length
+  mask, steps, logps = rows(length, dtype=bool), rows(length), rows(length, dtype=jnp.float32)
+  return Rollout(rows(), rows(), rows(PROMPT), rows(PROMPT, dtype=bool), rows(length), mask, steps, logps)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    {"cfg_scale": 1.5},
+    {"cache": "dual"},
+    {"cache": "dual", "diffusion_steps": 12, "refresh_every": 3, "cfg_scale": 0.5},
+    {"cache": "window", "look_behind": 2, "look_ahead": 3, "refresh_every": 2},
+    {"cache": "prefix", "diffusion_steps": 12},
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_rollout(changes, shift):
+  sampler = dataclasses.replace(SAMPLER, **changes)
+  model, denoiser, params, _ = parts(shift=shift)
+  draw = functools.partial(sample, denoiser, spec=sampler)
+  arguments = (params, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows(), KEY)
+  # The window of `prefix` is a branch for each block, each taken once.
+  each_once = lambda branches: sum(branches) // sampler.blocks
+  counted = dot_flops(draw, *arguments, branch=each_once if sampler.cache == "prefix" else max)
+  work = cost.rollout(model, sampler, PROMPT + sampler.completion_length, cost.whole(sampler, 1, ROWS))
+  assert (work.flops, work.tokens, work.repeated) == (counted, ROWS * 12, 0)
+  halves = cost.rollout(model, sampler, PROMPT + sampler.completion_length, cost.whole(sampler, 2, ROWS // 2))
+  assert halves == work
+
+
+def test_a_rollout_with_adapters_beside_a_quantised_base():
+  model, denoiser, trainable, frozen = parts(ADAPTERS)
+  program = lambda trainable, frozen, *prompts: sample(denoiser, merge(trainable, frozen), *prompts, KEY, spec=SAMPLER)
+  counted = dot_flops(program, trainable, frozen, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows())
+  reach = cost.whole(SAMPLER, 1, ROWS)
+  assert cost.rollout(model, SAMPLER, PROMPT + 12, reach).flops == counted
+  merged = cost.rollout(dataclasses.replace(model, merges=True), SAMPLER, PROMPT + 12, reach)
+  assert merged.flops < counted
+
+
+def method_of(mu, accumulation, beta, estimator="one_step", **options):
+  """A method that clips tokens, or sequences where the estimator scores those."""
+  options = {"p_mask_prompt": 0.1} | options if estimator == "one_step" else options
+  estimator = ESTIMATORS[estimator].bind(**options)
+  loss = (ClippedSequence if estimator.per_sequence else ClippedToken)(epsilon=0.2, beta=beta)
+  return Method(estimator, loss, num_iterations=mu, accumulation=accumulation)
+
+
+def counted_update(denoiser, trainable, frozen, sampler, method):
+  state = jax.eval_shape(lambda: create(lambda _: zeros(trainable), OPTIMIZER, KEY, KEY))
+  program = functools.partial(update, method=method, denoiser=denoiser, sampler=sampler, optimizer=OPTIMIZER)
+  return dot_flops(program, state, frozen, a_rollout(sampler), rows(dtype=jnp.float32))
+
+
+def zeros(shapes):
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+@pytest.mark.few(3, reason="each case compiles programs of its own")
+@either
+@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.parametrize(("mu", "accumulation", "beta"), [(1, 1, 0.0), (1, 2, 0.1), (3, 1, 0.0), (4, 2, 0.1)])
+def test_score_and_update(adapters, mu, accumulation, beta):
+  model, denoiser, trainable, frozen = parts(adapters)
+  method = method_of(mu, accumulation, beta)
+  score, steps = cost.update(model, SAMPLER, method, PROMPT + 12, cost.whole(SAMPLER, 2, ROWS // 2), tiled=False)
+  assert score.flops + steps.flops == counted_update(denoiser, trainable, frozen, SAMPLER, method)
+  assert (score.tokens, steps.tokens) == (((mu - 1) + mu * (beta > 0)) * ROWS * 12, mu * ROWS * 12)
+  assert score.repeated == steps.repeated == 0
+  assert (score.flops == 0) == (mu == 1 and beta == 0)
+
+
+def check_estimator(adapters, mu, beta, sampler, name, options):
+  """Each pass of an estimate is computed again in the backward pass, with `jax.checkpoint`."""
+  model, denoiser, trainable, frozen = parts(adapters)
+  method = method_of(mu, 2, beta, name, **options)
+  score, steps = cost.update(model, sampler, method, PROMPT + 12, cost.whole(sampler, 1, ROWS), tiled=False)
+  counted = counted_update(denoiser, trainable, frozen, sampler, method)
+  assert score.flops + steps.flops + steps.repeated == counted
+  scored = (mu - 1) + mu * (beta > 0)
+  assert score.tokens == (min(scored, (mu > 1) + (beta > 0)) if not method.estimator.redraws else scored) * ROWS * 12
+
+
+@pytest.mark.few(3, reason="each case compiles programs of its own")
+@either
+@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.parametrize(("mu", "beta"), [(1, 0.1), (3, 0.0), (3, 0.1)])
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
+  check_estimator(adapters, mu, beta, dataclasses.replace(SAMPLER, cfg_scale=cfg_scale), "step_merged", {})
+
+
+@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("coupled", {"samples": 1}),
+    ("elbo", {"samples": 2}),
+    ("quadrature", {"nodes": 3}),
+    ("sandwich", {"samples": 2, "exponent": 1.5}),
+    ("step_merged", {"segments": 2}),
+    ("sampled_steps", {"samples": 2}),
+    ("left_to_right", {}),
+    ("left_to_right", {"top_entropy": 0.3}),
+  ],
+)
+def test_every_estimator(name, options):
+  sampler = dataclasses.replace(SAMPLER, cfg_scale=1.0, temperature=0.5)
+  check_estimator(ADAPTERS, 2, 0.1, sampler, name, options)
+
+
+@pytest.mark.parametrize(("adapters", "tile"), [(None, None), (None, 8), (ADAPTERS, None)])
+def test_what_saves_memory_is_counted_apart(adapters, tile):
+  method = method_of(2, 1, 0.1, tile=tile)
+  model, denoiser, trainable, frozen = parts(adapters, remat=True)
+  reach = cost.whole(SAMPLER, 1, ROWS)
+  score, steps = cost.update(model, SAMPLER, method, PROMPT + 12, reach, tiled=tile is not None)
+  counted = counted_update(denoiser, trainable, frozen, SAMPLER, method)
+  assert score.flops + steps.flops + steps.repeated == counted
+  plain = cost.update(dataclasses.replace(model, remat=False), SAMPLER, method, PROMPT + 12, reach, tiled=False)
+  assert (score, steps._replace(repeated=0)) == plain
+
+
+@either
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_fine_tuning(adapters, accumulation):
+  model, denoiser, trainable, frozen = parts(adapters)
+  state = jax.eval_shape(lambda: create(lambda _: zeros(trainable), OPTIMIZER, KEY, KEY))
+  step = functools.partial(
+    sft_step,
+    denoiser=denoiser,
+    optimizer=OPTIMIZER,
+    accumulation=accumulation,
+    p_mask_prompt=0.0,
+    logits_tile=None,
+  )
+  batch = SftBatch(rows(), rows(PROMPT), rows(PROMPT, dtype=bool), rows(9))
+  work = cost.fine_tuning(model, ROWS, PROMPT + 9, 9, tiled=False)
+  assert (work.flops, work.tokens) == (dot_flops(step, state, frozen, batch), ROWS * 9)
+
+
+@pytest.mark.slow(reason="compiles rollouts that shrink")
+@pytest.mark.parametrize("row_multiple", [1, 4, 8])
+def test_rows_that_end_early_cost_nothing_behind(monkeypatch, row_multiple):
+  monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
+  stopping = Stopping(3)
+  found = stopping.sample(LONG, STOPS, row_multiple)
+  reach = cost.reached(LONG, [found], len(STOPS), row_multiple)
+  taken = [rows for steps, rows in zip(reach.steps[0], reach.rows[0], strict=True) for _ in range(steps)]
+  assert taken == stopping.rows
+
+
+@pytest.mark.parametrize("early_exit", [False, True])
+def test_steps_that_confidence_saves_are_not_counted(early_exit):
+  spec = dataclasses.replace(LONG, schedule="threshold", threshold=0.2, max_reveal=3, early_exit=early_exit)
+  stopping = Stopping(3)
+  found = stopping.sample(spec, [0, 1, 0, 0])
+  reach = cost.reached(spec, [found], 4, 1)
+  assert [
+    rows for steps, rows in zip(reach.steps[0], reach.rows[0], strict=True) for _ in range(steps)
+  ] == stopping.rows
+  assert len(stopping.rows) < spec.blocks * spec.steps_per_block
+  assert reach.rows.shape == reach.steps.shape == (1, spec.blocks)
+
+
+@pytest.mark.slow(reason="compiles rollouts of four batches")
+def test_processes_put_together_what_their_rows_say(monkeypatch):
+  monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
+  chunks = [Stopping(3).sample(LONG, stops) for stops in (STOPS, STOPS[::-1])]
+  alone = cost.reached(LONG, chunks, 8, 1)
+  said = []
+  monkeypatch.setattr(multihost, "gather", lambda value: said.append(value) or said)
+  for half in (slice(0, 4), slice(4, 8)):
+    together = cost.reached(LONG, [jax.tree.map(lambda x, half=half: x[half], chunk) for chunk in chunks], 8, 1)
+  np.testing.assert_array_equal(together.steps, alone.steps)
+  np.testing.assert_array_equal(together.rows, alone.rows)
+
+
+def test_without_early_exits_every_step_is_taken_and_nobody_is_asked(monkeypatch):
+  monkeypatch.setattr(multihost, "gather", None)
+  reach = cost.reached(SAMPLER, [a_rollout(SAMPLER)] * 2, 8, 1)
+  assert reach.steps.tolist() == [[2, 2, 2]] * 2
+  assert reach.rows.tolist() == [[8, 8, 8]] * 2

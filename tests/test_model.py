@@ -1,0 +1,159 @@
+"""`d1jax.from_pretrained`: a folder as denoiser, parameters and tokenizer."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import d1jax
+from d1jax.diffusion.likelihood import one_step
+from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.diffusion.sampler import sample
+from d1jax.model import inspect
+from d1jax.models import load
+from d1jax.parallel.mesh import make_mesh
+from tests import hub
+from tests.models import folders
+
+FAMILIES = ("llada", "dream", "qwen2", "llama")
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+  root = tmp_path_factory.mktemp("hub")
+  return {family: hub.write(root / family, family, dtype="float32") for family in FAMILIES}
+
+
+def hidden_and_logits(denoiser, params, tokens):
+  valid = jnp.ones(tokens.shape, bool)
+  positions = jnp.arange(2, tokens.shape[1])
+  hidden = denoiser.encode(params, tokens, valid)
+  return hidden, denoiser.logits(params, denoiser.hidden_predicting(hidden, positions))
+
+
+@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_samples_and_scores(folder_of, family):
+  denoiser, params, tokenizer = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  messages = [{"role": "user", "content": "1 + 1 = ?"}]
+  ids = tokenizer.prompt(messages, "")
+  prompt = jnp.asarray([ids, ids], jnp.int32)
+  row = jnp.arange(2, dtype=jnp.int32)
+  spec = SamplerSpec(completion_length=8, diffusion_steps=4, block_length=4)
+  valid = jnp.ones(prompt.shape, bool)
+  rollout = sample(denoiser, params, prompt, valid, row, row, jax.random.key(0), spec=spec)
+  drawn = np.asarray(rollout.completion)
+  assert not np.isin(drawn, denoiser.forbidden_ids).any()
+  assert drawn.max() < tokenizer.vocab
+  scores = one_step(denoiser, params, rollout, spec, jax.random.key(1), p_mask_prompt=0.1)
+  assert np.isfinite(np.asarray(scores.logp)).all()
+  assert tokenizer.decode_all(drawn.tolist())
+
+
+@pytest.mark.parametrize(("family", "shift"), [("llada", 0), ("dream", 1), ("qwen2", 1), ("llama", 1)])
+def test_a_causal_family_predicts_the_next_token(folder_of, family, shift):
+  denoiser, params, _ = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 250)
+  hidden, logits = hidden_and_logits(denoiser, params, tokens)
+  np.testing.assert_array_equal(logits, denoiser.logits(params, hidden[:, 2 - shift : 9 - shift]))
+
+
+def test_attention_sees_both_ways_in_a_causal_start(folder_of):
+  denoiser, params, _ = d1jax.from_pretrained(folder_of["llama"], jnp.float32)
+  tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 250)
+  changed = tokens.at[0, -1].set((tokens[0, -1] + 1) % 250)
+  valid = jnp.ones(tokens.shape, bool)
+  a, b = (denoiser.encode(params, t, valid) for t in (tokens, changed))
+  assert (np.abs(np.asarray(a - b)).max(-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_causal_start_gets_a_mask(folder_of, tmp_path, family):
+  denoiser, params, tokenizer = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  assert denoiser.mask_id == tokenizer.mask_id == 262, "the first id behind the tokenizer's"
+  assert params["embedding"].shape[0] == 264, "an unused row is there for it"
+  tight = hub.write(tmp_path / "tight", family, vocab=262, dtype="float32")
+  denoiser, params, _ = d1jax.from_pretrained(tight, jnp.float32)
+  assert (denoiser.mask_id, denoiser.vocab) == (262, 384)
+  stored = np.asarray(load.load(tight, jnp.float32).params["embedding"])
+  np.testing.assert_array_equal(params["embedding"][:262], stored)
+  np.testing.assert_allclose(params["embedding"][262], stored.mean(0), atol=1e-6)
+  assert set(range(263, 384)) < set(denoiser.forbidden_ids)
+
+
+def test_ids_without_a_meaning_are_never_drawn(folder_of):
+  denoiser, _, tokenizer = d1jax.from_pretrained(folder_of["llada"], jnp.float32)
+  assert (denoiser.vocab, tokenizer.vocab) == (264, 262)
+  assert denoiser.forbidden_ids == (261, 262, 263)
+  assert denoiser.stop_ids == (258,)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+  folder = hub.write(tmp_path / "bare")
+  for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    (folder / name).unlink(missing_ok=True)
+  denoiser, _, tokenizer = d1jax.from_pretrained(folder)
+  assert tokenizer is None
+  assert (denoiser.mask_id, denoiser.stop_ids, denoiser.forbidden_ids) == (261, (258,), (261,))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_an_error(tmp_path):
+  folder = hub.write(tmp_path / "other", vocab=200)
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token_id": 3, "eos_token_id": 4, "pad_token_id": 4}))
+  with pytest.raises(ValueError, match="262 ids, the embedding 200 rows"):
+    inspect(folder)
+
+
+@pytest.mark.parametrize("ids", [200 + 128, 10**9], ids=str)
+def test_a_new_mask_far_behind_the_embedding_makes_no_vocabulary_of_its_size(tmp_path, ids):
+  """The vocabulary grows for a mask and a few added tokens, not to whatever a file claims."""
+  folder = hub.write(tmp_path / "other", vocab=200)
+  folders.edit_config(folder, mask_token_id=ids, eos_token_id=4, pad_token_id=4, vocab_size=ids + 1)
+  with pytest.raises(ValueError, match=f"{ids + 1} ids, the embedding 200 rows: these files are of two models"):
+    inspect(folder)
+
+
+@pytest.mark.parametrize(
+  ("key", "family"),
+  [("n_layers", "llada"), ("embedding_size", "llada"), ("d_model", "llada"), ("vocab_size", "qwen2")],
+)
+def test_a_claimed_size_takes_no_memory(tmp_path, key, family):
+  folder = hub.write(tmp_path / "other", family)
+  folders.edit_config(folder, **{key: 10**9})
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match=f"{key}=1000000000 is more than the safetensors hold"):
+      d1jax.from_pretrained(folder)
+    assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+  finally:
+    tracemalloc.stop()
+
+
+@pytest.mark.slow(reason="compiles programs of its own")
+@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_a_mesh_changes_where_weights_live_and_nothing_else(tmp_path, quantize):
+  folder = hub.write(tmp_path / "dream", "dream", dtype="float32", embed=128, head_size=64)
+  mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
+  tokens = jax.random.randint(jax.random.key(0), (4, 9), 0, 250)
+  here = d1jax.from_pretrained(folder, jnp.float32, quantize=quantize)
+  there = d1jax.from_pretrained(folder, jnp.float32, quantize=quantize, mesh=mesh)
+  for a, b in zip(jax.tree.leaves(here.params), jax.tree.leaves(there.params), strict=True):
+    np.testing.assert_array_equal(np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32)))
+  held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(there.params["blocks"]["mlp"]))
+  assert 4 * held == sum(x.nbytes for x in jax.tree.leaves(here.params["blocks"]["mlp"]))
+  run = lambda p: jax.jit(lambda params, t: hidden_and_logits(p.denoiser, params, t)[1])(p.params, tokens)
+  np.testing.assert_allclose(run(here), run(there), atol=1e-5)
+
+
+def test_the_package_is_imported_without_jax():
+  code = "import sys, d1jax; sys.exit('jax' in sys.modules)"
+  assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+  with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    _ = d1jax.nothing
