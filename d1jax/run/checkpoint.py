@@ -10,8 +10,10 @@ finds and what all find good.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -247,6 +249,7 @@ class Checkpoints:
       if is_lost(error):
         raise
       failure = error
+      _silence_abandoned_reads()
     reasons = multihost.gather(failure and (str(failure).splitlines() or [type(failure).__name__])[0][:160])
     for reason in filter(None, reasons):
       raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({reason})") from failure
@@ -306,6 +309,23 @@ class Checkpoints:
   def best_evaluated(self, abstract: TrainState) -> tuple[int, Params] | None:
     """Its step and what is evaluated of it, without the memory of the optimiser's moments; None where there is none."""
     return self._first_good(self.best_step, lambda step: (step, self.restore_evaluated(step, abstract)))
+
+
+@functools.cache
+def _silence_abandoned_reads() -> None:
+  """Says nothing of the arrays that Orbax was still reading when one of them failed.
+
+  It leaves their coroutines behind, and Python would print a traceback for each of them, whenever it came to collect
+  them. The read that failed says it all.
+  """
+  print_error = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    code = getattr(unraisable.object, "cr_code", None)
+    if code is None or "orbax" not in Path(code.co_filename).parts:
+      print_error(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _rank(score: float) -> float:

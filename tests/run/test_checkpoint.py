@@ -1,8 +1,10 @@
 """Checkpoints of small arrays: what a reader may do, and what becomes of damaged ones."""
 
+import asyncio
 import json
 import logging
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from d1jax.errors import RunError
-from d1jax.run.checkpoint import Checkpoints
+from d1jax.run.checkpoint import Checkpoints, _silence_abandoned_reads
 from d1jax.state import TrainState
 from tests.damages import DAMAGES
 
@@ -168,3 +170,30 @@ def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path):
   assert Checkpoints(tmp_path / "sft").steps() == []
   with pytest.raises(RunError, match="sft is a file, expected a folder"):
     Checkpoints(tmp_path / "sft", writes=True)
+
+
+ABANDONED = """
+async def read():
+  try:
+    await asyncio.sleep(0)
+  except BaseException as error:
+    raise Exception("interrupted") from error
+"""
+
+
+@pytest.mark.parametrize(("file", "printed"), [("/lib/orbax/checkpoint/reading.py", 0), ("/lib/other.py", 1)])
+def test_a_failed_read_is_said_once(home, monkeypatch, file, printed):
+  """Orbax leaves reads behind, each of which would print a traceback when it is collected."""
+  tracebacks = []
+  monkeypatch.setattr(sys, "unraisablehook", tracebacks.append)
+  _silence_abandoned_reads.cache_clear()
+  (home / "4" / "state" / "manifest.ocdbt").write_bytes(b"")
+  with pytest.raises(RunError, match="cannot be read"):
+    Checkpoints(home).restore(4, abstract())
+  scope = {"asyncio": asyncio}
+  exec(compile(ABANDONED, file, "exec"), scope)
+  coroutine = scope["read"]()
+  coroutine.send(None)
+  del coroutine
+  assert len(tracebacks) == printed
+  _silence_abandoned_reads.cache_clear()
