@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -315,14 +316,16 @@ class Checkpoints:
 def _silence_abandoned_reads() -> None:
   """Says nothing of the arrays that Orbax was still reading when one of them failed.
 
-  It leaves their coroutines behind, and Python would print a traceback for each of them, whenever it came to collect
-  them. The read that failed says it all.
+  It leaves their coroutines behind in a closed event loop, and Python would print a traceback for each of them, whenever
+  it came to collect them or their data arrived. The read that failed says it all.
   """
+  warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
   print_error = sys.unraisablehook
 
   def hook(unraisable: Any) -> None:
     code = getattr(unraisable.object, "cr_code", None)
-    if code is None or "orbax" not in Path(code.co_filename).parts:
+    is_read = code is not None and "orbax" in Path(code.co_filename).parts
+    if not is_read and str(unraisable.exc_value) != "Event loop is closed":
       print_error(unraisable)
 
   sys.unraisablehook = hook
