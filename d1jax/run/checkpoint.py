@@ -316,8 +316,8 @@ class Checkpoints:
 def _silence_abandoned_reads() -> None:
   """Says nothing of the arrays that Orbax was still reading when one of them failed.
 
-  It leaves their coroutines behind in a closed event loop, and Python would print a traceback for each of them, whenever
-  it came to collect them or their data arrived. The read that failed says it all.
+  It leaves their coroutines behind in a closed event loop, and Python would print a traceback for each of them,
+  whenever it came to collect them or their data arrived. The read that failed says it all.
   """
   warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
   print_error = sys.unraisablehook

@@ -182,14 +182,12 @@ async def read():
 
 
 @pytest.mark.parametrize(("file", "printed"), [("/lib/orbax/checkpoint/reading.py", 0), ("/lib/other.py", 1)])
-def test_a_failed_read_is_said_once(home, monkeypatch, file, printed):
+def test_a_failed_read_is_said_once(monkeypatch, file, printed):
   """Orbax leaves reads behind, each of which would print a traceback when it is collected."""
   tracebacks = []
   monkeypatch.setattr(sys, "unraisablehook", tracebacks.append)
   _silence_abandoned_reads.cache_clear()
-  (home / "4" / "state" / "manifest.ocdbt").write_bytes(b"")
-  with pytest.raises(RunError, match="cannot be read"):
-    Checkpoints(home).restore(4, abstract())
+  _silence_abandoned_reads()
   scope = {"asyncio": asyncio}
   exec(compile(ABANDONED, file, "exec"), scope)
   coroutine = scope["read"]()
