@@ -26,7 +26,8 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from d1jax.run import experiment as experiments
-from d1jax.training import grpo
+from d1jax.training import configured
+from d1jax.training.programs import Programs
 
 GIB = 2**30
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -71,12 +72,12 @@ def bytes_a_device(tree: Any) -> int:
   return int(sum(sizes))
 
 
-def count(experiment: experiments.Experiment, programs: grpo.Programs, config: ConfigDict) -> dict[str, int]:
+def count(experiment: experiments.Experiment, programs: Programs, config: ConfigDict) -> dict[str, int]:
   """Bytes a device, from shapes and placements alone."""
-  weights = experiment.weights
+  weights = experiment.model.weights
   optimizer = experiment.optimizer(config.grpo, 1)
   state, size = weights.abstract_state(optimizer), weights.network.size
-  frozen = weights.abstract_frozen(with_reference=programs.needs_reference)
+  frozen = weights.abstract_frozen(with_reference=programs.method.scores_reference)
   tokens = ROWS_A_CHIP * (max(config.data.prompt_buckets) + config.rollout.completion_length)
   return {
     "frozen": bytes_a_device(frozen),
@@ -115,7 +116,7 @@ def measure(chips: int, training: str) -> dict[str, Any]:
   bounds = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
   devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices
   experiment = experiments.build(config, None, devices)
-  programs = grpo.Programs(
+  programs = configured.programs(
     experiment, experiment.optimizer(config.grpo, config.grpo.steps * config.grpo.num_iterations)
   )
   row = {"training": training, "chips": chips, "topology": name, "counted": count(experiment, programs, config)}

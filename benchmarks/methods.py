@@ -32,7 +32,7 @@ from d1jax.aot.table import markdown
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.advantage import ADVANTAGES
 from d1jax.run.metrics import read_records
-from d1jax.training import method
+from d1jax.training import configured
 
 ROOT = Path(__file__).parent.parent
 METHODS = runpy.run_path(str(ROOT / "configs" / "methods.py"))["METHODS"]
@@ -55,7 +55,7 @@ def preset(words: str) -> ConfigDict:
 def passes_an_iteration(config: ConfigDict) -> int:
   """Of one completion: its rollout, the reference's score, and the update."""
   sampler = SamplerSpec(**config.rollout)
-  passes = method.build(config.grpo, sampler).estimator.passes(sampler)
+  passes = configured.method(config.grpo, sampler).estimator.passes(sampler)
   steps = sampler.blocks * sampler.steps_per_block
   each = steps if passes.number is None else passes.number
   return steps + config.grpo.num_iterations * each * (1 + 3 + passes.repeated)

@@ -29,7 +29,7 @@ from d1jax.data import pipeline
 from d1jax.parallel import multihost
 from d1jax.rl.grading import Grader, decode
 from d1jax.run import experiment as experiments
-from d1jax.training import grpo
+from d1jax.training import configured
 
 ROWS, CHUNKS, GROUP = 192, 4, 4
 WARM = 32
@@ -67,12 +67,12 @@ class Here:
     self.name = jax.devices()[0].device_kind
     self._experiment = experiments.build(config, None)
     optimizer = self._experiment.optimizer(config.grpo, 1)
-    self._programs = grpo.Programs(self._experiment, optimizer)
+    self._programs = configured.programs(self._experiment, optimizer)
     self._programs.compile()
     width = config.data.prompt_buckets[0]
-    state = self._experiment.weights.fresh_state(optimizer)
-    self._params, self._key = self._programs.publish(state, self._experiment.weights.frozen), state.key
-    prompts = self._experiment.texts("train").prompts
+    state = self._experiment.model.weights.fresh_state(optimizer)
+    self._params, self._key = self._programs.publish(state, self._experiment.model.weights.frozen), state.key
+    prompts = self._experiment.prompts("train").ids
     batch = pipeline.prompt_batch(prompts, range(ROWS // GROUP), 0, GROUP, (width,), self._experiment.tokenizer.pad_id)
     self._placed = self._programs.place(batch, 0)
 

@@ -1,22 +1,105 @@
-"""Reinforcement learning for diffusion language models, on JAX."""
+"""Reinforcement learning for diffusion language models, on JAX.
 
+Names are imported when they are first used, so that `import d1jax` takes no time and starts no device.
+docs/library.md walks through them; `python -m d1jax.main` runs the whole recipe.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from d1jax import tasks
+  from d1jax.diffusion.denoiser import Denoiser
+  from d1jax.diffusion.rollout import Rollout
+  from d1jax.diffusion.rollout import SamplerSpec as Sampler
+  from d1jax.diffusion.sampler import sample
+  from d1jax.evaluation.evaluator import evaluate
   from d1jax.generation.generate import generate
-  from d1jax.model import from_pretrained
+  from d1jax.model import Model, from_pretrained, from_scratch
+  from d1jax.models.lora import LoraSpec as Lora
+  from d1jax.parallel.mesh import make_mesh
+  from d1jax.rl import advantage as advantages
+  from d1jax.rl import losses
+  from d1jax.rl.estimators import Estimator, estimator
+  from d1jax.rl.losses import ClippedToken, Loss
+  from d1jax.rl.method import Method
+  from d1jax.rl.prompts import Prompts
+  from d1jax.rl.update import update
+  from d1jax.run.run_tokenizer import train as train_tokenizer
+  from d1jax.run.trackers import Tracker
+  from d1jax.training.sft import sft_step
 
-__all__ = ["from_pretrained", "generate"]
+_PLACES = {
+  "ClippedToken": "d1jax.rl.losses",
+  "Denoiser": "d1jax.diffusion.denoiser",
+  "Estimator": "d1jax.rl.estimators",
+  "Lora": "d1jax.models.lora:LoraSpec",
+  "Loss": "d1jax.rl.losses",
+  "Method": "d1jax.rl.method",
+  "Model": "d1jax.model",
+  "Prompts": "d1jax.rl.prompts",
+  "Rollout": "d1jax.diffusion.rollout",
+  "Sampler": "d1jax.diffusion.rollout:SamplerSpec",
+  "Tracker": "d1jax.run.trackers",
+  "advantages": "d1jax.rl:advantage",
+  "estimator": "d1jax.rl.estimators",
+  "evaluate": "d1jax.evaluation.evaluator",
+  "from_pretrained": "d1jax.model",
+  "from_scratch": "d1jax.model",
+  "generate": "d1jax.generation.generate",
+  "losses": "d1jax.rl",
+  "make_mesh": "d1jax.parallel.mesh",
+  "sample": "d1jax.diffusion.sampler",
+  "sft_step": "d1jax.training.sft",
+  "tasks": "d1jax",
+  "train_tokenizer": "d1jax.run.run_tokenizer:train",
+  "update": "d1jax.rl.update",
+}
+"""Where each name is, and as what where it has another name there."""
+
+__all__ = [
+  "ClippedToken",
+  "Denoiser",
+  "Estimator",
+  "Lora",
+  "Loss",
+  "Method",
+  "Model",
+  "Prompts",
+  "Rollout",
+  "Sampler",
+  "Tracker",
+  "advantages",
+  "estimator",
+  "evaluate",
+  "from_pretrained",
+  "from_scratch",
+  "generate",
+  "losses",
+  "make_mesh",
+  "sample",
+  "sft_step",
+  "tasks",
+  "train_tokenizer",
+  "update",
+]
 
 
 def __getattr__(name: str) -> Any:
-  """Imports what the package's top offers when it is first asked for: flags are read without waiting for JAX."""
-  if name == "from_pretrained":
-    from d1jax.model import from_pretrained
+  """Imports what is asked for."""
+  if name not in _PLACES:
+    raise AttributeError(f"module 'd1jax' has no attribute {name!r}")
+  module, _, inner = _PLACES[name].partition(":")
+  if f"{module}.{name}" == f"d1jax.{name}":
+    return importlib.import_module(f"d1jax.{name}")
+  found = importlib.import_module(module)
+  return (
+    getattr(found, inner or name)
+    if hasattr(found, inner or name)
+    else importlib.import_module(f"{module}.{inner or name}")
+  )
 
-    return from_pretrained
-  if name == "generate":
-    from d1jax.generation.generate import generate
 
-    return generate
-  raise AttributeError(f"module 'd1jax' has no attribute {name!r}")
+def __dir__() -> list[str]:
+  """The names above."""
+  return __all__

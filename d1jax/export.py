@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 from d1jax.errors import RunError, input_checked
 from d1jax.evaluation.subject import Found, find_checkpoint, read_run
 from d1jax.files import FileError, write_check
-from d1jax.model import inspect
 from d1jax.models import load, lora, names, peft, save
 from d1jax.models.tensor_files import TensorFiles
 from d1jax.models.transformer import Params
 from d1jax.run import limits
 from d1jax.run.workdir import folder, local, unwritable
+from d1jax.source import inspect
 from d1jax.state import merge_for_rollout
 from d1jax.weights import Weights
 
@@ -67,7 +67,7 @@ def check_output(output: Path) -> None:
 
 def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
   _, experiment, trainable = read_run(found, config)
-  weights = experiment.weights
+  weights = experiment.model.weights
   if config.form == "adapter":
     _save_adapter(output, trainable, weights)
     return

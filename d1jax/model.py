@@ -1,72 +1,133 @@
-"""A Hugging Face folder as a diffusion model: `d1jax.from_pretrained(folder)`."""
+"""A diffusion language model without a configuration: `from_pretrained(folder)`, `from_scratch(size, tokenizer)`."""
 
+import dataclasses
+import functools
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import optax
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from d1jax.data import folder as folders
-from d1jax.data import tokenizer as tokenizers
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.denoiser import Denoiser
-from d1jax.models import families, load, lora, transformer
-from d1jax.models.families import Description
-from d1jax.models.transformer import Network, Params
+from d1jax.models import load, transformer
+from d1jax.models.lora import LoraSpec
+from d1jax.models.transformer import Network, Params, TransformerSize
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel.attention import attention
+from d1jax.publish import Publisher
+from d1jax.source import Source, inspect
+from d1jax.state import Frozen, TrainState
+from d1jax.weights import Weights
 
 
-class Pretrained(NamedTuple):
-  """What `from_pretrained` reads.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A network as diffusion sees it, its tokenizer, and its weights on a mesh, which are read when they are first used.
 
   Attributes:
-    denoiser: pure functions of `params`.
-    params: the weights.
-    tokenizer: text to ids, None where the folder has none.
+    denoiser: pure functions of the parameters, on the placements of updates.
+    rollout_denoiser: the same on the placements of rollouts; `denoiser` itself where these are equal.
+    tokenizer: text to ids; None where a folder has none.
+    weights: which are trained, which are not, and where they live.
+    programs: what was compiled for it (`Completer.of`), so that it goes when the model goes.
   """
 
   denoiser: Denoiser
-  params: Params
+  rollout_denoiser: Denoiser
   tokenizer: Tokenizer | None
-
-
-class Source(NamedTuple):
-  """A folder before its weights are read: what it says of its network and of its tokens."""
-
-  folder: Path
-  description: Description
-  tokenizer: Tokenizer | None
-  ids: folders.SpecialIds
+  weights: Weights
+  programs: dict[Any, Any] = dataclasses.field(init=False, repr=False, default_factory=dict)
 
   @property
-  def size(self) -> transformer.TransformerSize:
-    """The network's sizes, with a row for the mask where a causal model gets one."""
-    return families.with_rows(self.description.size, self.ids.mask_id + 1)
+  def network(self) -> Network:
+    """The pure functions of the transformer, and its sizes."""
+    return self.weights.network
+
+  @property
+  def ways(self) -> int:
+    """Over how many devices a batch is split."""
+    return meshes.batch_ways(self.weights.mesh, self.weights.rules)
+
+  @property
+  def rollout_ways(self) -> int:
+    """The same in rollouts."""
+    return meshes.batch_ways(self.weights.mesh, self.weights.rollout_rules)
+
+  @property
+  def length_ways(self) -> int:
+    """Over how many devices the positions of a canvas are split."""
+    return meshes.ways(self.weights.mesh, self.weights.rules, "length")
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """The placement of scalars."""
+    return self.weights.replicated
+
+  @property
+  def by_row(self) -> NamedSharding:
+    """The placement of a batch: rows over the batch axis."""
+    return meshes.sharding(self.weights.mesh, self.weights.rules, "batch")
+
+  @property
+  def rollout_by_row(self) -> NamedSharding:
+    """The same in rollouts."""
+    return meshes.sharding(self.weights.mesh, self.weights.rollout_rules, "batch")
+
+  @functools.cached_property
+  def publisher(self) -> Publisher:
+    """From the weights that are trained to those that rollouts take."""
+    return Publisher(self.weights, self.weights.abstract_trainable)
+
+  @functools.cached_property
+  def params(self) -> Params:
+    """The weights as the model starts, ready to sample with; read or drawn when they are first asked for, and kept."""
+    weights = self.weights
+    if weights.source is not None and not weights.has_base:  # as they are sampled with: no float32 copy of all of them
+      return load.read(weights.source.folder, weights.network, weights.base_dtype, self.publisher.placement)
+    return self.publisher(weights.start(), weights.frozen.base)
+
+  @property
+  def frozen(self) -> Frozen:
+    """What no update changes: the base under adapters, empty where everything is trained.
+
+    A loss that needs the reference takes it from here: with adapters it is the base; otherwise say
+    `model.frozen._replace(reference=model.weights.start())`.
+    """
+    return self.weights.frozen
+
+  def train_state(self, optimizer: optax.GradientTransformation, trainable: Params | None = None) -> TrainState:
+    """A state at step 0, in float32.
+
+    Args:
+      optimizer: of the updates.
+      trainable: weights to start from, which are copied; None: those of the folder, or drawn ones.
+
+    Raises:
+      ValueError: the weights are quantised and there are no adapters to train.
+    """
+    if trainable is None:
+      return self.weights.fresh_state(optimizer)
+    return self.weights.state_from(trainable, optimizer)
+
+  def publish(self, state: TrainState) -> Params:
+    """The weights of a state as rollouts take them: merged, cast, and on their placements.
+
+    Arrays that need none of that are those of the state, which an update donates: publish anew after each update.
+    """
+    return self.publisher(state.trainable, self.frozen.base)
 
 
-def inspect(folder: Path) -> Source:
-  """Reads everything but the values of the weights.
-
-  Raises:
-    ValueError: a file is missing, broken, claims more than another holds or says something that is not supported.
-  """
-  description = load.describe(folder)
-  tokenizer = tokenizers.load(folder)
-  if tokenizer is None:  # the ids that config.json names, and no meaning for any other
-    ids = folders.special_ids(folders.read(folder), {}, size=description.size.vocab)
-  else:
-    ids = folders.SpecialIds(tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id, None, tokenizer.vocab)
-  source = Source(folder, description, tokenizer, ids)
-  most = description.size.vocab + families.ROWS  # a few added tokens and a mask are as many rows as it may grow by
-  if ids.vocab > min(most, source.size.vocab):
-    raise ValueError(
-      f"{folder}: the tokenizer has {ids.vocab} ids, the embedding {description.size.vocab} rows:"
-      " these files are of two models"
-    )
-  return source
+def compute_dtype(name: str, platform: str) -> Any:
+  """The dtype of matrix products and of a frozen base; `auto` is bfloat16 on accelerators and float32 on CPUs."""
+  if name == "auto":
+    return jnp.float32 if platform == "cpu" else jnp.bfloat16
+  if name not in ("float32", "bfloat16"):
+    raise ValueError(f"model.dtype={name!r} is unknown; known: auto, float32, bfloat16")
+  return jnp.dtype(name)
 
 
 def build_denoiser(
@@ -102,50 +163,176 @@ def build_denoiser(
   )
 
 
+def build(
+  size: TransformerSize,
+  tokenizer: Tokenizer | None,
+  source: Source | None,
+  *,
+  mesh: Mesh,
+  rules: meshes.Rules = meshes.RULES,
+  rollout_rules: meshes.Rules | None = None,
+  dtype: DTypeLike,
+  seed: int = 0,
+  lora: LoraSpec | None = None,
+  quantize: str | None = None,
+  remat: bool = False,
+  unroll: int = 1,
+) -> Model:
+  """A model of a network's sizes.
+
+  Args:
+    size: of the network.
+    tokenizer: text to ids; None takes the ids that `source` names.
+    source: the folder that the weights come from; None draws them.
+    mesh: the devices.
+    rules: where logical axes live on them.
+    rollout_rules: the same in rollouts; None: as `rules`.
+    dtype: of matrix products, and of a base that is not trained.
+    seed: of all draws.
+    lora: the adapters that are trained; None trains everything.
+    quantize: `int8` or `nf4` stores the projections in few bits.
+    remat: computes the activations of each layer again in the backward pass.
+    unroll: layers that are compiled one after the other, instead of as a loop.
+
+  Raises:
+    ValueError: the mesh does not divide a weight, or the folder lacks one.
+  """
+  ids = tokenizer if tokenizer is not None else source and source.ids
+  if ids is None:
+    raise ValueError("there is no tokenizer, and no folder that names the ids of the mask and of the end")
+  rollout_rules = rules if rollout_rules is None else rollout_rules
+
+  def on(rules: meshes.Rules) -> tuple[Network, Denoiser]:
+    network = transformer.build(
+      size,
+      dtype=dtype,
+      remat=remat,
+      unroll=unroll,
+      constrain=meshes.constrainer(mesh, rules),
+      attention=attention(mesh, rules),
+      cut_length=meshes.ways(mesh, rules, "length") > 1,
+    )
+    return network, build_denoiser(
+      network,
+      mask_id=ids.mask_id,
+      stop_ids=ids.stop_ids,
+      known_ids=ids.vocab,
+      shift=source.description.shift if source else 0,
+      vocab_shards=meshes.ways(mesh, rules, "vocab"),
+    )
+
+  network, denoiser = on(rules)
+  rollout_denoiser = denoiser if rollout_rules == rules else on(rollout_rules)[1]
+  weights = Weights(network, mesh, rules, rollout_rules, seed, source, lora, quantize, dtype)
+  weights.check()
+  return Model(denoiser, rollout_denoiser, tokenizer, weights)
+
+
+def _defaults(mesh: Mesh | None, dtype: DTypeLike | None) -> tuple[Mesh, DTypeLike]:
+  """The first device alone, and the dtype that it is quick at."""
+  if mesh is None:
+    mesh = meshes.make_mesh(dict.fromkeys(meshes.MESH_AXES, 1), meshes.first_device())
+  return mesh, compute_dtype("auto", mesh.devices.flat[0].platform) if dtype is None else dtype
+
+
 def from_pretrained(
   folder: str | PathLike[str],
-  dtype: DTypeLike = jnp.bfloat16,
+  dtype: DTypeLike | None = None,
   *,
+  lora: LoraSpec | None = None,
   quantize: str | None = None,
   mesh: Mesh | None = None,
   rules: meshes.Rules = meshes.RULES,
-) -> Pretrained:
-  """Reads a downloaded LLaDA or Dream, or a causal Llama or Qwen2 as the start of a diffusion model.
+  rollout_rules: meshes.Rules | None = None,
+  remat: bool = False,
+  seed: int = 0,
+) -> Model:
+  """A downloaded LLaDA or Dream, or a causal Llama or Qwen2 as the start of a diffusion model.
 
   A causal model gets attention both ways, shifted logits and, where it has none, a mask token whose embedding is the
-  mean of the others.
+  mean of the others. The weights are read when they are first asked for.
 
   Args:
     folder: with config.json, safetensors and, as a rule, a tokenizer.
-    dtype: of weights and matrix products: bfloat16, or float32 on a CPU.
-    quantize: `int8` or `nf4` stores the projections in few bits.
+    dtype: of weights to sample with and of matrix products; None: bfloat16, and float32 on a CPU. What is trained is
+      float32 always.
+    lora: adapters to train, `Lora(rank=64, alpha=128)`; None: a `train_state` holds all weights.
+    quantize: `int8` or `nf4` stores the projections in few bits: to sample with, or under adapters.
     mesh: over which the weights are sharded; None: the first device.
     rules: where logical axes live on it.
+    rollout_rules: the same in rollouts; None: as `rules`.
+    remat: computes the activations of each layer again in the backward pass, which takes less memory.
+    seed: of all draws.
 
   Raises:
     ValueError: a file, a tensor or a value of the configuration is missing, wrong or not supported; the message names
       it.
   """
   source = inspect(Path(folder))
-  if mesh is None:
-    mesh = meshes.make_mesh(dict.fromkeys(meshes.MESH_AXES, 1), meshes.first_device())
-  network = transformer.build(
+  mesh, dtype = _defaults(mesh, dtype)
+  return build(
     source.size,
+    source.tokenizer,
+    source,
+    mesh=mesh,
+    rules=rules,
+    rollout_rules=rollout_rules,
     dtype=dtype,
-    constrain=meshes.constrainer(mesh, rules),
-    attention=attention(mesh, rules),
-    cut_length=meshes.ways(mesh, rules, "length") > 1,
+    seed=seed,
+    lora=lora,
+    quantize=quantize,
+    remat=remat,
   )
-  axes = lora.quantized_axes(network.axes) if quantize else network.axes
-  placements = meshes.shardings(mesh, rules, axes)
-  params = load.read(source.folder, network, dtype, placements, quantized=quantize)
-  ids = source.ids
-  denoiser = build_denoiser(
-    network,
-    mask_id=ids.mask_id,
-    stop_ids=ids.stop_ids,
-    known_ids=ids.vocab,
-    shift=source.description.shift,
-    vocab_shards=meshes.ways(mesh, rules, "vocab"),
+
+
+def from_scratch(
+  size: TransformerSize | str,
+  tokenizer: Tokenizer,
+  *,
+  dtype: DTypeLike | None = None,
+  mesh: Mesh | None = None,
+  rules: meshes.Rules = meshes.RULES,
+  rollout_rules: meshes.Rules | None = None,
+  remat: bool = False,
+  seed: int = 0,
+) -> Model:
+  """A model of random weights.
+
+  Args:
+    size: of the network, or the name of a preset, such as `tiny`; its vocabulary grows to hold the tokenizer's.
+    tokenizer: text to ids.
+    dtype: as for `from_pretrained`, and so are the others.
+    mesh: the devices.
+    rules: where logical axes live on them.
+    rollout_rules: the same in rollouts.
+    remat: computes activations again.
+    seed: of the weights and all other draws.
+
+  Raises:
+    ValueError: the size is unknown, or the mesh does not divide a weight.
+  """
+  mesh, dtype = _defaults(mesh, dtype)
+  return build(
+    scaled_to(size, tokenizer.vocab),
+    tokenizer,
+    None,
+    mesh=mesh,
+    rules=rules,
+    rollout_rules=rollout_rules,
+    dtype=dtype,
+    seed=seed,
+    remat=remat,
   )
-  return Pretrained(denoiser, params, source.tokenizer)
+
+
+def scaled_to(size: TransformerSize | str, known_ids: int, **changes: Any) -> TransformerSize:
+  """A network's sizes for a tokenizer: its vocabulary or more, rounded up so that a tensor axis divides it.
+
+  Raises:
+    ValueError: a name that is no preset.
+  """
+  if isinstance(size, str):
+    if size not in transformer.PRESETS:
+      raise ValueError(f"model.size={size!r} is unknown; known: {', '.join(transformer.PRESETS)}")
+    size = transformer.PRESETS[size]
+  return dataclasses.replace(size, **({"vocab": max(size.vocab, -(-known_ids // 8) * 8)} | changes))

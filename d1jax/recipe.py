@@ -11,14 +11,15 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from d1jax import keys, report
 from d1jax import optimizer as optimizers
-from d1jax import report
+from d1jax.completer import Completer
 from d1jax.errors import RunError, explained, input_checked, smaller_batches
-from d1jax.evaluation.evaluator import Completer, Evaluation, Evaluator
+from d1jax.evaluation.evaluator import Evaluation, Evaluator
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
-from d1jax.publish import Publisher
 from d1jax.results import Outcome, finished_results, write_results
+from d1jax.rl.prompts import Prompts
 from d1jax.run import compiled, parts, run_tokenizer, trackers
 from d1jax.run import experiment as experiments
 from d1jax.run.checkpoint import Checkpoints, Restored
@@ -29,8 +30,8 @@ from d1jax.run.metrics import STAGES, warn_of_lost
 from d1jax.run.workdir import Folder, claim, folder
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
-from d1jax.telemetry import profile
-from d1jax.training import grpo, loop, sft
+from d1jax.telemetry import cost, profile
+from d1jax.training import configured, grpo, loop, sft
 from d1jax.training.held_out_loss import HeldOutLoss
 from d1jax.weights import check_base
 
@@ -63,26 +64,27 @@ class Recipe:
     multihost.check_same("the configuration", config.to_dict() | {"distributed": {}})
     self._held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
     self.experiment = experiments.build(config, run_tokenizer.kept_in(workdir) if self._held else None)
-    experiments.check_batches(config, self.experiment.ways)
-    experiments.check_lengths(config, self.experiment.length_ways)
+    self._model = self.experiment.model
+    experiments.check_batches(config, self._model.ways)
+    experiments.check_lengths(config, self._model.length_ways)
     experiments.check_start(config)
     multihost.from_main(lambda: trackers.check(config.trackers))
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
-    publisher = Publisher(self.experiment.weights, self.experiment.weights.abstract_trainable)
-    self._completer = Completer(self.experiment, publisher)
-    self._test = self._evaluator(self.experiment.texts("test"))
+    self._completer = Completer.of(self._model, keys.Purpose.EVALUATION)
+    self._test = self._evaluator(self.experiment.prompts("test"))
     self._validations: dict[str, Validation] = {}
     self._optimizers: dict[str, optax.GradientTransformation] = {}
     self._rates: dict[str, np.ndarray] = {}
     if config.sft.steps:
-      self._demonstrations, held_out = sft.demonstrations(self.experiment)
+      self._fine_tuning = configured.fine_tuning(config)
+      self._demonstrations, held_out = configured.demonstrations(self.experiment)
       self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
       self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
     if config.mode == "grpo":
       self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
-      self._programs = grpo.Programs(self.experiment, self._optimizers["grpo"], publisher)
-      self._train = self.experiment.texts("train")
+      self._programs = configured.programs(self.experiment, self._optimizers["grpo"])
+      self._grading = configured.grading(self.experiment)
       self._validations["grpo"] = self._by_accuracy()
 
   def _optimizer(self, name: str, steps: int) -> optax.GradientTransformation:
@@ -104,10 +106,10 @@ class Recipe:
       found["sft.data"] = [{"prompt": a, "answer": b} for a, b in zip(*self._demonstrations, strict=True)]
     return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
 
-  def _evaluator(self, texts: experiments.Texts) -> Evaluator:
+  def _evaluator(self, prompts: Prompts) -> Evaluator:
     """A greedy evaluation of what is trained, together with its frozen base; exact, also where rollouts are cached."""
     sampler = dataclasses.replace(self.experiment.sampler.with_cache("none"), temperature=0.0)
-    return Evaluator(self._completer, self.experiment, texts, sampler, self.config.evaluation.batch_size)
+    return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size)
 
   @property
   def _smaller_batches(self) -> str:
@@ -115,27 +117,31 @@ class Recipe:
     return smaller_batches("evaluation.batch_size", self.config.evaluation.batch_size)
 
   def _by_accuracy(self) -> Validation:
-    evaluator = self._evaluator(self.experiment.texts("validation"))
+    evaluator = self._evaluator(self.experiment.prompts("validation"))
 
     def score(trainable: Params) -> float:
-      return evaluator(trainable, self.experiment.weights.frozen).share(VALIDATION_METRIC).value
+      return evaluator(self._published(trainable)).share(VALIDATION_METRIC).value
 
     return Validation(evaluator.compile, score, self._smaller_batches)
 
   def _by_loss(self, held_out: sft.Demonstrations) -> Validation:
-    loss = HeldOutLoss(self.experiment, held_out)
+    loss = HeldOutLoss(self._model, held_out, self._fine_tuning)
     remedy = self._smaller_parts("sft")
-    return Validation(loss.compile, lambda trainable: loss(trainable, self.experiment.weights.frozen), remedy)
+    return Validation(loss.compile, lambda trainable: loss(trainable, self.experiment.model.weights.frozen), remedy)
+
+  def _published(self, trainable: Params) -> Params:
+    """As rollouts take them."""
+    return self._model.publisher(trainable, self._model.frozen.base)
 
   def _smaller_parts(self, stage: str) -> str:
     """What to try when training does not fit."""
-    return experiments.smaller_parts(self.config, stage, self.experiment.ways)
+    return experiments.smaller_parts(self.config, stage, self._model.ways)
 
   def read_base(self) -> None:
     """Reads what adapters stand on, before the folder belongs to this run: a smaller base makes another run."""
     smaller = self.config.lora.rank and self.config.model.quantize != "nf4" and not self._held
     with explained("reading the base", "--config.model.quantize=nf4, or more devices" if smaller else "more devices"):
-      _ = self.experiment.weights.base_fingerprint
+      _ = self.experiment.model.weights.base_fingerprint
 
   def compile(self) -> None:
     """Compiles what validations and the final evaluation need, so that nothing of it fails after hours of training."""
@@ -155,7 +161,7 @@ class Recipe:
     checkpoints: Checkpoints,
   ) -> None:
     """Runs a stage to its end, from its last good checkpoint on; the state is gone from memory afterwards."""
-    weights, validation, optimizer = self.experiment.weights, self._validations[name], self._optimizers[name]
+    weights, validation, optimizer = self.experiment.model.weights, self._validations[name], self._optimizers[name]
     began, abstract = time.perf_counter(), weights.abstract_state(optimizer)
     start = checkpoints.restore_latest(abstract)
     if start:
@@ -197,7 +203,7 @@ class Recipe:
     shown: tuple[str, ...],
   ) -> Outcome:
     """Runs or resumes a stage; nothing is computed twice, and of a finished one its best weights alone are read."""
-    home, weights = self.workdir / "checkpoints" / name, self.experiment.weights
+    home, weights = self.workdir / "checkpoints" / name, self.experiment.model.weights
     checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
 
     def last() -> tuple[int, bool]:
@@ -226,7 +232,7 @@ class Recipe:
   def best(self, name: str) -> Params:
     """The best weights of a stage that was run."""
     checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
-    found = checkpoints.best_evaluated(self.experiment.weights.abstract_state(self._optimizers[name]))
+    found = checkpoints.best_evaluated(self.experiment.model.weights.abstract_state(self._optimizers[name]))
     checkpoints.close()
     if found is None:
       raise RunError(f"{checkpoints.folder} lost its checkpoints while the run went on; run the same command again")
@@ -237,27 +243,45 @@ class Recipe:
     experiment, optimizer = self.experiment, self._optimizers["sft"]
 
     def advancer(position: int) -> Any:
-      return sft.advancer(experiment, self._demonstrations, optimizer, position)
+      return sft.advancer(
+        experiment.model,
+        self._demonstrations,
+        self._fine_tuning,
+        optimizer,
+        position,
+        seed=self.config.seed,
+        count=cost.of_fine_tuning(experiment, self._fine_tuning.logits_tile is not None),
+      )
 
-    fresh = functools.partial(experiment.weights.fresh_state, optimizer)
+    fresh = functools.partial(experiment.model.weights.fresh_state, optimizer)
     return self._run_stage("sft", self.config.sft, fresh, advancer, ("loss", "masked_ce"))
 
   def grpo(self, start: Callable[[], Params]) -> Outcome:
     """diffu-GRPO from the weights that `start` reads, which stay the reference where one is scored."""
     experiment, optimizer = self.experiment, self._optimizers["grpo"]
-    stays = self._programs.needs_reference and experiment.weights.lora is None
+    stays = self._programs.method.scores_reference and experiment.model.weights.lora is None
     start = functools.cache(start) if stays else start
 
     def advancer(position: int) -> Any:
       self._programs.compile()
-      frozen = experiment.weights.frozen
+      frozen = experiment.model.weights.frozen
       frozen = frozen._replace(reference=start()) if stays else frozen
-      return grpo.advancer(experiment, self._train, frozen, self._programs, position, self.workdir)
+      return grpo.advancer(
+        self._programs,
+        self._grading,
+        frozen,
+        position,
+        self.workdir,
+        seed=self.config.seed,
+        count=lambda rollout, cached: cost.iteration(experiment, self._programs.method, rollout, cached=cached),
+        gap_every=self.config.grpo.validate_every,
+        dump_every=self.config.grpo.dump_every,
+      )
 
     def fresh() -> TrainState:
-      return experiment.weights.state_from(start(), optimizer, donate=not stays)
+      return experiment.model.weights.state_from(start(), optimizer, donate=not stays)
 
-    with self._programs.grader:
+    with self._grading.grader:
       return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN)
 
   def _evaluate(self, read: Callable[[], Params]) -> Evaluation:
@@ -268,7 +292,7 @@ class Recipe:
         raise self._interrupts.error("the end of training, before the final evaluation was done")
 
     with explained("the final evaluation", self._smaller_batches):
-      return self._test(read(), self.experiment.weights.frozen, pause)
+      return self._test(self._published(read()), pause)
 
   def run(self) -> tuple[dict[str, Outcome], dict[str, Evaluation]]:
     """Runs the stages, then looks at the held-out split once.
@@ -278,7 +302,7 @@ class Recipe:
     """
     self.compile()
     outcomes: dict[str, Outcome] = {}
-    start: Callable[[], Params] = self.experiment.weights.start
+    start: Callable[[], Params] = self.experiment.model.weights.start
     if self.config.sft.steps:
       outcomes["sft"] = self.sft()
       start = functools.partial(self.best, "sft")
@@ -315,7 +339,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     outcomes, evaluations = recipe.run()
     fingerprints = {
       "params_fingerprint": outcomes[config.mode].fingerprint,
-      "base_fingerprint": recipe.experiment.weights.base_fingerprint,
+      "base_fingerprint": recipe.experiment.model.weights.base_fingerprint,
     }
     rest = fingerprints | {"splits": splits}
     results = multihost.from_main(lambda: write_results(recipe.experiment, workdir, outcomes, evaluations, began, rest))

@@ -12,17 +12,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from d1jax import keys, state
 from d1jax.fingerprint import fingerprint
-from d1jax.model import Source
 from d1jax.models import load, lora
 from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import Network, Params
 from d1jax.parallel import mesh as meshes
+from d1jax.source import Source
 from d1jax.state import Frozen, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """The weights of a run: all of them trained in float32, or adapters on a frozen base.
+  """The weights of a model: all of them trained in float32, or adapters on a frozen base, or a quantised base alone.
 
   Attributes:
     network: the pure functions of the model.
@@ -32,7 +32,7 @@ class Weights:
     seed: of random starts.
     source: the folder that the weights come from; None draws them.
     lora: the adapters; None trains everything.
-    quantized: how the base under adapters is kept: `int8`, `nf4` or None.
+    quantized: how the base is kept: `int8`, `nf4` or None. Without adapters nothing is trained then.
     base_dtype: of the network's products, of a base that is not quantised, and of its other leaves.
   """
 
@@ -47,6 +47,11 @@ class Weights:
   base_dtype: Any = jnp.float32
 
   @property
+  def has_base(self) -> bool:
+    """Whether there is a base that is not trained."""
+    return self.lora is not None or self.quantized is not None
+
+  @property
   def key(self) -> jax.Array:
     """The run's key, in a buffer of its own: a state that holds it is donated."""
     return keys.seeded(self.seed)
@@ -59,7 +64,9 @@ class Weights:
   @functools.cached_property
   def trainable_axes(self) -> Params:
     """The logical axes of what is trained."""
-    return lora.axes(self.lora, self.network.axes) if self.lora else self.network.axes
+    if self.lora:
+      return lora.axes(self.lora, self.network.axes)
+    return {} if self.has_base else self.network.axes
 
   @functools.cached_property
   def trainable_placement(self) -> Params:
@@ -69,7 +76,7 @@ class Weights:
   @functools.cached_property
   def base_placement(self) -> Params:
     """The placement of the frozen base; empty where everything is trained."""
-    if self.lora is None:
+    if not self.has_base:
       return {}
     axes = lora.quantized_axes(self.network.axes) if self.quantized else self.network.axes
     return meshes.shardings(self.mesh, self.rules, axes)
@@ -78,8 +85,8 @@ class Weights:
     """Raises a ValueError when the mesh does not divide some weight or some head, or the folder lacks a weight."""
     if self.source is not None:
       load.check(self.source.folder, self.network)
-    meshes.check_divides(jax.eval_shape(self._init, self.key), self.trainable_placement)
-    if self.lora:
+    meshes.check_divides(self._initial, self.trainable_placement)
+    if self.has_base:
       meshes.check_divides(load.abstract(self.network, self.base_dtype, self.quantized), self.base_placement)
     self._check_heads()
 
@@ -97,20 +104,20 @@ class Weights:
 
   def frozen_placement(self, *, with_reference: bool = False) -> Frozen:
     """The placements of what is not trained; a reference beside the base exists in full fine-tuning only."""
-    return Frozen(self.base_placement, self.trainable_placement if with_reference and not self.lora else {})
+    return Frozen(self.base_placement, self.trainable_placement if with_reference and not self.has_base else {})
 
   def abstract_frozen(self, *, with_reference: bool = False) -> Frozen:
     """Shapes, types and placements of what is not trained, without memory."""
     base: Params = {}
-    if self.lora:
+    if self.has_base:
       base = load.abstract(self.network, self.base_dtype, self.quantized)
-    reference = self._shapes if with_reference and not self.lora else {}
+    reference = self._shapes if with_reference and not self.has_base else {}
     return meshes.with_placements(Frozen(base, reference), self.frozen_placement(with_reference=with_reference))
 
   @functools.cached_property
   def frozen(self) -> Frozen:
-    """The base under the adapters, read or drawn; empty where everything is trained."""
-    if self.lora is None:
+    """The base, read or drawn; empty where everything is trained."""
+    if not self.has_base:
       return Frozen({}, {})
     if self.source is not None:
       return Frozen(self._read(self.base_dtype, self.base_placement, self.quantized), {})
@@ -125,7 +132,7 @@ class Weights:
   @functools.cached_property
   def base_fingerprint(self) -> str | None:
     """Identifies the base that adapters belong to; None where everything is trained."""
-    return fingerprint(self.frozen.base) if self.lora else None
+    return fingerprint(self.frozen.base) if self.has_base else None
 
   @property
   def merges(self) -> bool:
@@ -135,6 +142,16 @@ class Weights:
   @functools.cached_property
   def _shapes(self) -> Params:
     return jax.eval_shape(self.network.init, self.key)
+
+  @functools.cached_property
+  def _initial(self) -> Params:
+    """Shapes and types of what is trained."""
+    return jax.eval_shape(self._init, self.key)
+
+  @functools.cached_property
+  def _abstract_states(self) -> dict[optax.GradientTransformation, TrainState]:
+    """Those that `abstract_state` has made; to trace a network takes a while."""
+    return {}
 
   def _purpose_key(self, purpose: keys.Purpose) -> jax.Array:
     return meshes.place(keys.purpose_key(self.key, purpose), self.replicated)
@@ -146,29 +163,34 @@ class Weights:
 
   def _init(self, key: jax.Array) -> Params:
     """What is trained, at its start; not for weights that are read."""
-    return lora.init(key, self.lora, self._shapes) if self.lora else self.network.init(key)
+    if self.lora:
+      return lora.init(key, self.lora, self._shapes)
+    return {} if self.has_base else self.network.init(key)
 
   def state_placement(self, optimizer: optax.GradientTransformation) -> Any:
     """The placements of a TrainState, as a TrainState."""
-    abstract = jax.eval_shape(self._init, self.key)
-    return meshes.state_shardings(self.mesh, self.rules, self.trainable_axes, abstract, optimizer)
+    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(optimizer))
 
   @functools.cached_property
   def abstract_trainable(self) -> Params:
     """Shapes, types and placements of what is trained, without memory."""
-    return meshes.with_placements(jax.eval_shape(self._init, self.key), self.trainable_placement)
+    return meshes.with_placements(self._initial, self.trainable_placement)
 
   def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, types and placements of a TrainState, without memory."""
-    abstract = jax.eval_shape(lambda key: state.create(self._init, optimizer, key, key), self.key)
-    return meshes.with_placements(abstract, self.state_placement(optimizer))
+    if optimizer not in self._abstract_states:
+      begin = lambda trainable, key: state.create(lambda _: trainable, optimizer, key, key)
+      abstract = jax.eval_shape(begin, self._initial, self.key)
+      placement = meshes.state_shardings(self.mesh, self.rules, self.trainable_axes, self._initial, optimizer)
+      self._abstract_states[optimizer] = meshes.with_placements(abstract, placement)
+    return self._abstract_states[optimizer]
 
   def start(self, dtype: Any = jnp.float32) -> Params:
     """What is trained, before any training: read from the folder, drawn, or fresh adapters.
 
     Training wants float32; a whole model that is only to be evaluated may be read in another dtype.
     """
-    if self.source is not None and self.lora is None:
+    if self.source is not None and not self.has_base:
       return self._read(dtype, self.trainable_placement, None)
     purpose = keys.Purpose.ADAPTER if self.lora else keys.Purpose.INITIALISATION
     make = jax.jit(self._init, in_shardings=self.replicated, out_shardings=self.trainable_placement)
@@ -181,7 +203,15 @@ class Weights:
   def state_from(
     self, trainable: Params, optimizer: optax.GradientTransformation, *, donate: bool = False
   ) -> TrainState:
-    """A state at step 0 that starts from given weights, a copy of them unless they are donated."""
+    """A state at step 0 that starts from given weights, a copy of them unless they are donated.
+
+    Raises:
+      ValueError: nothing is trained.
+    """
+    if self.has_base and not self.lora:
+      raise ValueError(
+        f"quantised weights ({self.quantized}) are not trained: give adapters, such as lora=Lora(64, 128)"
+      )
 
     def begin(trainable: Params, key: jax.Array) -> TrainState:
       return state.create(lambda _: jax.tree.map(jnp.copy, trainable), optimizer, key, key)

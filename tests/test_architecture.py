@@ -38,9 +38,11 @@ ALLOWED = {
   "diffusion": {"keys", "microbatch"},
   "rl": {"keys", "state", "microbatch", "diffusion", "data", "tasks"},
 }
-ALLOWED["model"] = {"models", "data", "diffusion", "parallel"}
-ALLOWED["weights"] = {"models", "parallel", "state", "keys", "fingerprint", "model"}
+ALLOWED["source"] = {"models", "data"}
+ALLOWED["weights"] = {"models", "parallel", "state", "keys", "fingerprint", "source"}
 ALLOWED["publish"] = {"models", "parallel", "state", "weights"}
+ALLOWED["model"] = {"models", "data", "diffusion", "parallel", "state", "source", "weights", "publish"}
+ALLOWED["completer"] = {"keys", "state", "diffusion", "parallel", "model"}
 ALLOWED["optimizer"] = {"state"}
 ALLOWED["run"] = set(ALLOWED)
 ALLOWED["telemetry"] = set(ALLOWED)
@@ -239,7 +241,7 @@ def test_what_is_public_is_documented(path):
 def test_compiled_programs_state_where_things_live(path):
   room = room_of(module_of(path))
   jits = calls(TREES[path], "jit")
-  compiling = ("training", "evaluation", "generation", "weights", "publish", "recipe")
+  compiling = ("training", "evaluation", "generation", "weights", "publish", "completer", "recipe")
   if room in compiling or name_of(path) == "d1jax/models/load.py":
     for call in jits:
       stated = {keyword.arg for keyword in call.keywords}

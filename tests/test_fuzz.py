@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from d1jax.data import demonstrations
 from d1jax.errors import RunError
 from d1jax.evaluation import generations, items
-from d1jax.model import inspect
 from d1jax.models import families, load, peft, transformer
 from d1jax.run import identity, metrics
 from d1jax.run.checkpoint import Checkpoints
+from d1jax.source import inspect
 from d1jax.tasks.countdown import Countdown
 from d1jax.tasks.gsm8k import Gsm8k
 from d1jax.tasks.hendrycks_math import HendrycksMath

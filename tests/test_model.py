@@ -1,4 +1,4 @@
-"""`d1jax.from_pretrained`: a folder as denoiser, parameters and tokenizer."""
+"""`d1jax.from_pretrained`: a folder as a model."""
 
 import json
 import subprocess
@@ -14,9 +14,9 @@ import d1jax
 from d1jax.diffusion.likelihood import one_step
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.diffusion.sampler import sample
-from d1jax.model import inspect
 from d1jax.models import load
 from d1jax.parallel.mesh import make_mesh
+from d1jax.source import inspect
 from tests import hub
 from tests.models import folders
 
@@ -39,7 +39,8 @@ def hidden_and_logits(denoiser, params, tokens):
 @pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_samples_and_scores(folder_of, family):
-  denoiser, params, tokenizer = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  model = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  denoiser, params, tokenizer = model.denoiser, model.params, model.tokenizer
   messages = [{"role": "user", "content": "1 + 1 = ?"}]
   ids = tokenizer.prompt(messages, "")
   prompt = jnp.asarray([ids, ids], jnp.int32)
@@ -57,14 +58,16 @@ def test_a_folder_samples_and_scores(folder_of, family):
 
 @pytest.mark.parametrize(("family", "shift"), [("llada", 0), ("dream", 1), ("qwen2", 1), ("llama", 1)])
 def test_a_causal_family_predicts_the_next_token(folder_of, family, shift):
-  denoiser, params, _ = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  model = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  denoiser, params = model.denoiser, model.params
   tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 250)
   hidden, logits = hidden_and_logits(denoiser, params, tokens)
   np.testing.assert_array_equal(logits, denoiser.logits(params, hidden[:, 2 - shift : 9 - shift]))
 
 
 def test_attention_sees_both_ways_in_a_causal_start(folder_of):
-  denoiser, params, _ = d1jax.from_pretrained(folder_of["llama"], jnp.float32)
+  model = d1jax.from_pretrained(folder_of["llama"], jnp.float32)
+  denoiser, params = model.denoiser, model.params
   tokens = jax.random.randint(jax.random.key(0), (1, 9), 0, 250)
   changed = tokens.at[0, -1].set((tokens[0, -1] + 1) % 250)
   valid = jnp.ones(tokens.shape, bool)
@@ -74,11 +77,13 @@ def test_attention_sees_both_ways_in_a_causal_start(folder_of):
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_a_causal_start_gets_a_mask(folder_of, tmp_path, family):
-  denoiser, params, tokenizer = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  model = d1jax.from_pretrained(folder_of[family], jnp.float32)
+  denoiser, params, tokenizer = model.denoiser, model.params, model.tokenizer
   assert denoiser.mask_id == tokenizer.mask_id == 262, "the first id behind the tokenizer's"
   assert params["embedding"].shape[0] == 264, "an unused row is there for it"
   tight = hub.write(tmp_path / "tight", family, vocab=262, dtype="float32")
-  denoiser, params, _ = d1jax.from_pretrained(tight, jnp.float32)
+  model = d1jax.from_pretrained(tight, jnp.float32)
+  denoiser, params = model.denoiser, model.params
   assert (denoiser.mask_id, denoiser.vocab) == (262, 384)
   stored = np.asarray(load.load(tight, jnp.float32).params["embedding"])
   np.testing.assert_array_equal(params["embedding"][:262], stored)
@@ -87,7 +92,8 @@ def test_a_causal_start_gets_a_mask(folder_of, tmp_path, family):
 
 
 def test_ids_without_a_meaning_are_never_drawn(folder_of):
-  denoiser, _, tokenizer = d1jax.from_pretrained(folder_of["llada"], jnp.float32)
+  model = d1jax.from_pretrained(folder_of["llada"], jnp.float32)
+  denoiser, tokenizer = model.denoiser, model.tokenizer
   assert (denoiser.vocab, tokenizer.vocab) == (264, 262)
   assert denoiser.forbidden_ids == (261, 262, 263)
   assert denoiser.stop_ids == (258,)
@@ -97,7 +103,8 @@ def test_a_folder_without_a_tokenizer(tmp_path):
   folder = hub.write(tmp_path / "bare")
   for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
     (folder / name).unlink(missing_ok=True)
-  denoiser, _, tokenizer = d1jax.from_pretrained(folder)
+  model = d1jax.from_pretrained(folder)
+  denoiser, tokenizer = model.denoiser, model.tokenizer
   assert tokenizer is None
   assert (denoiser.mask_id, denoiser.stop_ids, denoiser.forbidden_ids) == (261, (258,), (261,))
 

@@ -23,10 +23,14 @@ def built(tmp_path, rollout_rules=None, **changes):
     config.rollout_rules = rollout_rules or {}
   experiment = experiments.build(config, None)
   optimizer = experiment.optimizer(config.grpo, 1)
-  trained = experiment.weights.start()
+  trained = experiment.model.weights.start()
   trained = jax.tree.map(lambda x: x + 0.01 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), trained)
-  trained = jax.device_put(trained, experiment.weights.trainable_placement)
-  return experiment, trained, Publisher(experiment.weights, experiment.weights.abstract_state(optimizer).trainable)
+  trained = jax.device_put(trained, experiment.model.weights.trainable_placement)
+  return (
+    experiment,
+    trained,
+    Publisher(experiment.model.weights, experiment.model.weights.abstract_state(optimizer).trainable),
+  )
 
 
 def publish(publisher, trained, base):
@@ -58,7 +62,7 @@ def missing_bytes(before, after):
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_weights_that_need_no_change_are_handed_over(tmp_path):
   experiment, trained, publisher = built(tmp_path, **MESH)
-  params = publish(publisher, trained, experiment.weights.frozen.base)
+  params = publish(publisher, trained, experiment.model.weights.frozen.base)
   assert all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True))
   assert publisher.received_bytes == 0
   assert "dot" not in publisher.lower().as_text()
@@ -67,7 +71,7 @@ def test_weights_that_need_no_change_are_handed_over(tmp_path):
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_rules_that_cut_alike_on_this_mesh_move_nothing(tmp_path):
   experiment, trained, publisher = built(tmp_path, ROLLOUTS, mesh__data=8)
-  params = publish(publisher, trained, experiment.weights.frozen.base)
+  params = publish(publisher, trained, experiment.model.weights.frozen.base)
   assert all(a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True))
   assert publisher.received_bytes == 0
 
@@ -75,7 +79,7 @@ def test_rules_that_cut_alike_on_this_mesh_move_nothing(tmp_path):
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_all_weights_are_cast_before_they_move(tmp_path):
   experiment, trained, publisher = built(tmp_path, ROLLOUTS, model__dtype="bfloat16", **MESH)
-  params = publish(publisher, trained, experiment.weights.frozen.base)
+  params = publish(publisher, trained, experiment.model.weights.frozen.base)
   assert_placed(params, publisher)
   for x, w in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
     assert x.dtype == jnp.bfloat16
@@ -89,7 +93,7 @@ def test_all_weights_are_cast_before_they_move(tmp_path):
 @pytest.mark.parametrize("rules", [None, ROLLOUTS], ids=["where they are", "moved"])
 def test_adapters_are_added_into_a_float_base(tmp_path, rules):
   experiment, trained, publisher = built(tmp_path, rules, lora__rank=4, lora__targets=("q_proj", "up_proj"), **MESH)
-  base = experiment.weights.frozen.base
+  base = experiment.model.weights.frozen.base
   params = publish(publisher, trained, base)
   assert_placed(params, publisher)
   merged = merge_for_rollout(trained, Frozen(base, {}))
@@ -97,7 +101,7 @@ def test_adapters_are_added_into_a_float_base(tmp_path, rules):
   assert not np.array_equal(params["blocks"]["mlp"]["up"], base["blocks"]["mlp"]["up"])
   assert (params["blocks"]["mlp"]["down"] is base["blocks"]["mlp"]["down"]) == (rules is None)
   np.testing.assert_array_equal(params["blocks"]["mlp"]["down"], base["blocks"]["mlp"]["down"])
-  before = jax.device_put(merged, experiment.weights.base_placement)
+  before = jax.device_put(merged, experiment.model.weights.base_placement)
   assert publisher.received_bytes == missing_bytes(before, params)
   assert (publisher.received_bytes > 0) == (rules is not None)
 
@@ -107,7 +111,7 @@ def test_adapters_are_added_into_a_float_base(tmp_path, rules):
 def test_a_quantised_base_moves_in_its_few_bits(tmp_path, kind):
   few = {"model__quantize": kind, "lora__rank": 4, "model__overrides__embed": 256, "model__overrides__mlp": 256}
   experiment, trained, publisher = built(tmp_path, ROLLOUTS, model__dtype="bfloat16", **few, **MESH)
-  base = experiment.weights.frozen.base
+  base = experiment.model.weights.frozen.base
   params = publish(publisher, trained, base)
   assert_placed(params, publisher)
   adapted = params["blocks"]["attention"]["query"]

@@ -20,7 +20,7 @@ from d1jax.run.metrics import read_records
 from d1jax.run.run_tokenizer import kept_in
 from d1jax.state import Frozen
 from d1jax.telemetry import ledger
-from d1jax.training import dump, grpo
+from d1jax.training import configured, dump
 from tests import runs
 from tests.jobs import small
 
@@ -116,7 +116,7 @@ def test_each_record_says_what_its_iteration_cost(finished):
       assert ("cost/seconds/saving" in record) == ("validation" in before)
       assert ("cost/seconds/validation" in record) == ("validation" in record)
   assert record["cost/tokens/rollout"] == record["cost/tokens/update"] == 16 * 18
-  size = experiments.build(config, kept_in(workdir)).weights.network.size
+  size = experiments.build(config, kept_in(workdir)).model.network.size
   canvas = 33 + 18
   assert record["cost/flops/rollout"] == 4 * flops.forward(size, 16, canvas, canvas, 18)
   assert record["cost/flops/update"] == 3 * flops.forward(size, 16, canvas, canvas, 18)
@@ -216,15 +216,16 @@ def test_a_dumped_rollout_replays_to_the_same_state(finished):
   workdir, config, _ = finished
   experiment = experiments.build(config, kept_in(workdir))
   optimizer = experiment.optimizer(config.grpo, config.grpo.steps)
-  abstract = experiment.weights.abstract_state(optimizer)
+  abstract = experiment.model.weights.abstract_state(optimizer)
   checkpoints = Checkpoints(workdir / "checkpoints" / "grpo")
   state = checkpoints.restore(2, abstract).state
-  programs = grpo.Programs(experiment, optimizer)
+  programs = configured.programs(experiment, optimizer)
   programs.compile()
   for iteration in (2, 3):
     dumped = dump.read(workdir / "rollouts", iteration)
     halves = [
-      jax.tree.map(lambda x, i=i: jax.device_put(np.split(x, 2)[i], experiment.by_row), dumped.rollout) for i in (0, 1)
+      jax.tree.map(lambda x, i=i: jax.device_put(np.split(x, 2)[i], experiment.model.by_row), dumped.rollout)
+      for i in (0, 1)
     ]
     state, _, advantages = programs.update(state, Frozen({}, {}), tuple(halves), dumped.rewards)
     np.testing.assert_array_equal(advantages, dumped.advantages)

@@ -28,12 +28,12 @@ class Analysis:
       chip: what they are.
       width: of the prompts.
     """
-    self._chip, self._devices = chip, list(experiment.weights.mesh.devices.flat)
+    self._chip, self._devices = chip, list(experiment.model.weights.mesh.devices.flat)
     self._work = work(experiment, programs, width)
     self.lowering = programs.lowering(width)
-    config, weights = experiment.config.grpo, experiment.weights
+    config, weights = experiment.config.grpo, experiment.model.weights
     self._state = weights.abstract_state(experiment.optimizer(config, config.steps * config.num_iterations))
-    self._frozen = weights.abstract_frozen(with_reference=programs.needs_reference)
+    self._frozen = weights.abstract_frozen(with_reference=programs.method.scores_reference)
 
   def placements(self) -> dict[str, str]:
     """Where each array lives that is trained, frozen or published: its path, and how it is cut."""

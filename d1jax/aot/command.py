@@ -20,6 +20,7 @@ from d1jax.parallel import chips
 from d1jax.run import experiment as experiments
 from d1jax.run.experiment import Experiment
 from d1jax.run.workdir import local
+from d1jax.training import configured
 from d1jax.training.programs import Programs
 
 LLADA_IDS = {"vocab_size": 126464, "mask_token_id": 126336, "eos_token_id": [126081, 126348], "pad_token_id": 126081}
@@ -50,7 +51,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   output = None if config.output is None else local("output", config.output)
   with input_checked():
     experiment, programs, width = build(config)
-    devices = experiment.weights.mesh.devices.flat
+    devices = experiment.model.weights.mesh.devices.flat
     chip = chips.of(devices[0].device_kind)
     if chip is None:
       raise ValueError(f"d1jax.parallel.chips does not know {devices[0].device_kind}: add it there")
@@ -90,10 +91,14 @@ def build(config: ConfigDict) -> tuple[Experiment, Programs, int]:
   meant.mode = "grpo"
   tokenizer = None if config.model.pretrained else stand_in_tokenizer(config.model.size)
   experiment = experiments.build(meant, tokenizer, devices)
-  experiments.check_batches(meant, experiment.ways)
-  experiments.check_lengths(meant, experiment.length_ways)
+  experiments.check_batches(meant, experiment.model.ways)
+  experiments.check_lengths(meant, experiment.model.length_ways)
   steps = config.grpo.steps * config.grpo.num_iterations
-  return experiment, Programs(experiment, experiment.optimizer(config.grpo, steps)), max(config.data.prompt_buckets)
+  return (
+    experiment,
+    configured.programs(experiment, experiment.optimizer(config.grpo, steps)),
+    max(config.data.prompt_buckets),
+  )
 
 
 def stand_in_tokenizer(size: str) -> Tokenizer:
@@ -114,7 +119,7 @@ def compiler() -> str:
 
 def described(experiment: Experiment, width: int, config: ConfigDict) -> dict[str, Any]:
   """What is compiled, for what, and with what."""
-  weights, section = experiment.weights, config.grpo
+  weights, section = experiment.model.weights, config.grpo
   return {
     "jax": jax.__version__,
     "libtpu": compiler(),

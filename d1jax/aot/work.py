@@ -17,9 +17,9 @@ def work(experiment: Experiment, programs: Programs, width: int) -> dict[str, Wo
     programs: of an iteration.
     width: of the prompts.
   """
-  config, weights, sampler = experiment.config, experiment.weights, experiment.sampler
+  config, weights, sampler = experiment.config, experiment.model.weights, experiment.sampler
   size, lora, section = weights.network.size, weights.lora, config.grpo
-  model = cost.Model(size, lora, weights.merges, config.model.remat, experiment.denoiser.shift)
+  model = cost.Model(size, lora, weights.merges, config.model.remat, experiment.model.denoiser.shift)
   canvas, chunks = width + sampler.completion_length, section.rollout_chunks
   rows = section.oversample * section.prompts_per_iteration * section.num_generations // chunks
   reach, tiled = cost.whole(sampler, chunks, rows), section.logits_tile is not None

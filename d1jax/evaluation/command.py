@@ -11,18 +11,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from d1jax import tasks
+from d1jax import keys, tasks
+from d1jax.completer import Completer
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import explained, harmless, input_checked, smaller_batches
 from d1jax.evaluation import generations, output, subject
-from d1jax.evaluation.evaluator import Completer, Evaluator, evaluation_key, grade_completions
+from d1jax.evaluation.evaluator import Evaluator, grade_completions
 from d1jax.evaluation.items import Item, append, parse, question_id
 from d1jax.evaluation.subject import Subject
 from d1jax.parallel import multihost
-from d1jax.publish import Publisher
+from d1jax.rl.prompts import Prompts
 from d1jax.run import limits
 from d1jax.run import workdir as workdirs
-from d1jax.run.experiment import Experiment, Texts
 from d1jax.run.interrupts import Interrupts
 from d1jax.run.workdir import Folder
 from d1jax.tasks import Task
@@ -41,15 +41,15 @@ class Arm:
 
   Attributes:
     name: of its file of items.
-    experiment: with the arm's task and prompts.
-    texts: the questions.
+    prompts: the questions.
+    style: of the prompts.
     sampler: how they are completed.
     draws: (seed, sample) pairs; one when greedy.
   """
 
   name: str
-  experiment: Experiment
-  texts: Texts
+  prompts: Prompts
+  style: str
   sampler: SamplerSpec
   draws: tuple[tuple[int, int], ...]
 
@@ -89,9 +89,9 @@ def _batch_size(config: ConfigDict, found: Subject) -> int:
 def _row(arm: Arm, folder: Folder) -> output.Row:
   return output.Row(
     name=arm.name,
-    task=arm.experiment.task,
-    records=arm.texts.records,
-    style=arm.experiment.config.task.style,
+    task=arm.prompts.task,
+    records=arm.prompts.records,
+    style=arm.style,
     sampler=arm.sampler,
     length=arm.sampler.completion_length,
     temperature=arm.sampler.temperature,
@@ -101,23 +101,21 @@ def _row(arm: Arm, folder: Folder) -> output.Row:
 
 def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Folder, interrupts: Interrupts) -> None:
   """Runs every batch whose items are not all there yet; each process grades its rows, process 0 writes all."""
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), found.trainable)
-  completer = Completer(found.experiment, Publisher(found.experiment.weights, shapes))
-  params = completer.publish(found.trainable, found.frozen)
+  completer, params = Completer.of(found.experiment.model, keys.Purpose.EVALUATION), found.params()
   for arm in arms:
     done = set(map(tuple, multihost.from_main(functools.partial(_done, folder, arm))))
-    evaluator = Evaluator(completer, arm.experiment, arm.texts, arm.sampler, _batch_size(config, found))
+    evaluator = Evaluator(completer, arm.prompts, arm.sampler, _batch_size(config, found))
     for seed, sample in arm.draws:
       for batch, rows in enumerate(evaluator.batches):
         if all((seed, sample, row) in done for row in rows):
           continue
-        completed = evaluator.complete(batch, evaluation_key(seed, sample), params)
-        records = [arm.texts.records[i] for i in completed.rows]
-        prefills = [arm.texts.prefills[i] for i in completed.rows]
-        task = arm.experiment.task
+        completed = evaluator.complete(batch, params, seed=seed, sample=sample)
+        records = [arm.prompts.records[i] for i in completed.rows]
+        prefills = [arm.prompts.prefills[i] for i in completed.rows]
+        task = arm.prompts.task
         texts, grades = grade_completions(
           task,
-          arm.experiment.tokenizer,
+          arm.prompts.tokenizer,
           records,
           prefills,
           completed.completion,
@@ -169,13 +167,13 @@ def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
     if isinstance(task, tasks.Custom):
       task.try_out(own.task.style, config.protocol)
     experiment = dataclasses.replace(found.experiment, config=own, task=task)
-    texts = experiment.texts(config.split, config.prefill)
-    output.check_accuracy(task, texts.records[0], own.task.style, config.protocol)
+    prompts = experiment.prompts(config.split, config.prefill)
+    output.check_accuracy(task, prompts.records[0], own.task.style, config.protocol)
     for sampler in samplers(config, found.experiment.sampler):
       greedy = sampler.temperature == 0 and sampler.remasking != "random"
       draws = tuple((seed, sample) for seed in config.seeds for sample in range(config.samples))
       name = f"{task.name}_{sampler.completion_length}_t{sampler.temperature:g}"
-      yield Arm(name, experiment, texts, sampler, draws[:1] if greedy else draws)
+      yield Arm(name, prompts, own.task.style, sampler, draws[:1] if greedy else draws)
 
 
 def samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
@@ -243,7 +241,7 @@ def _identity(config: ConfigDict, found: Subject, arms: Sequence[Arm]) -> dict[s
   return {
     "subject": found.name,
     "params_fingerprint": found.fingerprint,
-    "base_fingerprint": found.experiment.weights.base_fingerprint,
+    "base_fingerprint": found.experiment.model.weights.base_fingerprint,
     "questions": {arm.name: question_hashes(arm) for arm in arms},
     "device": jax.devices()[0].device_kind,
     "config": json.loads(json.dumps(fields)),
@@ -252,13 +250,13 @@ def _identity(config: ConfigDict, found: Subject, arms: Sequence[Arm]) -> dict[s
 
 def question_hashes(arm: Arm) -> Mapping[str, Any]:
   """How many questions an arm has, and hashes over their records, prompts (token ids) and prefills."""
-  texts = arm.texts
-  asked = json.dumps([texts.prompts, texts.prefills])
+  prompts = arm.prompts
+  asked = json.dumps([prompts.ids, prompts.prefills])
   return {
-    "n": len(texts.records),
-    "left_out": texts.left_out,
-    "records_sha256": tasks.split_hash(texts.records),
+    "n": len(prompts.records),
+    "left_out": prompts.left_out,
+    "records_sha256": tasks.split_hash(prompts.records),
     "prompts_sha256": hashlib.sha256(asked.encode()).hexdigest(),
     "sampler": dataclasses.asdict(arm.sampler),
-    "style": arm.experiment.config.task.style,
+    "style": arm.style,
   }

@@ -1,30 +1,27 @@
 """Completions of a fixed list of prompts under any weights, and their grades."""
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
 from d1jax import keys
+from d1jax.completer import Completer
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.diffusion.sampler import sample
 from d1jax.intervals import Share, clustered
+from d1jax.model import Model
 from d1jax.parallel import multihost
-from d1jax.parallel.mesh import constrained, place
-from d1jax.publish import Publisher
+from d1jax.parallel.mesh import place
 from d1jax.rl.grading import Graded, decode
-from d1jax.run.experiment import Experiment, Texts
+from d1jax.rl.prompts import Prompts
 from d1jax.run.workdir import Folder, write_atomically
-from d1jax.state import Frozen, Params
+from d1jax.state import Params
 from d1jax.tasks import Record, Task, TaskError, checked
 from d1jax.tasks.base import Grade
 
@@ -150,75 +147,30 @@ def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) 
   return dataclasses.replace(other, metrics={**other.metrics, **strict.metrics}, answer=strict.answer)
 
 
-class Completer:
-  """The compiled sampling programs of an experiment, one for each sampler and shape of a batch.
-
-  They take published weights where rollouts want them, as rollouts do: a program that took the weights where updates
-  have them would gather each of them at every step.
-  """
-
-  def __init__(self, experiment: Experiment, publisher: Publisher):
-    """Keeps what it works with; nothing is compiled yet.
-
-    Args:
-      experiment: network and mesh.
-      publisher: of the weights that will be evaluated.
-    """
-    self._experiment, self._publisher = experiment, publisher
-    self._compiled: dict[tuple[SamplerSpec, int, int], Any] = {}
-
-  def program(self, spec: SamplerSpec, rows: int, width: int) -> Any:
-    """The program for batches of `rows` prompts of `width` tokens; compiled once, from shapes alone."""
-    self._publisher.compile()
-    shape = (spec, rows, width)
-    if shape not in self._compiled:
-      experiment = self._experiment
-      by_row, scalar = experiment.rollout_by_row, experiment.replicated
-      row = lambda *more, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *more), dtype, sharding=by_row)
-      key = keys.seeded(0)
-      program = jax.jit(
-        functools.partial(_sample, experiment, spec),
-        in_shardings=(self._publisher.placement, scalar, by_row, by_row, by_row),
-        out_shardings=by_row,
-      )
-      lowered = program.lower(
-        self._publisher.abstract,
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=scalar),
-        row(width),
-        row(width, dtype=jnp.bool_),
-        row(),
-      )
-      self._compiled[shape] = lowered.compile()
-    return self._compiled[shape]
-
-  def publish(self, trainable: Params, frozen: Frozen) -> Params:
-    """The weights that the programs take; arrays that need no change are the given ones."""
-    return self._publisher(trainable, frozen.base)
-
-
 class Evaluator:
   """Completes and grades a fixed list of prompts under any weights."""
 
-  def __init__(self, completer: Completer, experiment: Experiment, texts: Texts, sampler: SamplerSpec, batch_size: int):
+  def __init__(self, completer: Completer, prompts: Prompts, sampler: SamplerSpec, batch_size: int):
     """Prepares the batches.
 
     Args:
-      completer: the programs; evaluators of one experiment share them.
-      experiment: network, task and mesh.
-      texts: the split.
+      completer: the programs; evaluators of one model share them.
+      prompts: the split.
       sampler: how to complete; temperature 0 is greedy.
       batch_size: rows a batch. Prompts of one bucket share batches; the last one of a bucket is filled up with repeats
         that are not graded. `batches` lists the places of each batch's rows.
     """
-    self._completer, self._experiment, self.texts, self._sampler = completer, experiment, texts, sampler
-    buckets = tuple(experiment.config.evaluation.prompt_buckets)
+    self._completer, self.prompts, self._sampler = completer, prompts, sampler
+    self._model = completer.model
     members: dict[int, list[int]] = {}
-    for row, prompt in enumerate(texts.prompts):
-      width = bucket_for(len(prompt), buckets)
+    for row, prompt in enumerate(prompts.ids):
+      width = bucket_for(len(prompt), prompts.buckets)
       if width is None:
-        raise ValueError(f"a prompt has {len(prompt)} tokens, evaluation.prompt_buckets={buckets} hold fewer: raise it")
+        raise ValueError(
+          f"a prompt has {len(prompt)} tokens, evaluation.prompt_buckets={prompts.buckets} hold fewer: raise it"
+        )
       members.setdefault(width, []).append(row)
-    ways = experiment.rollout_ways
+    ways = self._model.rollout_ways
     self._width: list[int] = []
     self.batches: list[list[int]] = []
     self._size: list[int] = []
@@ -234,49 +186,70 @@ class Evaluator:
     for rows, width in zip(self._size, self._width, strict=True):
       self._completer.program(self._sampler, rows, width)
 
-  def complete(self, batch: int, key: jax.Array, params: Params) -> Completed:
-    """Completes one batch under published weights; a row's draws depend on `key` and its place in the list alone."""
-    own, experiment, prompts = self.batches[batch], self._experiment, self.texts.prompts
+  def complete(self, batch: int, params: Params, *, seed: int = 0, sample: int = 0) -> Completed:
+    """Completes one batch under published weights; a row's draws depend on seed, sample and its place in the list."""
+    own, model, ids = self.batches[batch], self._model, self.prompts.ids
     asked = [own[i % len(own)] for i in range(self._size[batch])]
-    tokens, valid = pad_left([prompts[i] for i in asked], self._width[batch], experiment.tokenizer.pad_id)
-    placed = place((tokens, valid, np.asarray(asked, np.int32)), experiment.rollout_by_row)
-    program = self._completer.program(self._sampler, self._size[batch], self._width[batch])
+    tokens, valid = pad_left([ids[i] for i in asked], self._width[batch], self.prompts.tokenizer.pad_id)
+    places = np.asarray(asked, np.int32)
+    placed = place((tokens, valid, places, places), model.rollout_by_row)
+    key, step = place((keys.seeded(seed), np.int32(sample)), model.replicated)
+    self._completer.program(self._sampler, self._size[batch], self._width[batch])  # whose compilation is no sampling
     began = time.perf_counter()
-    placed_key = place(key, experiment.replicated)
-    *drawn, reveal_step = program(params, placed_key, *placed)
-    rows, (completion, mask) = multihost.local_rows(drawn)
-    passes = self._sampler.forward_passes(multihost.fetch(reveal_step))
+    rollout = self._completer(self._sampler, params, placed, key, step)
+    rows, (completion, mask) = multihost.local_rows((rollout.completion, rollout.completion_mask))
+    passes = self._sampler.forward_passes(multihost.fetch(rollout.reveal_step))
     seconds = time.perf_counter() - began
     keep = rows < len(own)
     return Completed(np.asarray(own)[rows[keep]], completion[keep], mask[keep], passes, seconds)
 
-  def __call__(self, trainable: Params, frozen: Frozen, pause: Callable[[], None] | None = None) -> Evaluation:
-    """Evaluates these weights strictly; the same weights always give the same completions.
+  def __call__(self, params: Params, pause: Callable[[], None] | None = None) -> Evaluation:
+    """Evaluates published weights strictly; the same weights always give the same completions.
 
     Args:
-      trainable: what was trained.
-      frozen: its base.
+      params: of `Model.publish` or `Model.params`.
       pause: called between two batches, and may raise where a stop was asked for.
     """
-    experiment, records = self._experiment, self.texts.records
-    task, key = experiment.task, evaluation_key(seed=0, sample=0)
-    params = self._completer.publish(trainable, frozen)
+    task, records = self.prompts.task, self.prompts.records
     places, found = [], []
     for batch in range(len(self.batches)):
       if pause is not None:
         pause()
-      done = self.complete(batch, key, params)
-      own, prefills = [records[i] for i in done.rows], [self.texts.prefills[i] for i in done.rows]
-      graded = grade_completions(task, experiment.tokenizer, own, prefills, done.completion, done.mask, "strict")
+      done = self.complete(batch, params)
+      own, prefills = [records[i] for i in done.rows], [self.prompts.prefills[i] for i in done.rows]
+      tokenizer = self.prompts.tokenizer
+      graded = grade_completions(task, tokenizer, own, prefills, done.completion, done.mask, "strict")
       places.append(done.rows)
       found += [(text, dataclasses.asdict(grade)) for text, grade in zip(*graded, strict=True)]
     everyone = multihost.gather_rows(np.concatenate(places), found)
     return evaluation(task, records, [text for text, _ in everyone], [Grade(**fields) for _, fields in everyone])
 
 
-def evaluation_key(seed: int, sample: int) -> jax.Array:
-  """The key of one sample of every prompt under one seed."""
-  return keys.purpose_key(keys.seeded(seed), keys.Purpose.EVALUATION, sample)
+def evaluate(
+  model: Model,
+  prompts: Prompts,
+  sampler: SamplerSpec,
+  *,
+  params: Params | None = None,
+  batch_size: int = 64,
+) -> Evaluation:
+  """Completes and grades a split under a model's weights, as a run does it.
+
+  Args:
+    model: network and mesh.
+    prompts: the split, as `Prompts.of(task, model.tokenizer, "test")` has it.
+    sampler: how to complete; `dataclasses.replace(sampler, temperature=0.0)` is greedy.
+    params: of `Model.publish`; None: the weights that the model starts with.
+    batch_size: completions at a time.
+
+  Returns:
+    The graded completions; `.share("solved")` is a metric with its 95% interval, `.summary()` all of them.
+
+  Raises:
+    TaskError: the task does not keep its contract.
+  """
+  completer = Completer.of(model, keys.Purpose.EVALUATION)
+  return Evaluator(completer, prompts, sampler, batch_size)(model.params if params is None else params)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -307,27 +280,3 @@ def tables(rows: Mapping[str, Mapping[str, Any]]) -> str:
     }
     found.append(f"{task}:\n" + table({name: row | {"n": row["solved_n"]} for name, row in own.items()}))
   return "\n\n".join(found)
-
-
-def _sample(
-  experiment: Experiment,
-  sampler: SamplerSpec,
-  params: Params,
-  key: jax.Array,
-  prompt: jax.Array,
-  valid: jax.Array,
-  sample_id: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  rollout = sample(
-    experiment.rollout_denoiser,
-    params,
-    prompt,
-    valid,
-    sample_id,
-    sample_id,
-    key,
-    spec=sampler,
-    row_multiple=experiment.rollout_ways,
-  )
-  rollout = constrained(rollout, experiment.rollout_by_row)  # the loop's rows stay where its weights want them
-  return rollout.completion, rollout.completion_mask, rollout.reveal_step

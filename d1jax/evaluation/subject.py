@@ -5,18 +5,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from d1jax.errors import RunError, harmless, input_checked
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
+from d1jax.publish import Publisher
 from d1jax.run import experiment as experiments
 from d1jax.run import run_tokenizer
 from d1jax.run.checkpoint import Checkpoints, is_step
 from d1jax.run.experiment import Experiment
 from d1jax.run.identity import STAGES
 from d1jax.run.workdir import Folder, folder, is_workdir
-from d1jax.state import Frozen, Params, TrainState
+from d1jax.state import Frozen, Params, TrainState, merge_for_rollout
 from d1jax.weights import check_base
 
 
@@ -39,6 +41,18 @@ class Subject:
   trainable: Any
   frozen: Frozen
   fingerprint: str
+
+  def params(self) -> Params:
+    """The weights as rollouts take them; to be asked for once: a float base becomes the sum of it and its adapters."""
+    weights = self.experiment.model.weights
+    if not weights.merges:
+      shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.trainable)
+      return Publisher(weights, shapes)(self.trainable, self.frozen.base)
+    placements = (weights.trainable_placement, weights.frozen_placement())
+    program = jax.jit(
+      merge_for_rollout, in_shardings=placements, out_shardings=weights.base_placement, donate_argnums=1
+    )
+    return program(self.trainable, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +144,12 @@ def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Para
         print(harmless(said), file=sys.stderr)
       experiment = experiments.build(trained, run_tokenizer.kept(found.workdir, metadata), with_task=False)
       section = trained[found.home.parent.name]
-      abstract = experiment.weights.abstract_state(experiment.optimizer(section, section.steps))
+      abstract = experiment.model.weights.abstract_state(experiment.optimizer(section, section.steps))
     except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(f"the configuration in checkpoint {found.home} is not that of a run ({error})") from error
   home, trainable = found.trainable(abstract)
   with input_checked():
-    check_base(experiment.weights, metadata)
+    check_base(experiment.model.weights, metadata)
   return home, experiment, trainable
 
 
@@ -158,9 +172,12 @@ def load(config: ConfigDict) -> Subject:
   bare.model.pretrained = config.pretrained
   with input_checked():
     experiment = experiments.build(bare, None, with_task=False)
-    trainable = experiment.weights.start(experiment.weights.base_dtype)
+    weights = experiment.model.weights
+    trainable = weights.start(weights.base_dtype)
   home = Path("runs") / "eval"
-  return Subject(config.pretrained, home, experiment, trainable, experiment.weights.frozen, fingerprint(trainable))
+  return Subject(
+    config.pretrained, home, experiment, trainable, experiment.model.weights.frozen, fingerprint(trainable)
+  )
 
 
 def _checkpoint(found: Found, config: ConfigDict) -> Subject:
@@ -174,4 +191,4 @@ def _checkpoint(found: Found, config: ConfigDict) -> Subject:
     )
   home, experiment, trainable = read_run(found, config)
   place = found.workdir / "eval"
-  return Subject(str(home), place, experiment, trainable, experiment.weights.frozen, fingerprint(trainable))
+  return Subject(str(home), place, experiment, trainable, experiment.model.weights.frozen, fingerprint(trainable))

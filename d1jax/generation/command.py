@@ -6,9 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from d1jax import files
@@ -24,12 +22,10 @@ from d1jax.errors import (
   smaller_batches,
 )
 from d1jax.evaluation import subject
-from d1jax.evaluation.subject import Subject
 from d1jax.generation import canvas as canvases
 from d1jax.generation import film, terminal
 from d1jax.generation.generate import Generation, stream
 from d1jax.run import limits
-from d1jax.state import merge, merge_for_rollout
 
 WIDEST = 100
 """Columns of a canvas, on a wider terminal too."""
@@ -60,17 +56,15 @@ def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[G
   experiment = found.experiment
   with input_checked():
     generations = stream(
-      experiment.denoiser,
-      _params(found),
-      experiment.tokenizer,
+      experiment.model,
       prompts,
+      params=found.params(),
       spec=_sampler(config, experiment.sampler),
       prefill=config.prefill,
       samples=config.samples,
       seed=config.seed,
       batch_size=config.batch_size,
       prompt_buckets=tuple(config.prompt_buckets),
-      rules=experiment.weights.rules,
     )
   shown = list(_printed(generations, config, experiment.tokenizer, several=len(prompts) > 1))
   if path is not None:
@@ -132,16 +126,6 @@ def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
     schedule=config.schedule or trained.schedule,
     threshold=trained.threshold if config.threshold is None else config.threshold,
   )
-
-
-def _params(found: Subject) -> Any:
-  """The weights that answer; adapters are added into a float base, in its place."""
-  weights = found.experiment.weights
-  if not weights.merges:
-    return merge(found.trainable, found.frozen)
-  placements = (weights.trainable_placement, weights.frozen_placement())
-  program = jax.jit(merge_for_rollout, in_shardings=placements, out_shardings=weights.base_placement, donate_argnums=1)
-  return program(found.trainable, found.frozen)
 
 
 def _printed(

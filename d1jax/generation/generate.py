@@ -1,22 +1,21 @@
-"""Prompts in, texts out: `d1jax.generate(denoiser, params, tokenizer, ["What is 2 + 2?"])`."""
+"""Prompts in, texts out: `d1jax.generate(model, ["What is 2 + 2?"])`."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Int
 
 from d1jax import keys
+from d1jax.completer import Completer
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
-from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.diffusion.sampler import sample
+from d1jax.model import Model
 from d1jax.parallel import mesh as meshes
+from d1jax.state import Params
 from d1jax.tasks.base import Message
 from d1jax.tasks.common import check_integer
 
@@ -60,13 +59,7 @@ class Generation:
   reveal_step: Int[np.ndarray, "C"]
 
 
-def generate(
-  denoiser: Denoiser,
-  params: Params,
-  tokenizer: Tokenizer | None,
-  prompts: Sequence[Prompt],
-  **options: Any,
-) -> list[Generation]:
+def generate(model: Model, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
   """Completes prompts; the options are those of `stream`.
 
   Returns:
@@ -75,40 +68,36 @@ def generate(
   Raises:
     ValueError: a prompt or an option cannot be used.
   """
-  return list(stream(denoiser, params, tokenizer, prompts, **options))
+  return list(stream(model, prompts, **options))
 
 
 def stream(
-  denoiser: Denoiser,
-  params: Params,
-  tokenizer: Tokenizer | None,
+  model: Model,
   prompts: Sequence[Prompt],
   *,
+  params: Params | None = None,
   spec: SamplerSpec = GREEDY,
   prefill: str = "",
   samples: int = 1,
   seed: int = 0,
   batch_size: int = 16,
   prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
-  rules: meshes.Rules = meshes.RULES,
 ) -> Iterator[Generation]:
   """Completes prompts batch by batch, and yields each as its batch is done.
 
-  One program is compiled for each sampler and shape of a batch, and kept. A draw depends on the seed, the prompt's
-  place in the list and the sample's number alone.
+  One program is compiled for each sampler and shape of a batch. A draw depends on the seed, the prompt's place in the
+  list and the sample's number alone.
 
   Args:
-    denoiser: the mask predictor.
-    params: its parameters; the program runs where they live.
-    tokenizer: of the model.
+    model: network, tokenizer and mesh.
     prompts: texts or conversations, which the tokenizer's chat template writes.
+    params: of `Model.publish`; None: the weights that the model starts with.
     spec: the sampler.
     prefill: how each answer starts.
     samples: completions of each prompt.
     seed: of the draws.
     batch_size: completions at a time.
     prompt_buckets: prompt lengths that are compiled; a batch is padded to the smallest that holds it.
-    rules: where logical axes live on the parameters' mesh.
 
   Raises:
     ValueError: a prompt or an option cannot be used; before anything is computed.
@@ -123,29 +112,27 @@ def stream(
     check_integer("a length of prompt_buckets", length, 1)
   if samples > 1 and spec.temperature == 0 and spec.remasking != "random":
     raise ValueError(f"samples is {samples}, but at temperature 0 they are all the same: set a temperature, like 0.9")
+  tokenizer = model.tokenizer
   if tokenizer is None:
     raise ValueError("there is no tokenizer; put tokenizer.json, or its parts, beside the model's config.json")
   encoded = _encode(tokenizer, prompts, prefill, max(prompt_buckets))
   said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-  leaves, tree = jax.tree.flatten(jax.tree.map(lambda w: w.sharding, params))
-  on_mesh = isinstance(leaves[0], NamedSharding)
-  ways = meshes.batch_ways(leaves[0].mesh, rules) if on_mesh else 1
-  by_row = meshes.sharding(leaves[0].mesh, rules, "batch") if on_mesh else leaves[0]
-  replicated = meshes.sharding(leaves[0].mesh, rules) if on_mesh else leaves[0]
-  program = _program(denoiser, spec, ways, tuple(leaves), tree, by_row, replicated)
-  key = meshes.place(keys.purpose_key(keys.seeded(seed), keys.Purpose.EVALUATION), replicated)
+  completer, ways = Completer.of(model, keys.Purpose.EVALUATION), model.rollout_ways
+  key, step = meshes.place((keys.seeded(seed), np.int32(0)), model.replicated)
   rows = [(index, number) for index in range(len(encoded)) for number in range(samples)]
   size = min(-(-batch_size // ways), -(-len(rows) // ways)) * ways
 
   def batches() -> Iterator[Generation]:
+    weights = model.params if params is None else params
     for first in range(0, len(rows), size):
       own = rows[first : first + size]
       filled = [own[i % len(own)] for i in range(size)]
       width = bucket_for(max(len(encoded[index]) for index, _ in own), prompt_buckets)
       tokens, valid = pad_left([encoded[index] for index, _ in filled], width or 0, tokenizer.pad_id)
       sample_id = np.asarray([number * _STRIDE + index for index, number in filled], np.int32)
-      batch = meshes.place((tokens, valid, sample_id), by_row)
-      completion, mask, reveal_step = jax.device_get(program(params, key, *batch))
+      placed = meshes.place((tokens, valid, sample_id, sample_id), model.rollout_by_row)
+      rollout = completer(spec, weights, placed, key, step)
+      completion, mask, reveal_step = jax.device_get((rollout.completion, rollout.completion_mask, rollout.reveal_step))
       shown = tokenizer.decode_all([row[keep].tolist() for row, keep in zip(completion, mask, strict=True)])
       for row, (index, number) in enumerate(own):
         yield Generation(
@@ -160,26 +147,6 @@ def stream(
         )
 
   return batches()
-
-
-@functools.lru_cache(maxsize=8)
-def _program(
-  denoiser: Denoiser,
-  spec: SamplerSpec,
-  ways: int,
-  leaves: tuple[Any, ...],
-  tree: Any,
-  by_row: Any,
-  replicated: Any,
-) -> Any:
-  """The program of a sampler for parameters in these placements; it compiles for each shape of a batch it meets."""
-
-  def run(params: Params, key: jax.Array, prompt: jax.Array, valid: jax.Array, sample_id: jax.Array) -> Any:
-    rollout = sample(denoiser, params, prompt, valid, sample_id, sample_id, key, spec=spec, row_multiple=ways)
-    return rollout.completion, rollout.completion_mask, rollout.reveal_step
-
-  placements = (tree.unflatten(leaves), replicated, by_row, by_row, by_row)
-  return jax.jit(run, in_shardings=placements, out_shardings=replicated)
 
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longest: int) -> list[list[int]]:

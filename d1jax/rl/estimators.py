@@ -129,4 +129,15 @@ ESTIMATORS: Mapping[str, Estimator] = {
   ),
   "left_to_right": Estimator(left_to_right, _one_by_one, redraws=False),
 }
-"""The estimators that a configuration names."""
+"""The estimators that have a name."""
+
+
+def estimator(name: str, **options: Any) -> Estimator:
+  """The estimator of a name: `estimator("one_step", p_mask_prompt=0.15)` is d1's.
+
+  Raises:
+    ValueError: an unknown name, or an option that the estimator has not.
+  """
+  if name not in ESTIMATORS:
+    raise ValueError(f"unknown estimator {name!r}; known: {', '.join(ESTIMATORS)}")
+  return ESTIMATORS[name].bind(**options)

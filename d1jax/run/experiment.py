@@ -7,98 +7,52 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
+from d1jax import model as models
 from d1jax import optimizer as optimizers
 from d1jax import tasks
 from d1jax.data.tokenizer import Tokenizer
-from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.model import Source, build_denoiser, inspect
-from d1jax.models import transformer
+from d1jax.model import Model, scaled_to
 from d1jax.models.lora import LoraSpec
 from d1jax.models.quantize import KINDS
+from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import mesh as meshes
-from d1jax.parallel.attention import attention
+from d1jax.rl.prompts import Prompts
 from d1jax.run import limits, run_tokenizer
 from d1jax.run.run_tokenizer import Kept
-from d1jax.tasks import Record, Task
+from d1jax.source import Source, inspect
+from d1jax.tasks import Task
 from d1jax.tasks.common import check_choice
-from d1jax.weights import Weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-  """Records of one split with their tokenised prompts and the given starts of their answers, which end the prompts.
-
-  `left_out` counts those whose prompts fit no bucket.
-  """
-
-  records: list[Record]
-  prompts: list[list[int]]
-  prefills: list[str]
-  left_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """Everything that a stage, an evaluation or a benchmark needs, built once from the configuration.
+  """What a configuration describes, built once for all stages, evaluations and benchmarks.
 
   Attributes:
     config: the resolved configuration.
     task: the problems and their grader.
-    tokenizer: text to ids.
-    denoiser: the network as diffusion sees it.
-    weights: which are trained, which are not, and where they live.
+    model: network, tokenizer, weights and mesh.
     sampler: how rollouts are drawn.
-    rollout_denoiser: the network on the placements of `rollout_rules`; `denoiser` itself where there are none.
   """
 
   config: ConfigDict
   task: Task
-  tokenizer: Tokenizer
-  denoiser: Denoiser
-  weights: Weights
+  model: Model
   sampler: SamplerSpec
-  rollout_denoiser: Denoiser
 
   @property
-  def ways(self) -> int:
-    """Over how many devices a batch is split."""
-    return meshes.batch_ways(self.weights.mesh, self.weights.rules)
-
-  @property
-  def rollout_ways(self) -> int:
-    """The same in rollouts."""
-    return meshes.batch_ways(self.weights.mesh, self.weights.rollout_rules)
-
-  @property
-  def length_ways(self) -> int:
-    """Over how many devices the positions of a canvas are split."""
-    return meshes.ways(self.weights.mesh, self.weights.rules, "length")
-
-  @property
-  def replicated(self) -> NamedSharding:
-    """The placement of scalars."""
-    return self.weights.replicated
-
-  @property
-  def by_row(self) -> NamedSharding:
-    """The placement of a batch: rows over the batch axis."""
-    return meshes.sharding(self.weights.mesh, self.weights.rules, "batch")
-
-  @property
-  def rollout_by_row(self) -> NamedSharding:
-    """The same in rollouts."""
-    return meshes.sharding(self.weights.mesh, self.weights.rollout_rules, "batch")
+  def tokenizer(self) -> Tokenizer:
+    """Of the model; an experiment always has one."""
+    return cast(Tokenizer, self.model.tokenizer)
 
   def metadata(self) -> dict[str, Any]:
     """What every checkpoint says of its run: configuration, fingerprint of the base, hashes of the tokenizer."""
     tokenizer = run_tokenizer.hashes(self.tokenizer.files)
-    return {"config": self.config.to_dict(), "base": self.weights.base_fingerprint, "tokenizer": tokenizer}
+    return {"config": self.config.to_dict(), "base": self.model.weights.base_fingerprint, "tokenizer": tokenizer}
 
   def buckets(self, split: str) -> tuple[str, tuple[int, ...]]:
     """The prompt lengths that are compiled for a split, and the field that says so."""
@@ -108,29 +62,26 @@ class Experiment:
       return "sft.prompt_buckets", tuple(self.config.sft.prompt_buckets)
     return "evaluation.prompt_buckets", tuple(self.config.evaluation.prompt_buckets)
 
-  def texts(self, split: str, start: str | None = None) -> Texts:
-    """The records of a split whose prompts fit a bucket; the others are left out and counted.
+  def prompts(self, split: str, prefill: str | None = None) -> Prompts:
+    """The records of a split whose prompts fit a bucket; how many were left out is said.
 
-    Answers start as the style of the prompts has it, or with `start`.
+    Answers start as the style of the prompts has it, or with `prefill`.
     """
-    records = list(self.task.records(split))
-    if not records:
+    if not self.task.records(split):
       raise ValueError(f"the split {split} holds no question: let task.sizes.{split} be at least 1")
-    style = self.config.task.style
-    asked = [self.task.prompt(r, style) for r in records]
-    prefills = [prefill if start is None else start for _, prefill in asked]
-    prompts = [self.tokenizer.prompt(turns, start) for (turns, _), start in zip(asked, prefills, strict=True)]
     field, buckets = self.buckets(split)
-    keep = [i for i, ids in enumerate(prompts) if len(ids) <= max(buckets)]
-    if len(keep) < len(records):
-      print(f"{split}: left out {len(records) - len(keep)} of {len(records)} prompts longer than {max(buckets)} tokens")
-    if not keep:
-      shortest = min(map(len, prompts), default=0)
-      raise ValueError(f"every {split} prompt is longer than {field}={buckets}, the shortest {shortest}: raise it")
+    try:
+      found = Prompts.of(
+        self.task, self.tokenizer, split, style=self.config.task.style, buckets=buckets, prefill=prefill
+      )
+    except ValueError as error:
+      raise ValueError(str(error).replace("than buckets=", f"than {field}=")) from error
+    if found.left_out:
+      count = found.left_out + len(found.records)
+      print(f"{split}: left out {found.left_out} of {count} prompts longer than {max(buckets)} tokens")
     if isinstance(self.task, tasks.Mixture):
-      self.task.parts([records[i] for i in keep])  # each has some
-    left_out = len(records) - len(keep)
-    return Texts([records[i] for i in keep], [prompts[i] for i in keep], [prefills[i] for i in keep], left_out)
+      self.task.parts(found.records)  # each has some
+    return found
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
@@ -162,15 +113,6 @@ def build_task(config: ConfigDict) -> Task:
       " sorted names of its tasks, joined by +, and no module"
     )
   return mixed
-
-
-def compute_dtype(name: str, platform: str) -> Any:
-  """The dtype of matrix products and of a frozen base; `auto` is bfloat16 on accelerators and float32 on CPUs."""
-  if name == "auto":
-    return jnp.float32 if platform == "cpu" else jnp.bfloat16
-  if name not in ("float32", "bfloat16"):
-    raise ValueError(f"model.dtype={name!r} is unknown; known: auto, float32, bfloat16")
-  return jnp.dtype(name)
 
 
 def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
@@ -276,18 +218,14 @@ def _lora_spec(config: ConfigDict) -> LoraSpec | None:
   return LoraSpec(config.lora.rank, config.lora.alpha, config.lora.dropout, targets, config.lora.rslora)
 
 
-def _size(config: ConfigDict, source: Source | None, known_ids: int) -> transformer.TransformerSize:
+def _size(config: ConfigDict, source: Source | None, known_ids: int) -> TransformerSize:
   """The network's sizes: those of the folder, or the preset's with the overrides."""
   overrides = {k: v for k, v in config.model.overrides.items() if v is not None}
-  if source is not None:
-    if overrides:
-      raise ValueError(f"model.overrides {', '.join(overrides)} cannot change the sizes of {source.folder}")
-    return source.size
-  if config.model.size not in transformer.PRESETS:
-    raise ValueError(f"model.size={config.model.size!r} is unknown; known: {', '.join(transformer.PRESETS)}")
-  preset = transformer.PRESETS[config.model.size]
-  # The preset's vocabulary, or more where the tokenizer needs it, rounded up so that a tensor axis divides it.
-  return dataclasses.replace(preset, **({"vocab": max(preset.vocab, -(-known_ids // 8) * 8)} | overrides))
+  if source is None:
+    return scaled_to(config.model.size, known_ids, **overrides)
+  if overrides:
+    raise ValueError(f"model.overrides {', '.join(overrides)} cannot change the sizes of {source.folder}")
+  return source.size
 
 
 def _tokenizer(config: ConfigDict, run: Kept | None, source: Source | None, task: Task | None) -> Tokenizer:
@@ -356,32 +294,19 @@ def build(
   if quantized and spec is None:
     raise ValueError(f"model.quantize={quantized!r} stores a frozen base: set lora.rank to train adapters")
   devices = jax.devices() if devices is None else devices
-  mesh, rules = meshes.make_mesh(config.mesh.to_dict(), devices), config.rules.to_dict()
-  rollout_rules = meshes.changed(rules, config.rollout_rules.to_dict())
-  dtype = compute_dtype(config.model.dtype, devices[0].platform)
-  size = _size(config, source, tokenizer.vocab)
-
-  def on(rules: meshes.Rules) -> tuple[transformer.Network, Denoiser]:
-    network = transformer.build(
-      size,
-      dtype=dtype,
-      remat=config.model.remat,
-      unroll=config.model.unroll,
-      constrain=meshes.constrainer(mesh, rules),
-      attention=attention(mesh, rules),
-      cut_length=meshes.ways(mesh, rules, "length") > 1,
-    )
-    return network, build_denoiser(
-      network,
-      mask_id=tokenizer.mask_id,
-      stop_ids=tokenizer.stop_ids,
-      known_ids=tokenizer.vocab,
-      shift=source.description.shift if source else 0,
-      vocab_shards=meshes.ways(mesh, rules, "vocab"),
-    )
-
-  network, denoiser = on(rules)
-  rollout_denoiser = denoiser if rollout_rules == rules else on(rollout_rules)[1]
-  weights = Weights(network, mesh, rules, rollout_rules, config.seed, source, spec, quantized, dtype)
-  weights.check()
-  return Experiment(config, task, tokenizer, denoiser, weights, sampler, rollout_denoiser)
+  rules = config.rules.to_dict()
+  model = models.build(
+    _size(config, source, tokenizer.vocab),
+    tokenizer,
+    source,
+    mesh=meshes.make_mesh(config.mesh.to_dict(), devices),
+    rules=rules,
+    rollout_rules=meshes.changed(rules, config.rollout_rules.to_dict()),
+    dtype=models.compute_dtype(config.model.dtype, devices[0].platform),
+    seed=config.seed,
+    lora=spec,
+    quantize=quantized,
+    remat=config.model.remat,
+    unroll=config.model.unroll,
+  )
+  return Experiment(config, task, model, sampler)

@@ -89,7 +89,7 @@ def is_whole(workdir: Folder) -> bool:
     return False
 
 
-def train(task: Task, style: str, *, model_type: str, vocab_size: int) -> Tokenizer:
+def train(task: Task, style: str = "d1", *, model_type: str = "char", vocab_size: int = 64) -> Tokenizer:
   """Trains a tokenizer on prompts and answers of training records."""
   texts: list[str] = []
   for one in task.tasks.values() if isinstance(task, tasks.Mixture) else [task]:

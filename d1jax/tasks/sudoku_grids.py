@@ -86,7 +86,9 @@ def in_split(split: str, codes: np.ndarray) -> np.ndarray:
   The solution grid decides. Of the puzzles on training grids a fixed quarter, by a hash of the
   code, are for demonstrations and the rest for training.
   """
-  member = np.isin(codes >> CELLS, SPLIT_GRIDS[split])
+  of_grid = np.zeros(len(GRIDS), dtype=bool)
+  of_grid[list(SPLIT_GRIDS[split])] = True
+  member = of_grid[codes >> CELLS]
   if SPLIT_GRIDS[split] is TRAINING_GRIDS:
     mixed = codes.astype(np.uint64) * np.uint64(0xFF51AFD7ED558CCD)
     is_demonstration = (mixed >> np.uint64(40)) % np.uint64(4) == 0
@@ -97,9 +99,11 @@ def in_split(split: str, codes: np.ndarray) -> np.ndarray:
 @functools.cache
 def published_codes() -> np.ndarray:
   """List the codes of d1's published test puzzles, ascending: one for each of a puzzle's solutions."""
-  puzzles = held_out.listed("sudoku")
-  fitting = ((puzzle, grid) for puzzle in puzzles for grid in GRIDS if is_solution(puzzle, grid))
-  return np.array(sorted(encode(puzzle, grid) for puzzle, grid in fitting), dtype=np.int64)
+  puzzles = np.array([list(map(int, puzzle)) for puzzle in held_out.listed("sudoku")], dtype=np.uint8)
+  grids = np.array([list(map(int, grid)) for grid in GRIDS], dtype=np.uint8)
+  masks = (puzzles > 0) @ (1 << np.arange(CELLS))
+  puzzle, grid = np.nonzero(((puzzles[:, None] == grids) | (puzzles[:, None] == 0)).all(axis=2))
+  return np.sort(grid << CELLS | masks[puzzle]).astype(np.int64)
 
 
 def is_solution(puzzle: str, grid: str) -> bool:

@@ -32,13 +32,14 @@ def draw(split: str, seed: int, count: int, clues: tuple[int, int]) -> tuple[int
   """
   rng = np.random.default_rng((seed, common.SPLITS.index(split)))
   grids = rng.permutation(sudoku_grids.SPLIT_GRIDS[split])
+  of_grid = [sudoku_grids.grid_puzzles(split, int(grid)) for grid in grids]
+  codes, ends = np.concatenate(of_grid), np.cumsum([len(some) for some in of_grid])
+  found = sudoku_grids.clue_counts()[codes % sudoku_grids.MASKS]
+  is_published = np.isin(codes, sudoku_grids.published_codes()) & (split != "test")
   lanes: list[list[list[int]]] = []
-  for some in np.split(grids, 1 if split == "train" else len(grids)):
-    codes = np.concatenate([sudoku_grids.grid_puzzles(split, int(grid)) for grid in some])
-    found = sudoku_grids.clue_counts()[codes % sudoku_grids.MASKS]
-    piles = [rng.permutation(codes[found == k]) for k in range(clues[0], clues[1] + 1)]
-    if split != "test":
-      piles = [pile[~np.isin(pile, sudoku_grids.published_codes())] for pile in piles]
+  for places in np.split(np.arange(len(codes)), [] if split == "train" else ends[:-1]):
+    piles = [rng.permutation(places[found[places] == k]) for k in range(clues[0], clues[1] + 1)]
+    piles = [codes[pile[~is_published[pile]]] for pile in piles]
     lanes.append([pile[:count][::-1].tolist() for pile in piles])
   available = sum(len(pile) for lane in lanes for pile in lane)
   if count > available:

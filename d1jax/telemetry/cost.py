@@ -7,7 +7,7 @@ arXiv 2204.02311, appendix B).
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -171,9 +171,13 @@ def fine_tuning(model: Model, rows: int, canvas: int, length: int, *, tiled: boo
 
 def model_of(experiment: Experiment) -> Model:
   """What the formulas know of an experiment's network."""
-  weights = experiment.weights
-  remat = bool(experiment.config.model.remat)
-  return Model(weights.network.size, weights.lora, weights.merges, remat, experiment.denoiser.shift)
+  weights, denoiser = experiment.model.weights, experiment.model.denoiser
+  return Model(weights.network.size, weights.lora, weights.merges, bool(experiment.config.model.remat), denoiser.shift)
+
+
+def of_fine_tuning(experiment: Experiment, tiled: bool) -> Callable[[int, int, int], Work]:
+  """The work of a step of an experiment's fine-tuning, by rows, canvas and length of completions."""
+  return functools.partial(fine_tuning, model_of(experiment), tiled=tiled)
 
 
 def iteration(experiment: Experiment, method: Method, found: Rollout, *, cached: bool) -> dict[str, Work]:
@@ -190,7 +194,7 @@ def iteration(experiment: Experiment, method: Method, found: Rollout, *, cached:
   count = config.rollout_chunks
   chunks = [Rollout(*parts) for parts in zip(*(np.split(x, count) for x in found), strict=True)]
   rows = config.oversample * config.prompts_per_iteration * config.num_generations // count
-  reach = reached(sampler, chunks, rows, experiment.rollout_ways)
+  reach = reached(sampler, chunks, rows, experiment.model.rollout_ways)
   canvas = found.prompt.shape[1] + sampler.completion_length
   tiled = config.logits_tile is not None
   score, steps = update(model, sampler, method, canvas, reach, tiled=tiled, oversample=config.oversample)

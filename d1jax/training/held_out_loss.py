@@ -1,18 +1,19 @@
 """The denoising loss of held-out demonstrations: what fine-tuning on a file is validated by."""
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from d1jax import keys
 from d1jax.data.pipeline import bucket_for, pad_left
+from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.likelihood import denoising_loss
+from d1jax.model import Model
 from d1jax.parallel.mesh import place
-from d1jax.run.experiment import Experiment
 from d1jax.state import Frozen, Params, merge
-from d1jax.training.sft import Demonstrations
+from d1jax.training.sft import Demonstrations, Options
 
 DRAWS = 4
 """Noise levels at which each demonstration is looked at."""
@@ -21,14 +22,15 @@ DRAWS = 4
 class HeldOutLoss:
   """Minus the mean loss of some demonstrations under fixed noise, the same for any weights; higher is better."""
 
-  def __init__(self, experiment: Experiment, found: Demonstrations):
+  def __init__(self, model: Model, found: Demonstrations, config: Options):
     """Lays out the batches; demonstrations that fit no bucket are left out.
 
     Args:
-      experiment: network and mesh.
+      model: network and mesh.
       found: the demonstrations.
+      config: of the fine-tuning.
     """
-    config, pad_id = experiment.config.sft, experiment.tokenizer.pad_id
+    pad_id = cast(Tokenizer, model.tokenizer).pad_id
     longest = max(config.completion_buckets)
     by_pair: dict[tuple[int, int], list[int]] = {}
     answers = [ids[:longest] if config.truncate else ids for ids in found.completions]
@@ -54,15 +56,15 @@ class HeldOutLoss:
         for row, (i, _) in enumerate(part):
           completions[row, : len(answers[i])] = answers[i]
         sample_id = np.asarray([i * DRAWS + draw for i, draw in part], np.int32)
-        self._batches.append(place((prompts, valid, completions, scale, sample_id), experiment.by_row))
-    weights = experiment.weights
+        self._batches.append(place((prompts, valid, completions, scale, sample_id), model.by_row))
+    weights = model.weights
 
     def loss(trainable: Params, frozen: Frozen, batch: Any) -> jax.Array:
       prompt, valid, completion, weight, sample_id = batch
       params = merge(trainable, frozen)
       key = keys.purpose_key(keys.seeded(0), keys.Purpose.EVALUATION)
       total, _ = denoising_loss(
-        experiment.denoiser,
+        model.denoiser,
         params,
         prompt,
         valid,
@@ -76,8 +78,8 @@ class HeldOutLoss:
 
     self._program = jax.jit(
       loss,
-      in_shardings=(weights.trainable_placement, weights.frozen_placement(), experiment.by_row),
-      out_shardings=experiment.replicated,
+      in_shardings=(weights.trainable_placement, weights.frozen_placement(), model.by_row),
+      out_shardings=model.replicated,
     )
     self._weights = weights
     self._compiled: dict[tuple[int, int], Any] = {}

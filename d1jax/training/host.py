@@ -17,9 +17,9 @@ from d1jax.errors import RunError
 from d1jax.parallel import multihost
 from d1jax.rl.grading import Graded, Grader, WorkersDiedError, graded_texts
 from d1jax.rl.losses import RATIO_EDGES
+from d1jax.rl.prompts import Prompts
 from d1jax.rl.selection import NO_SIGNAL
 from d1jax.rl.shaping import UNSHAPED, Shaping
-from d1jax.run.experiment import Experiment, Texts
 from d1jax.tasks.base import TaskError
 
 QUANTILES = (0.01, 0.5, 0.99)
@@ -54,28 +54,34 @@ class Visit(NamedTuple):
   overlapped: float = 0.0
 
 
-def grade_chunks(
-  experiment: Experiment,
-  grader: Grader,
-  texts: Texts,
-  record: np.ndarray,
-  chunks: tuple[Rollout, ...],
-  shaping: Shaping = UNSHAPED,
-) -> Visit:
+class Grading(NamedTuple):
+  """How the completions of a run are graded.
+
+  Attributes:
+    prompts: the training split.
+    grader: of its task, whose workers, if any, end with `with grading.grader:`.
+    protocol: of the grades.
+    shaping: makes rewards of grades.
+  """
+
+  prompts: Prompts
+  grader: Grader
+  protocol: str
+  shaping: Shaping = UNSHAPED
+
+
+def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ...]) -> Visit:
   """Grades each chunk while the next one is computed.
 
   Args:
-    experiment: tokenizer and protocol.
-    grader: of the task.
-    texts: the split.
+    grading: how.
     record: the record of each row of the batch.
     chunks: the batch, on devices.
-    shaping: makes rewards of grades.
 
   Raises:
     RunError: the grader's workers died twice over a chunk, or the task does not keep its contract, on any process.
   """
-  protocol = experiment.config.task.protocol
+  prompts, protocol = grading.prompts, grading.protocol
   fetched: list[Rollout] = []
   places, written, pending, arrived, overlapped = [], [], [], 0.0, 0.0
   for first, chunk in zip(range(0, len(record), len(record) // len(chunks)), chunks, strict=True):
@@ -85,9 +91,9 @@ def grade_chunks(
     arrived = time.perf_counter()
     rows = first + rows
     with jax.profiler.TraceAnnotation("grading"):
-      prefills = [texts.prefills[i] for i in record[rows]]
-      said = graded_texts(experiment.tokenizer, prefills, host.completion, host.completion_mask, protocol)
-      pending.append(grader.submit(said, [texts.records[i] for i in record[rows]], protocol))
+      prefills = [prompts.prefills[i] for i in record[rows]]
+      said = graded_texts(prompts.tokenizer, prefills, host.completion, host.completion_mask, protocol)
+      pending.append(grading.grader.submit(said, [prompts.records[i] for i in record[rows]], protocol))
     places.append(rows)
     fetched.append(host)
     written += said
@@ -101,7 +107,9 @@ def grade_chunks(
     failure = f"{error}. It is --config.grpo.grading_workers"
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
   counted = rollout.completion_mask.sum(axis=1).tolist()
-  grades = [shaping(grade, n, rollout.completion.shape[1]) for grade, n in zip(grades, counted, strict=bool(grades))]
+  grades = [
+    grading.shaping(grade, n, rollout.completion.shape[1]) for grade, n in zip(grades, counted, strict=bool(grades))
+  ]
   own = Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32))
   return _shared(failure, np.concatenate(places), rollout, own, arrived)._replace(overlapped=overlapped)
 

@@ -1,6 +1,6 @@
 """The compiled programs of a diffu-GRPO iteration: publish the weights, roll out, update."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,102 +10,118 @@ import numpy as np
 import optax
 
 from d1jax import keys
+from d1jax.completer import Completer, PromptArrays
 from d1jax.data import pipeline
 from d1jax.diffusion.replay import replay
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
-from d1jax.diffusion.sampler import sample
+from d1jax.model import Model
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel.mesh import constrained, place
-from d1jax.publish import Publisher
-from d1jax.rl.grading import Grader
+from d1jax.rl.method import Method
 from d1jax.rl.selection import with_signal
 from d1jax.rl.update import Metrics, update
-from d1jax.run.experiment import Experiment
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
-from d1jax.training import drift, method
-
-Prompts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-"""prompt[B P], prompt_valid[B P], sample_id[B], group_id[B]."""
+from d1jax.training import drift
 
 GAP_POSITIONS = 16
 """Completion positions at which merged and unmerged logits are compared."""
 
 
 class Compiled(NamedTuple):
-  """The programs of one prompt bucket; `gap` where adapters are merged for rollouts, `exact` (the rollout without a
-  cache) and `drift` where a cache is watched.
+  """The programs of one prompt bucket beside its rollout; `gap` where adapters are merged for rollouts, `drift` where a
+  cache is watched.
   """
 
-  rollout: Any
   update: Any
   gap: Any
-  exact: Any = None
   drift: Any = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """The shape of an iteration.
+
+  Attributes:
+    prompts: groups that an update takes.
+    num_generations: completions of each prompt.
+    buckets: prompt lengths that are compiled.
+    oversample: so many times the groups are rolled out, and those with the most signal are kept.
+    chunks: parts of a rollout, of which one is graded while the next is computed.
+  """
+
+  prompts: int
+  num_generations: int
+  buckets: tuple[int, ...]
+  oversample: int = 1
+  chunks: int = 1
+
+  @property
+  def groups(self) -> int:
+    """PromptArrays that are rolled out."""
+    return self.oversample * self.prompts
+
+  @property
+  def rows(self) -> int:
+    """Completions that are rolled out."""
+    return self.groups * self.num_generations
+
+
 class Programs:
-  """The programs of an iteration, compiled for every prompt bucket before the first one, and the grader between them.
+  """The programs of an iteration, compiled for every prompt bucket before the first one.
 
   Rollouts take weights that `publish` has merged, cast and moved to the placements of `rollout_rules`: the one place
   where placements of rollouts and of updates meet. Completions come back at the placement of updates.
 
   Attributes:
-    grader: whose workers, if any, end with `with programs.grader:`.
-    shaping: makes rewards of grades.
+    model: network and mesh.
+    sampler: of rollouts.
+    method: of updates.
+    shape: of an iteration.
     watch: over the drift of a cached sampler; None where nothing is to be seen.
-    method: of the updates.
     compiled: the programs of each prompt bucket.
   """
 
   def __init__(
-    self, experiment: Experiment, optimizer: optax.GradientTransformation, publisher: Publisher | None = None
+    self,
+    model: Model,
+    sampler: SamplerSpec,
+    method: Method,
+    shape: Shape,
+    optimizer: optax.GradientTransformation,
+    watch: drift.Watch | None = None,
   ):
     """Prepares the programs; nothing is compiled yet.
 
     Args:
-      experiment: network, task and mesh.
-      optimizer: of the updates.
-      publisher: of the weights, where evaluations share it; None: one of its own.
+      model: network and mesh.
+      sampler: of rollouts.
+      method: of updates.
+      shape: of an iteration.
+      optimizer: of updates.
+      watch: when to look how far a cache drifts.
     """
-    config = experiment.config.grpo
-    self.grader = Grader(experiment.task, config.grading_workers)
-    self._experiment = experiment
+    self.model, self.sampler, self.method, self.shape = model, sampler, method, shape
     self._optimizer = optimizer
-    self._num_generations = config.num_generations
-    self._oversample = config.oversample
-    self._rows = config.oversample * config.prompts_per_iteration * config.num_generations
-    self._chunks = config.rollout_chunks
-    watch = drift.Watch(config.drift_every, config.drift_limit)
-    self.watch = watch if watch.every and experiment.sampler.cache != "none" else None
-    if experiment.sampler.temperature == 0 and (self.watch or config.importance_cap is not None):
+    self.watch = watch if watch and watch.every and sampler.cache != "none" else None
+    if sampler.temperature == 0 and (self.watch or method.importance_cap is not None):
       raise ValueError(
-        f"grpo.importance_cap={config.importance_cap} and grpo.drift_every={config.drift_every} compare the"
+        f"grpo.importance_cap={method.importance_cap} and grpo.drift_every={watch.every if watch else 0} compare the"
         " probabilities of draws, but rollout.temperature=0 takes the argmax: raise it, or leave the two out"
       )
-    if self._rows % (self._chunks * experiment.rollout_ways):
+    if shape.rows % (shape.chunks * model.rollout_ways):
       raise ValueError(
-        f"a rollout of {self._rows} completions in grpo.rollout_chunks={self._chunks} does not divide over the"
-        f" {experiment.rollout_ways} devices that rollout_rules share rows over: change one of them"
+        f"a rollout of {shape.rows} completions in grpo.rollout_chunks={shape.chunks} does not divide over the"
+        f" {model.rollout_ways} devices that rollout_rules share rows over: change one of them"
       )
-    self.shaping = method.shaping(config, experiment.task, experiment.config.task.protocol, experiment.sampler)
-    self.method = method.build(config, experiment.sampler)
     self.compiled: dict[int, Compiled] = {}
-    self._publish = publisher or Publisher(experiment.weights, experiment.weights.abstract_trainable)
+    self._completer = Completer(model, keys.Purpose.ROLLOUT, for_update=True)
     self._jit()
 
   def _jit(self) -> None:
-    experiment, weights = self._experiment, self._experiment.weights
+    model, weights = self.model, self.model.weights
     placement = weights.state_placement(self._optimizer)
-    base, frozen = weights.frozen_placement(), weights.frozen_placement(with_reference=self.needs_reference)
-    rows, scalar, params = experiment.by_row, experiment.replicated, self._publish.placement
-    self._rollout, self._exact = (
-      jax.jit(
-        functools.partial(self._rollout_program, sampler),
-        in_shardings=(params, experiment.rollout_by_row, scalar, scalar),
-        out_shardings=rows,
-      )
-      for sampler in (experiment.sampler, experiment.sampler.with_cache("none"))
-    )
+    base, frozen = weights.frozen_placement(), weights.frozen_placement(with_reference=self.method.scores_reference)
+    rows, scalar, params = model.by_row, model.replicated, model.publisher.placement
     self._update = jax.jit(
       self._update_program,
       in_shardings=(placement, frozen, rows, rows),
@@ -120,48 +136,33 @@ class Programs:
     self._drift = jax.jit(self._drift_program, in_shardings=(params, rows, rows), out_shardings=scalar)
 
   @property
-  def needs_reference(self) -> bool:
-    """Whether the update scores a reference policy beside the base."""
-    return self.method.scores_reference
-
-  @property
   def publish_bytes(self) -> int:
     """Bytes that a device receives when weights are published: the most of any device."""
-    return self._publish.received_bytes
-
-  def _rollout_program(
-    self, sampler: SamplerSpec, params: Any, prompts: Prompts, key: jax.Array, iteration: jax.Array
-  ) -> Rollout:
-    key = keys.purpose_key(key, keys.Purpose.ROLLOUT, iteration)
-    experiment = self._experiment
-    rollout = sample(
-      experiment.rollout_denoiser, params, *prompts, key, spec=sampler, row_multiple=experiment.rollout_ways
-    )
-    return constrained(rollout, experiment.rollout_by_row)  # the loop's rows stay where its weights want them
+    return self.model.publisher.received_bytes
 
   def _update_program(
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: jax.Array
   ) -> tuple[TrainState, Metrics, jax.Array]:
     rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *chunks)
-    advantages = self.method.advantage(rewards, self._num_generations)
+    advantages = self.method.advantage(rewards, self.shape.num_generations)
     trained = (rollout, advantages)
-    if self._oversample > 1:
-      rows = with_signal(rewards, self._num_generations, self._rows // self._oversample)
-      trained = constrained(jax.tree.map(lambda x: x[rows], trained), self._experiment.by_row)
+    if self.shape.oversample > 1:
+      rows = with_signal(rewards, self.shape.num_generations, self.shape.rows // self.shape.oversample)
+      trained = constrained(jax.tree.map(lambda x: x[rows], trained), self.model.by_row)
     state, metrics = update(
       state,
       frozen,
       *trained,
       method=self.method,
-      denoiser=self._experiment.denoiser,
-      sampler=self._experiment.sampler,
+      denoiser=self.model.denoiser,
+      sampler=self.sampler,
       optimizer=self._optimizer,
     )
     return state, metrics, advantages
 
   def _gap_program(self, trainable: Any, frozen: Frozen, rollout: Rollout) -> dict[str, jax.Array]:
     """How far the logits of the merged weights, which roll out, are from those of the unmerged, which are trained."""
-    denoiser, spec = self._experiment.denoiser, self._experiment.sampler
+    denoiser, spec = self.model.denoiser, self.sampler
     masks = jnp.full_like(rollout.completion, denoiser.mask_id)
     canvas = jnp.concatenate([rollout.prompt, masks], axis=1)
     valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(masks, bool)], axis=1)
@@ -176,72 +177,66 @@ class Programs:
     return {"merge_gap_mean": jnp.mean(gap), "merge_gap_max": jnp.max(gap)}
 
   def _drift_program(self, params: Any, cached: Rollout, exact: Rollout) -> dict[str, jax.Array]:
-    experiment = self._experiment
-    cached, exact = constrained((cached, exact), experiment.rollout_by_row)
-    exact_logp = replay(experiment.rollout_denoiser, params, cached, experiment.sampler)
-    return drift.drift(cached, exact, exact_logp)
+    model = self.model
+    cached, exact = constrained((cached, exact), model.rollout_by_row)
+    return drift.drift(cached, exact, replay(model.rollout_denoiser, params, cached, self.sampler))
 
   def _arguments(self, width: int) -> tuple[Any, ...]:
     """What the rollout takes for prompts of `width` tokens: shapes, types and placements."""
-    experiment = self._experiment
-    rows, by_row = self._rows // self._chunks, experiment.rollout_by_row
-    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=by_row)
-    prompts = (row(width), row(width, dtype=jnp.bool_), row(), row())
-    iteration = jax.ShapeDtypeStruct((), jnp.int32, sharding=experiment.replicated)
-    key = experiment.weights.abstract_state(self._optimizer).key
-    return self._publish.abstract, prompts, key, iteration
+    return self._completer.arguments(self.shape.rows // self.shape.chunks, width)
 
-  def _chunk(self, arguments: tuple[Any, ...]) -> Rollout:
+  def _chunk(self, width: int) -> Rollout:
     """What it returns."""
-    return meshes.with_placement(jax.eval_shape(self._rollout, *arguments), self._experiment.by_row)
+    shapes = jax.eval_shape(self._completer.jitted(self.sampler), *self._arguments(width))
+    return meshes.with_placement(shapes, self.model.by_row)
 
   def lowering(self, width: int) -> Mapping[str, Callable[[], Any]]:
     """Functions that lower `publish`, and the `rollout` and the `update` for prompts of `width` tokens, from shapes
     alone.
     """
-    experiment, arguments = self._experiment, self._arguments(width)
-    state = experiment.weights.abstract_state(self._optimizer)
-    frozen = experiment.weights.abstract_frozen(with_reference=self.needs_reference)
-    rewards = jax.ShapeDtypeStruct((self._rows,), jnp.float32, sharding=experiment.by_row)
-    chunks = (self._chunk(arguments),) * self._chunks
+    weights, arguments = self.model.weights, self._arguments(width)
+    state = weights.abstract_state(self._optimizer)
+    frozen = weights.abstract_frozen(with_reference=self.method.scores_reference)
+    rewards = jax.ShapeDtypeStruct((self.shape.rows,), jnp.float32, sharding=self.model.by_row)
+    chunks = (self._chunk(width),) * self.shape.chunks
     return {
-      "publish": self._publish.lower,
-      "rollout": lambda: self._rollout.lower(*arguments),
+      "publish": self.model.publisher.lower,
+      "rollout": lambda: self._completer.jitted(self.sampler).lower(*arguments),
       "update": lambda: self._update.lower(state, frozen, chunks, rewards),
     }
 
   def compile(self) -> None:
     """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
-    weights = self._experiment.weights
-    for width in self._experiment.buckets("train")[1]:
-      lowering, arguments = self.lowering(width), self._arguments(width)
-      chunk, trained = self._chunk(arguments), (weights.abstract_state(self._optimizer).trainable,)
+    weights, rows = self.model.weights, self.shape.rows // self.shape.chunks
+    trained = weights.abstract_state(self._optimizer).trainable
+    for width in self.shape.buckets:
+      chunk = self._chunk(width)
+      self._completer.program(self.sampler, rows, width)
+      if self.watch:
+        self._completer.program(self.sampler.with_cache("none"), rows, width)
       self.compiled[width] = Compiled(
-        rollout=lowering["rollout"]().compile(),
-        update=lowering["update"]().compile(),
-        gap=self._gap.lower(*trained, weights.abstract_frozen(), chunk).compile() if weights.merges else None,
-        exact=self._exact.lower(*arguments).compile() if self.watch else None,
-        drift=self._drift.lower(arguments[0], chunk, chunk).compile() if self.watch else None,
+        update=self.lowering(width)["update"]().compile(),
+        gap=self._gap.lower(trained, weights.abstract_frozen(), chunk).compile() if weights.merges else None,
+        drift=self._drift.lower(self.model.publisher.abstract, chunk, chunk).compile() if self.watch else None,
       )
-    self._publish.compile()
+    self.model.publisher.compile()
 
-  def place(self, prompts: pipeline.PromptBatch, iteration: int) -> tuple[list[Prompts], jax.Array]:
+  def place(self, prompts: pipeline.PromptBatch, iteration: int) -> tuple[list[PromptArrays], jax.Array]:
     """Puts a batch of prompts, in chunks, and the iteration's number where the rollout takes them."""
     arrays = (prompts.prompt, prompts.prompt_valid, prompts.sample_id, prompts.group_id)
-    chunks = zip(*(np.split(x, self._chunks) for x in arrays), strict=True)
-    experiment = self._experiment
-    placed = [place(chunk, experiment.rollout_by_row) for chunk in chunks]
-    return placed, place(np.int32(iteration), experiment.replicated)
+    chunks = zip(*(np.split(x, self.shape.chunks) for x in arrays), strict=True)
+    placed = [place(chunk, self.model.rollout_by_row) for chunk in chunks]
+    return placed, place(np.int32(iteration), self.model.replicated)
 
   def publish(self, state: TrainState, frozen: Frozen) -> Any:
     """What rollouts take of the current weights; where nothing is merged, cast or moved, these arrays themselves.
 
     An update donates the state, and with it what is shared: publish anew behind it, and keep nothing for its duration.
     """
-    return self._publish(state.trainable, frozen.base)
+    return self.model.publisher(state.trainable, frozen.base)
 
   def rollout(
-    self, params: Any, chunks: list[Prompts], key: jax.Array, iteration: jax.Array, *, cached: bool = True
+    self, params: Any, chunks: list[PromptArrays], key: jax.Array, iteration: jax.Array, *, cached: bool = True
   ) -> tuple[Rollout, ...]:
     """Completes placed prompts under published weights; the arrays of one chunk arrive after the other.
 
@@ -252,16 +247,15 @@ class Programs:
       iteration: of `place`.
       cached: without, a watched sampler's cache is left aside.
     """
-    programs = self.compiled[chunks[0][0].shape[1]]
-    program = programs.rollout if cached else programs.exact
-    return tuple(program(params, chunk, key, iteration) for chunk in chunks)
+    sampler = self.sampler if cached else self.sampler.with_cache("none")
+    return tuple(self._completer(sampler, params, chunk, key, iteration) for chunk in chunks)
 
   def update(
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: np.ndarray
   ) -> tuple[TrainState, Metrics, jax.Array]:
     """Takes mu optimiser steps on a graded rollout; `state` is donated. Returns the state, metrics and advantages."""
     program = self.compiled[chunks[0].prompt.shape[1]].update
-    return program(state, frozen, chunks, place(rewards, self._experiment.by_row))
+    return program(state, frozen, chunks, place(rewards, self.model.by_row))
 
   def merge_gap(self, state: TrainState, frozen: Frozen, chunk: Rollout) -> dict[str, float]:
     """Mean and maximum of |merged - unmerged logits|; empty where nothing is merged."""

@@ -1,15 +1,15 @@
 """Masked supervised fine-tuning on demonstrations of a task or of a file, as LLaDA and d1 do it."""
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
 from d1jax import keys
 from d1jax.data import demonstrations as demonstration_files
@@ -19,11 +19,12 @@ from d1jax.diffusion.corruption import mask_prompt
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.likelihood import denoising_loss
 from d1jax.microbatch import split_rows, sum_over_parts
+from d1jax.model import Model
 from d1jax.parallel.mesh import place
-from d1jax.run.experiment import Experiment
+from d1jax.rl.prompts import Prompts
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
 from d1jax.tasks import held_out as held_out_questions
-from d1jax.telemetry import cost, ledger
+from d1jax.telemetry import ledger
 
 
 def sft_step(
@@ -33,9 +34,9 @@ def sft_step(
   *,
   denoiser: Denoiser,
   optimizer: optax.GradientTransformation,
-  accumulation: int,
-  p_mask_prompt: float,
-  logits_tile: int | None,
+  accumulation: int = 1,
+  p_mask_prompt: float = 0.0,
+  logits_tile: int | None = None,
   dropout: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimiser step on `denoising_loss` over an `SftBatch` of device arrays; pure.
@@ -90,28 +91,55 @@ class Demonstrations(NamedTuple):
   completions: list[list[int]]
 
 
-def demonstrations(experiment: Experiment) -> tuple[Demonstrations, Demonstrations | None]:
-  """What is learned from, and, from a file, what is held out of it to validate on.
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a model is fine-tuned.
 
-  Without `sft.data` they are the task's own. Those that are too long are reported; whether they are cut is up to
-  `sft.truncate`.
+  Attributes:
+    batch_size: demonstrations a step.
+    prompt_buckets: prompt lengths that are compiled.
+    completion_buckets: lengths of answers that are compiled, each with each length of prompts.
+    accumulation: micro-batches a step.
+    truncate: whether answers beyond the largest bucket are cut; otherwise they are left out.
+    p_mask_prompt: the share of a prompt's tokens that are masked.
+    logits_tile: tokens of the vocabulary whose logits exist at a time; None: all.
   """
-  config, tokenizer = experiment.config, experiment.tokenizer
-  if not config.sft.data:
-    texts = experiment.texts("demonstrations")
-    answers = [experiment.task.demonstration(record, config.task.style) for record in texts.records]
-    found = Demonstrations(texts.prompts, [tokenizer.completion(answer) for answer in answers])
-    _report(config.sft, "demonstrations", found)
-    return found, None
-  path = Path(config.data.root or "") / config.sft.data
+
+  batch_size: int
+  prompt_buckets: tuple[int, ...]
+  completion_buckets: tuple[int, ...]
+  accumulation: int = 1
+  truncate: bool = False
+  p_mask_prompt: float = 0.0
+  logits_tile: int | None = None
+
+
+def of_task(prompts: Prompts, style: str, options: Options) -> Demonstrations:
+  """The task's own demonstrations of a split; those that are too long are reported."""
+  answers = [prompts.task.demonstration(record, style) for record in prompts.records]
+  found = Demonstrations(
+    [list(ids) for ids in prompts.ids], [prompts.tokenizer.completion(answer) for answer in answers]
+  )
+  _report(options, "demonstrations", found)
+  return found
+
+
+def of_file(
+  path: Path, tokenizer: Tokenizer, held_out: float, options: Options
+) -> tuple[Demonstrations, Demonstrations | None]:
+  """What is learned from a file, and what is held out of it to validate on.
+
+  Demonstrations that answer questions of the tasks' test splits are left out; those that are too long are reported.
+  """
   rows = demonstration_files.read(path)
   kept = [row for row in rows if not held_out_questions.is_listed(row.question)]
   if len(kept) < len(rows):
     print(f"{path}: left out {len(rows) - len(kept)} of {len(rows)} demonstrations, which answer test questions")
-  sides = demonstration_files.split(kept, config.sft.held_out)
-  found, held_out = (_tokenised(tokenizer, side) for side in sides)
-  _report(config.sft, str(path), found)
-  return found, held_out
+  sides = demonstration_files.split(kept, held_out)
+  found, validation = (_tokenised(tokenizer, side) for side in sides)
+  used, computed = _report(options, str(path), found)
+  print(f"{path}: {used:,} tokens in buckets of {computed:,} ({used / computed:.0%} used)")
+  return found, validation
 
 
 def _tokenised(tokenizer: Tokenizer, side: list[demonstration_files.Demonstration]) -> Demonstrations:
@@ -120,7 +148,8 @@ def _tokenised(tokenizer: Tokenizer, side: list[demonstration_files.Demonstratio
   return Demonstrations(prompts, [tokenizer.completion(answer) for _, answer in pairs])
 
 
-def _report(config: ConfigDict, name: str, found: Demonstrations) -> None:
+def _report(config: Options, name: str, found: Demonstrations) -> tuple[int, int]:
+  """Says what is left out or cut; returns tokens, and the room for them in the buckets."""
   longest_prompt, longest = max(config.prompt_buckets), max(config.completion_buckets)
   shut_out = sum(len(prompt) > longest_prompt for prompt in found.prompts)
   too_long = sum(len(answer) > longest for answer in found.completions)
@@ -137,45 +166,44 @@ def _report(config: ConfigDict, name: str, found: Demonstrations) -> None:
       f"none of {count} demonstrations fits sft.prompt_buckets={config.prompt_buckets} and"
       f" sft.completion_buckets={config.completion_buckets}: raise them"
     )
-  if config.data:
-    print(f"{name}: {used:,} tokens in buckets of {computed:,} ({used / computed:.0%} used)")
+  return used, computed
 
 
 class Steps:
   """The compiled SFT step of every pair of prompt and completion bucket."""
 
-  def __init__(self, experiment: Experiment, optimizer: optax.GradientTransformation):
-    config, weights = experiment.config.sft, experiment.weights
+  def __init__(self, model: Model, options: Options, optimizer: optax.GradientTransformation):
+    weights = model.weights
     placement = weights.state_placement(optimizer)
-    self._experiment, self._optimizer = experiment, optimizer
+    self._model, self._options, self._optimizer = model, options, optimizer
     self._dropout = weights.lora is not None and weights.lora.dropout > 0
     self._step = jax.jit(
       self._program,
-      in_shardings=(placement, weights.frozen_placement(), experiment.by_row),
-      out_shardings=(placement, experiment.replicated),
+      in_shardings=(placement, weights.frozen_placement(), model.by_row),
+      out_shardings=(placement, model.replicated),
       donate_argnums=0,
     )
     rows = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
-      (config.batch_size, *shape), dtype, sharding=experiment.by_row
+      (options.batch_size, *shape), dtype, sharding=model.by_row
     )
     state, frozen = weights.abstract_state(optimizer), weights.abstract_frozen()
     self.compiled: dict[tuple[int, int], Any] = {}
-    for width, length in itertools.product(config.prompt_buckets, config.completion_buckets):
+    for width, length in itertools.product(options.prompt_buckets, options.completion_buckets):
       parts: list[Any] = [rows(), rows(width), rows(width, dtype=jnp.bool_), rows(length)]
       batch = SftBatch(*parts)
       self.compiled[width, length] = self._step.lower(state, frozen, batch).compile()
 
   def _program(self, state: TrainState, frozen: Frozen, batch: SftBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-    config = self._experiment.config.sft
+    options = self._options
     return sft_step(
       state,
       frozen,
       batch,
-      denoiser=self._experiment.denoiser,
+      denoiser=self._model.denoiser,
       optimizer=self._optimizer,
-      accumulation=config.accumulation,
-      p_mask_prompt=config.p_mask_prompt,
-      logits_tile=config.logits_tile,
+      accumulation=options.accumulation,
+      p_mask_prompt=options.p_mask_prompt,
+      logits_tile=options.logits_tile,
       dropout=self._dropout,
     )
 
@@ -185,34 +213,43 @@ class Steps:
 
 
 def advancer(
-  experiment: Experiment, found: Demonstrations, optimizer: optax.GradientTransformation, position: int
+  model: Model,
+  found: Demonstrations,
+  options: Options,
+  optimizer: optax.GradientTransformation,
+  position: int,
+  *,
+  seed: int,
+  count: Callable[[int, int, int], Any],
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """One iteration of the SFT stage: next batch, one compiled step.
 
   Args:
-    experiment: network, task and mesh.
+    model: network and mesh.
     found: the demonstrations.
-    optimizer: of this stage.
+    options: of the stage.
+    optimizer: of the stage.
     position: the batch to start at.
+    seed: of the order of demonstrations.
+    count: the work of a step, from rows, canvas and length of completions.
   """
-  config = experiment.config.sft
   batches = sft_batches(
     found.prompts,
     found.completions,
-    seed=experiment.config.seed,
-    batch_size=config.batch_size,
-    buckets=config.prompt_buckets,
-    completion_buckets=config.completion_buckets,
-    pad_id=experiment.tokenizer.pad_id,
-    truncate=config.truncate,
+    seed=seed,
+    batch_size=options.batch_size,
+    buckets=options.prompt_buckets,
+    completion_buckets=options.completion_buckets,
+    pad_id=cast(Tokenizer, model.tokenizer).pad_id,
+    truncate=options.truncate,
     position=position,
   )
-  steps, model = Steps(experiment, optimizer), cost.model_of(experiment)
-  frozen, mesh = experiment.weights.frozen, experiment.weights.mesh
+  steps = Steps(model, options, optimizer)
+  frozen, mesh = model.weights.frozen, model.weights.mesh
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
     del iteration  # the pipeline counts along
-    batch = place(next(batches), experiment.by_row)
+    batch = place(next(batches), model.by_row)
     began = time.perf_counter()
     with jax.profiler.TraceAnnotation("update"):
       state, metrics = steps(state, frozen, batch)
@@ -220,7 +257,7 @@ def advancer(
     seconds = {"update": time.perf_counter() - began}
     rows, length = batch.completion.shape
     canvas = batch.prompt.shape[1] + length
-    work = {"update": cost.fine_tuning(model, rows, canvas, length, tiled=config.logits_tile is not None)}
+    work = {"update": count(rows, canvas, length)}
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     return state, values | spent | {"tokens": float(batch.completion.size)}
 

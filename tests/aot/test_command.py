@@ -22,7 +22,7 @@ def compiler():
 
 def analysis(config):
   experiment, made, width = command.build(config)
-  kind = experiment.weights.mesh.devices.flat[0].device_kind
+  kind = experiment.model.weights.mesh.devices.flat[0].device_kind
   return Analysis(experiment, made, chips.of(kind), width)
 
 
@@ -175,14 +175,14 @@ def test_the_programs_know_llada_without_its_files():
   config = jobs.load("aot", "llada_8b,gsm8k,v5e")
   config.topology = "v5e:2x4"
   experiment, _, width = command.build(config)
-  assert (experiment.denoiser.mask_id, experiment.denoiser.vocab, width) == (126336, 126464, 200)
+  assert (experiment.model.denoiser.mask_id, experiment.model.denoiser.vocab, width) == (126336, 126464, 200)
 
 
 def test_slices_share_the_data_axis():
   config = V5E.config
   config.update_from_flattened_dict({"slices": 2, "grpo.prompts_per_iteration": 32})
   experiment, _, _ = command.build(config)
-  mesh = experiment.weights.mesh
+  mesh = experiment.model.weights.mesh
   assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 4, "sequence": 1}
   assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
 

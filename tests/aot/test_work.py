@@ -14,7 +14,7 @@ def found(**changes):
   for field, value in changes.items():
     config.update_from_flattened_dict({field.replace("__", "."): value})
   experiment, made, width = command.build(config)
-  return experiment.weights, work(experiment, made, width)
+  return experiment.model.weights, work(experiment, made, width)
 
 
 def test_a_rollout_is_a_pass_a_step():

@@ -35,7 +35,7 @@ def written(tmp_path_factory):
   told = json.loads(json.dumps(config.to_dict() | own))
   claim(workdir, told, experiment.tokenizer.files, {})
   checkpoints = Checkpoints(workdir / "checkpoints" / "sft", writes=True)
-  state = experiment.weights.fresh_state(experiment.optimizer(config.sft, config.sft.steps))
+  state = experiment.model.weights.fresh_state(experiment.optimizer(config.sft, config.sft.steps))
   for step, score in ((40, 0.5), (80, 0.25)):
     checkpoints.save(step, state, experiment.metadata() | {"config": told, "seconds": 1.0}, score)
   checkpoints.wait()

@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-  """(denoiser, params, tokenizer) on one device."""
+  """On one device."""
   return d1jax.from_pretrained(folder, jnp.float32)
 
 
@@ -42,8 +42,8 @@ def test_the_package_offers_it():
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_draws_are_those_of_the_sampler(model):
-  denoiser, params, tokenizer = model
-  (found,) = generate(*model, PROMPTS[:1], spec=DRAWN, seed=3, prefill="so ")
+  denoiser, params, tokenizer = model.denoiser, model.params, model.tokenizer
+  (found,) = generate(model, PROMPTS[:1], spec=DRAWN, seed=3, prefill="so ")
   ids = jnp.asarray([tokenizer.prompt([{"role": "user", "content": PROMPTS[0]}], "so ")], jnp.int32)
   key = keys.purpose_key(jax.random.key(3), keys.Purpose.EVALUATION)
   row = jnp.zeros(1, jnp.int32)
@@ -57,17 +57,17 @@ def test_draws_are_those_of_the_sampler(model):
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_batches_buckets_and_company_change_nothing(model):
-  together = tokens(generate(*model, PROMPTS, spec=DRAWN))
-  np.testing.assert_array_equal(together, tokens(generate(*model, PROMPTS, spec=DRAWN, batch_size=3)))
-  np.testing.assert_array_equal(together, tokens(generate(*model, PROMPTS, spec=DRAWN, prompt_buckets=(180, 333))))
-  np.testing.assert_array_equal(together[:2], tokens(generate(*model, PROMPTS[:2], spec=DRAWN)))
+  together = tokens(generate(model, PROMPTS, spec=DRAWN))
+  np.testing.assert_array_equal(together, tokens(generate(model, PROMPTS, spec=DRAWN, batch_size=3)))
+  np.testing.assert_array_equal(together, tokens(generate(model, PROMPTS, spec=DRAWN, prompt_buckets=(180, 333))))
+  np.testing.assert_array_equal(together[:2], tokens(generate(model, PROMPTS[:2], spec=DRAWN)))
 
 
 def test_samples_and_seeds_differ_and_their_number_changes_no_draw(model):
-  three = generate(*model, PROMPTS[:2], spec=DRAWN, samples=3)
+  three = generate(model, PROMPTS[:2], spec=DRAWN, samples=3)
   assert [(one.index, one.sample) for one in three] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
   assert len({one.tokens.tobytes() for one in three}) == 6
-  one, other = (tokens(generate(*model, PROMPTS[:2], spec=DRAWN, seed=seed)) for seed in (0, 1))
+  one, other = (tokens(generate(model, PROMPTS[:2], spec=DRAWN, seed=seed)) for seed in (0, 1))
   np.testing.assert_array_equal(tokens(three)[::3], one)
   assert (one != other).any(axis=1).all()
 
@@ -75,7 +75,7 @@ def test_samples_and_seeds_differ_and_their_number_changes_no_draw(model):
 def test_a_conversation_is_written_by_the_chat_template(model):
   said = {"role": "user", "content": PROMPTS[0]}
   plain, alone, turns = generate(
-    *model,
+    model,
     [PROMPTS[0], [said], [said, {"role": "assistant", "content": "2"}, {"role": "user", "content": "Sure?"}]],
     spec=SMALL,
   )
@@ -88,8 +88,8 @@ def test_a_conversation_is_written_by_the_chat_template(model):
 def test_a_mesh_changes_no_token(folder, model):
   mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices())
   sharded = d1jax.from_pretrained(folder, jnp.float32, mesh=mesh)
-  expected = tokens(generate(*model, PROMPTS[:3], spec=DRAWN))
-  np.testing.assert_array_equal(tokens(generate(*sharded, PROMPTS[:3], spec=DRAWN)), expected)
+  expected = tokens(generate(model, PROMPTS[:3], spec=DRAWN))
+  np.testing.assert_array_equal(tokens(generate(sharded, PROMPTS[:3], spec=DRAWN)), expected)
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
@@ -99,16 +99,16 @@ def test_a_program_is_compiled_once_for_a_shape(model):
     lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
   )
   spec = dataclasses.replace(DRAWN, temperature=0.7)
-  generate(*model, PROMPTS[:2], spec=spec)
+  generate(model, PROMPTS[:2], spec=spec)
   first = len(compiled)
-  generate(*model, PROMPTS[1:3], spec=spec, seed=5)
+  generate(model, PROMPTS[1:3], spec=spec, seed=5)
   assert 0 < first == len(compiled)
-  generate(*model, PROMPTS[:3], spec=spec)
+  generate(model, PROMPTS[:3], spec=spec)
   assert len(compiled) > first
 
 
 def test_texts_come_batch_by_batch(model):
-  compiled_for = stream(*model, PROMPTS, spec=SMALL, batch_size=2)
+  compiled_for = stream(model, PROMPTS, spec=SMALL, batch_size=2)
   assert [next(compiled_for).index for _ in PROMPTS] == [0, 1, 2, 3]
   with pytest.raises(StopIteration):
     next(compiled_for)
@@ -116,14 +116,14 @@ def test_texts_come_batch_by_batch(model):
 
 def test_a_row_that_has_ended_early_says_which_tokens_no_step_revealed(model):
   """Every token but one stops: each row ends in its first block."""
-  denoiser, params, tokenizer = model
-  ends = dataclasses.replace(denoiser, stop_ids=tuple(range(258)))
+  ends = dataclasses.replace(model.denoiser, stop_ids=tuple(range(258)))
+  ends = dataclasses.replace(model, denoiser=ends, rollout_denoiser=ends)
   spec = dataclasses.replace(SMALL, early_exit=True)
-  (found,) = generate(ends, params, tokenizer, PROMPTS[:1], spec=spec)
+  (found,) = generate(ends, PROMPTS[:1], spec=spec)
   np.testing.assert_array_equal(found.reveal_step[6:], -1)
   assert sorted(found.reveal_step[:6].tolist()) == [0, 0, 1, 1, 2, 2]
   assert found.length == 1
-  (whole,) = generate(ends, params, tokenizer, PROMPTS[:1], spec=SMALL)
+  (whole,) = generate(ends, PROMPTS[:1], spec=SMALL)
   assert sorted(whole.reveal_step.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
@@ -144,30 +144,29 @@ def test_a_row_that_has_ended_early_says_which_tokens_no_step_revealed(model):
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_computed(model, prompts, options, message):
   with pytest.raises(ValueError, match=message):
-    stream(*model, prompts, **options)
+    stream(model, prompts, **options)
 
 
 def test_a_character_without_a_token_is_named(model):
-  denoiser, params, _ = model
   digits = tokenizers.SentencePieceTokenizer(
     tokenizers.train_sentencepiece(["0123 abc", "abc 3210"] * 9, model_type="char", vocab_size=40)
   )
+  model = dataclasses.replace(model, tokenizer=digits)
   with pytest.raises(ValueError, match=r"prompt 2 has characters that the tokenizer does not know: '4', '\\t', 'é';"):
-    stream(denoiser, params, digits, ["12 a", "a4\té4"])
+    stream(model, ["12 a", "a4\té4"])
   with pytest.raises(ValueError, match="prompt 1 has characters that the tokenizer does not know: 'z'"):
-    stream(denoiser, params, digits, ["12 a"], prefill="z")
-  stream(denoiser, params, digits, ["12 a"])
+    stream(model, ["12 a"], prefill="z")
+  stream(model, ["12 a"])
 
 
 def test_a_model_without_a_tokenizer_is_refused(model):
-  denoiser, params, _ = model
   with pytest.raises(ValueError, match="there is no tokenizer"):
-    generate(denoiser, params, None, ["a"])
+    generate(dataclasses.replace(model, tokenizer=None), ["a"])
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_without_a_sampler_the_most_probable_tokens_are_taken(model):
-  (found,) = generate(*model, PROMPTS[:1], prompt_buckets=(64,))
-  np.testing.assert_array_equal(found.tokens, generate(*model, PROMPTS[:1], spec=GREEDY, seed=7)[0].tokens)
+  (found,) = generate(model, PROMPTS[:1], prompt_buckets=(64,))
+  np.testing.assert_array_equal(found.tokens, generate(model, PROMPTS[:1], spec=GREEDY, seed=7)[0].tokens)
   revealed = found.reveal_step[found.reveal_step >= 0]
   assert set(np.bincount(revealed).tolist()) == {2}

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d1jax.model import inspect
 from d1jax.models import load
 from d1jax.models.tensor_files import INDEX, TensorFiles
+from d1jax.source import inspect
 from tests import hub
 
 pytestmark = pytest.mark.slow(reason="hundreds of folders, each read whole")

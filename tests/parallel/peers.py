@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from d1jax import keys
-from d1jax.data import pipeline
 from d1jax.diffusion.corruption import mask_prompt
 from d1jax.errors import RunError
 from d1jax.fingerprint import fingerprint
@@ -23,8 +22,7 @@ from d1jax.parallel.mesh import place
 from d1jax.rl.grading import Grader
 from d1jax.run import experiment as experiments
 from d1jax.tasks import Grade
-from d1jax.training import host
-from d1jax.training.programs import Programs
+from d1jax.training import configured, host
 from tests.jobs import small
 
 MESH = {"mesh__data": 2, "mesh__tensor": 2}
@@ -51,30 +49,21 @@ def iteration() -> dict:
   config = small(Path("unused"), grpo__num_iterations=2, **MESH)
   experiment = experiments.build(config, None)
   optimizer = experiment.optimizer(config.grpo, 4)
-  programs = Programs(experiment, optimizer)
+  programs = configured.programs(experiment, optimizer)
   programs.compile()
-  programs.grader = Counting(experiment.task, 0)
-  texts = experiment.texts("train")
-  batch = next(
-    pipeline.prompt_batches(
-      texts.prompts,
-      seed=0,
-      prompts_per_batch=config.grpo.prompts_per_iteration,
-      num_generations=config.grpo.num_generations,
-      buckets=experiment.buckets("train")[1],
-      pad_id=experiment.tokenizer.pad_id,
-    )
-  )
-  state, frozen = experiment.weights.fresh_state(optimizer), experiment.weights.frozen
+  grading = host.Grading(experiment.prompts("train"), Counting(experiment.task, 0), "strict")
+  section = config.grpo
+  batch = next(grading.prompts.batches(prompts=section.prompts_per_iteration, num_generations=section.num_generations))
+  state, frozen = experiment.model.weights.fresh_state(optimizer), experiment.model.weights.frozen
   placed, number = programs.place(batch, 0)
   chunks = programs.rollout(programs.publish(state, frozen), placed, state.key, number)
-  visit = host.grade_chunks(experiment, programs.grader, texts, batch.record, chunks)
+  visit = host.grade_chunks(grading, batch.record, chunks)
   mask_key = keys.purpose_key(state.key, keys.Purpose.SFT_PROMPT_MASK, 0)
   masked = jax.jit(
-    lambda key, ids, prompt, valid: mask_prompt(key, ids, prompt, valid, 0.5, experiment.denoiser.mask_id),
-    in_shardings=(experiment.replicated, *[experiment.by_row] * 3),
-    out_shardings=experiment.by_row,
-  )(mask_key, *place((batch.sample_id, batch.prompt, batch.prompt_valid), experiment.by_row))
+    lambda key, ids, prompt, valid: mask_prompt(key, ids, prompt, valid, 0.5, experiment.model.denoiser.mask_id),
+    in_shardings=(experiment.model.replicated, *[experiment.model.by_row] * 3),
+    out_shardings=experiment.model.by_row,
+  )(mask_key, *place((batch.sample_id, batch.prompt, batch.prompt_valid), experiment.model.by_row))
   state, metrics, advantages = programs.update(state, frozen, chunks, visit.rewards)
   whole = multihost.fetch(list(chunks))
   return {
@@ -89,7 +78,7 @@ def iteration() -> dict:
     "losses": np.asarray(metrics["loss"]).tolist(),
     "state": fingerprint(state),
     "rows": visit.rows.tolist(),
-    "graded": programs.grader.graded,
+    "graded": grading.grader.graded,
   }
 
 

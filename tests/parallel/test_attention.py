@@ -329,9 +329,9 @@ def test_an_experiment_gets_the_attention_of_its_mesh(tpu):
     {"model.overrides.embed": 512, "model.overrides.heads": 4, "model.overrides.mlp": 512, "model.overrides.layers": 1}
   )
   experiment = experiments.build(config, None, tpu)
-  params = jax.eval_shape(experiment.weights.network.init, jax.random.key(0))
+  params = jax.eval_shape(experiment.model.weights.network.init, jax.random.key(0))
   arguments = params, jax.ShapeDtypeStruct((4, 456), jnp.int32), jax.ShapeDtypeStruct((4, 456), bool)
-  text = jax.jit(experiment.denoiser.encode).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+  text = jax.jit(experiment.model.denoiser.encode).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
   assert text.count("@tpu_custom_call") == 1
 
 
@@ -343,7 +343,7 @@ def test_a_folder_gets_the_attention_of_its_mesh(tmp_path, monkeypatch):
     made.append((mesh, rules))
     return lambda q, k, v, valid: jnp.zeros_like(q)
 
-  monkeypatch.setattr(pretrained, "attention", attention)
+  monkeypatch.setattr(model, "attention", attention)
   mesh, rules = mesh_of(1, 2, 1), {**RULES, "mlp": None}
   found = d1jax.from_pretrained(hub.write(tmp_path, "llama", dtype="float32"), jnp.float32, mesh=mesh, rules=rules)
   assert made == [(mesh, rules)]

@@ -15,7 +15,7 @@ from d1jax.rl.method import Method
 from d1jax.rl.update import update
 from d1jax.run import parts
 from d1jax.state import Frozen, create
-from d1jax.training import method
+from d1jax.training import configured
 from tests import jobs, toy
 
 LENGTH, STEPS = 6, 6
@@ -47,7 +47,7 @@ def chosen(name: str, **fields):
 def test_every_method_takes_a_tiny_update(name):
   """At the first inner step each ratio is 1; no advantages, no gradient."""
   section, sampler = chosen(name)
-  built = method.build(section, sampler)
+  built = configured.method(section, sampler)
   fixed = {"method": built, "denoiser": toy.DENOISER, "sampler": sampler, "optimizer": OPTIMIZER}
   program = jax.jit(functools.partial(update, **fixed))
   state = create(lambda _: toy.params(scale=0.7), OPTIMIZER, jax.random.key(8), jax.random.key(0))
@@ -125,14 +125,14 @@ def test_every_method_takes_a_tiny_update(name):
 )
 def test_combinations_that_make_no_sense_are_refused(name, fields, message):
   with pytest.raises(ValueError, match=message):
-    method.build(*chosen(name, **fields))
+    configured.method(*chosen(name, **fields))
 
 
 def test_options_reach_the_estimator_that_has_them():
   section, sampler = chosen("d1", p_mask_prompt=0.25)
-  assert dict(method.build(section, sampler).estimator.bound) == {"p_mask_prompt": 0.25}
+  assert dict(configured.method(section, sampler).estimator.bound) == {"p_mask_prompt": 0.25}
   section, sampler = chosen("stepmerge", p_mask_prompt=0.25, segments=2)
-  assert dict(method.build(section, sampler).estimator.bound) == {"segments": 2}
+  assert dict(configured.method(section, sampler).estimator.bound) == {"segments": 2}
   with pytest.raises(ValueError, match="samples is no option of one_step, which has: p_mask_prompt, tile"):
     ESTIMATORS["one_step"].bind(samples=7)
 
@@ -140,9 +140,9 @@ def test_options_reach_the_estimator_that_has_them():
 def test_losses_are_told_what_the_configuration_says():
   section, sampler = chosen("espo", epsilon_high=0.1, beta=0.2)
   expected = ClippedSequence(epsilon=0.2, epsilon_high=0.1, beta=0.2, kl="k2")
-  assert method.build(section, sampler).loss == expected
+  assert configured.method(section, sampler).loss == expected
   section, sampler = chosen("espo", epsilon=0.0)
-  assert method.build(section, sampler).loss.epsilon == 0
+  assert configured.method(section, sampler).loss.epsilon == 0
 
 
 def test_a_method_is_a_value():

@@ -33,15 +33,15 @@ def test_a_large_model_is_laid_out_for_eight_chips(words, updates, rollouts, row
   config = jobs.load("grpo", f"llada_8b,{words}")
   config.update_from_flattened_dict({f"model.overrides.{field}": size for field, size in NARROW.items()})
   experiment = experiments.build(config, None)
-  experiments.check_batches(config, experiment.ways)
-  weights = experiment.weights
+  experiments.check_batches(config, experiment.model.ways)
+  weights = experiment.model.weights
   state = weights.abstract_state(experiment.optimizer(config.grpo, 1))
   publisher = Publisher(weights, state.trainable)
   assert (weights.lora is None) == ("full" in words)
   assert weights.quantized is None
   assert matrices(state.trainable if "full" in words else weights.abstract_frozen().base) == {updates}
   assert matrices(publisher.abstract) == {rollouts}
-  assert experiment.rollout_by_row.shard_shape((48,)) == (rows,)
+  assert experiment.model.rollout_by_row.shard_shape((48,)) == (rows,)
   assert (publisher.received_bytes == 0) == (updates == rollouts)
 
 
@@ -163,7 +163,7 @@ def test_greedy_rollouts_are_refused_where_groups_are_compared(tmp_path):
 def test_a_split_without_questions_is_named(tmp_path, split):
   experiment = experiments.build(jobs.small(tmp_path, **{f"task__sizes__{split}": 0}), None)
   with pytest.raises(ValueError, match=rf"the split {split} holds no question: let task\.sizes\.{split} be at least 1"):
-    experiment.texts(split)
+    experiment.prompts(split)
 
 
 @pytest.mark.parametrize("field", ["model.pretrained", "data.root", "task.module", "sft.data"])

@@ -15,7 +15,7 @@ from d1jax.rl.losses import ClippedSequence, ClippedToken, Likelihood, Terms
 from d1jax.run import parts
 from d1jax.run.identity import holds_run
 from d1jax.run.workdir import claim
-from d1jax.training import method
+from d1jax.training import configured
 from tests import jobs, toy
 
 SAMPLER = SamplerSpec(completion_length=6, diffusion_steps=6, block_length=3)
@@ -59,11 +59,11 @@ def chosen(*flags: str):
   ],
 )
 def test_the_command_line_chooses_a_loss_and_its_options(flags, expected):
-  assert method.build(*chosen(*flags)).loss == expected
+  assert configured.method(*chosen(*flags)).loss == expected
 
 
 def test_the_command_line_chooses_the_other_parts():
-  built = method.build(*chosen("estimator=step_merged", "segments=2", "advantage=mean_std"))
+  built = configured.method(*chosen("estimator=step_merged", "segments=2", "advantage=mean_std"))
   assert (built.estimator.name, dict(built.estimator.bound)) == ("step_merged", {"segments": 2})
   assert built.advantage is parts.TABLES["advantage"]["mean_std"]
 
@@ -85,7 +85,7 @@ def test_the_documented_loss_is_one_file(tmp_path):
   file.write_text(block("A loss of your own"))
   section, sampler = chosen(f"loss.module={file}", "loss.softness=2")
   assert section.loss.to_dict() == {"name": str(file), "softness": 2}
-  built = method.build(section, sampler)
+  built = configured.method(section, sampler)
   assert (built.loss.softness, built.scores_old, built.scores_reference) == (2.0, True, False)
   one, ratio = jnp.ones((1, 2)), np.asarray([[1.0, 1.5]], np.float32)
   given = Terms(Scores(jnp.log(ratio), one), jnp.zeros((1, 2)), None, jnp.ones(1), one, one)
@@ -99,13 +99,13 @@ def test_the_documented_estimator_and_advantage_are_one_file(tmp_path):
   file = tmp_path / "mine.py"
   section = "An estimator or an advantage of your own"
   file.write_text(IMPORTS + block(section, 1) + block(section, 0))
-  built = method.build(*chosen(f"estimator={file}", f"advantage={file}", "advantage.power=2.0"))
+  built = configured.method(*chosen(f"estimator={file}", f"advantage={file}", "advantage.power=2.0"))
   np.testing.assert_allclose(built.advantage(jnp.asarray([1.0, 0.0, 2.0, 5.0]), 2), [0.25, -0.25, -2.25, 2.25])
   assert (built.estimator.recorded, built.estimator.passes(SAMPLER).number) == (True, 3)
   score = lambda estimator: jax.jit(
     lambda rollout: estimator(toy.DENOISER, toy.params(), rollout, SAMPLER, jax.random.key(0)).logp
   )(ROLLOUT)
-  halves = [method.build(*chosen(*flags)).estimator for flags in ([], ["estimator=step_merged", "segments=2"])]
+  halves = [configured.method(*chosen(*flags)).estimator for flags in ([], ["estimator=step_merged", "segments=2"])]
   np.testing.assert_allclose(score(built.estimator), sum(map(score, halves)) / 2, rtol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_what_is_wrong_with_a_file_is_said_before_anything_is_compiled(tmp_path,
   if text is not None:
     file.write_text(LOSS.replace("BODY", text) if "loss =" not in text and "1 / 0" not in text and text else text)
   with pytest.raises(ValueError, match=message):
-    method.build(*chosen(f"loss={file}", *flags))
+    configured.method(*chosen(f"loss={file}", *flags))
 
 
 OLD = {  # what a run of 0.1 wrote of its method: tiny,sudoku,espo

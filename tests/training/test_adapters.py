@@ -25,7 +25,7 @@ from d1jax.run.metrics import read_records
 from d1jax.run.run_tokenizer import kept_in
 from d1jax.state import merge, merge_for_rollout
 from d1jax.tasks.sudoku import Sudoku
-from d1jax.training import grpo
+from d1jax.training import configured, grpo
 from tests import hub, jobs
 from tests.session import shared
 
@@ -115,7 +115,7 @@ def state_of(workdir, stage, config):
   section = config[stage]
   optimizer = experiment.optimizer(section, section.steps)
   checkpoints = Checkpoints(workdir / "checkpoints" / stage)
-  restored = checkpoints.restore(max(checkpoints.steps()), experiment.weights.abstract_state(optimizer))
+  restored = checkpoints.restore(max(checkpoints.steps()), experiment.model.weights.abstract_state(optimizer))
   return experiment, restored
 
 
@@ -125,7 +125,7 @@ def test_adapters_learn_and_the_base_stays(sft):
   losses = [r["loss"] for r in read_records(workdir / "metrics.jsonl")]
   assert np.mean(losses[-2:]) < np.mean(losses[:2])
   experiment, restored = state_of(workdir, "sft", config)
-  assert results["base_fingerprint"] == experiment.weights.base_fingerprint == restored.metadata["base"]
+  assert results["base_fingerprint"] == experiment.model.weights.base_fingerprint == restored.metadata["base"]
 
 
 @pytest.mark.slow(reason="reads a run that trains adapters")
@@ -193,7 +193,7 @@ def test_the_reference_is_the_base_and_rollouts_are_merged(tuned):
   assert records[-1]["merge_gap_max"] > 0
   assert {"before", "after", "baseline"} <= results.keys()
   experiment, restored = state_of(workdir, "grpo", config)
-  frozen = experiment.weights.frozen
+  frozen = experiment.model.weights.frozen
   apart, added = merge(restored.state.trainable, frozen), merge_for_rollout(restored.state.trainable, frozen)
   assert isinstance(apart["blocks"]["mlp"]["up"], lora.Adapted)
   assert isinstance(added["blocks"]["mlp"]["up"], jax.Array)
@@ -207,7 +207,7 @@ def test_a_quantised_base_trains_unmerged(folder, tmp_path, kind):
   records = read_records(tmp_path / kind / "metrics.jsonl")
   assert all("merge_gap_mean" not in r for r in records)
   experiment, restored = state_of(tmp_path / kind, "grpo", config)
-  added = merge_for_rollout(restored.state.trainable, experiment.weights.frozen)
+  added = merge_for_rollout(restored.state.trainable, experiment.model.weights.frozen)
   assert isinstance(added["blocks"]["mlp"]["up"], lora.Adapted)
   shown = command.run(eval_config(tmp_path / kind))
   assert shown["arms"][0]["summary"]["n"] == 8
@@ -227,11 +227,12 @@ def test_dropout_is_off_wherever_log_probabilities_meet(folder, tmp_path):
     config = job("grpo", folder, tmp_path, lora__dropout=rate, task__protocol="d1")
     experiment = experiments.build(config, None)
     optimizer = experiment.optimizer(config.grpo, 4)
-    programs = grpo.Programs(experiment, optimizer)
+    programs = configured.programs(experiment, optimizer)
     programs.compile()
-    state = experiment.weights.fresh_state(optimizer)
-    texts = experiment.texts("train")
-    advance = grpo.advancer(experiment, texts, experiment.weights.frozen, programs, 0, tmp_path)
+    state = experiment.model.weights.fresh_state(optimizer)
+    grading, count = configured.grading(experiment), lambda rollout, cached: {}
+    frozen = experiment.model.frozen
+    advance = grpo.advancer(programs, grading, frozen, 0, tmp_path, seed=0, count=count, gap_every=4)
     state, metrics = advance(state, 0)
     outcomes.append((jax.tree.leaves(jax.device_get(state.trainable)), metrics["loss"], metrics["reward"]))
   for a, b in zip(outcomes[0][0], outcomes[1][0], strict=True):
@@ -264,8 +265,10 @@ def test_a_run_is_exported_merged_and_read_again(sft, folder, tmp_path):
   experiment, _ = state_of(workdir, "sft", config)
   checkpoints = Checkpoints(workdir / "checkpoints" / "sft")
   optimizer = experiment.optimizer(config.sft, config.sft.steps)
-  best = checkpoints.restore(checkpoints.best_step(), experiment.weights.abstract_state(optimizer)).state.trainable
-  weights = dataclasses.replace(experiment.weights, base_dtype=jnp.bfloat16)
+  best = checkpoints.restore(
+    checkpoints.best_step(), experiment.model.weights.abstract_state(optimizer)
+  ).state.trainable
+  weights = dataclasses.replace(experiment.model.weights, base_dtype=jnp.bfloat16)
   expected = merge_for_rollout(best, weights.frozen)
   again = dense(target, jnp.bfloat16).params
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(again), strict=True):
@@ -374,7 +377,7 @@ def test_full_fine_tuning_starts_from_the_folder(folder, tmp_path):
   config = job("grpo", folder, tmp_path / "full", lora__rank=0, task__protocol="d1", grpo__steps=1)
   recipe.run(config)
   experiment, restored = state_of(tmp_path / "full", "grpo", config)
-  start, trained = experiment.weights.start(), restored.state.trainable
+  start, trained = experiment.model.weights.start(), restored.state.trainable
   stored = dense(folder).params
   assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
   for a, b, c in zip(*map(jax.tree.leaves, (start, stored, trained)), strict=True):

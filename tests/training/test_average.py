@@ -101,5 +101,5 @@ def test_a_run_with_an_average_goes_on_bit_for_bit_and_is_read(tmp_path, monkeyp
   found = subject.find_checkpoint(tmp_path / "broken")
   _, experiment, read = subject.read_run(found, jobs.load("eval"))
   optimizer = experiment.optimizer(config.grpo, config.grpo.steps)
-  state = found.checkpoints.restore(int(found.home.name), experiment.weights.abstract_state(optimizer)).state
+  state = found.checkpoints.restore(int(found.home.name), experiment.model.weights.abstract_state(optimizer)).state
   assert fingerprint(read) == fingerprint(evaluated(state)) != fingerprint(state.trainable)

@@ -12,7 +12,7 @@ from d1jax import recipe
 from d1jax.errors import RunError
 from d1jax.run import experiment as experiments
 from d1jax.run.metrics import read_records
-from d1jax.training import dump, grpo
+from d1jax.training import configured, dump
 from tests import jobs
 from tests.jobs import small, started
 
@@ -176,15 +176,15 @@ def test_without_its_cache_a_sampler_is_the_exact_one(tmp_path):
     fields = {"rollout__cache": cache, "rollout__diffusion_steps": 6, "model__overrides__layers": 2}
     experiment = experiments.build(small(tmp_path, **fields), None)
     optimizer = experiment.optimizer(experiment.config.grpo, 4)
-    programs = grpo.Programs(experiment, optimizer)
+    programs = configured.programs(experiment, optimizer)
     programs.compile()
     assert (programs.watch is not None) == (cache == "dual")
-    state, frozen = experiment.weights.fresh_state(optimizer), experiment.weights.frozen
+    state, frozen = experiment.model.weights.fresh_state(optimizer), experiment.model.weights.frozen
     rng = np.random.default_rng(0)
     prompt = rng.integers(4, 9, (8, 33)).astype(np.int32)
     ids = np.arange(8, dtype=np.int32)
-    placed = jax.device_put(((prompt, np.ones_like(prompt, bool), ids, ids // 4),), experiment.by_row)
-    iteration = jax.device_put(np.int32(3), experiment.replicated)
+    placed = jax.device_put(((prompt, np.ones_like(prompt, bool), ids, ids // 4),), experiment.model.by_row)
+    iteration = jax.device_put(np.int32(3), experiment.model.replicated)
     params = programs.publish(state, frozen)
     ways = [True, False] if cache == "dual" else [True]
     found += [jax.device_get(programs.rollout(params, list(placed), state.key, iteration, cached=w))[0] for w in ways]

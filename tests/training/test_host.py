@@ -10,6 +10,7 @@ from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.run import experiment as experiments
 from d1jax.tasks import Grade, TaskError
 from d1jax.training import host
+from d1jax.training.host import Grading
 from tests.jobs import small
 
 TWO = np.asarray([1.0, 3.0], np.float32)
@@ -129,10 +130,10 @@ class Recording(Grader):
 @pytest.mark.parametrize("protocol", ["strict", "d1"])
 def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol):
   experiment = experiments.build(small(tmp_path, task__protocol=protocol), None)
-  texts, grader = experiment.texts("train"), Recording(experiment.task)
+  prompts, grader = experiment.prompts("train"), Recording(experiment.task)
   chunks = tuple(made_up(4, completion_length=18, seed=seed) for seed in range(3))
   record = np.asarray([5, 5, 0, 0, 9, 9, 1, 1, 2, 2, 3, 3], np.int32)
-  visit = host.grade_chunks(experiment, grader, texts, record, jax.device_put(chunks))
+  visit = host.grade_chunks(Grading(prompts, grader, protocol), record, jax.device_put(chunks))
   rollout, found = visit.rollout, visit.graded
   np.testing.assert_array_equal(visit.rows, np.arange(12))
   np.testing.assert_array_equal(visit.rewards, found.rewards)
@@ -141,8 +142,8 @@ def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol)
   np.testing.assert_array_equal(rollout.completion, np.concatenate([c.completion for c in chunks]))
   for row, (text, index) in enumerate(zip(found.texts, record, strict=True)):
     ids = rollout.completion[row][rollout.completion_mask[row] | (protocol == "d1")]
-    assert text == texts.prefills[index] + experiment.tokenizer.decode_all([ids.tolist()])[0]
-    assert found.grades[row] == experiment.task.grade(text, texts.records[index], protocol)
+    assert text == prompts.prefills[index] + experiment.tokenizer.decode_all([ids.tolist()])[0]
+    assert found.grades[row] == experiment.task.grade(text, prompts.records[index], protocol)
     assert found.rewards[row] == np.float32(found.grades[row].reward)
 
 
@@ -168,16 +169,16 @@ def test_a_failure_to_grade_is_told_to_all_processes_and_ends_the_run(tmp_path, 
   monkeypatch.setattr(host.multihost, "gather", gather)
   chunks = jax.device_put((made_up(4, completion_length=18),))
   with pytest.raises(RunError, match=message) as caught:
-    host.grade_chunks(experiment, grader, experiment.texts("train"), record, chunks)
+    host.grade_chunks(Grading(experiment.prompts("train"), grader, "strict"), record, chunks)
   assert told == [str(caught.value)]
 
 
 def test_rewards_are_shaped_by_length_and_answer(tmp_path):
   experiment = experiments.build(small(tmp_path), None)
-  texts, grader = experiment.texts("train"), Grader(experiment.task, 0)
+  grading = Grading(experiment.prompts("train"), Grader(experiment.task, 0), "strict")
   shaping = Shaping(overlong=6, answered=0.5)
   record, chunks = np.asarray([5, 5, 0, 0], np.int32), jax.device_put((made_up(4, completion_length=18),))
-  plain, shaped = (host.grade_chunks(experiment, grader, texts, record, chunks, s) for s in (UNSHAPED, shaping))
+  plain, shaped = (host.grade_chunks(grading._replace(shaping=s), record, chunks) for s in (UNSHAPED, shaping))
   for row, (before, after) in enumerate(zip(plain.graded.grades, shaped.graded.grades, strict=True)):
     length = int(plain.rollout.completion_mask[row].sum())
     assert after == shaping(before, length, 18)

@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from d1jax.aot import hlo
 from d1jax.aot.collectives import find
 from d1jax.run import experiment as experiments
-from d1jax.training.programs import Programs
+from d1jax.training import configured
 from tests import jobs
 
 TENSOR = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "adapter"), ("fsdp", "tensor"))
@@ -25,7 +25,7 @@ def build(config, devices=None, **fields):
     config.rollout_rules = fields.pop("rollout_rules", ROLLOUTS)
   config.update_from_flattened_dict({key.replace("__", "."): value for key, value in fields.items()})
   experiment = experiments.build(config, None, devices)
-  return experiment, Programs(experiment, experiment.optimizer(config.grpo, 1))
+  return experiment, configured.programs(experiment, experiment.optimizer(config.grpo, 1))
 
 
 def large(devices=None, **fields):
@@ -58,7 +58,7 @@ def weights_sent(experiment, compiled) -> list[Sent]:
 def weight_sizes(experiment) -> set[int]:
   """Numbers of a weight, of all layers or of one, whole or in the parts that an update's devices have."""
   sizes = set()
-  for x in jax.tree.leaves(experiment.weights.abstract_frozen().base):
+  for x in jax.tree.leaves(experiment.model.weights.abstract_frozen().base):
     if len(x.shape) > 1:
       sizes |= {math.prod(x.shape) // cut for cut in (1, 2, 4, 8)}
   return sizes
@@ -118,16 +118,18 @@ def small(folder, **fields):
 def iterate(experiment, programs, cached=True):
   """One iteration: completions of a batch of prompts, and the weights that an update makes of them."""
   programs.compile()
-  weights = experiment.weights
+  weights = experiment.model.weights
   state = weights.state_from(weights.start(), experiment.optimizer(experiment.config.grpo, 1))
   frozen = weights.frozen if weights.lora else weights.frozen._replace(reference=weights.start())
   rng = np.random.default_rng(0)
   ids = np.arange(16, dtype=np.int32)
   prompt = rng.integers(4, 9, (16, 33)).astype(np.int32)
   arrays = (prompt, np.ones_like(prompt, bool), ids, ids // 4)
-  chunks = [jax.device_put(tuple(x[half] for x in arrays), experiment.rollout_by_row) for half in np.split(ids, 2)]
+  chunks = [
+    jax.device_put(tuple(x[half] for x in arrays), experiment.model.rollout_by_row) for half in np.split(ids, 2)
+  ]
   params = programs.publish(state, frozen)
-  iteration = jax.device_put(np.int32(3), experiment.replicated)
+  iteration = jax.device_put(np.int32(3), experiment.model.replicated)
   rollout = programs.rollout(params, chunks, state.key, iteration, cached=cached)
   figures = programs.drift(params, rollout[0], rollout[0]) if programs.watch else {}
   host = jax.device_get(rollout)

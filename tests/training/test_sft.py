@@ -11,7 +11,7 @@ from d1jax.errors import RunError
 from d1jax.run import experiment as experiments
 from d1jax.run.metrics import read_records
 from d1jax.tasks import held_out
-from d1jax.training import sft
+from d1jax.training import configured, sft
 from d1jax.training.held_out_loss import HeldOutLoss
 from tests.jobs import small
 
@@ -62,7 +62,7 @@ def test_demonstrations_of_test_questions_are_left_out(root, tmp_path, capsys, m
   config = job(root, tmp_path, sft__held_out=0.0)
   asked = held_out.fingerprint(held_out.normalize(ROWS[3]["question"].upper()))
   monkeypatch.setattr(held_out, "listed", lambda task: frozenset([asked] if task == "math" else []))
-  found, _ = sft.demonstrations(experiments.build(config, None))
+  found, _ = configured.demonstrations(experiments.build(config, None))
   assert len(found.prompts) == len(ROWS) - 1
   assert "left out 1 of 48 demonstrations, which answer test questions" in capsys.readouterr().out
 
@@ -71,7 +71,7 @@ def test_demonstrations_of_test_questions_are_left_out(root, tmp_path, capsys, m
 def test_every_pair_of_buckets_is_compiled_before_the_first_step(root, tmp_path):
   config = job(root, tmp_path, sft__prompt_buckets=(140, 160))
   experiment = experiments.build(config, None)
-  steps = sft.Steps(experiment, experiment.optimizer(config.sft, 8))
+  steps = sft.Steps(experiment.model, configured.fine_tuning(config), experiment.optimizer(config.sft, 8))
   assert set(steps.compiled) == {(140, 72), (140, 112), (160, 72), (160, 112)}
 
 
@@ -79,22 +79,26 @@ def test_every_pair_of_buckets_is_compiled_before_the_first_step(root, tmp_path)
 def test_the_held_out_loss_is_a_function_of_the_weights(root, tmp_path):
   config = job(root, tmp_path)
   experiment = experiments.build(config, None)
-  _, validating = sft.demonstrations(experiment)
-  loss = HeldOutLoss(experiment, validating)
-  weights = experiment.weights
+  _, validating = configured.demonstrations(experiment)
+  made = lambda: HeldOutLoss(experiment.model, validating, configured.fine_tuning(config))
+  loss = made()
+  weights = experiment.model.weights
   start = weights.start()
-  first, again = loss(start, weights.frozen), HeldOutLoss(experiment, validating)(start, weights.frozen)
+  first, again = (
+    loss(start, weights.frozen),
+    made()(start, weights.frozen),
+  )
   assert first == again
   # Uniform predictions: the loss a token is log V times the mean of masked / t, which is 1 in expectation.
   flat = {**start, "head": jax.tree.map(np.zeros_like, jax.device_get(start["head"]))}
-  known = experiment.denoiser.vocab - len(experiment.denoiser.forbidden_ids)
+  known = experiment.model.denoiser.vocab - len(experiment.model.denoiser.forbidden_ids)
   assert loss(flat, weights.frozen) == pytest.approx(-np.log(known), rel=0.15)
 
 
 def test_long_answers_are_left_out_or_cut(root, tmp_path, capsys):
   for truncate, words in ((False, "left out"), (True, "cut")):
     config = job(root, tmp_path, sft__completion_buckets=(72, 80), sft__truncate=truncate)
-    found, _ = sft.demonstrations(experiments.build(config, None))
+    found, _ = configured.demonstrations(experiments.build(config, None))
     long = sum(len(answer) > 80 for answer in found.completions)
     assert 0 < long < len(found.completions)
     assert f"{words} {long} of {len(found.completions)} answers longer than 80 tokens" in capsys.readouterr().out

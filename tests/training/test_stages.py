@@ -80,7 +80,7 @@ def again(finished, workdir):
 def test_a_finished_run_reads_its_best_weights_alone(finished, tmp_path, monkeypatch):
   config = again(finished, tmp_path / "run")
   experiment = experiments.build(config, None)
-  size = sum(4 * x.size for x in jax.tree.leaves(experiment.weights.abstract_trainable))
+  size = sum(4 * x.size for x in jax.tree.leaves(experiment.model.weights.abstract_trainable))
   before = {id(x) for x in jax.live_arrays()}
   seen = []
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from d1jax.run import experiment as experiments
-from d1jax.training import grpo, sft
+from d1jax.training import configured, sft
 from tests import jobs
 
 VOCAB = 126464
@@ -44,7 +44,7 @@ def widest(text: str) -> int:
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_the_rollout_unembeds_one_block_at_a_time(experiment):
   config = experiment.config
-  rollout = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["rollout"]
+  rollout = configured.programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["rollout"]
   rows = config.grpo.prompts_per_iteration * config.grpo.num_generations // config.grpo.rollout_chunks // 8
   found = widest(rollout().compile().as_text())
   assert 0 < found <= rows * config.rollout.block_length < rows * (200 + 256)
@@ -53,7 +53,7 @@ def test_the_rollout_unembeds_one_block_at_a_time(experiment):
 @pytest.mark.slow(reason="compiles large updates")
 def test_the_update_holds_logits_of_a_tile_at_a_time(experiment):
   config = experiment.config
-  update = grpo.Programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["update"]
+  update = configured.programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["update"]
   text = update().compile().as_text()
   rows = config.grpo.prompts_per_iteration * config.grpo.num_generations // config.grpo.accumulation // 8
   assert (rows * 256, 1, config.grpo.logits_tile) in shapes(text)
@@ -63,7 +63,7 @@ def test_the_update_holds_logits_of_a_tile_at_a_time(experiment):
 @pytest.mark.slow(reason="compiles large updates")
 def test_supervised_fine_tuning_holds_logits_of_a_tile_at_a_time(experiment):
   config = experiment.config
-  steps = sft.Steps(experiment, experiment.optimizer(config.sft, 1))
+  steps = sft.Steps(experiment.model, configured.fine_tuning(config), experiment.optimizer(config.sft, 1))
   (program,) = steps.compiled.values()
   text = program.as_text()
   assert (config.sft.batch_size // 8 * 256, 1, config.sft.logits_tile) in shapes(text)
@@ -73,7 +73,7 @@ def test_supervised_fine_tuning_holds_logits_of_a_tile_at_a_time(experiment):
 def test_tiles_are_cut_as_the_mesh_cuts_the_head():
   config = jobs.load("grpo", "llada_8b")
   config.update_from_flattened_dict({"mesh.fsdp": 2, "mesh.tensor": 4})
-  assert experiments.build(config, None).denoiser.vocab_shards == 4
+  assert experiments.build(config, None).model.denoiser.vocab_shards == 4
 
 
 def test_the_reader_of_programs_sees_whole_logits():

@@ -8,7 +8,7 @@ from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.run import experiment as experiments
 from d1jax.run.identity import flatten
-from d1jax.training import method
+from d1jax.training import configured
 from tests import jobs
 
 SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
@@ -19,7 +19,7 @@ SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_is_a_word(name, size, task):
   config = jobs.load("grpo", f"{size},{task},{name}")
-  built = method.build(config.grpo, SamplerSpec(**config.rollout))
+  built = configured.method(config.grpo, SamplerSpec(**config.rollout))
   passes = built.estimator.passes(SamplerSpec(**config.rollout))
   assert passes.number is None or passes.number > 0
   assert isinstance(config.grpo.learning_rate, float)
@@ -47,7 +47,7 @@ def test_the_documented_passes_are_those_of_the_words():
     for name, cell in zip(names, cells, strict=True):
       config = jobs.load("grpo", f"{words.strip(' `')},{name}")
       sampler = SamplerSpec(**config.rollout)
-      assert method.build(config.grpo, sampler).estimator.passes(sampler).number == int(cell), (words, name)
+      assert configured.method(config.grpo, sampler).estimator.passes(sampler).number == int(cell), (words, name)
 
 
 def warm_up(config):
@@ -98,7 +98,7 @@ def shaping(words="tiny", **fields):
   config.task.sizes.update(demonstrations=4, train=4, validation=4, test=4)
   config.grpo.update(fields)
   task = experiments.build_task(config)
-  return method.shaping(config.grpo, task, config.task.protocol, SamplerSpec(**config.rollout))
+  return configured.shaping(config.grpo, task, config.task.protocol, SamplerSpec(**config.rollout))
 
 
 def test_rewards_are_the_tasks_where_nothing_is_said():

@@ -1,30 +1,37 @@
-"""From the configuration to a checked method: what estimates log p, what is minimised, how rewards are compared.
+"""From a configuration to the values that the stages take: what is built here is checked before anything is compiled.
 
 Here, and in `parts`, messages name fields of the command line; `d1jax.rl` knows none.
 """
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.rl.grading import Grader
 from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
 from d1jax.rl.shaping import Shaping, parse_weights
 from d1jax.run import parts
+from d1jax.run.experiment import Experiment
 from d1jax.tasks import Mixture, Task
+from d1jax.training import drift, sft
+from d1jax.training.host import Grading
+from d1jax.training.programs import Programs, Shape
 
 TAKEN = ("loss", "grad_norm", "finite", "sampling_gap", "reference_gap", "reward", "stage", "iteration", "alarms")
 """Names of a record in `metrics.jsonl` that no figure of a loss may have."""
 
 
-def build(section: ConfigDict, sampler: SamplerSpec) -> Method:
+def method(section: ConfigDict, sampler: SamplerSpec) -> Method:
   """The method of `config.grpo`.
 
   Raises:
@@ -34,7 +41,7 @@ def build(section: ConfigDict, sampler: SamplerSpec) -> Method:
   estimator = parts.build("estimator", section.estimator, **shared)
   loss, advantage = parts.build("loss", section.loss), parts.build("advantage", section.advantage)
   with _of_grpo():
-    method = Method(
+    built = Method(
       estimator,
       loss,
       advantage,
@@ -46,8 +53,8 @@ def build(section: ConfigDict, sampler: SamplerSpec) -> Method:
     )
   if section.num_generations < 2:
     raise ValueError(f"grpo.num_generations={section.num_generations}: a group of one has no baseline; use at least 2")
-  _try_out(method, section, sampler)
-  return method
+  _try_out(built, section, sampler)
+  return built
 
 
 def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec) -> None:
@@ -105,6 +112,63 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
     with _of_grpo():
       found.check(list(names), sampler.completion_length)
   return found
+
+
+def grading(experiment: Experiment) -> Grading:
+  """How the completions of the training split are graded.
+
+  Raises:
+    ValueError: the split is empty, the task cannot be sent to workers, or see `shaping`.
+  """
+  config, task = experiment.config, experiment.task
+  shaped = shaping(config.grpo, task, config.task.protocol, experiment.sampler)
+  grader = Grader(task, config.grpo.grading_workers)
+  return Grading(experiment.prompts("train"), grader, config.task.protocol, shaped)
+
+
+def programs(experiment: Experiment, optimizer: optax.GradientTransformation) -> Programs:
+  """The programs of a GRPO iteration; nothing is compiled yet.
+
+  Raises:
+    ValueError: fields that do not go together.
+  """
+  section, sampler = experiment.config.grpo, experiment.sampler
+  shape = Shape(
+    section.prompts_per_iteration,
+    section.num_generations,
+    tuple(experiment.config.data.prompt_buckets),
+    section.oversample,
+    section.rollout_chunks,
+  )
+  watch = drift.Watch(section.drift_every, section.drift_limit)
+  return Programs(experiment.model, sampler, method(section, sampler), shape, optimizer, watch)
+
+
+def fine_tuning(config: ConfigDict) -> sft.Options:
+  """The options of `config.sft`."""
+  section = config.sft
+  return sft.Options(
+    section.batch_size,
+    tuple(section.prompt_buckets),
+    tuple(section.completion_buckets),
+    section.accumulation,
+    section.truncate,
+    section.p_mask_prompt,
+    section.logits_tile,
+  )
+
+
+def demonstrations(experiment: Experiment) -> tuple[sft.Demonstrations, sft.Demonstrations | None]:
+  """What is learned from: the task's own demonstrations, or a file's and what is held out of it to validate on.
+
+  Raises:
+    ValueError: none fits the buckets, or the file cannot be read.
+  """
+  config, options = experiment.config, fine_tuning(experiment.config)
+  if not config.sft.data:
+    return sft.of_task(experiment.prompts("demonstrations"), config.task.style, options), None
+  path = Path(config.data.root or "") / config.sft.data
+  return sft.of_file(path, experiment.tokenizer, config.sft.held_out, options)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,98 @@
+"""The one way to complete prompts: rollouts, validation, evaluation and generation go through `Completer`."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from d1jax import keys
+from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.diffusion.sampler import sample
+from d1jax.model import Model
+from d1jax.parallel.mesh import constrained
+from d1jax.state import Params
+
+PromptArrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+"""prompt[B P], prompt_valid[B P], sample_id[B], group_id[B]."""
+
+
+class Completer:
+  """The compiled sampling programs of a model, one for each sampler and shape of a batch.
+
+  They take published weights, where rollouts want them: a program that took the weights where updates have them would
+  gather each of them at every step. Completions arrive by row where rollouts have them, or where updates have them.
+  """
+
+  def __init__(self, model: Model, purpose: keys.Purpose, *, for_update: bool = False):
+    """Nothing is compiled yet.
+
+    Args:
+      model: network and mesh.
+      purpose: of the draws.
+      for_update: whether completions go to the placement of updates.
+    """
+    self.model, self._purpose = model, purpose
+    self.placement = model.by_row if for_update else model.rollout_by_row
+    self._jitted: dict[SamplerSpec, Any] = {}
+    self._compiled: dict[tuple[SamplerSpec, int, int], Any] = {}
+
+  @classmethod
+  def of(cls, model: Model, purpose: keys.Purpose) -> "Completer":
+    """The programs of a model for a purpose, which are compiled once."""
+    if purpose not in model.programs:
+      model.programs[purpose] = cls(model, purpose)
+    found: Completer = model.programs[purpose]
+    return found
+
+  def _complete(
+    self, sampler: SamplerSpec, params: Params, prompts: PromptArrays, key: jax.Array, step: jax.Array
+  ) -> Rollout:
+    model, key = self.model, keys.purpose_key(key, self._purpose, step)
+    rollout = sample(model.rollout_denoiser, params, *prompts, key, spec=sampler, row_multiple=model.rollout_ways)
+    return constrained(rollout, model.rollout_by_row)  # the loop's rows stay where its weights want them
+
+  def jitted(self, sampler: SamplerSpec) -> Any:
+    """The program of a sampler: from weights, prompts, key and step to a rollout."""
+    if sampler not in self._jitted:
+      model, scalar = self.model, self.model.replicated
+      self._jitted[sampler] = jax.jit(
+        functools.partial(self._complete, sampler),
+        in_shardings=(model.publisher.placement, model.rollout_by_row, scalar, scalar),
+        out_shardings=self.placement,
+      )
+    return self._jitted[sampler]
+
+  def arguments(self, rows: int, width: int) -> tuple[Any, ...]:
+    """What the programs take for `rows` prompts of `width` tokens: shapes, types and placements."""
+    model, scalar, key = self.model, self.model.replicated, keys.seeded(0)
+    row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
+      (rows, *shape), dtype, sharding=self.model.rollout_by_row
+    )
+    return (
+      model.publisher.abstract,
+      (row(width), row(width, dtype=jnp.bool_), row(), row()),
+      jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=scalar),
+      jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar),
+    )
+
+  def program(self, sampler: SamplerSpec, rows: int, width: int) -> Any:
+    """The program for batches of `rows` prompts of `width` tokens; compiled once, from shapes alone."""
+    shape = (sampler, rows, width)
+    if shape not in self._compiled:
+      self._compiled[shape] = self.jitted(sampler).lower(*self.arguments(rows, width)).compile()
+    return self._compiled[shape]
+
+  def __call__(
+    self, sampler: SamplerSpec, params: Params, prompts: PromptArrays, key: jax.Array, step: jax.Array
+  ) -> Rollout:
+    """Completes placed prompts under published weights.
+
+    Args:
+      sampler: how to draw.
+      params: of `Model.publish` or `Model.params`.
+      prompts: at `Model.rollout_by_row`.
+      key: of the run, replicated.
+      step: counts the batches of a purpose; each row's draws depend on key, purpose, step and its sample id alone.
+    """
+    return self.program(sampler, *prompts[0].shape)(params, prompts, key, step)
