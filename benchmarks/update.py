@@ -97,7 +97,7 @@ class Arm(NamedTuple):
 
 def own_arm(case: Case, model: Model, reference: Model, given: Work, parts: int, tile: int | None) -> Arm:
   """Our update; each call goes on from the state of the one before."""
-  rule = optimizer.build(steps=1, warmup_steps=0, decay="constant", max_grad_norm=MAX_GRAD_NORM, **ADAMW)
+  rule = optimizer.adamw(steps=1, warmup_steps=0, decay="constant", max_grad_norm=MAX_GRAD_NORM, **ADAMW)
   estimator = ESTIMATORS["one_step"].bind(p_mask_prompt=P_MASK_PROMPT, tile=tile)
   loss = ClippedToken(epsilon=EPSILON, beta=BETA)
   method = Method(estimator, loss, num_iterations=STEPS, accumulation=parts)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
   from d1jax.generation.generate import generate
   from d1jax.model import Model, from_pretrained, from_scratch
   from d1jax.models.lora import LoraSpec as Lora
+  from d1jax.optimizer import adamw
   from d1jax.parallel.mesh import make_mesh
   from d1jax.rl import advantage as advantages
   from d1jax.rl import losses
@@ -41,21 +42,22 @@ _PLACES = {
   "Rollout": "d1jax.diffusion.rollout",
   "Sampler": "d1jax.diffusion.rollout:SamplerSpec",
   "Tracker": "d1jax.run.trackers",
-  "advantages": "d1jax.rl:advantage",
+  "adamw": "d1jax.optimizer",
+  "advantages": "d1jax.rl.advantage:",
   "estimator": "d1jax.rl.estimators",
   "evaluate": "d1jax.evaluation.evaluator",
   "from_pretrained": "d1jax.model",
   "from_scratch": "d1jax.model",
   "generate": "d1jax.generation.generate",
-  "losses": "d1jax.rl",
+  "losses": "d1jax.rl.losses:",
   "make_mesh": "d1jax.parallel.mesh",
   "sample": "d1jax.diffusion.sampler",
   "sft_step": "d1jax.training.sft",
-  "tasks": "d1jax",
+  "tasks": "d1jax.tasks:",
   "train_tokenizer": "d1jax.run.run_tokenizer:train",
   "update": "d1jax.rl.update",
 }
-"""Where each name is, and as what where it has another name there."""
+"""Where each name is: MODULE, MODULE:NAME where it has another name there, and MODULE: where it is the module."""
 
 __all__ = [
   "ClippedToken",
@@ -69,6 +71,7 @@ __all__ = [
   "Rollout",
   "Sampler",
   "Tracker",
+  "adamw",
   "advantages",
   "estimator",
   "evaluate",
@@ -89,17 +92,11 @@ def __getattr__(name: str) -> Any:
   """Imports what is asked for."""
   if name not in _PLACES:
     raise AttributeError(f"module 'd1jax' has no attribute {name!r}")
-  module, _, inner = _PLACES[name].partition(":")
-  if f"{module}.{name}" == f"d1jax.{name}":
-    return importlib.import_module(f"d1jax.{name}")
+  module, colon, inner = _PLACES[name].partition(":")
   found = importlib.import_module(module)
-  return (
-    getattr(found, inner or name)
-    if hasattr(found, inner or name)
-    else importlib.import_module(f"{module}.{inner or name}")
-  )
+  return found if colon and not inner else getattr(found, inner or name)
 
 
 def __dir__() -> list[str]:
   """The names above."""
-  return __all__
+  return sorted(__all__)

@@ -69,16 +69,16 @@ def evaluated(state: TrainState) -> Params:
   return state.trainable if average is None else average
 
 
-def build(
-  *,
+def adamw(
   learning_rate: float,
   steps: int,
-  warmup_steps: int,
-  decay: str,
-  b1: float,
-  b2: float,
-  weight_decay: float,
-  max_grad_norm: float,
+  *,
+  warmup_steps: int = 0,
+  decay: str = "linear",
+  b1: float = 0.9,
+  b2: float = 0.99,
+  weight_decay: float = 0.1,
+  max_grad_norm: float = 1.0,
   ema_decay: float | None = None,
 ) -> optax.GradientTransformation:
   """AdamW (moments in float32) behind a clip by global norm.

@@ -77,7 +77,7 @@ def adamw(params, gradients, *, rate, b1, b2, decay, clip):
 def test_steps_are_adamw_behind_a_clip(name, decays):
   rng = np.random.default_rng(0)
   start, gradients = rng.normal(size=4), [rng.normal(size=4) for _ in range(3)]
-  made = optimizer.build(**SETTINGS | {"weight_decay": 0.3, "max_grad_norm": 0.5})
+  made = optimizer.adamw(**SETTINGS | {"weight_decay": 0.3, "max_grad_norm": 0.5})
   params = {name: jnp.asarray(start, jnp.float32)}
   state = made.init(params)
   for g in gradients:
@@ -88,7 +88,7 @@ def test_steps_are_adamw_behind_a_clip(name, decays):
 
 
 def test_moments_are_float32():
-  state = optimizer.build(**SETTINGS).init({"w": jnp.ones(3)})
+  state = optimizer.adamw(**SETTINGS).init({"w": jnp.ones(3)})
   kinds = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
   assert kinds == {jnp.dtype("float32")}
 

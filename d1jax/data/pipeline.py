@@ -24,6 +24,11 @@ class PromptBatch(NamedTuple):
   prompt_valid: Bool[np.ndarray, "B P"]
   record: Int[np.ndarray, "B"]
 
+  @property
+  def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(prompt, prompt_valid, sample_id, group_id), as `sample` takes them."""
+    return self.prompt, self.prompt_valid, self.sample_id, self.group_id
+
 
 class Part(NamedTuple):
   """Records that are drawn `weight` times as often as those of a part with weight 1, whatever their number."""

@@ -85,7 +85,7 @@ class Experiment:
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
-    return optimizers.build(
+    return optimizers.adamw(
       learning_rate=stage.learning_rate,
       steps=steps,
       warmup_steps=stage.warmup_steps,

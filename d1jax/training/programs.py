@@ -223,8 +223,7 @@ class Programs:
 
   def place(self, prompts: pipeline.PromptBatch, iteration: int) -> tuple[list[PromptArrays], jax.Array]:
     """Puts a batch of prompts, in chunks, and the iteration's number where the rollout takes them."""
-    arrays = (prompts.prompt, prompts.prompt_valid, prompts.sample_id, prompts.group_id)
-    chunks = zip(*(np.split(x, self.shape.chunks) for x in arrays), strict=True)
+    chunks = zip(*(np.split(x, self.shape.chunks) for x in prompts.arrays), strict=True)
     placed = [place(chunk, self.model.rollout_by_row) for chunk in chunks]
     return placed, place(np.int32(iteration), self.model.replicated)
 

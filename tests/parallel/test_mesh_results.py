@@ -37,7 +37,7 @@ from d1jax.state import Frozen, TrainState, create
 from tests import toy
 
 SIZE = TransformerSize(vocab=16, embed=16, heads=4, mlp=32, layers=2, rope_theta=100.0)
-OPTIMIZER = optimizers.build(
+OPTIMIZER = optimizers.adamw(
   learning_rate=1e-3, steps=10, warmup_steps=0, decay="constant", b1=0.9, b2=0.99, weight_decay=0.1, max_grad_norm=1.0
 )
 SAMPLER = SamplerSpec(completion_length=8, diffusion_steps=4, block_length=4)
