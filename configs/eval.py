@@ -66,10 +66,9 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.prompt_buckets = ()  # none: the checkpoint's
   c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1)
   c.cpu_devices = 2
-  c.distributed = grpo.distributed  # several processes
 
   # What a model's folder does not say.
-  sections = ("seed", "rules", "rollout_rules", "model", "lora", "tokenizer", "data", "task", "rollout", "evaluation")
+  sections = ("seed", "rules", "rollout_rules", "model", "lora", "data", "task", "rollout", "evaluation")
   c.bare = {name: grpo[name] for name in sections}
   c.bare.model.quantize = "none"
   c.bare.lora.rank = 0

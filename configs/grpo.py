@@ -31,7 +31,7 @@ CHIPS = {
   "h100": ((1, 1), (8, 1)),  # 80 GB
 }
 
-ADAM = dict(b1=0.9, b2=0.99, weight_decay=0.1)
+ADAM = dict(b2=0.99, weight_decay=0.1)
 
 
 def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
@@ -53,57 +53,28 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   if len(tasks) > 1:
     return _mix({task: get_config(",".join((sizes[0], task, *named, *large)), False) for task in sorted(tasks)})
 
-  c, none = config_dict.ConfigDict(), config_dict.placeholder
+  c = config_dict.ConfigDict()
   c.mode = "grpo"
   c.seed = 0
   c.workdir = "runs/grpo"
   # Where figures go beside metrics.jsonl, separated by commas: tensorboard, wandb, trackio, or FILE.py of your own.
   c.trackers = "tensorboard"
-  # FIRST:LAST iterations, counted from 1, to trace for XProf or TensorBoard (WORKDIR/profile); None: none.
-  c.profile_steps = config_dict.placeholder(str)
 
   # Devices along each axis; -1 takes those that are left.
   c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1)
   # Without an accelerator: into how many devices the CPU is split.
   c.cpu_devices = 2
-  # Several processes; what is None is detected on Cloud TPUs, GKE, Slurm and Open MPI.
-  c.distributed = dict(
-    coordinator=config_dict.placeholder(str),  # HOST:PORT of process 0
-    processes=config_dict.placeholder(int),
-    process=config_dict.placeholder(int),  # the number of this one
-    timeout=300,  # seconds without a sign of life of a process until the others give up
-  )
-  # Where logical axes live: a mesh axis, a tuple of them, or None (replicated).
-  c.rules = dict(
-    batch=("data", "fsdp"),
-    length="sequence",
-    vocab="tensor",
-    embed="fsdp",
-    heads="tensor",
-    kv_heads="tensor",
-    mlp="tensor",
-    adapter=("tensor", "fsdp"),  # the long axis of an adapter, where it is not embed
-    norm=None,
-    layers=None,
-  )
-  # Those that differ in rollouts; weights are moved once an iteration.
+  # Where logical axes live, if not where `d1jax.parallel.mesh.RULES` has them: AXIS to a mesh axis, a tuple, or None.
+  c.rules = config_dict.ConfigDict()
+  # The same in rollouts, where it differs; weights are moved once an iteration.
   c.rollout_rules = config_dict.ConfigDict()
 
   c.model = dict(
     # The folder of a downloaded model; it decides the sizes, the tokenizer and where logits stand.
     pretrained=config_dict.placeholder(str),
     size="llada_8b",  # without a folder
-    # Sizes that differ from the preset's; None is the preset's.
-    overrides=dict(
-      embed=config_dict.placeholder(int),
-      heads=config_dict.placeholder(int),
-      mlp=config_dict.placeholder(int),
-      layers=config_dict.placeholder(int),
-      rope_theta=config_dict.placeholder(float),
-    ),
     dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPUs
     remat=True,
-    unroll=1,  # layers the scan unrolls
     quantize="nf4",  # how the base under adapters is kept: int8, nf4, or none for `dtype`
   )
   # Adapters; rank 0 trains every weight instead.
@@ -112,10 +83,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     alpha=64.0,
     dropout=0.05,
     targets=("q_proj", "k_proj", "v_proj", "up_proj"),
-    rslora=False,  # scales adapters by alpha / sqrt(rank) instead of alpha / rank
   )
-  # Of the tokenizer that is trained where there is no folder.
-  c.tokenizer = dict(model_type="char", vocab_size=512)
 
   # root: a folder with data files (docs/data.md); None generates problems by rule.
   c.data = dict(root=config_dict.placeholder(str), prompt_buckets=(200,))
@@ -139,39 +107,26 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     remasking="low_confidence",
     early_exit=False,  # finished rows cost nothing; not under the protocol d1, which reads on
     cache="none",  # or approximate: prefix, dual, window; see docs/performance.md
-    refresh_every=config_dict.placeholder(int),  # steps between refreshes of the cache; None: one a block
-    look_behind=16,  # tokens around the block that the cache `window` computes anew
-    look_ahead=16,
     schedule="static",  # or threshold, factor: as many tokens a step as are confident
-    threshold=0.9,
-    factor=1.0,
-    max_reveal=4,  # tokens a step under those two
   )
 
   # Supervised fine-tuning before diffu-GRPO; 0 steps: none. d1's values are in configs/sft.py.
   c.sft = dict(
     data=config_dict.placeholder(str),  # a JSON-lines file under data.root; None: the task's demonstrations
-    held_out=0.05,  # share of the file that validates
     steps=0,
     batch_size=8,
     accumulation=1,
     prompt_buckets=(512,),
     completion_buckets=(256,),  # ascending
-    truncate=False,  # cut longer answers, or leave them out
     learning_rate=1e-5,
     warmup_steps=0,
     decay="linear",
-    b1=0.9,
     b2=0.999,
     weight_decay=0.1,
     max_grad_norm=1.0,
-    ema_decay=none(float),  # of an average of the weights, which is validated, evaluated and exported; None: none
     p_mask_prompt=0.0,  # d1 masks prompts in diffu-GRPO only
     logits_tile=4096,  # vocabulary ids whose logits exist at a time; None: all
     validate_every=100,
-    save_every=none(int),  # iterations between checkpoints; None: every validation saves one
-    patience=none(int),  # validations in a row without a better score that end the stage; None: all steps are done
-    max_skipped_steps=0,  # iterations in a row whose loss or gradient may be not finite; one more ends the run
   )
 
   # d1's diffu-GRPO; one step is one rollout and num_iterations optimiser steps.
@@ -190,18 +145,13 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     loss=dict(
       name="clipped_token",
       epsilon=0.5,  # half width of the clip
-      epsilon_high=none(float),  # of its upper side; None: the same
       beta=0.04,  # weight of the KL
-      kl="k3",  # or k1, k2
-      kl_against="reference",  # or old
     ),
     aggregation="token",  # or sequence, fixed
     advantage=dict(name="mean"),
-    score_reference=False,  # scores the reference where beta is 0 too, to log the KL to it
-    importance_cap=none(float),  # of weights p_train / p_sample on recorded states; None: no weights
-    # Rewards: weights of components, NAME=WEIGHT,...; tokens at the end over which length is punished; what an answer
-    # pays that can be read at all; groups that are drawn for each that is trained on, those with equal rewards last.
-    reward_weights="",
+    # Rewards: weights of components by name; tokens at the end over which length is punished; what an answer pays that
+    # can be read at all; groups that are drawn for each that is trained on, those with equal rewards last.
+    reward_weights=config_dict.ConfigDict(),
     overlong=0,
     answered=0.0,
     oversample=1,
@@ -209,15 +159,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     warmup_steps=500,
     decay="constant",
     max_grad_norm=0.2,
-    ema_decay=none(float),
     logits_tile=4096,
     validate_every=50,
-    save_every=none(int),
-    patience=none(int),
-    max_skipped_steps=0,
-    dump_every=0,  # iterations between dumped rollouts; 0: none
-    drift_every=50,  # iterations between looks at what the rollouts' cache changes, if there is one; 0: none
-    drift_limit=config_dict.placeholder(float),  # nats a token; beyond it the cache goes off. None: only logged
     **ADAM,
   )
   # Prompts of evaluations; those of training are in data.prompt_buckets.
@@ -279,7 +222,7 @@ def _lay_out(c: config_dict.ConfigDict, chip: str) -> None:
   fsdp, tensor = CHIPS[chip][c.lora.rank == 0]
   c.mesh.update(data=-1, fsdp=fsdp, tensor=tensor)
   everywhere, shared = ("data", "fsdp", "tensor"), ("fsdp", "tensor")
-  c.rules = c.rules.to_dict() | dict(batch=everywhere, vocab=None, embed=shared, heads=None, kv_heads=None, mlp=None)
+  c.rules = dict(batch=everywhere, vocab=None, embed=shared, heads=None, kv_heads=None, mlp=None)
   cut = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "adapter"), "tensor")
   c.rollout_rules = dict(batch=("data", "fsdp"), embed=None, **cut)
   c.model.quantize = "none"

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from d1jax import errors
 from d1jax.parallel import cluster, multihost
+from d1jax.run import fields
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with preset words behind a colon.")
 
@@ -88,6 +89,7 @@ def _parse(argv: list[str]) -> list[str]:
   for path in (arg.partition("=")[2].partition(":")[0] for arg in argv if arg.startswith("--config=")):
     if not Path(path).is_file():
       raise errors.RunError(f"--config={path}: no such file; the configurations are in configs/")
+  optional, argv[:] = fields.take_flags(argv)
   chosen: list[tuple[str, str, str]] = []
   if any("config.grpo." in arg for arg in argv):
     from d1jax.run import parts
@@ -95,6 +97,8 @@ def _parse(argv: list[str]) -> list[str]:
     chosen, argv[:] = parts.take_flags(argv)
   try:
     rest = flags.FLAGS(argv)
+    fields.choose(_CONFIG.value, optional)
+    fields.complete(_CONFIG.value)
     if chosen:
       parts.choose(_CONFIG.value.grpo, chosen)
     return rest

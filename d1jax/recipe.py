@@ -20,7 +20,7 @@ from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.results import Outcome, finished_results, write_results
 from d1jax.rl.prompts import Prompts
-from d1jax.run import compiled, parts, run_tokenizer, trackers
+from d1jax.run import compiled, fields, parts, run_tokenizer, trackers
 from d1jax.run import experiment as experiments
 from d1jax.run.checkpoint import Checkpoints, Restored
 from d1jax.run.identity import check_splits, holds_run, record_changes
@@ -322,6 +322,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     `checkpoint`.
   """
   workdir = folder(config.workdir)
+  fields.complete(config)
   parts.complete(config)
   finished = multihost.from_main(lambda: finished_results(workdir, config))
   if finished and multihost.from_main(lambda: run_tokenizer.is_whole(workdir)):

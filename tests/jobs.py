@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from d1jax.run import parts
+from d1jax.run import fields, parts
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -72,16 +72,20 @@ def load(name: str, words: str = "") -> ConfigDict:
   spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(words) if words else module.get_config()
+  config = module.get_config(words) if words else module.get_config()
+  fields.complete(config)
+  return config
 
 
 def small(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:
   """A job of a few seconds; `changes` are dotted fields with `__` for the dot."""
   config = load(name, "smoke")
-  fields = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": str(workdir)}
-  for field, value in fields.items():
+  given = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": str(workdir)}
+  for field, value in given.items():
     flags, _ = parts.take_flags([f"--config.{field}={value}"])
-    if flags:
+    if field in fields.OPEN:
+      fields.choose(config, [(field, str(value))])
+    elif flags:
       parts.choose(config.grpo, flags)
     elif field.split(".")[0] in config:
       config.update_from_flattened_dict({field: value})
@@ -96,9 +100,11 @@ def started(workdir: Path, name: str = "grpo", **changes) -> ConfigDict:
 
 def flags(workdir: Path, **changes) -> list[str]:
   """The same job as command line flags; a field that is None is the configuration's."""
-  fields = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": workdir}
-  given = (f"--config.{field}={value}" for field, value in fields.items() if value is not None)
-  return ["--config=configs/grpo.py:smoke", *given]
+  given = SMALL | {key.replace("__", "."): value for key, value in changes.items()} | {"workdir": workdir}
+  return [
+    "--config=configs/grpo.py:smoke",
+    *(f"--config.{field}={value}" for field, value in given.items() if value is not None),
+  ]
 
 
 def start(

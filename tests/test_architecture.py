@@ -12,7 +12,7 @@ import pytest
 from d1jax.data.tokenizer import train_sentencepiece
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.models.transformer import TransformerSize
-from d1jax.parallel.mesh import RULES
+from d1jax.run import fields as optional
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "d1jax").rglob("*.py"))
@@ -267,7 +267,9 @@ def load_config(name: str, *words: str):
   assert spec.loader is not None
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(*words)
+  config = module.get_config(*words)
+  optional.complete(config)
+  return config
 
 
 def leaves(config, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -396,7 +398,3 @@ def test_sections_that_are_unpacked_have_the_fields_of_what_they_fill():
   assert set(config.rollout) == {field.name for field in dataclasses.fields(SamplerSpec)}
   assert set(config.tokenizer) == set(inspect.signature(train_sentencepiece).parameters) - {"texts"}
   assert set(config.model.overrides) <= {field.name for field in dataclasses.fields(TransformerSize)}
-
-
-def test_configurations_start_from_the_rules_of_the_package():
-  assert load_config("grpo", "").rules.to_dict() == RULES

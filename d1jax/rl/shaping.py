@@ -65,21 +65,3 @@ class Shaping:
 
 
 UNSHAPED = Shaping()
-
-
-def parse_weights(text: str) -> dict[str, float]:
-  """Weights by name from `NAME=WEIGHT,NAME=WEIGHT`; none from an empty text.
-
-  Raises:
-    ValueError: a part that is not of this form.
-  """
-  found = {}
-  for part in filter(None, text.split(",")):
-    name, equals, weight = part.partition("=")
-    try:
-      found[name.strip()] = float(weight)
-    except ValueError:
-      equals = ""
-    if not equals or not name.strip():
-      raise ValueError(f"reward_weights={text!r}: write NAME=WEIGHT, separated by commas; {part!r} is not")
-  return found

@@ -21,7 +21,7 @@ from d1jax.models.quantize import KINDS
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import mesh as meshes
 from d1jax.rl.prompts import Prompts
-from d1jax.run import limits, run_tokenizer
+from d1jax.run import fields, limits, run_tokenizer
 from d1jax.run.run_tokenizer import Kept
 from d1jax.source import Source, inspect
 from d1jax.tasks import Task
@@ -120,7 +120,8 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
   restored = ConfigDict(trained)
   restored.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
   # Whoever starts from a checkpoint samples and does not train; runs of 0.1 have no `rollout_rules`.
-  restored.rules, restored.rollout_rules = meshes.changed(trained["rules"], trained.get("rollout_rules", {})), {}
+  rules = meshes.changed(meshes.RULES, trained["rules"])
+  restored.rules, restored.rollout_rules = meshes.changed(rules, trained.get("rollout_rules", {})), {}
   # What runs of 0.1 could not say yet.
   restored.task = {"module": None, "mix": {}, **restored.task.to_dict()}
   restored.lora = {"rslora": False, **restored.lora.to_dict()}
@@ -275,6 +276,8 @@ def build(
     ValueError: a field or a file is wrong.
     RunError: a path lies in a bucket and cannot.
   """
+  config = ConfigDict(config.to_dict())
+  fields.complete(config)
   limits.check(config)
   task = build_task(config) if with_task else cast(Task, _NoTask())
   check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
@@ -294,7 +297,7 @@ def build(
   if quantized and spec is None:
     raise ValueError(f"model.quantize={quantized!r} stores a frozen base: set lora.rank to train adapters")
   devices = jax.devices() if devices is None else devices
-  rules = config.rules.to_dict()
+  rules = meshes.changed(meshes.RULES, config.rules.to_dict())
   model = models.build(
     _size(config, source, tokenizer.vocab),
     tokenizer,

@@ -34,7 +34,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 CHANGEABLE = tuple(name for names in KINDS.values() for name in names)
 SETTLED = ("sft.steps", "sft.patience", "sft.learning_rate", "sft.max_grad_norm")
 """Fields of the start of diffu-GRPO, which is fixed once that has begun."""
-FREE = ("task.options", "task.mix", "grpo.estimator", "grpo.loss", "grpo.advantage")
+FREE = ("task.options", "task.mix", "grpo.reward_weights", "grpo.estimator", "grpo.loss", "grpo.advantage")
 """Sections without fields of their own: what is not in them is not there."""
 STAGES = ("grpo", "sft")
 

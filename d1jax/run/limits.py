@@ -145,7 +145,7 @@ def check(config: ConfigDict) -> None:
   for name, value in flatten(config.to_dict()).items():
     if name in LOCAL and isinstance(value, str):
       local(name, value)
-    limit = TABLE.get(name)
+    limit = REAL if name.startswith("grpo.reward_weights.") else TABLE.get(name)
     if limit is None or (limit.optional and value is None):
       continue
     if not limit.several:

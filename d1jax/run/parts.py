@@ -204,4 +204,7 @@ def renewed(config: dict[str, Any]) -> dict[str, Any]:
       told = {"name": told} | {option: value for option, value in was.items() if value is not None}
     known = _parameters(kind, table[told["name"]]) if told["name"] in table else {}
     grpo[kind] = {option: x.default for option, x in known.items() if x.default is not x.empty} | told
+  if isinstance(grpo.get("reward_weights"), str):
+    weights = [part.partition("=") for part in grpo["reward_weights"].split(",") if part]
+    grpo["reward_weights"] = {name.strip(): float(weight) for name, _, weight in weights}
   return config | {"grpo": grpo}

@@ -19,7 +19,7 @@ from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.rl.grading import Grader
 from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
-from d1jax.rl.shaping import Shaping, parse_weights
+from d1jax.rl.shaping import Shaping
 from d1jax.run import parts
 from d1jax.run.experiment import Experiment
 from d1jax.tasks import Mixture, Task
@@ -102,7 +102,7 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
     ValueError: a weight of a component that neither the right nor the constant answer to a training question has.
   """
   with _of_grpo():
-    found = Shaping(parse_weights(section.reward_weights), section.overlong, section.answered)
+    found = Shaping(section.reward_weights.to_dict(), section.overlong, section.answered)
   if found.weights or found.overlong or found.answered:
     names: dict[str, None] = {}
     for one in task.tasks.values() if isinstance(task, Mixture) else [task]:

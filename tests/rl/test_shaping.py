@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from d1jax.rl.shaping import UNSHAPED, Shaping, parse_weights
+from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.tasks.base import Grade
 
 GRADE = Grade({"right": 1.0, "format": 0.5}, {"solved": (1, 1)}, "42")
@@ -29,17 +29,6 @@ def test_length_is_punished_over_the_last_tokens(length, expected):
 def test_an_answer_that_can_be_read_pays(answer, expected):
   shaped = Shaping(answered=0.25)(Grade({"right": 0.0}, {}, answer), 8, 8)
   assert shaped.components == {"right": 0.0, "answered": expected}
-
-
-def test_weights_are_read_from_text():
-  assert parse_weights("") == {}
-  assert parse_weights("right=1,format=-0.5, overlong=2e-1") == {"right": 1.0, "format": -0.5, "overlong": 0.2}
-
-
-@pytest.mark.parametrize("text", ["right", "right=", "=1", "right=much", "right=1;format=2"])
-def test_what_is_no_weight_is_refused(text):
-  with pytest.raises(ValueError, match=r"write NAME=WEIGHT, separated by commas"):
-    parse_weights(text)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ WRONG = [
   ("grpo", "sft.logits_tile", 0),
   ("grpo", "grpo.logits_tile", -1),
   ("grpo", "tokenizer.vocab_size", 0),
+  ("grpo", "grpo.reward_weights.solved", "much"),
   ("grpo", "data.prompt_buckets", ("a",)),
   ("grpo", "evaluation.prompt_buckets", (33.5,)),
   ("grpo", "sft.completion_buckets", ()),

@@ -7,6 +7,7 @@ from configs.methods import METHODS
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.run import experiment as experiments
+from d1jax.run import parts
 from d1jax.run.identity import flatten
 from d1jax.training import configured
 from tests import jobs
@@ -35,7 +36,10 @@ def test_every_method_is_a_word(name, size, task):
 
 @pytest.mark.parametrize("words", ["tiny", "smoke,countdown", "llada_8b,math", "llada_8b,gsm8k,v5e"])
 def test_d1_is_what_there_is_without_a_word(words):
-  assert jobs.load("grpo", f"{words},d1").to_dict() == jobs.load("grpo", words).to_dict()
+  named, plain = (jobs.load("grpo", each) for each in (f"{words},d1", words))
+  for config in (named, plain):
+    parts.complete(config)
+  assert named.to_dict() == plain.to_dict()
 
 
 def test_the_documented_passes_are_those_of_the_words():
@@ -107,10 +111,12 @@ def test_rewards_are_the_tasks_where_nothing_is_said():
 
 def test_weights_are_of_the_components_of_every_task():
   weights = {"constraints": 0.5, "well_formed": 2.0, "overlong": 0.1}
-  found = shaping("tiny,sudoku,countdown", reward_weights="constraints=0.5,well_formed=2,overlong=0.1", overlong=4)
+  found = shaping(
+    "tiny,sudoku,countdown", reward_weights={"constraints": 0.5, "well_formed": 2, "overlong": 0.1}, overlong=4
+  )
   assert found == Shaping(weights, overlong=4)
 
 
 def test_a_weight_of_nothing_is_refused():
   with pytest.raises(ValueError, match="names 'well_formed', which is no component; known: constraints, solved"):
-    shaping(reward_weights="well_formed=2")
+    shaping(reward_weights={"well_formed": 2})

@@ -1,0 +1,163 @@
+"""Fields that few people set: they are not in the files of `configs/`, and have their values here until somebody does.
+
+`--config.grpo.save_every=10` sets one like any other field. What a run records of its configuration holds all of them.
+"""
+
+import ast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+STAGES = ("sft", "grpo")
+
+
+class Field(NamedTuple):
+  """A field that is there when it is set.
+
+  Attributes:
+    default: its value until then.
+    about: what it does.
+  """
+
+  default: Any
+  about: str
+
+
+_STAGE: Mapping[str, Field] = {
+  "b1": Field(0.9, "decay of AdamW's first moment"),
+  "ema_decay": Field(None, "of an average of the weights, which is validated, evaluated and exported; None: none"),
+  "save_every": Field(None, "iterations between checkpoints; None: every validation saves one"),
+  "patience": Field(None, "validations in a row without a better score that end the stage; None: all steps are done"),
+  "max_skipped_steps": Field(0, "iterations in a row whose loss may be not finite; one more ends the run"),
+}
+
+OPTIONAL: Mapping[str, Field] = {
+  "profile_steps": Field(None, "FIRST:LAST iterations, counted from 1, to trace into WORKDIR/profile; None: none"),
+  "distributed.coordinator": Field(None, "HOST:PORT of process 0; None: found on Cloud TPUs, GKE, Slurm, Open MPI"),
+  "distributed.processes": Field(None, "how many processes there are; None: found in the same way"),
+  "distributed.process": Field(None, "the number of this one; None: found in the same way"),
+  "distributed.timeout": Field(300, "seconds without a sign of life of a process until the others give up"),
+  "model.overrides.embed": Field(None, "the width of a model without a folder; None: the preset's"),
+  "model.overrides.heads": Field(None, "its heads"),
+  "model.overrides.mlp": Field(None, "the width of its feed-forward layers"),
+  "model.overrides.layers": Field(None, "its layers"),
+  "model.overrides.rope_theta": Field(None, "the base of its rotary positions"),
+  "model.unroll": Field(1, "layers that are compiled one after the other, instead of as a loop"),
+  "lora.rslora": Field(False, "scales adapters by alpha / sqrt(rank) instead of alpha / rank"),
+  "tokenizer.model_type": Field("char", "of the tokenizer that is trained without a folder: char, unigram, bpe"),
+  "tokenizer.vocab_size": Field(512, "its largest vocabulary"),
+  "rollout.refresh_every": Field(None, "steps between refreshes of the cache; None: one a block"),
+  "rollout.look_behind": Field(16, "tokens before the block that the cache `window` computes anew"),
+  "rollout.look_ahead": Field(16, "tokens behind the block that it computes anew"),
+  "rollout.threshold": Field(0.9, "the confidence from which the schedule `threshold` unmasks a token"),
+  "rollout.factor": Field(1.0, "of the schedule `factor`"),
+  "rollout.max_reveal": Field(4, "tokens a step under those two, at most"),
+  "sft.held_out": Field(0.05, "share of the file `sft.data` that validates"),
+  "sft.truncate": Field(False, "cuts answers beyond the largest bucket; otherwise they are left out"),
+  "grpo.score_reference": Field(False, "scores the reference where beta is 0 too, to log the KL to it"),
+  "grpo.importance_cap": Field(None, "of weights p_train / p_sample on recorded states; None: no weights"),
+  "grpo.dump_every": Field(0, "iterations between dumped rollouts; 0: none"),
+  "grpo.drift_every": Field(50, "iterations between looks at what the rollouts' cache changes; 0: none"),
+  "grpo.drift_limit": Field(None, "nats a token beyond which the cache goes off; None: the drift is only logged"),
+  **{f"{stage}.{name}": field for stage in STAGES for name, field in _STAGE.items()},
+}
+"""By dotted name. A field of a section that a configuration has not (`sft`, `rollout`) is not there either."""
+
+OPEN = ("rules", "rollout_rules", "task.options", "task.mix", "grpo.reward_weights")
+"""Sections whose fields have names of their own: axes, options of a task, tasks, components of a reward. One flag may
+set several: `--config.grpo.reward_weights="{'correct': 1.0, 'format': 0.2}"`, or `correct=1.0,format=0.2`."""
+_WHERE = {"": STAGES, "distributed": (*STAGES, "eval")}
+"""The modes of the configurations that have a section, or fields in none."""
+
+
+def _section(config: ConfigDict, name: str) -> ConfigDict | None:
+  """Where a field stands; None where the configuration has no such part."""
+  first, *rest = name.split(".")[:-1] or [""]
+  if first in _WHERE:
+    if config.get("mode") not in _WHERE[first]:
+      return None
+  elif ("model" if first == "tokenizer" else first) not in config:
+    return None
+  if not first:
+    return config
+  section = config
+  for part in (first, *rest):
+    if part not in section:
+      section[part] = ConfigDict()
+    section = section[part]
+  return section
+
+
+def complete(config: ConfigDict) -> None:
+  """Gives every field that was not set its value."""
+  with config.unlocked():
+    for name, field in OPTIONAL.items():
+      section = _section(config, name)
+      if section is not None and name.rpartition(".")[2] not in section:
+        section[name.rpartition(".")[2]] = field.default
+
+
+def take_flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+  """The arguments of a command line that set fields of this file or of `OPEN`: name and text; and the others."""
+  found, others, rest = [], [], iter(arguments)
+  for argument in rest:
+    flag, equals, text = argument.partition("=")
+    name = flag.lstrip("-").removeprefix("config.")
+    is_open = name in OPEN or any(name.startswith(section + ".") for section in OPEN)
+    if not flag.startswith("-") or not flag.lstrip("-").startswith("config.") or not (name in OPTIONAL or is_open):
+      others.append(argument)
+    else:
+      found.append((name, text if equals else next(rest, "")))
+  return found, others
+
+
+def _value(name: str, text: str) -> Any:
+  """The value that a text stands for, of the type of the field's default.
+
+  Raises:
+    ValueError: it is of another type.
+  """
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  default = OPTIONAL[name].default if name in OPTIONAL else None
+  if isinstance(default, float) and type(value) is int:
+    value = float(value)
+  if default is not None and type(value) is not type(default):
+    raise ValueError(f"{name}={text!r} must be of the type {type(default).__name__}, as its default {default!r} is")
+  return value
+
+
+def _single(name: str, text: str) -> list[tuple[str, str]]:
+  """The flags of single fields that a flag of an open section stands for."""
+  if name not in OPEN:
+    return [(name, text)]
+  try:
+    several = {str(field): repr(value) for field, value in ast.literal_eval(text).items()} if text else {}
+  except (ValueError, SyntaxError, AttributeError):
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(field.strip() and value.strip() for field, _, value in parts):
+      raise ValueError(f"{name}={text!r}: write NAME=VALUE, separated by commas, or a dictionary") from None
+    several = {field.strip(): value.strip() for field, _, value in parts}
+  return [(f"{name}.{field}", value) for field, value in several.items()]
+
+
+def choose(config: ConfigDict, flags: Sequence[tuple[str, str]]) -> None:
+  """Sets fields.
+
+  Raises:
+    ValueError: the configuration has no such part, or a value is of another type.
+  """
+  with config.unlocked():
+    for name, text in [one for flag in flags for one in _single(*flag)]:
+      if any(name.startswith(section + ".") for section in OPEN):
+        section = config
+        for part in name.split(".")[:-1]:
+          section = section[part]
+      else:
+        section = _section(config, name)
+      if section is None:
+        raise ValueError(f"this configuration has no field {name}")
+      section[name.rpartition(".")[2]] = _value(name, text)
