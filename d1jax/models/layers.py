@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,27 @@ from jaxtyping import Array, Bool, Float, Int, Key
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 """States where an activation with these logical axes lives; the identity without a mesh."""
 
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(q[B T N H], k[B S K H], v[B S K H], valid[B S]) -> [B T N H]`: every query attends to all valid keys; T <= S."""
+
+class Visible(NamedTuple):
+  """Who sees whom: a query sees a key that is valid, and that stands no later than itself in the order.
+
+  Without an order attention goes both ways. With `i` as the order of position i it is causal, with `i // 4` it is
+  block-causal: both ways inside a block of four, and backwards across blocks. The order is the same in every row. What
+  a query that sees no key gets is finite, and means nothing.
+
+  Attributes:
+    valid: false at padding.
+    q_order: of the queries; None where there is no order.
+    k_order: of the keys; None where there is no order.
+  """
+
+  valid: Bool[Array, "B S"]
+  q_order: Int[Array, "T"] | None = None
+  k_order: Int[Array, "S"] | None = None
+
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, Visible], jax.Array]
+"""`(q[B T N H], k[B S K H], v[B S K H], visible) -> [B T N H]`: every query attends to the keys it sees; T <= S."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """`(q[B L N H], k[B L K H], v[B L K H]) -> (mixed[B L N H], kept)`: what a layer does with the queries, keys and values
@@ -45,10 +64,13 @@ def plain_attention(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K H"],
-  valid: Bool[Array, "B S"],
+  visible: Visible,
 ) -> Float[Array, "B T N H"]:
-  """Full bidirectional attention, softmax in float32, padding keys masked; N / K queries share a key-value head."""
-  return jax.nn.dot_product_attention(q, k, v, mask=valid[:, None, None, :])
+  """Attention by an explicit mask, softmax in float32; N / K queries share a key-value head."""
+  seen = visible.valid[:, None, None, :]
+  if visible.q_order is not None and visible.k_order is not None:
+    seen = seen & (visible.k_order <= visible.q_order[:, None])
+  return jax.nn.dot_product_attention(q, k, v, mask=seen)
 
 
 def weight(key: jax.Array, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -219,7 +241,7 @@ class GatedMlp(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-  """Multi-head attention in both directions with rotary positions; N / K query heads share a key-value head."""
+  """Multi-head attention with rotary positions; N / K query heads share a key-value head."""
 
   def __init__(
     self,

@@ -1,4 +1,4 @@
-"""The mask predictor p(x_0 | x_t), a bidirectional transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
+"""The mask predictor p(x_0 | x_t), a transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
 
 LLaDA's blocks are Llama's; Dream's are Qwen2.5's (grouped key-value heads, biases of q, k and v).
 
@@ -25,6 +25,7 @@ from d1jax.models.layers import (
   DropoutKeys,
   RMSNorm,
   RopeScaling,
+  Visible,
   fold_tokens,
   look_up,
   no_constraint,
@@ -152,18 +153,27 @@ class Transformer(nnx.Module):
       self.head = weight(rngs.params(), table, (size.embed, size.vocab), ("embed", "vocab"))
 
   def encode(
-    self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], dropout: DropoutKeys = None
+    self,
+    tokens: Int[Array, "B L"],
+    valid: Bool[Array, "B L"],
+    dropout: DropoutKeys = None,
+    order: Int[Array, "L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    """The last hidden states, normalised."""
+    """The last hidden states, normalised; see `Network`."""
+    visible = Visible(valid, order, order)
 
     def attend(kept: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
       del layer
-      return self.attention(q, k, v, valid), kept
+      return self.attention(q, k, v, visible), kept
 
     return self._layers(tokens, 0, attend, None, dropout)[0]
 
   def encode_window(
-    self, tokens: Int[Array, "B W"], start: int | Int[Array, ""], cache: Cache
+    self,
+    tokens: Int[Array, "B W"],
+    start: int | Int[Array, ""],
+    cache: Cache,
+    order: Int[Array, "L"] | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:
     """The last hidden states of a window, whose keys and values are renewed in the cache.
 
@@ -171,12 +181,15 @@ class Transformer(nnx.Module):
       tokens: of the window.
       start: its position; one beyond L - W is taken for L - W, one below 0 for 0.
       cache: is not used any more.
+      order: of the canvas, see `Network`.
     """
     start = jnp.clip(start, 0, cache.valid.shape[1] - tokens.shape[1])
+    own = None if order is None else jax.lax.dynamic_slice_in_dim(order, start, tokens.shape[1])
+    visible = Visible(cache.valid, own, order)
 
     def attend(cache: Cache, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
       cache, k, v = renewed(cache, layer, start, k, v, self.constrain)
-      return self.attention(q, k, v, cache.valid), cache
+      return self.attention(q, k, v, visible), cache
 
     return self._layers(tokens, start, attend, cache)
 
@@ -216,12 +229,13 @@ class Network(NamedTuple):
 
   Attributes:
     init: `key -> params`, all float32.
-    encode: `(params, tokens[B L], valid[B L], dropout=None) -> hidden[B L D]`; `dropout` are keys, one a token.
+    encode: `(params, tokens[B L], valid[B L], dropout=None, order=None) -> hidden[B L D]`; `dropout` are keys, one a
+      token; `order[L]` says who sees whom: a position sees those that stand no later in the order (`layers.Visible`).
     head: `params -> weight[D V]`, as stored; logits are `hidden @ head`.
     init_cache: `valid[B L] -> cache`, empty: the first window covers the canvas.
-    encode_window: `(params, tokens[B W], start, cache) -> (hidden[B W D], cache)`: the positions from `start` on, which
-      attend to all of the cache; their own keys and values are renewed in it first. A start beyond L - W is taken for
-      L - W. The window that covers the canvas equals `encode`.
+    encode_window: `(params, tokens[B W], start, cache, order=None) -> (hidden[B W D], cache)`: the positions from
+      `start` on, which attend to what they see of the cache; their own keys and values are renewed in it first. A start
+      beyond L - W is taken for L - W. The window that covers the canvas equals `encode`. `order` is the canvas's.
     axes: the tree of logical axes, a tuple of names a parameter.
     size: the sizes.
   """
@@ -280,9 +294,13 @@ def build(
     return nnx.to_pure_dict(nnx.state(module(key)))
 
   def encode(
-    params: Params, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], dropout: DropoutKeys = None
+    params: Params,
+    tokens: Int[Array, "B L"],
+    valid: Bool[Array, "B L"],
+    dropout: DropoutKeys = None,
+    order: Int[Array, "L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    return nnx.merge(graph, params).encode(tokens, valid, dropout)
+    return nnx.merge(graph, params).encode(tokens, valid, dropout, order)
 
   def head(params: Params) -> Float[Array, "D V"]:
     return nnx.merge(graph, params).unembedding()
@@ -291,9 +309,13 @@ def build(
     return empty(valid, size.layers, size.key_value_heads, size.head_size, dtype, constrain)
 
   def encode_window(
-    params: Params, tokens: Int[Array, "B W"], start: int | Int[Array, ""], cache: Cache
+    params: Params,
+    tokens: Int[Array, "B W"],
+    start: int | Int[Array, ""],
+    cache: Cache,
+    order: Int[Array, "L"] | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:
-    return nnx.merge(graph, params).encode_window(tokens, start, cache)
+    return nnx.merge(graph, params).encode_window(tokens, start, cache, order)
 
   return Network(init, encode, head, init_cache, encode_window, nnx.to_pure_dict(axes), size)
 
