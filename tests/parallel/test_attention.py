@@ -11,6 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
 import d1jax
+from d1jax import model
 from d1jax.models import transformer
 from d1jax.models.layers import Visible, plain_attention
 from d1jax.models.transformer import TransformerSize
@@ -368,7 +369,7 @@ def test_a_folder_gets_the_attention_of_its_mesh(tmp_path, monkeypatch):
     made.append((mesh, rules))
     return lambda q, k, v, visible: jnp.zeros_like(q)
 
-  monkeypatch.setattr(pretrained, "attention", attention)
+  monkeypatch.setattr(model, "attention", attention)
   mesh, rules = mesh_of(1, 2, 1), {**RULES, "mlp": None}
   found = d1jax.from_pretrained(hub.write(tmp_path, "llama", dtype="float32"), jnp.float32, mesh=mesh, rules=rules)
   assert made == [(mesh, rules)]
