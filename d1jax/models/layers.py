@@ -243,33 +243,25 @@ class GatedMlp(nnx.Module):
 class SelfAttention(nnx.Module):
   """Multi-head attention with rotary positions; N / K query heads share a key-value head."""
 
-  def __init__(
-    self,
-    embed: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    *,
-    bias: bool,
-    theta: float,
-    scaling: RopeScaling | None,
-    dtype: DTypeLike,
-    project: Project = project,
-    rngs: nnx.Rngs,
-  ):
+  def __init__(self, size: "TransformerSize", *, dtype: DTypeLike, project: Project = project, rngs: nnx.Rngs):
     init = nnx.initializers.lecun_normal()
-    self.head_dim, self.theta, self.scaling, self.dtype, self.project = head_dim, theta, scaling, dtype, project
-    inner, shared = heads * head_dim, kv_heads * head_dim
+    self.head_dim, self.theta, self.scaling = size.head_size, size.rope_theta, size.rope_scaling
+    self.dtype, self.project, self.bias = dtype, project, size.qkv_bias
+    embed, inner, shared = size.embed, size.heads * size.head_size, size.key_value_heads * size.head_size
     self.query = weight(rngs.params(), init, (embed, inner), ("embed", "heads"))
     self.key = weight(rngs.params(), init, (embed, shared), ("embed", "kv_heads"))
     self.value = weight(rngs.params(), init, (embed, shared), ("embed", "kv_heads"))
     self.out = weight(rngs.params(), init, (inner, embed), ("heads", "embed"))
-    self.bias = bias
-    if bias:
+    if self.bias:
       zeros = nnx.initializers.zeros
       self.query_bias = weight(rngs.params(), zeros, (inner,), ("heads",))
       self.key_bias = weight(rngs.params(), zeros, (shared,), ("kv_heads",))
       self.value_bias = weight(rngs.params(), zeros, (shared,), ("kv_heads",))
+
+  def before_rotary(self, name: str, heads: Float[Array, "B L N H"]) -> Float[Array, "B L N H"]:
+    """The heads of `query` or `key` as they go into the rotary embedding; a family's own layer may change them."""
+    del name
+    return heads
 
   def __call__(
     self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None
@@ -293,31 +285,78 @@ class SelfAttention(nnx.Module):
       return y.reshape(*x.shape[:2], -1, self.head_dim)
 
     frequency = rotary_frequencies(self.head_dim // 2, self.theta, self.scaling)
-    q, k = (rotary(heads(index, name), frequency, start) for index, name in enumerate(("query", "key")))
+    q, k = (
+      rotary(self.before_rotary(name, heads(index, name)), frequency, start)
+      for index, name in enumerate(("query", "key"))
+    )
     mixed, kept = attend(q, k, heads(2, "value"))
     out = self.project(self.out.get_value(), mixed.reshape(*x.shape[:2], -1), self.dtype, fold_tokens(dropout, 3))
     return out, kept
 
 
+@dataclasses.dataclass(frozen=True)
+class TransformerSize:
+  """The sizes of a network, and what its layers are; `d1jax.models.families.PRESETS` names some.
+
+  Attributes:
+    vocab: rows of the embedding.
+    embed: D.
+    heads: N.
+    mlp: F.
+    layers: blocks.
+    rope_theta: base of the rotary wavelengths.
+    norm_eps: of the norms.
+    kv_heads: K, a divisor of N; None is N.
+    head_dim: H; None is D / N.
+    qkv_bias: whether q, k and v have biases (Qwen2).
+    tied: whether the head is the transposed embedding.
+    rope_scaling: Llama 3's.
+    attention_layer: `SelfAttention`, or a family's own kind of it.
+  """
+
+  vocab: int
+  embed: int
+  heads: int
+  mlp: int
+  layers: int
+  rope_theta: float = 5e5
+  norm_eps: float = 1e-5
+  kv_heads: int | None = None
+  head_dim: int | None = None
+  qkv_bias: bool = False
+  tied: bool = False
+  rope_scaling: RopeScaling | None = None
+  attention_layer: type[SelfAttention] = SelfAttention
+
+  def __post_init__(self) -> None:
+    if self.head_dim is None and self.embed % (2 * self.heads):
+      raise ValueError(
+        f"embed={self.embed} is not a multiple of 2 * heads={2 * self.heads}: rotary halves need an even head size"
+      )
+    if self.head_size % 2:
+      raise ValueError(f"head_dim={self.head_dim} is odd: rotary halves need an even head size")
+    if self.heads % self.key_value_heads:
+      raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+
+  @property
+  def key_value_heads(self) -> int:
+    """K."""
+    return self.heads if self.kv_heads is None else self.kv_heads
+
+  @property
+  def head_size(self) -> int:
+    """H."""
+    return self.embed // self.heads if self.head_dim is None else self.head_dim
+
+
 class Block(nnx.Module):
   """One pre-norm block: attention, then the gated MLP, each added to the residual stream."""
 
-  def __init__(
-    self,
-    embed: int,
-    mlp: int,
-    *,
-    eps: float,
-    dtype: DTypeLike,
-    project: Project = project,
-    rngs: nnx.Rngs,
-    **attention: Any,
-  ):
-    """Makes the weights; `attention` are the other arguments of `SelfAttention`."""
-    self.attention_norm = RMSNorm(embed, eps=eps, rngs=rngs)
-    self.attention = SelfAttention(embed, **attention, dtype=dtype, project=project, rngs=rngs)
-    self.mlp_norm = RMSNorm(embed, eps=eps, rngs=rngs)
-    self.mlp = GatedMlp(embed, mlp, dtype=dtype, project=project, rngs=rngs)
+  def __init__(self, size: TransformerSize, *, dtype: DTypeLike, project: Project = project, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(size.embed, eps=size.norm_eps, rngs=rngs)
+    self.attention = size.attention_layer(size, dtype=dtype, project=project, rngs=rngs)
+    self.mlp_norm = RMSNorm(size.embed, eps=size.norm_eps, rngs=rngs)
+    self.mlp = GatedMlp(size.embed, size.mlp, dtype=dtype, project=project, rngs=rngs)
 
   def __call__(
     self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None

@@ -1,12 +1,9 @@
 """The mask predictor p(x_0 | x_t), a transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
 
-LLaDA's blocks are Llama's; Dream's are Qwen2.5's (grouped key-value heads, biases of q, k and v).
-
 The layers are one stacked block under `jax.lax.scan`, so that compile time does not grow with depth. Flax NNX modules
 define the network; everything else sees pure functions of a nested dict of arrays.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +21,7 @@ from d1jax.models.layers import (
   Constrain,
   DropoutKeys,
   RMSNorm,
-  RopeScaling,
+  TransformerSize,
   Visible,
   fold_tokens,
   look_up,
@@ -36,76 +33,6 @@ from d1jax.models.layers import (
 )
 
 Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerSize:
-  """The sizes of a network; `PRESETS` names three.
-
-  Attributes:
-    vocab: rows of the embedding.
-    embed: D.
-    heads: N.
-    mlp: F.
-    layers: blocks.
-    rope_theta: base of the rotary wavelengths.
-    norm_eps: of the norms.
-    kv_heads: K, a divisor of N; None is N.
-    head_dim: H; None is D / N.
-    qkv_bias: whether q, k and v have biases (Qwen2).
-    tied: whether the head is the transposed embedding.
-    rope_scaling: Llama 3's.
-  """
-
-  vocab: int
-  embed: int
-  heads: int
-  mlp: int
-  layers: int
-  rope_theta: float = 5e5
-  norm_eps: float = 1e-5
-  kv_heads: int | None = None
-  head_dim: int | None = None
-  qkv_bias: bool = False
-  tied: bool = False
-  rope_scaling: RopeScaling | None = None
-
-  def __post_init__(self) -> None:
-    if self.head_dim is None and self.embed % (2 * self.heads):
-      raise ValueError(
-        f"embed={self.embed} is not a multiple of 2 * heads={2 * self.heads}: rotary halves need an even head size"
-      )
-    if self.head_size % 2:
-      raise ValueError(f"head_dim={self.head_dim} is odd: rotary halves need an even head size")
-    if self.heads % self.key_value_heads:
-      raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
-
-  @property
-  def key_value_heads(self) -> int:
-    """K."""
-    return self.heads if self.kv_heads is None else self.kv_heads
-
-  @property
-  def head_size(self) -> int:
-    """H."""
-    return self.embed // self.heads if self.head_dim is None else self.head_dim
-
-
-PRESETS = {  # vocab: at least; a run takes more where its tokenizer needs it
-  "tiny": TransformerSize(vocab=32, embed=64, heads=4, mlp=192, layers=3, rope_theta=100.0),
-  "llada_8b": TransformerSize(vocab=126464, embed=4096, heads=32, mlp=12288, layers=32),
-  "dream_7b": TransformerSize(
-    vocab=152064,
-    embed=3584,
-    heads=28,
-    mlp=18944,
-    layers=28,
-    rope_theta=1e6,
-    norm_eps=1e-6,
-    kv_heads=4,
-    qkv_bias=True,
-  ),
-}
 
 
 class Transformer(nnx.Module):
@@ -131,20 +58,7 @@ class Transformer(nnx.Module):
     @nnx.split_rngs(splits=size.layers)
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
     def stacked(rngs: nnx.Rngs) -> Block:
-      return Block(
-        size.embed,
-        size.mlp,
-        heads=size.heads,
-        kv_heads=size.key_value_heads,
-        head_dim=size.head_size,
-        bias=size.qkv_bias,
-        theta=size.rope_theta,
-        scaling=size.rope_scaling,
-        eps=size.norm_eps,
-        dtype=dtype,
-        project=project_by_row if cut_length else project,
-        rngs=rngs,
-      )
+      return Block(size, dtype=dtype, project=project_by_row if cut_length else project, rngs=rngs)
 
     self.blocks = stacked(rngs)
     self.final_norm = RMSNorm(size.embed, eps=size.norm_eps, rngs=rngs)
@@ -185,11 +99,10 @@ class Transformer(nnx.Module):
     """
     start = jnp.clip(start, 0, cache.valid.shape[1] - tokens.shape[1])
     own = None if order is None else jax.lax.dynamic_slice_in_dim(order, start, tokens.shape[1])
-    visible = Visible(cache.valid, own, order)
 
     def attend(cache: Cache, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
       cache, k, v = renewed(cache, layer, start, k, v, self.constrain)
-      return self.attention(q, k, v, visible), cache
+      return self.attention(q, k, v, Visible(cache.valid, own, order)), cache
 
     return self._layers(tokens, start, attend, cache)
 
@@ -262,7 +175,7 @@ def build(
   """Builds the pure functions of a transformer without touching memory.
 
   Args:
-    size: the sizes, e.g. `PRESETS["tiny"]`.
+    size: the sizes, e.g. `families.PRESETS["tiny"]`.
     dtype: of the matrix products; weights, norms, softmax and logits are float32 anyway.
     remat: recompute each block in the backward pass instead of keeping its activations.
     unroll: how many layers the scan unrolls; unrolling helps small models on a CPU.

@@ -19,6 +19,7 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.model import Source, build_denoiser, inspect
 from d1jax.models import transformer
+from d1jax.models.families import PRESETS
 from d1jax.models.lora import LoraSpec
 from d1jax.models.quantize import KINDS
 from d1jax.parallel import mesh as meshes
@@ -283,9 +284,9 @@ def _size(config: ConfigDict, source: Source | None, known_ids: int) -> transfor
     if overrides:
       raise ValueError(f"model.overrides {', '.join(overrides)} cannot change the sizes of {source.folder}")
     return source.size
-  if config.model.size not in transformer.PRESETS:
-    raise ValueError(f"model.size={config.model.size!r} is unknown; known: {', '.join(transformer.PRESETS)}")
-  preset = transformer.PRESETS[config.model.size]
+  if config.model.size not in PRESETS:
+    raise ValueError(f"model.size={config.model.size!r} is unknown; known: {', '.join(PRESETS)}")
+  preset = PRESETS[config.model.size]
   # The preset's vocabulary, or more where the tokenizer needs it, rounded up so that a tensor axis divides it.
   return dataclasses.replace(preset, **({"vocab": max(preset.vocab, -(-known_ids // 8) * 8)} | overrides))
 

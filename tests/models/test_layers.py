@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -10,6 +11,8 @@ from flax import nnx
 from d1jax.aot import collectives, hlo
 from d1jax.models import layers
 from d1jax.parallel import mesh as meshes
+
+SIZE = layers.TransformerSize(vocab=4, embed=8, heads=2, mlp=12, layers=1, rope_theta=100.0, kv_heads=1, head_dim=6)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -135,8 +138,7 @@ def test_a_query_sees_the_valid_keys_that_stand_no_later_in_the_order(name, wind
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_what_is_kept_is_handed_through_a_block():
-  attention = dict(heads=2, kv_heads=1, head_dim=6, bias=False, theta=100.0, scaling=None)
-  block = layers.Block(8, 12, **attention, eps=1e-5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  block = layers.Block(SIZE, dtype=jnp.float32, rngs=nnx.Rngs(0))
   x = jnp.asarray(random(2, 3, 8))
   _, (q, k, v) = block(x, 4, lambda q, k, v: (jnp.zeros_like(q), (q, k, v)))
   assert (q.shape, k.shape, v.shape) == ((2, 3, 2, 6), (2, 3, 1, 6), (2, 3, 1, 6))
@@ -162,8 +164,8 @@ def test_grouped_heads_are_heads_with_repeated_keys_and_values():
 
 def attention_of(**options):
   """A layer of embed 8 with two heads of 6, one key-value head, its biases far from zero."""
-  defaults = dict(kv_heads=1, bias=False, theta=100.0, scaling=None)
-  layer = layers.SelfAttention(8, 2, head_dim=6, **{**defaults, **options}, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  size = dataclasses.replace(SIZE, **options)
+  layer = size.attention_layer(size, dtype=jnp.float32, rngs=nnx.Rngs(0))
   if layer.bias:
     for seed, name in enumerate(("query_bias", "key_bias", "value_bias")):
       getattr(layer, name)[...] = jnp.asarray(random(*getattr(layer, name).shape, seed=seed))
@@ -177,7 +179,7 @@ def attending(valid):
 @pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("bias", [False, True])
 def test_attention_projects_adds_biases_turns_and_mixes(bias):
-  layer = attention_of(bias=bias)
+  layer = attention_of(qkv_bias=bias)
   x, valid = jnp.asarray(random(2, 5, 8)), jnp.ones((2, 5), bool)
 
   def heads(name, count):
@@ -194,9 +196,9 @@ def test_attention_projects_adds_biases_turns_and_mixes(bias):
 
 
 def test_biases_start_at_zero_and_only_where_they_are_asked_for():
-  rngs = nnx.Rngs(0)
-  options = dict(kv_heads=1, head_dim=6, theta=100.0, scaling=None, dtype=jnp.float32, rngs=rngs)
-  without, with_biases = (layers.SelfAttention(8, 2, bias=bias, **options) for bias in (False, True))
+  options = dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
+  sizes = (dataclasses.replace(SIZE, qkv_bias=bias) for bias in (False, True))
+  without, with_biases = (layers.SelfAttention(size, **options) for size in sizes)
   names = {"query_bias", "key_bias", "value_bias"}
   assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(with_biases))} - {
     path[0] for path, _ in nnx.to_flat_state(nnx.state(without))
@@ -271,8 +273,7 @@ def test_gated_mlp():
 
 
 def test_weights_are_float32_whatever_the_compute_type():
-  attention = dict(heads=2, kv_heads=1, head_dim=6, bias=True, theta=100.0, scaling=None)
-  block = layers.Block(8, 12, **attention, eps=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  block = layers.Block(dataclasses.replace(SIZE, qkv_bias=True), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(block))} == {jnp.dtype("float32")}
   x = jnp.asarray(random(1, 3, 8), jnp.bfloat16)
   out, _ = jax.eval_shape(lambda x: block(x, 0, attending(jnp.ones((1, 3), bool))), x)

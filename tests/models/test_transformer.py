@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from d1jax.models import layers, transformer
-from d1jax.models.transformer import PRESETS, TransformerSize, build, parameter_count
+from d1jax.models.families import PRESETS
+from d1jax.models.transformer import TransformerSize, build, parameter_count
 from tests.models import forward
 
 SIZE = TransformerSize(vocab=11, embed=16, heads=2, mlp=24, layers=3, rope_theta=50.0)
