@@ -119,6 +119,19 @@ def test_a_read_on_a_mesh_is_the_load(wide, loaded, dtype, kind, sizes):
   assert largest == 1 / (sizes["fsdp"] * sizes["tensor"]), "matrices are not split over fsdp and tensor"
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_norms_of_heads_are_whole_on_every_device(tmp_path, kind):
+  folders.write(tmp_path, "qwen3", mlp=256, embed=256)
+  one = load.load(tmp_path, jnp.float32, quantized=kind)
+  axes = lora.quantized_axes(one.network.axes) if kind else one.network.axes
+  placements = meshes.shardings(meshes.make_mesh(dict(data=2, fsdp=2, tensor=2)), meshes.RULES, axes)
+  found = load.read(tmp_path, one.network, jnp.float32, placements, quantized=kind)
+  assert_same(found, one.params)
+  scale = found["blocks"]["attention"]["query_norm"]["scale"]
+  assert {shard.data.shape for shard in scale.addressable_shards} == {scale.shape} == {(3, 32)}
+
+
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_small_pieces_give_the_same_bits(wide, loaded, monkeypatch, kind):
   """An odd number of rows a piece, so that the last one is smaller."""

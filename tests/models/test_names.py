@@ -61,6 +61,17 @@ def test_stored_shapes_are_those_of_pytorch(preset, scheme, real_sizes, biases):
   assert any(name.endswith(".bias") for name in found) == biases
 
 
+def test_qwen3_is_stored_as_pytorch_stores_it():
+  """Of Qwen3-8B, which has as many tensors as SDAR-8B."""
+  sizes = dict(vocab=151936, embed=4096, heads=32, kv_heads=8, head_size=128, mlp=12288, layers=36)
+  config = folders.qwen3_config(sizes, "bfloat16")
+  size = FAMILIES["qwen3"].size(config)
+  found = {tensor: shape for tensor, _, _, shape in tensors_of(size, FAMILIES["qwen3"].schemes[0])}
+  assert found == folders.shapes_of("qwen3", sizes)
+  assert len(found) == 399
+  assert transformer.parameter_count(transformer.build(size)) == 8_190_735_360
+
+
 @pytest.mark.parametrize("family", folders.FAMILIES)
 def test_the_scheme_is_told_by_the_tensors(family):
   """LLaDA's folders may have Llama's names."""

@@ -17,7 +17,13 @@ from d1jax.models.lora import PROJECTIONS, LoraSpec
 from tests.models import folders
 
 GOLDENS = Path(__file__).parent / "goldens"
-ADAPTERS = {"llama_all": "llama", "llama_qv": "llama", "llada_d1": "llada", "llada_all": "llada"}
+ADAPTERS = {
+  "llama_all": "llama",
+  "llama_qv": "llama",
+  "qwen3_all": "qwen3",
+  "llada_d1": "llada",
+  "llada_all": "llada",
+}
 LLADA_Q = "base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight"
 
 
@@ -25,7 +31,7 @@ LLADA_Q = "base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight"
 def networks(tmp_path_factory):
   """The networks of the small folders."""
   found = {}
-  for family in ("llama", "llada"):
+  for family in ("llama", "qwen3", "llada"):
     folder = tmp_path_factory.mktemp(family)
     config = folders.CONFIGS[family](folders.SIZES[family], "float32")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
