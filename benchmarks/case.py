@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.model import build_denoiser
 from d1jax.models import transformer
+from d1jax.models.families import PRESETS
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel.attention import attention
@@ -54,10 +55,8 @@ class Case:
 
 CASES = {
   "mid": Case(TransformerSize(32768, 512, 8, 1536, 8), "float32", (4,), 128, 64, 32, 32),
-  "llada_8b": Case(transformer.PRESETS["llada_8b"], "bfloat16", (6, 24, 32), 200, 256, 32, 128),
-  "llada_4_layers": Case(
-    dataclasses.replace(transformer.PRESETS["llada_8b"], layers=4), "bfloat16", (6,), 200, 256, 32, 128
-  ),
+  "llada_8b": Case(PRESETS["llada_8b"], "bfloat16", (6, 24, 32), 200, 256, 32, 128),
+  "llada_4_layers": Case(dataclasses.replace(PRESETS["llada_8b"], layers=4), "bfloat16", (6,), 200, 256, 32, 128),
   "small": Case(TransformerSize(2048, 128, 4, 384, 2), "bfloat16", (2, 4), 24, 64, 16, 16),
 }
 """`mid` is for a CPU and `llada_8b` for a GPU, with four layers where all weights are trained: moments, gradients and a

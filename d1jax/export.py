@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from d1jax.errors import RunError, input_checked
 from d1jax.evaluation.subject import Found, find_checkpoint, read_run
 from d1jax.files import FileError, write_check
-from d1jax.models import load, lora, names, peft, save
+from d1jax.models import families, load, lora, peft, save
+from d1jax.models.families import llada
 from d1jax.models.tensor_files import TensorFiles
 from d1jax.models.transformer import Params
 from d1jax.run import limits
@@ -109,5 +110,6 @@ def _save_adapter(output: Path, adapter: Params, weights: Weights) -> None:
   if weights.lora is None:
     raise ValueError("the run trained every weight and has no adapter; use config.form=model")
   source = weights.source.folder if weights.source else None
-  scheme = names.scheme_of(TensorFiles(source).shapes) if source else names.LLADA
+  tensors = TensorFiles(source).shapes if source else {}
+  scheme = families.describe(source).family.scheme_of(tensors) if source else llada.NAMES
   peft.save(output, adapter, weights.lora, base=str(source or ""), scheme=scheme)

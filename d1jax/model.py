@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.models import load, transformer
+from d1jax.models.families import PRESETS
 from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import Network, Params, TransformerSize
 from d1jax.parallel import mesh as meshes
@@ -332,7 +333,7 @@ def scaled_to(size: TransformerSize | str, known_ids: int, **changes: Any) -> Tr
     ValueError: a name that is no preset.
   """
   if isinstance(size, str):
-    if size not in transformer.PRESETS:
-      raise ValueError(f"model.size={size!r} is unknown; known: {', '.join(transformer.PRESETS)}")
-    size = transformer.PRESETS[size]
+    if size not in PRESETS:
+      raise ValueError(f"model.size={size!r} is unknown; known: {', '.join(PRESETS)}")
+    size = PRESETS[size]
   return dataclasses.replace(size, **({"vocab": max(size.vocab, -(-known_ids // 8) * 8)} | changes))

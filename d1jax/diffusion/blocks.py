@@ -26,11 +26,16 @@ class Window(NamedTuple):
   width: int
 
 
-def check_cached(denoiser: Denoiser, spec: SamplerSpec) -> None:
-  """Raises a ValueError where the spec asks for a cache that the denoiser has not."""
+def check(denoiser: Denoiser, spec: SamplerSpec) -> None:
+  """Raises a ValueError where the spec asks for a cache that the denoiser has not, or cuts the network's blocks."""
   if spec.cache != "none" and (denoiser.init_cache is None or denoiser.encode_window is None):
     raise ValueError(
       f"cache={spec.cache!r} needs a denoiser with init_cache and encode_window; this one has none: use cache='none'"
+    )
+  if denoiser.block is not None and spec.block_length % denoiser.block:
+    raise ValueError(
+      f"block_length={spec.block_length} cuts blocks of {denoiser.block} tokens, inside which the network attends both"
+      f" ways: use block_length={denoiser.block}"
     )
 
 

@@ -31,6 +31,9 @@ class Denoiser:
     encode_window: `(params, tokens[B W], start, cache) -> (hidden[B W D], cache)`: encodes the positions from `start`
       on, which attend to the cache with their own entries renewed. The window that covers the canvas is a refresh and
       equals `encode`.
+    block: the length inside which attention of a block-causal network goes both ways. Blocks are counted from the first
+      position of the canvas; in `encode` and `encode_window` a position sees its own block and all before it. None:
+      attention goes both ways everywhere.
     vocab_shards: over how many devices the head's columns are cut; tiles of the vocabulary take a part of each share.
   """
 
@@ -43,6 +46,7 @@ class Denoiser:
   shift: int = 0
   init_cache: Callable[..., Any] | None = None
   encode_window: Callable[..., tuple[jax.Array, Any]] | None = None
+  block: int | None = None
   vocab_shards: int = 1
 
   def __post_init__(self) -> None:
@@ -52,6 +56,8 @@ class Denoiser:
         raise ValueError(f"{name}={getattr(self, name)} lies outside the vocabulary of {self.vocab}")
     if self.mask_id not in self.forbidden_ids:
       raise ValueError(f"forbidden_ids={self.forbidden_ids} lacks the mask {self.mask_id}, which is never a prediction")
+    if self.block is not None and self.block < 1:
+      raise ValueError(f"block={self.block} must be at least 1, or None for attention both ways")
 
   def hidden_predicting(self, hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
     """The hidden states that predict these positions; the only place that knows whether a position predicts itself."""

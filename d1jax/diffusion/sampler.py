@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from d1jax import keys
-from d1jax.diffusion.blocks import Caches, Window, block_logits, check_cached, init_caches, window_of
+from d1jax.diffusion.blocks import Caches, Window, block_logits, check, init_caches, window_of
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob, propose
 from d1jax.diffusion.rollout import Rollout, SamplerSpec, up_to_stop
@@ -76,9 +76,9 @@ def sample(
     row_multiple: batches stay multiples of this when finished rows are left behind: the devices that share a batch.
 
   Raises:
-    ValueError: the denoiser has no cached form, or no row to predict the first token from.
+    ValueError: the denoiser has no cached form, other blocks, or no row to predict the first token from.
   """
-  check_cached(denoiser, spec)
+  check(denoiser, spec)
   batch, prompt_length = prompt.shape
   if prompt_length < denoiser.shift:
     raise ValueError("prompt has width 0, but this network predicts a token from the one before: pass one at least")

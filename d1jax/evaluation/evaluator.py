@@ -70,7 +70,7 @@ class Evaluation:
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(name for grade in self.graded.grades for name in grade.metrics):
       share = self.share(name)
-      summary |= {name: share.value, f"{name}_interval": [share.low, share.high]}
+      summary |= {name: share.value, f"{name}_interval": [float(share.low), float(share.high)]}
       if share.n < len(self.records):
         summary[f"{name}_n"] = share.n
     return summary | {"n": len(self.records)}

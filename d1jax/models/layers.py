@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,27 @@ from jaxtyping import Array, Bool, Float, Int, Key
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 """States where an activation with these logical axes lives; the identity without a mesh."""
 
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`(q[B T N H], k[B S K H], v[B S K H], valid[B S]) -> [B T N H]`: every query attends to all valid keys; T <= S."""
+
+class Visible(NamedTuple):
+  """Who sees whom: a query sees a key that is valid, and that stands no later than itself in the order.
+
+  Without an order attention goes both ways. With `i` as the order of position i it is causal, with `i // 4` it is
+  block-causal: both ways inside a block of four, and backwards across blocks. The order is the same in every row. What
+  a query that sees no key gets is finite, and means nothing.
+
+  Attributes:
+    valid: false at padding.
+    q_order: of the queries; None where there is no order.
+    k_order: of the keys; None where there is no order.
+  """
+
+  valid: Bool[Array, "B S"]
+  q_order: Int[Array, "T"] | None = None
+  k_order: Int[Array, "S"] | None = None
+
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, Visible], jax.Array]
+"""`(q[B T N H], k[B S K H], v[B S K H], visible) -> [B T N H]`: every query attends to the keys it sees; T <= S."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """`(q[B L N H], k[B L K H], v[B L K H]) -> (mixed[B L N H], kept)`: what a layer does with the queries, keys and values
@@ -45,10 +64,13 @@ def plain_attention(
   q: Float[Array, "B T N H"],
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K H"],
-  valid: Bool[Array, "B S"],
+  visible: Visible,
 ) -> Float[Array, "B T N H"]:
-  """Full bidirectional attention, softmax in float32, padding keys masked; N / K queries share a key-value head."""
-  return jax.nn.dot_product_attention(q, k, v, mask=valid[:, None, None, :])
+  """Attention by an explicit mask, softmax in float32; N / K queries share a key-value head."""
+  seen = visible.valid[:, None, None, :]
+  if visible.q_order is not None and visible.k_order is not None:
+    seen = seen & (visible.k_order <= visible.q_order[:, None])
+  return jax.nn.dot_product_attention(q, k, v, mask=seen)
 
 
 def weight(key: jax.Array, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -219,35 +241,27 @@ class GatedMlp(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-  """Multi-head attention in both directions with rotary positions; N / K query heads share a key-value head."""
+  """Multi-head attention with rotary positions; N / K query heads share a key-value head."""
 
-  def __init__(
-    self,
-    embed: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    *,
-    bias: bool,
-    theta: float,
-    scaling: RopeScaling | None,
-    dtype: DTypeLike,
-    project: Project = project,
-    rngs: nnx.Rngs,
-  ):
+  def __init__(self, size: "TransformerSize", *, dtype: DTypeLike, project: Project = project, rngs: nnx.Rngs):
     init = nnx.initializers.lecun_normal()
-    self.head_dim, self.theta, self.scaling, self.dtype, self.project = head_dim, theta, scaling, dtype, project
-    inner, shared = heads * head_dim, kv_heads * head_dim
+    self.head_dim, self.theta, self.scaling = size.head_size, size.rope_theta, size.rope_scaling
+    self.dtype, self.project, self.bias = dtype, project, size.qkv_bias
+    embed, inner, shared = size.embed, size.heads * size.head_size, size.key_value_heads * size.head_size
     self.query = weight(rngs.params(), init, (embed, inner), ("embed", "heads"))
     self.key = weight(rngs.params(), init, (embed, shared), ("embed", "kv_heads"))
     self.value = weight(rngs.params(), init, (embed, shared), ("embed", "kv_heads"))
     self.out = weight(rngs.params(), init, (inner, embed), ("heads", "embed"))
-    self.bias = bias
-    if bias:
+    if self.bias:
       zeros = nnx.initializers.zeros
       self.query_bias = weight(rngs.params(), zeros, (inner,), ("heads",))
       self.key_bias = weight(rngs.params(), zeros, (shared,), ("kv_heads",))
       self.value_bias = weight(rngs.params(), zeros, (shared,), ("kv_heads",))
+
+  def before_rotary(self, name: str, heads: Float[Array, "B L N H"]) -> Float[Array, "B L N H"]:
+    """The heads of `query` or `key` as they go into the rotary embedding; a family's own layer may change them."""
+    del name
+    return heads
 
   def __call__(
     self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None
@@ -271,31 +285,78 @@ class SelfAttention(nnx.Module):
       return y.reshape(*x.shape[:2], -1, self.head_dim)
 
     frequency = rotary_frequencies(self.head_dim // 2, self.theta, self.scaling)
-    q, k = (rotary(heads(index, name), frequency, start) for index, name in enumerate(("query", "key")))
+    q, k = (
+      rotary(self.before_rotary(name, heads(index, name)), frequency, start)
+      for index, name in enumerate(("query", "key"))
+    )
     mixed, kept = attend(q, k, heads(2, "value"))
     out = self.project(self.out.get_value(), mixed.reshape(*x.shape[:2], -1), self.dtype, fold_tokens(dropout, 3))
     return out, kept
 
 
+@dataclasses.dataclass(frozen=True)
+class TransformerSize:
+  """The sizes of a network, and what its layers are; `d1jax.models.families.PRESETS` names some.
+
+  Attributes:
+    vocab: rows of the embedding.
+    embed: D.
+    heads: N.
+    mlp: F.
+    layers: blocks.
+    rope_theta: base of the rotary wavelengths.
+    norm_eps: of the norms.
+    kv_heads: K, a divisor of N; None is N.
+    head_dim: H; None is D / N.
+    qkv_bias: whether q, k and v have biases (Qwen2).
+    tied: whether the head is the transposed embedding.
+    rope_scaling: Llama 3's.
+    attention_layer: `SelfAttention`, or a family's own kind of it.
+  """
+
+  vocab: int
+  embed: int
+  heads: int
+  mlp: int
+  layers: int
+  rope_theta: float = 5e5
+  norm_eps: float = 1e-5
+  kv_heads: int | None = None
+  head_dim: int | None = None
+  qkv_bias: bool = False
+  tied: bool = False
+  rope_scaling: RopeScaling | None = None
+  attention_layer: type[SelfAttention] = SelfAttention
+
+  def __post_init__(self) -> None:
+    if self.head_dim is None and self.embed % (2 * self.heads):
+      raise ValueError(
+        f"embed={self.embed} is not a multiple of 2 * heads={2 * self.heads}: rotary halves need an even head size"
+      )
+    if self.head_size % 2:
+      raise ValueError(f"head_dim={self.head_dim} is odd: rotary halves need an even head size")
+    if self.heads % self.key_value_heads:
+      raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
+
+  @property
+  def key_value_heads(self) -> int:
+    """K."""
+    return self.heads if self.kv_heads is None else self.kv_heads
+
+  @property
+  def head_size(self) -> int:
+    """H."""
+    return self.embed // self.heads if self.head_dim is None else self.head_dim
+
+
 class Block(nnx.Module):
   """One pre-norm block: attention, then the gated MLP, each added to the residual stream."""
 
-  def __init__(
-    self,
-    embed: int,
-    mlp: int,
-    *,
-    eps: float,
-    dtype: DTypeLike,
-    project: Project = project,
-    rngs: nnx.Rngs,
-    **attention: Any,
-  ):
-    """Makes the weights; `attention` are the other arguments of `SelfAttention`."""
-    self.attention_norm = RMSNorm(embed, eps=eps, rngs=rngs)
-    self.attention = SelfAttention(embed, **attention, dtype=dtype, project=project, rngs=rngs)
-    self.mlp_norm = RMSNorm(embed, eps=eps, rngs=rngs)
-    self.mlp = GatedMlp(embed, mlp, dtype=dtype, project=project, rngs=rngs)
+  def __init__(self, size: TransformerSize, *, dtype: DTypeLike, project: Project = project, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(size.embed, eps=size.norm_eps, rngs=rngs)
+    self.attention = size.attention_layer(size, dtype=dtype, project=project, rngs=rngs)
+    self.mlp_norm = RMSNorm(size.embed, eps=size.norm_eps, rngs=rngs)
+    self.mlp = GatedMlp(size.embed, size.mlp, dtype=dtype, project=project, rngs=rngs)
 
   def __call__(
     self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None

@@ -82,7 +82,7 @@ def read(
   causal model).
 
   Args:
-    folder: with safetensors in LLaDA's or Llama's names.
+    folder: with safetensors in the names of its family.
     network: of the folder's sizes (`families.describe`).
     dtype: in which weights are kept.
     placements: a sharding for each leaf of `abstract(network, dtype, quantized)`.
@@ -133,10 +133,10 @@ def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Pa
     ValueError: a tensor is missing, unknown, misshaped or truncated; the message names it.
   """
   files = TensorFiles(folder)
-  scheme = names.scheme_of(files.shapes)
+  description, layers = families.describe(folder), network.size.layers
+  scheme = description.family.scheme_of(files.shapes)
   shapes = jax.eval_shape(network.init, jax.random.key(0))
   known = {path: scheme.get(path, ".".join(path)) for path in _paths(shapes)}
-  description, layers = families.describe(folder), network.size.layers
   rows = description.size.vocab
   expected: dict[str, tuple[int, ...]] = {}
   for path, template in known.items():
@@ -153,7 +153,7 @@ def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Pa
   if missing or extra:
     reason = "config.json and the safetensors do not belong together"
     if missing == [head] and not extra:
-      flag = f'"{description.tied_key}": true'
+      flag = f'"{description.family.tied_key}": true'
       reason = f"if the head is the embedding, write {flag} into config.json, otherwise fetch the files again"
     raise ValueError(
       f"{folder if missing else files.file_of(extra[0])}: tensor {(missing or extra)[0]} is"
@@ -170,13 +170,13 @@ def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Pa
 
 def _check_tied(files: TensorFiles, description: families.Description) -> None:
   """Raises a ValueError when a head is stored and is not the embedding, which would be taken for it."""
-  scheme = names.scheme_of(files.shapes)
+  scheme = description.family.scheme_of(files.shapes)
   table, head = scheme[("embedding",)], scheme[("head",)]
   if head not in files.shapes:
     return
   for rows in _rows(files, table):
     if not np.array_equal(files.read(table, rows), files.read(head, rows)):
-      key = description.tied_key
+      key = description.family.tied_key
       says = "says" if key in description.config else "leaves out, which means,"
       raise ValueError(
         f'{files.file_of(head)}: tensor {head} is not {table}, though config.json {says} "{key}": true;'

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from d1jax.files import FileError, read_json, write_check
-from d1jax.models import names
-from d1jax.models.families import shown
+from d1jax.models.families import FAMILIES
+from d1jax.models.family import shown
 from d1jax.models.lora import PROJECTIONS, Adapter, LoraSpec
+from d1jax.models.names import Scheme
 from d1jax.models.tensor_files import TensorFiles, write
 from d1jax.models.transformer import Network, Params
 
@@ -56,13 +58,13 @@ STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the base as it was; the others (pissa, olora, ...) take away from it."""
 
 
-def _module(scheme: Mapping[names.Path, str], target: str) -> str:
+def _module(scheme: Scheme, target: str) -> str:
   """The module name of a projection with `{}` for the layer, without `.weight`."""
   return scheme[("blocks", *PROJECTIONS[target])].removesuffix(".weight")
 
 
 def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
-  """Reads an adapter folder; names are LLaDA's or Llama's.
+  """Reads an adapter folder, in the names of any family.
 
   Which projections it has is told by its tensors, not by `target_modules`: PEFT silently leaves out the names that
   match nothing.
@@ -80,7 +82,7 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
   spec = _options(folder / CONFIG)
   files = TensorFiles(folder, f"{WEIGHTS}.index.json", WEIGHTS)
   shapes, layers = jax.eval_shape(network.init, jax.random.key(0))["blocks"], network.size.layers
-  spelled = names.LLADA if any(".transformer.blocks." in name for name in files.shapes) else names.LLAMA
+  spelled = _scheme_of(files.shapes)
   unread = set(files.shapes)
   tree: dict[str, dict[str, Adapter]] = {}
   targets = []
@@ -113,6 +115,13 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
   if not targets:
     raise ValueError(f"{folder / WEIGHTS} holds no tensors of an adapter")
   return dataclasses.replace(spec, targets=tuple(targets)), {"blocks": tree}
+
+
+def _scheme_of(tensors: Collection[str]) -> Scheme:
+  """The names of the family whose layers these tensors name; the first family's where they name none."""
+  schemes = [scheme for family in FAMILIES.values() for scheme in family.schemes]
+  layers = lambda scheme: _module(scheme, "q_proj").partition("{}")[0]
+  return next((scheme for scheme in schemes if any(layers(scheme) in name for name in tensors)), schemes[0])
 
 
 def _options(path: Path) -> LoraSpec:
@@ -154,7 +163,7 @@ def _options(path: Path) -> LoraSpec:
   return spec
 
 
-def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Mapping[names.Path, str]) -> None:
+def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Scheme) -> None:
   """Writes an adapter folder that PEFT loads.
 
   Args:
@@ -162,7 +171,7 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Ma
     adapter: the adapter tree.
     spec: what it was made from.
     base: name or folder of the model that it belongs to.
-    scheme: `names.LLADA` or `names.LLAMA`, as the base's files.
+    scheme: the names of the base's tensors.
 
   Raises:
     ValueError: the folder, or one that it would lie in, is a file.
@@ -185,14 +194,19 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Ma
     "lora_alpha": spec.alpha,
     "lora_dropout": spec.dropout,
     "r": spec.rank,
-    "target_modules": _target_modules(list(modules.values())),
+    "target_modules": _target_modules(scheme, list(modules.values())),
     "task_type": None,
     "use_rslora": spec.rslora,
   }
   (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _target_modules(modules: list[str]) -> list[str] | str:
-  """The modules' last names; LLaDA's `ff_out`, which the head shares, calls for a pattern."""
-  leaves = [module.rpartition(".")[2] for module in modules]
-  return rf".*\.blocks\.\d+\.({'|'.join(leaves)})" if "ff_out" in leaves else leaves
+def _target_modules(scheme: Scheme, modules: list[str]) -> list[str] | str:
+  """The modules' last names; a pattern where another module ends in the same one, as LLaDA's head does (`ff_out`)."""
+  last = lambda module: module.rpartition(".")[2]
+  others = {last(module) for name in scheme.values() if (module := name.removesuffix(".weight")) not in modules}
+  leaves = [last(module) for module in modules]
+  if others.isdisjoint(leaves):
+    return leaves
+  layers = last(modules[0].partition(".{}.")[0])
+  return rf".*\.{layers}\.\d+\.({'|'.join(re.escape(module.partition('.{}.')[2]) for module in modules)})"

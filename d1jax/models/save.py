@@ -18,6 +18,7 @@ import numpy as np
 
 from d1jax.files import write_check
 from d1jax.models import families, names
+from d1jax.models.families import llada
 from d1jax.models.lora import Adapted
 from d1jax.models.quantize import Quantized
 from d1jax.models.tensor_files import INDEX, SINGLE, TensorFiles, write
@@ -79,13 +80,15 @@ def export(
   try:
     left_out: list[str] = []
     if source is None:
-      config, scheme, dtypes = _llada_config(size), names.LLADA, dict[str, str]()
+      config, scheme, dtypes = dict(llada.config_of(size)), llada.NAMES, dict[str, str]()
     else:
       left_out = _copy_all_but_weights(source, draft)
-      files = TensorFiles(source)
-      config, scheme = dict(families.describe(source).config), names.scheme_of(files.shapes)
-      dtypes = files.dtypes
-    config = _sized(config, size) | {k: v for k, v in token_ids.items() if config.get(k) is None}
+      files, description = TensorFiles(source), families.describe(source)
+      scheme, dtypes = description.family.scheme_of(files.shapes), files.dtypes
+      config = dict(description.config)
+      smaller = [key for key in description.family.size_keys["vocab"] if (config.get(key) or 0) < size.vocab]
+      config |= dict.fromkeys(smaller, size.vocab)
+    config |= {k: v for k, v in token_ids.items() if config.get(k) is None}
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _write_shards(draft, _tensors(params, scheme, size.layers, dtypes), shard_bytes)
     if folder.exists():
@@ -116,36 +119,8 @@ def _copy_all_but_weights(source: Path, target: Path) -> list[str]:
   return left_out
 
 
-def _sized(config: dict[str, Any], size: TransformerSize) -> dict[str, Any]:
-  """The configuration with the vocabulary that the weights have now."""
-  named = ("embedding_size", "vocab_size") if "d_model" in config else ("vocab_size",)
-  return config | {name: size.vocab for name in named if (config.get(name) or 0) < size.vocab}
-
-
-def _llada_config(size: TransformerSize) -> dict[str, Any]:
-  if size.qkv_bias or size.rope_scaling or size.head_dim:
-    raise ValueError(f"{size} is no LLaDA: it can only be exported into the names of the folder that it came from")
-  return {
-    **families.LLADA_FIXED,
-    "architectures": ["LLaDAModelLM"],
-    "d_model": size.embed,
-    "embedding_size": size.vocab,
-    "max_sequence_length": 4096,
-    "mlp_hidden_size": size.mlp,
-    "model_type": "llada",
-    "n_heads": size.heads,
-    "n_kv_heads": size.key_value_heads,
-    "n_layers": size.layers,
-    "rms_norm_eps": size.norm_eps,
-    "rope_theta": size.rope_theta,
-    "torch_dtype": "float32",
-    "vocab_size": size.vocab,
-    "weight_tying": size.tied,
-  }
-
-
 def _tensors(
-  params: Params, scheme: Mapping[names.Path, str], layers: int, dtypes: Mapping[str, str]
+  params: Params, scheme: names.Scheme, layers: int, dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Every tensor in turn, on the host one at a time, in the dtype that it had or in float32."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -1,12 +1,9 @@
-"""The mask predictor p(x_0 | x_t), a bidirectional transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
-
-LLaDA's blocks are Llama's; Dream's are Qwen2.5's (grouped key-value heads, biases of q, k and v).
+"""The mask predictor p(x_0 | x_t), a transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
 
 The layers are one stacked block under `jax.lax.scan`, so that compile time does not grow with depth. Flax NNX modules
 define the network; everything else sees pure functions of a nested dict of arrays.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +21,8 @@ from d1jax.models.layers import (
   Constrain,
   DropoutKeys,
   RMSNorm,
-  RopeScaling,
+  TransformerSize,
+  Visible,
   fold_tokens,
   look_up,
   no_constraint,
@@ -35,76 +33,6 @@ from d1jax.models.layers import (
 )
 
 Params = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerSize:
-  """The sizes of a network; `PRESETS` names three.
-
-  Attributes:
-    vocab: rows of the embedding.
-    embed: D.
-    heads: N.
-    mlp: F.
-    layers: blocks.
-    rope_theta: base of the rotary wavelengths.
-    norm_eps: of the norms.
-    kv_heads: K, a divisor of N; None is N.
-    head_dim: H; None is D / N.
-    qkv_bias: whether q, k and v have biases (Qwen2).
-    tied: whether the head is the transposed embedding.
-    rope_scaling: Llama 3's.
-  """
-
-  vocab: int
-  embed: int
-  heads: int
-  mlp: int
-  layers: int
-  rope_theta: float = 5e5
-  norm_eps: float = 1e-5
-  kv_heads: int | None = None
-  head_dim: int | None = None
-  qkv_bias: bool = False
-  tied: bool = False
-  rope_scaling: RopeScaling | None = None
-
-  def __post_init__(self) -> None:
-    if self.head_dim is None and self.embed % (2 * self.heads):
-      raise ValueError(
-        f"embed={self.embed} is not a multiple of 2 * heads={2 * self.heads}: rotary halves need an even head size"
-      )
-    if self.head_size % 2:
-      raise ValueError(f"head_dim={self.head_dim} is odd: rotary halves need an even head size")
-    if self.heads % self.key_value_heads:
-      raise ValueError(f"kv_heads={self.kv_heads} does not divide heads={self.heads}")
-
-  @property
-  def key_value_heads(self) -> int:
-    """K."""
-    return self.heads if self.kv_heads is None else self.kv_heads
-
-  @property
-  def head_size(self) -> int:
-    """H."""
-    return self.embed // self.heads if self.head_dim is None else self.head_dim
-
-
-PRESETS = {  # vocab: at least; a run takes more where its tokenizer needs it
-  "tiny": TransformerSize(vocab=32, embed=64, heads=4, mlp=192, layers=3, rope_theta=100.0),
-  "llada_8b": TransformerSize(vocab=126464, embed=4096, heads=32, mlp=12288, layers=32),
-  "dream_7b": TransformerSize(
-    vocab=152064,
-    embed=3584,
-    heads=28,
-    mlp=18944,
-    layers=28,
-    rope_theta=1e6,
-    norm_eps=1e-6,
-    kv_heads=4,
-    qkv_bias=True,
-  ),
-}
 
 
 class Transformer(nnx.Module):
@@ -130,20 +58,7 @@ class Transformer(nnx.Module):
     @nnx.split_rngs(splits=size.layers)
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
     def stacked(rngs: nnx.Rngs) -> Block:
-      return Block(
-        size.embed,
-        size.mlp,
-        heads=size.heads,
-        kv_heads=size.key_value_heads,
-        head_dim=size.head_size,
-        bias=size.qkv_bias,
-        theta=size.rope_theta,
-        scaling=size.rope_scaling,
-        eps=size.norm_eps,
-        dtype=dtype,
-        project=project_by_row if cut_length else project,
-        rngs=rngs,
-      )
+      return Block(size, dtype=dtype, project=project_by_row if cut_length else project, rngs=rngs)
 
     self.blocks = stacked(rngs)
     self.final_norm = RMSNorm(size.embed, eps=size.norm_eps, rngs=rngs)
@@ -152,18 +67,27 @@ class Transformer(nnx.Module):
       self.head = weight(rngs.params(), table, (size.embed, size.vocab), ("embed", "vocab"))
 
   def encode(
-    self, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], dropout: DropoutKeys = None
+    self,
+    tokens: Int[Array, "B L"],
+    valid: Bool[Array, "B L"],
+    dropout: DropoutKeys = None,
+    order: Int[Array, "L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    """The last hidden states, normalised."""
+    """The last hidden states, normalised; see `Network`."""
+    visible = Visible(valid, order, order)
 
     def attend(kept: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
       del layer
-      return self.attention(q, k, v, valid), kept
+      return self.attention(q, k, v, visible), kept
 
     return self._layers(tokens, 0, attend, None, dropout)[0]
 
   def encode_window(
-    self, tokens: Int[Array, "B W"], start: int | Int[Array, ""], cache: Cache
+    self,
+    tokens: Int[Array, "B W"],
+    start: int | Int[Array, ""],
+    cache: Cache,
+    order: Int[Array, "L"] | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:
     """The last hidden states of a window, whose keys and values are renewed in the cache.
 
@@ -171,12 +95,14 @@ class Transformer(nnx.Module):
       tokens: of the window.
       start: its position; one beyond L - W is taken for L - W, one below 0 for 0.
       cache: is not used any more.
+      order: of the canvas, see `Network`.
     """
     start = jnp.clip(start, 0, cache.valid.shape[1] - tokens.shape[1])
+    own = None if order is None else jax.lax.dynamic_slice_in_dim(order, start, tokens.shape[1])
 
     def attend(cache: Cache, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
       cache, k, v = renewed(cache, layer, start, k, v, self.constrain)
-      return self.attention(q, k, v, cache.valid), cache
+      return self.attention(q, k, v, Visible(cache.valid, own, order)), cache
 
     return self._layers(tokens, start, attend, cache)
 
@@ -216,12 +142,13 @@ class Network(NamedTuple):
 
   Attributes:
     init: `key -> params`, all float32.
-    encode: `(params, tokens[B L], valid[B L], dropout=None) -> hidden[B L D]`; `dropout` are keys, one a token.
+    encode: `(params, tokens[B L], valid[B L], dropout=None, order=None) -> hidden[B L D]`; `dropout` are keys, one a
+      token; `order[L]` says who sees whom: a position sees those that stand no later in the order (`layers.Visible`).
     head: `params -> weight[D V]`, as stored; logits are `hidden @ head`.
     init_cache: `valid[B L] -> cache`, empty: the first window covers the canvas.
-    encode_window: `(params, tokens[B W], start, cache) -> (hidden[B W D], cache)`: the positions from `start` on, which
-      attend to all of the cache; their own keys and values are renewed in it first. A start beyond L - W is taken for
-      L - W. The window that covers the canvas equals `encode`.
+    encode_window: `(params, tokens[B W], start, cache, order=None) -> (hidden[B W D], cache)`: the positions from
+      `start` on, which attend to what they see of the cache; their own keys and values are renewed in it first. A start
+      beyond L - W is taken for L - W. The window that covers the canvas equals `encode`. `order` is the canvas's.
     axes: the tree of logical axes, a tuple of names a parameter.
     size: the sizes.
   """
@@ -248,7 +175,7 @@ def build(
   """Builds the pure functions of a transformer without touching memory.
 
   Args:
-    size: the sizes, e.g. `PRESETS["tiny"]`.
+    size: the sizes, e.g. `families.PRESETS["tiny"]`.
     dtype: of the matrix products; weights, norms, softmax and logits are float32 anyway.
     remat: recompute each block in the backward pass instead of keeping its activations.
     unroll: how many layers the scan unrolls; unrolling helps small models on a CPU.
@@ -280,9 +207,13 @@ def build(
     return nnx.to_pure_dict(nnx.state(module(key)))
 
   def encode(
-    params: Params, tokens: Int[Array, "B L"], valid: Bool[Array, "B L"], dropout: DropoutKeys = None
+    params: Params,
+    tokens: Int[Array, "B L"],
+    valid: Bool[Array, "B L"],
+    dropout: DropoutKeys = None,
+    order: Int[Array, "L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    return nnx.merge(graph, params).encode(tokens, valid, dropout)
+    return nnx.merge(graph, params).encode(tokens, valid, dropout, order)
 
   def head(params: Params) -> Float[Array, "D V"]:
     return nnx.merge(graph, params).unembedding()
@@ -291,9 +222,13 @@ def build(
     return empty(valid, size.layers, size.key_value_heads, size.head_size, dtype, constrain)
 
   def encode_window(
-    params: Params, tokens: Int[Array, "B W"], start: int | Int[Array, ""], cache: Cache
+    params: Params,
+    tokens: Int[Array, "B W"],
+    start: int | Int[Array, ""],
+    cache: Cache,
+    order: Int[Array, "L"] | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:
-    return nnx.merge(graph, params).encode_window(tokens, start, cache)
+    return nnx.merge(graph, params).encode_window(tokens, start, cache, order)
 
   return Network(init, encode, head, init_cache, encode_window, nnx.to_pure_dict(axes), size)
 

@@ -1,7 +1,8 @@
 """The attention kernel of a mesh's platform, run by each device on its rows and heads.
 
 On TPUs: splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`). On NVIDIA GPUs since Ampere: cuDNN's.
-Neither keeps the logits [B N T S] (Dao 2023, arXiv 2307.08691). Elsewhere, and where a kernel does not serve: plain.
+Neither keeps the logits [B N T S] (Dao 2023, arXiv 2307.08691). Elsewhere, and where a kernel does not serve, as where
+attention has an order: plain.
 """
 
 import functools
@@ -11,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from d1jax.models.layers import Attention, plain_attention
+from d1jax.models.layers import Attention, Visible, plain_attention
 from d1jax.parallel import mesh as meshes
 
 LANES = 128
@@ -48,28 +49,33 @@ def of_device(device: Any) -> Attention:
 
 def per_device(kernel: Attention, mesh: Mesh, rules: meshes.Rules) -> Attention:
   """An attention that each device computes for its own rows, heads and queries; keys and values come to it whole."""
-  queries, keys, row = ("batch", "length", "heads", None), ("batch", None, "heads", None), ("batch", None)
-  cut = meshes.per_device(kernel, mesh, rules, (queries, keys, keys, row), queries)
+  queries, keys = ("batch", "length", "heads", None), ("batch", None, "heads", None)
+  seen = (("batch", None), ("length",), (None,))  # the axes of a `Visible`
 
-  def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
+  def part(q: jax.Array, k: jax.Array, v: jax.Array, *visible: jax.Array) -> jax.Array:
+    return kernel(q, k, v, Visible(*visible))
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
     sizes = (("batch", k.shape[0]), ("heads", k.shape[2]), ("length", q.shape[1]))
-    whole = any(size % meshes.ways(mesh, rules, axis) for axis, size in sizes)
-    return (plain_attention if whole else cut)(q, k, v, valid)
+    if any(size % meshes.ways(mesh, rules, axis) for axis, size in sizes):
+      return plain_attention(q, k, v, visible)
+    arrays = [x for x in visible if x is not None]
+    return meshes.per_device(part, mesh, rules, (queries, keys, keys, *seen[: len(arrays)]), queries)(q, k, v, *arrays)
 
   return attend
 
 
 def splash_attention(
-  q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], valid: Bool[Array, "B S"]
+  q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], visible: Visible
 ) -> Float[Array, "B T N H"]:
   """Splash attention, softmax in float32; padding keys are a segment that no query belongs to.
 
-  Plain attention serves head sizes that are no multiple of 8 or beyond 128, and fewer than 128 queries: the kernel's
-  backward pass takes 128 at a time, and in a short window of a cache the kernel's transpose of all keys and values
-  [B S K H -> B K S H] moves more bytes than the logits that it saves.
+  Plain attention serves orders, head sizes that are no multiple of 8 or beyond 128, and fewer than 128 queries: the
+  kernel's backward pass takes 128 at a time, and in a short window of a cache the kernel's transpose of all keys and
+  values [B S K H -> B K S H] moves more bytes than the logits that it saves.
   """
-  if not _served_by_splash(q):
-    return plain_attention(q, k, v, valid)
+  if not _served_by_splash(q) or visible.q_order is not None:
+    return plain_attention(q, k, v, visible)
   (block_q, rows), (block_kv, columns) = _blocks(q.shape[1]), _blocks(k.shape[1])
   kernel = splash.make_splash_mha(
     splash.MultiHeadMask([splash.FullMask((rows, columns))] * q.shape[2]),
@@ -86,22 +92,23 @@ def splash_attention(
   )
   scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
   heads_first = [_pad(x, n).swapaxes(1, 2) for x, n in ((scaled, rows), (k, columns), (v, columns))]
-  segments = splash.SegmentIds(jnp.ones((q.shape[0], rows), jnp.int32), _pad(valid, columns).astype(jnp.int32))
+  segments = splash.SegmentIds(jnp.ones((q.shape[0], rows), jnp.int32), _pad(visible.valid, columns).astype(jnp.int32))
   return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)[:, : q.shape[1]]
 
 
 def cudnn_attention(
-  q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], valid: Bool[Array, "B S"]
+  q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], visible: Visible
 ) -> Float[Array, "B T N H"]:
   """The fused attention of cuDNN, softmax in float32.
 
   A window of a cache passes its mask and is not differentiated. Where all positions are queries, valid keys are moved
   to the front and their number is passed: a mask is a bias [B 1 T S] to cuDNN, whose own gradient is costly.
 
-  Plain attention serves float32, odd lengths, and head sizes that are no multiple of 8 or beyond 128.
+  Plain attention serves orders, float32, odd lengths, and head sizes that are no multiple of 8 or beyond 128.
   """
-  if not _served_by_cudnn(k):
-    return plain_attention(q, k, v, valid)
+  if not _served_by_cudnn(k) or visible.q_order is not None:
+    return plain_attention(q, k, v, visible)
+  valid = visible.valid
   attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
   if q.shape[1] < k.shape[1]:
     return attend(q, k, v, mask=jnp.broadcast_to(valid[:, None, None], (len(q), 1, q.shape[1], k.shape[1])))

@@ -179,6 +179,17 @@ def test_logits_of_the_active_block_alone_exist(cache):
   assert {shape[-2] for shape in found if len(shape) == 3 and shape[-1] == toy.VOCAB} == {4}
 
 
+def test_blocks_that_cut_those_of_the_network_are_refused():
+  rolled(SPEC, dataclasses.replace(toy.DENOISER, block=SPEC.block_length))
+  rolled(SPEC, dataclasses.replace(toy.DENOISER, block=1))
+  block = SPEC.block_length + 1
+  named = f"block_length={SPEC.block_length} cuts blocks of {block} tokens.*: use block_length={block}"
+  with pytest.raises(ValueError, match=named):
+    rolled(SPEC, dataclasses.replace(toy.DENOISER, block=block))
+  with pytest.raises(ValueError, match="block=0 must be at least 1"):
+    dataclasses.replace(toy.DENOISER, block=0)
+
+
 def test_a_network_without_a_cached_form_is_refused():
   plain = dataclasses.replace(toy.DENOISER, init_cache=None, encode_window=None)
   rolled(SPEC, plain)

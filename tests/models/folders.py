@@ -23,10 +23,13 @@ SIZES: dict[str, dict[str, int]] = {
   "llada_llama_names": dict(vocab=80, embed=64, heads=4, kv_heads=4, head_size=16, mlp=96, layers=2),
   "dream": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=16, mlp=96, layers=3),
   "qwen2": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=16, mlp=80, layers=3),
+  "qwen3": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=32, mlp=128, layers=3),
   "llama": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=16, mlp=96, layers=2),
   "llama_tied": dict(vocab=72, embed=64, heads=4, kv_heads=1, head_size=24, mlp=96, layers=3),
 }
-"""Default sizes of a family; only `llama_tied` may have heads * head_size other than embed."""
+"""Default sizes of a family; those of `WITH_HEAD_DIM` may have heads * head_size other than embed."""
+
+WITH_HEAD_DIM = ("llama_tied", "qwen3")
 
 FAMILIES = tuple(SIZES)
 
@@ -147,6 +150,24 @@ def qwen2_config(s: dict[str, int], dtype: str) -> Config:
   }
 
 
+def qwen3_config(s: dict[str, int], dtype: str) -> Config:
+  """The keys of Qwen/Qwen3-8B."""
+  return hub_config(s, dtype) | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": s["head_size"],
+    "max_position_embeddings": 40960,
+    "max_window_layers": s["layers"],
+    "model_type": "qwen3",
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.51.0",
+    "use_sliding_window": False,
+  }
+
+
 def llama_config(s: dict[str, int], dtype: str) -> Config:
   """The keys of meta-llama/Llama-3.1-8B-Instruct; the rotary scaling is strong enough to matter in ten positions.
 
@@ -206,6 +227,7 @@ CONFIGS = {
   "llada_llama_names": llada_config,
   "dream": dream_config,
   "qwen2": qwen2_config,
+  "qwen3": qwen3_config,
   "llama": llama_config,
   "llama_tied": llama_tied_config,
 }
@@ -236,8 +258,10 @@ def llada_shapes(s: dict[str, int]) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
-def llama_shapes(s: dict[str, int], *, biases: bool, tied: bool) -> dict[str, tuple[int, ...]]:
-  """The names of Llama and Qwen2 in transformers."""
+def llama_shapes(
+  s: dict[str, int], *, biases: bool = False, norms: bool = False, tied: bool = False
+) -> dict[str, tuple[int, ...]]:
+  """The names of Llama, Qwen2 (biases of q, k and v) and Qwen3 (norms of q and k) in transformers."""
   inner, keys = s["heads"] * s["head_size"], s["kv_heads"] * s["head_size"]
   shapes: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (s["vocab"], s["embed"]),
@@ -251,6 +275,8 @@ def llama_shapes(s: dict[str, int], *, biases: bool, tied: bool) -> dict[str, tu
       shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, s["embed"])
       if biases:
         shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
+    if norms:
+      shapes |= {f"{layer}.self_attn.{name}_norm.weight": (s["head_size"],) for name in "qk"}
     shapes |= {
       f"{layer}.self_attn.o_proj.weight": (s["embed"], inner),
       f"{layer}.mlp.gate_proj.weight": (s["mlp"], s["embed"]),
@@ -266,7 +292,8 @@ def shapes_of(family: str, s: dict[str, int]) -> dict[str, tuple[int, ...]]:
   """The tensors of a family, [out, in] as PyTorch stores them."""
   if family == "llada":
     return llada_shapes(s)
-  return llama_shapes(s, biases=family in ("dream", "qwen2"), tied=family in ("qwen2", "llama_tied"))
+  biases, tied = family in ("dream", "qwen2"), family in ("qwen2", "llama_tied")
+  return llama_shapes(s, biases=biases, norms=family == "qwen3", tied=tied)
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -307,7 +334,7 @@ def write(
   if unknown := set(sizes) - set(SIZES[family]):
     raise ValueError(f"unknown sizes {sorted(unknown)}; there are {sorted(SIZES[family])}")
   size = SIZES[family] | sizes
-  if family != "llama_tied" and size["heads"] * size["head_size"] != size["embed"]:
+  if family not in WITH_HEAD_DIM and size["heads"] * size["head_size"] != size["embed"]:
     raise ValueError(f"{family} has no head_dim: heads * head_size must be embed, got {size}")
   weights = {name: draw(name, shape, seed).astype(DTYPES[dtype]) for name, shape in shapes_of(family, size).items()}
   if shards > len(weights):

@@ -19,13 +19,22 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+  AutoConfig,
+  AutoModelForCausalLM,
+  LlamaConfig,
+  LlamaForCausalLM,
+  Qwen2Config,
+  Qwen2ForCausalLM,
+  Qwen3Config,
+  Qwen3ForCausalLM,
+)
 
 from tests.models import folders
 
 GOLDENS = Path(__file__).parent / "goldens"
 LENGTHS = (14, 9, 4)
-NATIVE = ("qwen2", "llama", "llama_tied")
+NATIVE = ("qwen2", "qwen3", "llama", "llama_tied")
 """Families whose folder transformers reads as it is."""
 
 LLADA_NAMES = {
@@ -44,6 +53,7 @@ HUB_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 ADAPTERS: dict[str, tuple[str, Any]] = {
   "llama_all": ("llama", HUB_TARGETS),
   "llama_qv": ("llama", ["q_proj", "v_proj"]),
+  "qwen3_all": ("qwen3", HUB_TARGETS),
   # What d1 asks for: on LLaDA's names, peft finds four of the seven and says nothing of the others.
   "llada_d1": ("llada", HUB_TARGETS),
   "llada_all": ("llada", r".*blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"),
@@ -64,7 +74,7 @@ def read(folder: Path) -> dict[str, Any]:
   return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
-def transformers_config(family: str, folder: Path) -> LlamaConfig | Qwen2Config:
+def transformers_config(family: str, folder: Path) -> LlamaConfig | Qwen2Config | Qwen3Config:
   """The configuration as transformers takes it."""
   if family in NATIVE:
     return AutoConfig.from_pretrained(folder)
@@ -105,7 +115,8 @@ def transformers_model(
   family: str, folder: Path, weights: dict[str, np.ndarray], dtype: torch.dtype, attention: str = "eager"
 ) -> nn.Module:
   """The model of transformers, every tensor of it loaded and every tensor of the folder used."""
-  kind = Qwen2ForCausalLM if family in ("dream", "qwen2") else LlamaForCausalLM
+  kinds = {"dream": Qwen2ForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+  kind = kinds.get(family, LlamaForCausalLM)
   config = transformers_config(family, folder)
   tensors = {renamed(name): value for name, value in tensors_of(weights).items()}
   assert len(tensors) == len(weights)

@@ -10,6 +10,7 @@ import pytest
 
 from d1jax.models import cache as caches
 from d1jax.models import layers, lora
+from d1jax.models.families.qwen3 import NormedAttention
 from d1jax.models.transformer import TransformerSize, build
 from d1jax.parallel import mesh as meshes
 
@@ -19,6 +20,7 @@ SIZES = {
   "llada": LLADA,
   "dream": dataclasses.replace(LLADA, kv_heads=2, head_dim=6, qkv_bias=True),
   "tied": dataclasses.replace(LLADA, tied=True),
+  "normed": dataclasses.replace(LLADA, kv_heads=2, head_dim=6, attention_layer=NormedAttention),
   "stretched": dataclasses.replace(LLADA, rope_scaling=layers.RopeScaling(8.0, 1.0, 4.0, 6)),
 }
 VALID = jnp.asarray(np.arange(LENGTH)[None] >= np.asarray([0, 2, 3, 1])[:, None])
@@ -70,8 +72,11 @@ def naive(params, size, tokens, start, key, value):
     project = lambda name, h=h, a=b["attention"]: (h @ a[name] + a.get(f"{name}_bias", 0)).reshape(
       *h.shape[:2], -1, size.head_size
     )
-    q = turn(project("query"))
-    key[layer][:, start:end], value[layer][:, start:end] = turn(project("key")), project("value")
+    q, k = project("query"), project("key")
+    if "query_norm" in b["attention"]:
+      q, k = (norm(x, b["attention"][f"{name}_norm"]["scale"]) for name, x in (("query", q), ("key", k)))
+    q = turn(q)
+    key[layer][:, start:end], value[layer][:, start:end] = turn(k), project("value")
     share = size.heads // size.key_value_heads
     k, v = (np.repeat(stack[layer], share, axis=2) for stack in (key, value))
     scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(size.head_size)
@@ -212,12 +217,14 @@ def test_the_cache_is_updated_in_place(options, in_a_loop, mesh):
 
 
 @pytest.mark.few(1, reason="each case compiles programs of its own")
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 4), (2, 2, 2)], ids=str)
-def test_a_mesh_changes_nothing(shape):
+@pytest.mark.parametrize(
+  ("name", "shape"), [("dream", (2, 1, 1)), ("dream", (1, 2, 4)), ("dream", (2, 2, 2)), ("normed", (2, 2, 2))], ids=str
+)
+def test_a_mesh_changes_nothing(name, shape):
   """Also where it has more devices than key-value heads."""
-  _, params, _, window = model("dream")
+  _, params, _, window = model(name)
   mesh = meshes.make_mesh(dict(zip(meshes.MESH_AXES, shape, strict=False)), jax.devices()[: int(np.prod(shape))])
-  there = build(SIZES["dream"], constrain=meshes.constrainer(mesh, meshes.RULES))
+  there = build(SIZES[name], constrain=meshes.constrainer(mesh, meshes.RULES))
   rows, scalar = meshes.sharding(mesh, meshes.RULES, "batch"), meshes.sharding(mesh, meshes.RULES)
 
   def passes(network, params, tokens, valid, changed, start):
@@ -230,7 +237,7 @@ def test_a_mesh_changes_nothing(shape):
   )
   arguments = (TOKENS, VALID, CHANGED[:, 3:7])
   found = sharded(jax.device_put(params, placements), *jax.device_put(arguments, rows), jnp.asarray(3))
-  expected = window(params, arguments[2], 3, refreshed("dream"))[0]
+  expected = window(params, arguments[2], 3, refreshed(name))[0]
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 

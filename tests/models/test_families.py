@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from d1jax.models import families, transformer
-from d1jax.models.families import describe, with_rows
+from d1jax.models.families import PRESETS, describe, llada, with_rows
 from d1jax.models.layers import RopeScaling
-from d1jax.models.transformer import PRESETS, TransformerSize
+from d1jax.models.transformer import TransformerSize
 from tests.models import folders
 
 HUB_FAMILIES = ("dream", "qwen2", "llama", "llama_tied")
@@ -39,7 +39,7 @@ def test_sizes_of_small_folders(folder_of, family):
   assert size.tied == (family in ("qwen2", "llama_tied"))
   assert found.shift == (0 if family.startswith("llada") else 1)
   assert found.mask_id == (s["vocab"] - 4 if family.startswith(("llada", "dream")) else None)
-  assert found.family == family.removesuffix("_llama_names").removesuffix("_tied")
+  assert found.family.model_type == family.removesuffix("_llama_names").removesuffix("_tied")
   assert found.config == json.loads((folder_of(family) / "config.json").read_text())
 
 
@@ -52,7 +52,7 @@ def test_sizes_of_small_folders(folder_of, family):
 )
 def test_the_real_configurations(name, preset, family, shift, mask_id, parameters):
   found = describe(folders.hub() / name)
-  assert (found.family, found.shift, found.mask_id) == (family, shift, mask_id)
+  assert (found.family.model_type, found.shift, found.mask_id) == (family, shift, mask_id)
   network = transformer.build(found.size)
   assert transformer.parameter_count(network) == parameters
   assert found.size.head_size == 128
@@ -143,7 +143,7 @@ HUB_CHANGES = [
   ("layer_types", ["full_attention", "sliding_attention"]),
   ("layer_types", ["chunked_attention"]),
   ("layer_types", "full_attention"),
-  ("model_type", "qwen3"),
+  ("model_type", "qwen3_moe"),
   ("model_type", "gpt2"),
   ("model_type", ["llama"]),
   ("hidden_size", "64"),
@@ -194,6 +194,7 @@ def test_a_missing_key_is_named(folder_of, family, key):
     ("llama_tied", {"rope_parameters": {"rope_type": "default"}}, {"rope_theta": 10000.0, "rope_scaling": None}),
     ("qwen2", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-6}),
     ("qwen2", {"tie_word_embeddings": ...}, {"tied": False}),
+    ("qwen3", {"head_dim": ..., "rope_theta": ...}, {"head_dim": 128, "rope_theta": 10000.0}),
     ("dream", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-6}),
     ("llada", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-5}),
     ("llada", {"mlp_hidden_size": None}, {"mlp": 256}),
@@ -223,9 +224,9 @@ def test_embedding_size_goes_before_vocab_size(folder_of):
 
 def test_what_may_be_null_or_left_out(folder_of):
   whole = describe(folder_of("llada")).size
-  nulls = {name: None for name in families.LLADA_FIXED if not families.LLADA_FIXED[name]}
+  nulls = {name: None for name in llada.FIXED if not llada.FIXED[name]}
   assert describe(folder_of("llada", **nulls, n_kv_heads=None)).size == whole
-  assert describe(folder_of("llada", **dict.fromkeys(families.LLADA_FIXED, ...))).size == whole
+  assert describe(folder_of("llada", **dict.fromkeys(llada.FIXED, ...))).size == whole
   dream = describe(folder_of("dream")).size
   assert describe(folder_of("dream", head_dim=None, layer_types=["full_attention"] * 3)).size == dream
   alone = describe(folder_of("dream", num_key_value_heads=None)).size
@@ -233,7 +234,7 @@ def test_what_may_be_null_or_left_out(folder_of):
 
 
 def test_model_types_are_read_in_any_case(folder_of):
-  assert describe(folder_of("dream", model_type="dream")).family == "dream"
+  assert describe(folder_of("dream", model_type="dream")).family.model_type == "dream"
   assert describe(folder_of("dream")).config["model_type"] == "Dream"
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from d1jax.models import flops, lora, transformer
+from d1jax.models.families import PRESETS
 from d1jax.models.lora import LoraSpec
-from d1jax.models.transformer import PRESETS, TransformerSize
+from d1jax.models.transformer import TransformerSize
 from tests.jaxprs import dot_flops
 
 GROUPED = TransformerSize(vocab=40, embed=24, heads=6, mlp=50, layers=3, kv_heads=2, qkv_bias=True)

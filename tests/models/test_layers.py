@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import math
 
@@ -10,6 +11,8 @@ from flax import nnx
 from d1jax.aot import collectives, hlo
 from d1jax.models import layers
 from d1jax.parallel import mesh as meshes
+
+SIZE = layers.TransformerSize(vocab=4, embed=8, heads=2, mlp=12, layers=1, rope_theta=100.0, kv_heads=1, head_dim=6)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -86,21 +89,56 @@ def test_attention_is_a_softmax_over_valid_keys_on_both_sides():
   share = np.exp(scores - scores.max(-1, keepdims=True))
   share /= share.sum(-1, keepdims=True)
   expected = np.einsum("bnqk,bknh->bqnh", share, v)
-  found = layers.plain_attention(*(jnp.asarray(x) for x in (q, k, v, valid)))
+  found = layers.plain_attention(*map(jnp.asarray, (q, k, v)), layers.Visible(jnp.asarray(valid)))
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fewer_queries_than_keys():
   q, k, v = (jnp.asarray(random(2, 5, 4, 4, seed=s)) for s in range(3))
-  valid = jnp.asarray([[False, False, True, True, True], [True] * 5])
-  whole = layers.plain_attention(q, k, v, valid)
-  np.testing.assert_allclose(layers.plain_attention(q[:, 1:3], k, v, valid), whole[:, 1:3], rtol=1e-6, atol=1e-6)
+  visible = layers.Visible(jnp.asarray([[False, False, True, True, True], [True] * 5]))
+  whole = layers.plain_attention(q, k, v, visible)
+  np.testing.assert_allclose(layers.plain_attention(q[:, 1:3], k, v, visible), whole[:, 1:3], rtol=1e-6, atol=1e-6)
+
+
+ORDERS = {
+  "both ways": np.zeros(7, int),
+  "causal": np.arange(7),
+  "block-causal": np.arange(7) // 3,
+  "any": np.asarray([2, 0, 2, 5, 1, 1, -3]),
+}
+
+
+def looped(q, k, v, seen):
+  """Softmax attention, a row, a head and a query at a time; `seen[b, t, s]`."""
+  out = np.zeros(q.shape)
+  for b, t, n in np.ndindex(q.shape[:3]):
+    keys = np.flatnonzero(seen[b, t])
+    scores = np.exp(k[b, keys, n].astype(np.float64) @ q[b, t, n] / np.sqrt(q.shape[3]))
+    out[b, t, n] = scores @ v[b, keys, n] / scores.sum()
+  return out
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("window", [slice(0, 7), slice(2, 6)], ids=str)
+def test_a_query_sees_the_valid_keys_that_stand_no_later_in_the_order(name, window):
+  order = ORDERS[name]
+  valid = np.asarray([[True] * 7, [False, False, True, True, True, True, True]])
+  q, k, v = (random(2, 7, 3, 4, seed=s) for s in range(3))
+  seen = valid[:, None, :] & (order[None, None, :] <= order[None, window, None])
+  keep = seen.any(-1)
+  expected = looped(q[:, window], k, v, np.where(keep[..., None], seen, True))
+  visible = layers.Visible(jnp.asarray(valid), jnp.asarray(order[window]), jnp.asarray(order))
+  found = np.asarray(layers.plain_attention(*map(jnp.asarray, (q[:, window], k, v)), visible))
+  np.testing.assert_allclose(found[keep], expected[keep], rtol=1e-5, atol=1e-5)
+  assert np.isfinite(found).all(), "a query that sees nothing"
+  if name == "both ways":
+    plain = layers.plain_attention(*map(jnp.asarray, (q[:, window], k, v)), layers.Visible(jnp.asarray(valid)))
+    np.testing.assert_array_equal(found, plain)
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_what_is_kept_is_handed_through_a_block():
-  attention = dict(heads=2, kv_heads=1, head_dim=6, bias=False, theta=100.0, scaling=None)
-  block = layers.Block(8, 12, **attention, eps=1e-5, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  block = layers.Block(SIZE, dtype=jnp.float32, rngs=nnx.Rngs(0))
   x = jnp.asarray(random(2, 3, 8))
   _, (q, k, v) = block(x, 4, lambda q, k, v: (jnp.zeros_like(q), (q, k, v)))
   assert (q.shape, k.shape, v.shape) == ((2, 3, 2, 6), (2, 3, 1, 6), (2, 3, 1, 6))
@@ -114,20 +152,20 @@ def test_grouped_heads_are_heads_with_repeated_keys_and_values():
   """Query head n reads key-value head n // (N / K)."""
   attend = jax.jit(layers.plain_attention)
   q, k, v = random(2, 5, 6, 4), random(2, 5, 2, 4, seed=1), random(2, 5, 2, 4, seed=2)
-  valid = np.asarray([[False, True, True, True, True], [True] * 5])
-  grouped = attend(*(jnp.asarray(x) for x in (q, k, v, valid)))
-  repeated = attend(*(jnp.asarray(x) for x in (q, np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2), valid)))
+  visible = layers.Visible(jnp.asarray([[False, True, True, True, True], [True] * 5]))
+  grouped = attend(*map(jnp.asarray, (q, k, v)), visible)
+  repeated = attend(*(jnp.asarray(x) for x in (q, np.repeat(k, 3, axis=2), np.repeat(v, 3, axis=2))), visible)
   np.testing.assert_allclose(grouped, repeated, rtol=1e-6, atol=1e-6)
   tiled = layers.plain_attention(
-    *(jnp.asarray(x) for x in (q, np.tile(k, (1, 1, 3, 1)), np.tile(v, (1, 1, 3, 1)), valid))
+    *(jnp.asarray(x) for x in (q, np.tile(k, (1, 1, 3, 1)), np.tile(v, (1, 1, 3, 1)))), visible
   )
   assert np.abs(np.asarray(grouped - tiled)).mean() > 0.05, "the order of the heads is of no account here"
 
 
 def attention_of(**options):
   """A layer of embed 8 with two heads of 6, one key-value head, its biases far from zero."""
-  defaults = dict(kv_heads=1, bias=False, theta=100.0, scaling=None)
-  layer = layers.SelfAttention(8, 2, head_dim=6, **{**defaults, **options}, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  size = dataclasses.replace(SIZE, **options)
+  layer = size.attention_layer(size, dtype=jnp.float32, rngs=nnx.Rngs(0))
   if layer.bias:
     for seed, name in enumerate(("query_bias", "key_bias", "value_bias")):
       getattr(layer, name)[...] = jnp.asarray(random(*getattr(layer, name).shape, seed=seed))
@@ -135,13 +173,13 @@ def attention_of(**options):
 
 
 def attending(valid):
-  return lambda q, k, v: (layers.plain_attention(q, k, v, valid), None)
+  return lambda q, k, v: (layers.plain_attention(q, k, v, layers.Visible(valid)), None)
 
 
 @pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("bias", [False, True])
 def test_attention_projects_adds_biases_turns_and_mixes(bias):
-  layer = attention_of(bias=bias)
+  layer = attention_of(qkv_bias=bias)
   x, valid = jnp.asarray(random(2, 5, 8)), jnp.ones((2, 5), bool)
 
   def heads(name, count):
@@ -150,7 +188,7 @@ def test_attention_projects_adds_biases_turns_and_mixes(bias):
     return jnp.asarray(y.reshape(2, 5, count, 6))
 
   q, k, v = turned(heads("query", 2), 100.0), turned(heads("key", 1), 100.0), heads("value", 1)
-  mixed = np.asarray(layers.plain_attention(q, k, v, valid)).reshape(2, 5, 12)
+  mixed = np.asarray(layers.plain_attention(q, k, v, layers.Visible(valid))).reshape(2, 5, 12)
   expected = mixed @ np.asarray(layer.out[...])
   graph, weights = nnx.split(layer)
   found = jax.jit(lambda weights: nnx.merge(graph, weights)(x, 0, attending(valid))[0])(weights)
@@ -158,9 +196,9 @@ def test_attention_projects_adds_biases_turns_and_mixes(bias):
 
 
 def test_biases_start_at_zero_and_only_where_they_are_asked_for():
-  rngs = nnx.Rngs(0)
-  options = dict(kv_heads=1, head_dim=6, theta=100.0, scaling=None, dtype=jnp.float32, rngs=rngs)
-  without, with_biases = (layers.SelfAttention(8, 2, bias=bias, **options) for bias in (False, True))
+  options = dict(dtype=jnp.float32, rngs=nnx.Rngs(0))
+  sizes = (dataclasses.replace(SIZE, qkv_bias=bias) for bias in (False, True))
+  without, with_biases = (layers.SelfAttention(size, **options) for size in sizes)
   names = {"query_bias", "key_bias", "value_bias"}
   assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(with_biases))} - {
     path[0] for path, _ in nnx.to_flat_state(nnx.state(without))
@@ -235,8 +273,7 @@ def test_gated_mlp():
 
 
 def test_weights_are_float32_whatever_the_compute_type():
-  attention = dict(heads=2, kv_heads=1, head_dim=6, bias=True, theta=100.0, scaling=None)
-  block = layers.Block(8, 12, **attention, eps=1e-5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  block = layers.Block(dataclasses.replace(SIZE, qkv_bias=True), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(block))} == {jnp.dtype("float32")}
   x = jnp.asarray(random(1, 3, 8), jnp.bfloat16)
   out, _ = jax.eval_shape(lambda x: block(x, 0, attending(jnp.ones((1, 3), bool))), x)

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from d1jax.models import families, load, lora, names, transformer
+from d1jax.models.families import llada, qwen2
 from d1jax.models.quantize import Quantized
 from d1jax.parallel import mesh as meshes
 from tests.models import folders
@@ -60,7 +61,7 @@ def by_hand(weights, size, scheme, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_parameters_are_the_tensors_transposed_stacked_and_cast(wide, loaded, dtype):
   found = loaded(dtype)
-  assert_same(found.params, by_hand(wide[1], found.network.size, names.LLADA, dtype))
+  assert_same(found.params, by_hand(wide[1], found.network.size, llada.NAMES, dtype))
   assert found.description == families.describe(wide[0])
 
 
@@ -68,7 +69,7 @@ def test_parameters_are_the_tensors_transposed_stacked_and_cast(wide, loaded, dt
 def test_biases_grouped_heads_and_a_tied_head(tmp_path, family):
   weights = folders.write(tmp_path, family, dtype="bfloat16")
   found = load.load(tmp_path, jnp.bfloat16)
-  assert_same(found.params, by_hand(weights, found.network.size, names.LLAMA, ml_dtypes.bfloat16))
+  assert_same(found.params, by_hand(weights, found.network.size, qwen2.NAMES, ml_dtypes.bfloat16))
   assert ("head" in found.params) == (family == "dream")
   assert ("query_bias" in found.params["blocks"]["attention"]) == (family == "dream")
 
@@ -118,10 +119,23 @@ def test_a_read_on_a_mesh_is_the_load(wide, loaded, dtype, kind, sizes):
   assert largest == 1 / (sizes["fsdp"] * sizes["tensor"]), "matrices are not split over fsdp and tensor"
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_norms_of_heads_are_whole_on_every_device(tmp_path, kind):
+  folders.write(tmp_path, "qwen3", mlp=256, embed=256)
+  one = load.load(tmp_path, jnp.float32, quantized=kind)
+  axes = lora.quantized_axes(one.network.axes) if kind else one.network.axes
+  placements = meshes.shardings(meshes.make_mesh(dict(data=2, fsdp=2, tensor=2)), meshes.RULES, axes)
+  found = load.read(tmp_path, one.network, jnp.float32, placements, quantized=kind)
+  assert_same(found, one.params)
+  scale = found["blocks"]["attention"]["query_norm"]["scale"]
+  assert {shard.data.shape for shard in scale.addressable_shards} == {scale.shape} == {(3, 32)}
+
+
 @pytest.mark.parametrize("kind", [None, "nf4"])
 def test_small_pieces_give_the_same_bits(wide, loaded, monkeypatch, kind):
   """An odd number of rows a piece, so that the last one is smaller."""
-  monkeypatch.setattr(pretrained, "PIECE", 4 * 256 * 23)
+  monkeypatch.setattr(load, "PIECE", 4 * 256 * 23)
   reads = []
   read = load.TensorFiles.read
   monkeypatch.setattr(load.TensorFiles, "read", lambda self, *a: reads.append(read(self, *a).nbytes) or read(self, *a))
@@ -136,7 +150,7 @@ def test_float16_files_are_read(tmp_path, wide):
   weights = {name: value.astype(np.float16) for name, value in folders.write(folder, "llada").items()}
   save_file(weights, folder / "model.safetensors")
   found = load.load(folder, jnp.float32)
-  assert_same(found.params, by_hand(weights, found.network.size, names.LLADA, np.float32))
+  assert_same(found.params, by_hand(weights, found.network.size, llada.NAMES, np.float32))
 
 
 @pytest.mark.parametrize(("family", "spread"), [("llada", False), ("qwen2", False), ("llada", True)])
@@ -196,8 +210,9 @@ def test_a_missing_tensor_is_named(damaged, name):
 
 
 def test_a_missing_embedding_is_named(damaged):
-  """It tells the scheme of the names, so that all of the other scheme's are missing, too."""
-  refused(damaged(**{EMBEDDING: ...}), "is missing", "config.json and the safetensors do not belong together")
+  """It tells which of the family's names a folder has; without it, they are taken to be LLaDA's own."""
+  reason = "config.json and the safetensors do not belong together"
+  refused(damaged(**{EMBEDDING: ...}), EMBEDDING, "is missing (1 missing, 0 unknown)", reason)
 
 
 @pytest.mark.parametrize("name", ["model.transformer.blocks.2.q_proj.weight", "model.transformer.blocks.0.q_proj.bias"])
@@ -242,7 +257,7 @@ def test_a_configuration_of_another_model_is_refused(damaged):
   refused(folder, "blocks.1.", "unknown")
   config = folders.dream_config(folders.SIZES["llada"], "float32")
   (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-  refused(folder, "bias", "missing")
+  refused(folder, "model.layers.", "missing")
 
 
 def test_an_integer_tensor_and_a_truncated_file_are_refused(damaged):
@@ -268,12 +283,12 @@ def test_buffers_are_ignored(damaged):
   folder = damaged("llama", **buffers)
   weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if k not in buffers}
   found = load.load(folder, jnp.float32)
-  assert_same(found.params, by_hand(weights, found.network.size, names.LLAMA, np.float32))
+  assert_same(found.params, by_hand(weights, found.network.size, qwen2.NAMES, np.float32))
 
 
 def tied(damaged, family, change):
   """A tied folder that stores a head: the embedding, changed by a function."""
-  scheme = names.LLADA if family == "llada" else names.LLAMA
+  scheme = llada.NAMES if family == "llada" else qwen2.NAMES
   shapes = folders.shapes_of(family, folders.SIZES[family])
   table = folders.draw(scheme[("embedding",)], shapes[scheme[("embedding",)]])
   folder = damaged(family, **{scheme[("head",)]: change(table)})
@@ -299,7 +314,7 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(damaged, monkeypatch, fa
     table[-1, -1] += 1e-6
     return table
 
-  monkeypatch.setattr(pretrained, "PIECE", 8 * 64 * 5)
+  monkeypatch.setattr(load, "PIECE", 8 * 64 * 5)
   folder, _ = tied(damaged, family, change)
   key = "weight_tying" if family == "llada" else "tie_word_embeddings"
   with pytest.raises(ValueError, match=f'is not .*, though config.json says "{key}": true; .* write "{key}": false'):
@@ -319,7 +334,7 @@ def test_a_stored_head_of_another_shape_is_refused(damaged):
 
 @pytest.mark.parametrize("family", ["dream", "llada"])
 def test_a_missing_head_names_the_flag(damaged, family):
-  scheme, key = (names.LLADA, "weight_tying") if family == "llada" else (names.LLAMA, "tie_word_embeddings")
+  scheme, key = (llada.NAMES, "weight_tying") if family == "llada" else (qwen2.NAMES, "tie_word_embeddings")
   folder = damaged(family, **{scheme[("head",)]: ...})
   advice = f'if the head is the embedding, write "{key}": true into config.json, otherwise fetch the files again'
   refused(folder, scheme[("head",)], "is missing (1 missing, 0 unknown)", advice)
@@ -355,7 +370,7 @@ def test_a_folder_without_weights_or_configuration_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_abstract_says_what_is_kept_without_memory(dtype):
-  network = transformer.build(transformer.PRESETS["llada_8b"])
+  network = transformer.build(families.PRESETS["llada_8b"])
   dense, small = load.abstract(network, dtype), load.abstract(network, dtype, "nf4")
   assert {leaf.dtype for leaf in jax.tree.leaves(dense)} == {jnp.dtype(dtype)}
   assert small["blocks"]["mlp"]["up"].codes.shape == (32, 64, 32, 12288)

@@ -19,11 +19,18 @@ SCALARS = json.loads((GOLDENS / "scalars.json").read_text(encoding="utf-8"))
 HUB = Path(os.environ.get("D1JAX_DATA", Path(__file__).parents[2] / "../shared/data")) / "tokenizers"
 # How far float32 sums in another order may be: logits are of order 1, and two PyTorch kernels differ by 2e-6.
 FLOAT32 = 1e-4
-ADAPTERS = {"llama_all": "llama", "llama_qv": "llama", "llada_d1": "llada", "llada_all": "llada"}
+ADAPTERS = {
+  "llama_all": "llama",
+  "llama_qv": "llama",
+  "qwen3_all": "qwen3",
+  "llada_d1": "llada",
+  "llada_all": "llada",
+}
 EVERYWHERE = {"attention": {"query", "key", "value", "out"}, "mlp": {"gate", "up", "down"}}
 ADAPTED = {
   "llama_all": EVERYWHERE,
   "llama_qv": {"attention": {"query", "value"}},
+  "qwen3_all": EVERYWHERE,
   # d1 names Llama's seven projections; peft found four of them in LLaDA, whose others have other names.
   "llada_d1": {"attention": {"query", "key", "value"}, "mlp": {"up"}},
   "llada_all": EVERYWHERE,

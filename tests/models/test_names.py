@@ -4,10 +4,10 @@ import jax
 import pytest
 
 from d1jax.models import names, transformer
-from d1jax.models.transformer import PRESETS
+from d1jax.models.families import FAMILIES, PRESETS, llada, llama, qwen2
 from tests.models import folders
 
-REAL = [("llada8b", "llada_8b", names.LLADA, 291), ("dream7b", "dream_7b", names.LLAMA, 339)]
+REAL = [("llada8b", "llada_8b", llada.NAMES, 291), ("dream7b", "dream_7b", qwen2.NAMES, 339)]
 
 
 def parameters_of(size):
@@ -30,7 +30,7 @@ def test_the_real_names_are_those_of_the_presets_one_to_one(folder, preset, sche
   found = [tensor for tensor, *_ in tensors_of(PRESETS[preset], scheme)]
   assert len(found) == len(set(found)) == count
   assert set(found) == set(index["weight_map"])
-  assert names.scheme_of(index["weight_map"].keys()) is scheme
+  assert FAMILIES[preset.partition("_")[0]].scheme_of(index["weight_map"].keys()) is scheme
 
 
 @pytest.mark.parametrize(("folder", "preset", "scheme", "count"), REAL, ids=["llada", "dream"])
@@ -56,22 +56,37 @@ DREAM_7B = dict(vocab=152064, embed=3584, heads=28, kv_heads=4, head_size=128, m
 )
 def test_stored_shapes_are_those_of_pytorch(preset, scheme, real_sizes, biases):
   expected = folders.shapes_of(scheme, real_sizes)
-  found = {t: s for t, _, _, s in tensors_of(PRESETS[preset], names.LLADA if scheme == "llada" else names.LLAMA)}
+  found = {t: s for t, _, _, s in tensors_of(PRESETS[preset], llada.NAMES if scheme == "llada" else qwen2.NAMES)}
   assert found == expected
   assert any(name.endswith(".bias") for name in found) == biases
 
 
+def test_qwen3_is_stored_as_pytorch_stores_it():
+  """Of Qwen3-8B, which has as many tensors as SDAR-8B."""
+  sizes = dict(vocab=151936, embed=4096, heads=32, kv_heads=8, head_size=128, mlp=12288, layers=36)
+  config = folders.qwen3_config(sizes, "bfloat16")
+  size = FAMILIES["qwen3"].size(config)
+  found = {tensor: shape for tensor, _, _, shape in tensors_of(size, FAMILIES["qwen3"].schemes[0])}
+  assert found == folders.shapes_of("qwen3", sizes)
+  assert len(found) == 399
+  assert transformer.parameter_count(transformer.build(size)) == 8_190_735_360
+
+
 @pytest.mark.parametrize("family", folders.FAMILIES)
 def test_the_scheme_is_told_by_the_tensors(family):
+  """LLaDA's folders may have Llama's names."""
   tensors = folders.shapes_of(family, folders.SIZES[family])
-  assert names.scheme_of(tensors) is (names.LLADA if family == "llada" else names.LLAMA)
+  config = folders.CONFIGS[family](folders.SIZES[family], "float32")
+  kind = FAMILIES[config["model_type"].lower()]
+  assert kind.scheme_of(tensors) is kind.schemes[family == "llada_llama_names"]
+  assert kind.scheme_of(()) is kind.schemes[0]
 
 
 def test_ff_out_is_a_down_projection_inside_the_blocks_and_the_head_outside():
-  down, head = names.LLADA[("blocks", "mlp", "down")], names.LLADA[("head",)]
+  down, head = llada.NAMES[("blocks", "mlp", "down")], llada.NAMES[("head",)]
   assert down.rpartition(".blocks.")[2] == "{}.ff_out.weight"
   assert head == "model.transformer.ff_out.weight"
-  shapes = {tensor: shape for tensor, _, _, shape in tensors_of(PRESETS["llada_8b"], names.LLADA)}
+  shapes = {tensor: shape for tensor, _, _, shape in tensors_of(PRESETS["llada_8b"], llada.NAMES)}
   assert shapes[down.format(3)] == (4096, 12288)
   assert shapes[head] == (126464, 4096)
 
@@ -83,7 +98,6 @@ def test_matrices_are_transposed_and_nothing_else():
 
 
 def test_both_schemes_name_the_same_places():
-  biases = {path for path in names.LLAMA if path[-1].endswith("_bias")}
-  assert names.LLADA.keys() == names.LLAMA.keys() - biases
-  assert len(set(names.LLAMA.values())) == len(names.LLAMA)
-  assert len(set(names.LLADA.values())) == len(names.LLADA)
+  assert llada.NAMES.keys() == llama.NAMES.keys()
+  assert len(set(llama.NAMES.values())) == len(llama.NAMES)
+  assert len(set(llada.NAMES.values())) == len(llada.NAMES)

@@ -11,12 +11,19 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from d1jax.models import families, lora, names, peft, transformer
+from d1jax.models import families, lora, peft, transformer
+from d1jax.models.families import llada, llama
 from d1jax.models.lora import PROJECTIONS, LoraSpec
 from tests.models import folders
 
 GOLDENS = Path(__file__).parent / "goldens"
-ADAPTERS = {"llama_all": "llama", "llama_qv": "llama", "llada_d1": "llada", "llada_all": "llada"}
+ADAPTERS = {
+  "llama_all": "llama",
+  "llama_qv": "llama",
+  "qwen3_all": "qwen3",
+  "llada_d1": "llada",
+  "llada_all": "llada",
+}
 LLADA_Q = "base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight"
 
 
@@ -24,7 +31,7 @@ LLADA_Q = "base_model.model.model.transformer.blocks.1.q_proj.lora_A.weight"
 def networks(tmp_path_factory):
   """The networks of the small folders."""
   found = {}
-  for family in ("llama", "llada"):
+  for family in ("llama", "qwen3", "llada"):
     folder = tmp_path_factory.mktemp(family)
     config = folders.CONFIGS[family](folders.SIZES[family], "float32")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -53,7 +60,7 @@ def copied(tmp_path):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_round_trip_keeps_every_name_and_bit(tmp_path, networks, name):
   spec, adapter = peft.load(GOLDENS / name, networks[ADAPTERS[name]])
-  scheme = names.LLADA if ADAPTERS[name] == "llada" else names.LLAMA
+  scheme = llada.NAMES if ADAPTERS[name] == "llada" else llama.NAMES
   peft.save(tmp_path / "out", adapter, spec, base="somewhere", scheme=scheme)
   found, expected = load_file(tmp_path / "out" / peft.WEIGHTS), load_file(GOLDENS / name / peft.WEIGHTS)
   assert found.keys() == expected.keys()
@@ -79,7 +86,7 @@ def test_the_modules_that_peft_would_adapt_are_those_of_the_tensors(tmp_path, ne
   """peft compares a list with a module's last name, and a pattern with its whole name."""
   family = ADAPTERS[name]
   spec, adapter = peft.load(GOLDENS / name, networks[family])
-  scheme = names.LLADA if family == "llada" else names.LLAMA
+  scheme = llada.NAMES if family == "llada" else llama.NAMES
   peft.save(tmp_path / "out", adapter, spec, base="", scheme=scheme)
   targets = json.loads((tmp_path / "out" / peft.CONFIG).read_text(encoding="utf-8"))["target_modules"]
   modules = [t.removesuffix(".weight") for t in folders.shapes_of(family, folders.SIZES[family])]
@@ -109,7 +116,7 @@ def test_rank_stabilised_adapters_go_both_ways(tmp_path, networks, copied):
   assert (
     {leaf.scale for leaf in adapter["blocks"]["attention"].values()} == {spec.alpha / spec.rank**0.5} == {spec.scale}
   )
-  peft.save(tmp_path / "out", adapter, spec, base="", scheme=names.LLAMA)
+  peft.save(tmp_path / "out", adapter, spec, base="", scheme=llama.NAMES)
   assert json.loads((tmp_path / "out" / peft.CONFIG).read_text(encoding="utf-8"))["use_rslora"] is True
   assert peft.load(tmp_path / "out", networks["llama"])[0] == spec
   with pytest.raises(ValueError, match="use_rslora='yes' is neither true nor false"):
@@ -348,7 +355,7 @@ def test_an_adapter_has_the_permissions_of_new_files(tmp_path, networks, umask):
   spec, adapter = peft.load(GOLDENS / "llama_qv", networks["llama"])
   before = os.umask(umask)
   try:
-    peft.save(tmp_path / "out", adapter, spec, base="", scheme=names.LLAMA)
+    peft.save(tmp_path / "out", adapter, spec, base="", scheme=llama.NAMES)
   finally:
     os.umask(before)
   assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
@@ -358,4 +365,4 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path, networks):
   spec, adapter = peft.load(GOLDENS / "llama_qv", networks["llama"])
   (tmp_path / "out").write_text("mine", encoding="utf-8")
   with pytest.raises(ValueError, match="out is a file, expected a folder"):
-    peft.save(tmp_path / "out", adapter, spec, base="", scheme=names.LLAMA)
+    peft.save(tmp_path / "out", adapter, spec, base="", scheme=llama.NAMES)

@@ -155,7 +155,7 @@ def test_a_network_from_no_folder_becomes_a_llada(tmp_path):
     dict(vocab=40, embed=32, heads=4, kv_heads=2, head_size=8, mlp=48, layers=2)
   )
   again = load.load(tmp_path / "out", jnp.float32)
-  assert again.description.family == "llada"
+  assert again.description.family.model_type == "llada"
   assert {name: again.description.config[name] for name in ids} == ids
   assert again.description.size == size.__class__(**{**vars(size), "kv_heads": 2})
   tokens, valid = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.ones((2, 6), bool)
@@ -184,7 +184,7 @@ def test_a_folder_in_use_is_refused_and_an_empty_one_is_not(tmp_path, llada):
   assert [path.name for path in target.iterdir()] == ["notes.txt"]
   (target / "notes.txt").unlink()
   write(target, llada)
-  assert families.describe(target).family == "llada"
+  assert families.describe(target).family.model_type == "llada"
 
 
 @pytest.mark.parametrize("wrap", ["quantised", "adapted", "both"])

@@ -11,8 +11,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
 import d1jax
+from d1jax import model
 from d1jax.models import transformer
-from d1jax.models.layers import plain_attention
+from d1jax.models.layers import Visible, plain_attention
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import attention as kernels
 from d1jax.parallel.mesh import MESH_AXES, RULES, constrainer, make_mesh, sharding, shardings
@@ -30,7 +31,7 @@ def arrays(t, s, *, b=2, n=2, k=2, h=16, padding="left"):
   cut = np.asarray([s // 3, 0, s // 2, 1, 2, 3, 5, 7])[:b, None]
   place = np.arange(s)[None]
   valid = {"left": place >= cut, "right": place < s - cut, "holes": rng.random((b, s)) < 0.5}[padding]
-  return q, k, v, jnp.asarray(valid)
+  return q, k, v, Visible(jnp.asarray(valid))
 
 
 def mesh_of(*sizes, devices=None):
@@ -40,11 +41,11 @@ def mesh_of(*sizes, devices=None):
 
 def outcomes(attention, inputs):
   """What comes out, and the gradients of a sum with weights of no pattern."""
-  q, k, v, valid = inputs
+  q, k, v, visible = inputs
   weights = jnp.asarray(np.random.default_rng(0).normal(size=q.shape), jnp.float32)
 
   def loss(q, k, v):
-    out = attention(q, k, v, valid)
+    out = attention(q, k, v, visible)
     return jnp.sum(weights * out), out
 
   (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -88,10 +89,10 @@ def test_splash_attention_is_plain_attention(interpreted, t, s, heads, padded):
 
 
 def test_a_row_without_valid_keys_stays_finite(interpreted):
-  q, k, v, valid = arrays(128, 128)
-  found = outcomes(kernels.splash_attention, (q, k, v, valid.at[0].set(False)))
+  q, k, v, visible = arrays(128, 128)
+  found = outcomes(kernels.splash_attention, (q, k, v, Visible(visible.valid.at[0].set(False))))
   assert all(np.isfinite(x).all() for x in found)
-  np.testing.assert_allclose(found[0][1], plain_attention(q, k, v, valid)[1], rtol=0, atol=1e-5)
+  np.testing.assert_allclose(found[0][1], plain_attention(q, k, v, visible)[1], rtol=0, atol=1e-5)
 
 
 def test_blocks_are_few_and_waste_little():
@@ -134,6 +135,31 @@ def test_what_splash_attention_does_not_serve_is_plain(interpreted, t, h):
   inputs = arrays(t, 130, h=h)
   np.testing.assert_array_equal(kernels.splash_attention(*inputs), plain_attention(*inputs))
   assert not interpreted
+
+
+def ordered(inputs, block):
+  """The same inputs, seen backwards across blocks."""
+  q, k, v, visible = inputs
+  order = jnp.arange(k.shape[1]) // block
+  return q, k, v, Visible(visible.valid, order[-q.shape[1] :], order)
+
+
+@pytest.mark.parametrize(("kernel", "served"), [("splash", "_served_by_splash"), ("cudnn", "_served_by_cudnn")])
+def test_an_order_is_left_to_plain_attention(interpreted, monkeypatch, kernel, served):
+  monkeypatch.setattr(kernels, served, lambda x: True)
+  inputs = ordered(arrays(128, 130), 4)
+  found = getattr(kernels, f"{kernel}_attention")(*inputs)
+  np.testing.assert_array_equal(found, plain_attention(*inputs))
+  assert np.abs(np.asarray(found - plain_attention(*inputs[:3], Visible(inputs[3].valid)))).mean() > 0.01
+  assert not interpreted
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 1, 4)], ids=str)
+@pytest.mark.parametrize("length", [24, 10])
+def test_devices_that_share_an_attention_keep_the_order(sizes, length):
+  """Each has its queries' part of the order; lengths that the mesh does not divide are left to XLA."""
+  attention = kernels.per_device(plain_attention, mesh_of(*sizes), RULES)
+  assert_agree(attention, ordered(arrays(length, 24, b=4, n=4, k=2), 5))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +212,7 @@ def cudnn_found(monkeypatch):
 
 def lowered_for_cuda(function, t, s, dtype=jnp.bfloat16, h=128):
   shapes = ((8, t, 8, h), (8, s, 4, h), (8, s, 4, h))
-  arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes] + [jax.ShapeDtypeStruct((8, s), bool)]
+  arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes] + [Visible(jax.ShapeDtypeStruct((8, s), bool))]
   return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -286,7 +312,7 @@ def test_the_kernel_compiles_for_tpus(tpu, sizes):
   heads, row = sharding(mesh, RULES, "batch", None, "heads", None), sharding(mesh, RULES, "batch", None)
   shapes = ((4, 456, 8, 128), (4, 456, 4, 128), (4, 456, 4, 128))
   inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=heads) for shape in shapes]
-  inputs.append(jax.ShapeDtypeStruct((4, 456), bool, sharding=row))
+  inputs.append(Visible(jax.ShapeDtypeStruct((4, 456), bool, sharding=row)))
   gradient = jax.grad(lambda *x: jnp.sum(attention(*x).astype(jnp.float32) ** 2), argnums=(0, 1, 2))
   compiled = jax.jit(gradient, out_shardings=heads).lower(*inputs).compile()
   assert splash_calls(compiled) == {"dkv": 1, "dq": 1, "fwd": 1}
@@ -341,7 +367,7 @@ def test_a_folder_gets_the_attention_of_its_mesh(tmp_path, monkeypatch):
 
   def attention(mesh, rules):
     made.append((mesh, rules))
-    return lambda q, k, v, valid: jnp.zeros_like(q)
+    return lambda q, k, v, visible: jnp.zeros_like(q)
 
   monkeypatch.setattr(model, "attention", attention)
   mesh, rules = mesh_of(1, 2, 1), {**RULES, "mlp": None}

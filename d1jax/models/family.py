@@ -1,0 +1,95 @@
+"""What a family of models is to d1jax, and the readers of config.json that families share.
+
+A family is one file of `d1jax/models/families`, whose `FAMILY` holds all that is particular to it.
+"""
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from d1jax.models.layers import TransformerSize
+from d1jax.models.names import Scheme
+
+Config = Mapping[str, Any]
+
+shown = reprlib.Repr()
+shown.maxstring = shown.maxother = 80
+"""Writes a value of a file into a message, shortened where it is long or deep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """A kind of model, as its folders describe it.
+
+  Attributes:
+    model_type: what config.json calls it, in lower case.
+    shift: how many positions before a token stands the state that predicts it: 0 (LLaDA) or 1.
+    read: the sizes of a config.json, in which `defaults` are filled in and `fixed` are checked.
+    size_keys: the keys of config.json for a size, by the field of `TransformerSize`; the first that has a value counts.
+    tied_key: the key that says whether the head is the embedding.
+    schemes: the names of tensors that its files may have; a folder's are those that name its embedding.
+    defaults: what a key that config.json lacks means: the defaults of the configuration's class.
+    fixed: options, and the only value of each that the network implements. They may be left out.
+    presets: sizes of well-known models, by the names that `config.model.size` has for them.
+  """
+
+  model_type: str
+  shift: int
+  read: Callable[[Config], TransformerSize]
+  size_keys: Mapping[str, tuple[str, ...]]
+  tied_key: str
+  schemes: tuple[Scheme, ...]
+  defaults: Config
+  fixed: Config
+  presets: Mapping[str, TransformerSize] = dataclasses.field(default_factory=dict)
+
+  def size(self, config: Config) -> TransformerSize:
+    """The sizes that a config.json states.
+
+    Raises:
+      KeyError: a key is missing.
+      ValueError: a value is wrong, or is not implemented; the message names it.
+    """
+    config = {**self.defaults, **config}
+    for name, expected in self.fixed.items():
+      value = config.get(name, expected)
+      if value != expected and not (value is None and not expected):
+        raise ValueError(f"{name}={shown.repr(value)} is not supported, only {expected!r}")
+    return self.read(config)
+
+  def scheme_of(self, tensors: Collection[str]) -> Scheme:
+    """The names that these tensors have; the first scheme where they fit none."""
+    return next((scheme for scheme in self.schemes if scheme[("embedding",)] in tensors), self.schemes[0])
+
+
+def sizes(config: Config, size_keys: Mapping[str, tuple[str, ...]], **others: Any) -> TransformerSize:
+  """The sizes under `size_keys`, and other fields that are known already."""
+  stated = lambda keys: next((key for key in keys if config.get(key) is not None), keys[-1])
+  counts = {name: count(config, stated(keys)) for name, keys in size_keys.items() if name not in others}
+  return TransformerSize(**{**counts, **others})
+
+
+def positive(config: Config, name: str) -> float:
+  """A number above zero."""
+  value = config[name]
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not is_number or not math.isfinite(value) or value <= 0:
+    raise ValueError(f"{name}={shown.repr(value)} is not a positive number")
+  return float(value)
+
+
+def count(config: Config, name: str) -> int:
+  """A whole number above zero."""
+  if not isinstance(config[name], int) or positive(config, name) < 1:
+    raise ValueError(f"{name}={shown.repr(config[name])} is not a positive whole number")
+  return int(config[name])
+
+
+def flag(config: Config, name: str) -> bool:
+  """True or false; null is false."""
+  value = config[name] or False
+  if not isinstance(value, bool):
+    raise ValueError(f"{name}={shown.repr(value)} is neither true nor false")
+  return value
