@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from d1jax import recipe
+from d1jax.run import parts
 from tests import jobs
 from tests.session import shared
 
@@ -16,7 +17,9 @@ CHANGES = {"sft__steps": 30, "sft__validate_every": 10, "grpo__dump_every": 1, "
 def finished() -> tuple[Path, ConfigDict, dict[str, Any]]:
   """The recipe from a fresh model, supervised fine-tuning first: its folder, configuration and results."""
   workdir, results = shared("finished", lambda workdir: recipe.run(jobs.small(workdir, **CHANGES)))
-  return workdir, jobs.small(workdir, **CHANGES), results
+  config = jobs.small(workdir, **CHANGES)
+  parts.complete(config)
+  return workdir, config, results
 
 
 def undisturbed(count: int = 1) -> tuple[Path, list[tuple[int, str, str]], float]:

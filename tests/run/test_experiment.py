@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from d1jax.errors import RunError
+from d1jax.parallel.mesh import RULES
 from d1jax.publish import Publisher
 from d1jax.run import experiment as experiments
 from tests import jobs
@@ -108,7 +109,7 @@ def test_an_evaluation_has_the_layout_of_rollouts():
   trained = grpo.to_dict()
   for config in (trained, {k: v for k, v in trained.items() if k != "rollout_rules"}):
     restored = experiments.of_checkpoint(config, evaluation)
-    assert restored.rules.to_dict() == trained["rules"] | config.get("rollout_rules", {})
+    assert restored.rules.to_dict() == {**RULES, **trained["rules"], **config.get("rollout_rules", {})}
     assert not restored.rollout_rules
 
 
