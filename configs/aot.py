@@ -9,10 +9,13 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
+RECIPE = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
+WORDS = RECIPE["WORDS"]
+
 
 def get_config(words: str = "llada_8b") -> config_dict.ConfigDict:
   """The configuration of the words."""
-  c = runpy.run_path(str(Path(__file__).with_name("grpo.py")))["get_config"](words)
+  c = RECIPE["get_config"](words)
   c.mode = "aot"
   c.topology = config_dict.placeholder(str)  # a generation of TPUs and the chips along each axis
   c.slices = 1  # such slices, joined by the network of the data centre

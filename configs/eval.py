@@ -10,22 +10,24 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
+RECIPE = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
 SIZES = ("tiny", "llada_8b")
+WORDS = {"size": SIZES, "task": RECIPE["TASKS"], "chips": tuple(RECIPE["CHIPS"])}
+"""All preset words."""
 
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the words."""
-  recipe = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
-  known = (*SIZES, *recipe["TASKS"], *recipe["CHIPS"])
+  known = [word for group in WORDS.values() for word in group]
   chosen = [word for word in words.split(",") if word]
   unknown = [word for word in chosen if word not in known]
   if unknown:
     raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(known)}")
   sizes = [word for word in chosen if word in SIZES] or [SIZES[0]]
-  chips = [word for word in chosen if word in recipe["CHIPS"]]
+  chips = [word for word in chosen if word in RECIPE["CHIPS"]]
   if len(sizes) > 1:
     raise ValueError(f"preset words {', '.join(sizes)} exclude each other: name one of {', '.join(SIZES)}")
-  none, grpo = config_dict.placeholder, recipe["get_config"](",".join(("llada_8b", *chips)))
+  none, grpo = config_dict.placeholder, RECIPE["get_config"](",".join(("llada_8b", *chips)))
   c = config_dict.ConfigDict()
   c.mode = "eval"
 
@@ -36,7 +38,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 
   # On what.
   # Without names and file: those of the checkpoint.
-  c.tasks = tuple(word for word in chosen if word in recipe["TASKS"])
+  c.tasks = tuple(word for word in chosen if word in RECIPE["TASKS"])
   c.module = none(str)  # the file of a task of your own
   c.split = "test"
   c.questions = none(int)  # at most so many of each task

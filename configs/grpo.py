@@ -31,13 +31,16 @@ CHIPS = {
   "h100": ((1, 1), (8, 1)),  # 80 GB
 }
 
+WORDS = {"size": SIZES, "task": TASKS, "method": tuple(METHODS), "of llada_8b": ("full", *CHIPS)}
+"""All preset words; the first size and the first task are the defaults."""
+
 ADAM = dict(b1=0.9, b2=0.99, weight_decay=0.1)
 
 
 def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   """The configuration of the preset words; `alone`: not as a part of a mix."""
   chosen = dict.fromkeys(word for word in words.split(",") if word)
-  known = (*SIZES, *TASKS, *METHODS, "full", *CHIPS)
+  known = [word for group in WORDS.values() for word in group]
   unknown = [word for word in chosen if word not in known]
   if unknown:
     raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(known)}")

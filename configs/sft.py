@@ -8,10 +8,13 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
+RECIPE = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
+WORDS = RECIPE["WORDS"]
+
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the preset words."""
-  c = runpy.run_path(str(Path(__file__).with_name("grpo.py")))["get_config"](words)
+  c = RECIPE["get_config"](words)
   c.mode = "sft"
   c.workdir = c.workdir.replace("grpo", "sft")
   del c.grpo

@@ -8,7 +8,6 @@ the next batch.
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -90,6 +89,8 @@ def _order(parts: Sequence[Part], *, seed: int, batch_size: int) -> Any:
   """An endless Grain dataset of batches of record indices, each part reshuffled every epoch; batch k is a function of
   (seed, k).
   """
+  import grain  # not at the top: whoever only samples needs no Grain
+
   streams = [grain.MapDataset.source(list(part.chosen)).seed(seed).shuffle().repeat() for part in parts]
   mixed = grain.MapDataset.mix(streams, [part.weight for part in parts]) if len(parts) > 1 else streams[0]
   return mixed.batch(batch_size, drop_remainder=True)
@@ -97,6 +98,8 @@ def _order(parts: Sequence[Part], *, seed: int, batch_size: int) -> Any:
 
 def start(dataset: Any, position: int) -> Iterator[Any]:
   """Iterates a Grain dataset from element `position` on, reading a little ahead on a thread."""
+  import grain
+
   iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
   iterator.set_state({"next_index": position})
   return iterator
