@@ -66,13 +66,16 @@ def _changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
   if overrides:
     from d1jax.run import parts
 
-    for field, value in overrides.items():
-      flags, _ = parts.take_flags([f"--config.{field}={value}"])
-      with errors.input_checked():
+    chosen = []
+    with errors.input_checked():
+      for field, value in overrides.items():
+        flags, _ = parts.take_flags([f"--config.{field}={value}"])
         if flags and "grpo" in config:
-          parts.choose(config.grpo, flags)
+          chosen += flags
         else:
           _set(config, field, value)
+      if chosen:
+        parts.choose(config.grpo, chosen)
   return config
 
 

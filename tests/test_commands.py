@@ -86,7 +86,7 @@ def test_the_presets_of_a_clone_are_its_configs(monkeypatch):
 
 
 def test_presets_take_other_values():
-  config = presets.load("grpo:tiny", {"grpo.steps": 5, "workdir": "runs/x", "grpo.loss": "sandwich", "grpo.beta": 0.1})
+  config = presets.load("grpo:tiny", {"grpo.steps": 5, "workdir": "runs/x", "grpo.beta": 0.1, "grpo.loss": "sandwich"})
   assert (config.grpo.steps, config.workdir) == (5, "runs/x")
   assert (config.grpo.loss.name, config.grpo.loss.beta) == ("sandwich", 0.1)
 
@@ -98,7 +98,7 @@ def test_presets_take_other_values():
     ("grpo:tinny", {}, "unknown preset word 'tinny'"),
     ("grpo", {"grpo.stpes": 5}, "unknown field 'grpo.stpes'; did you mean grpo.steps"),
     ("grpo", {"gpro.steps": 5}, "unknown field 'gpro.steps'; did you mean grpo?"),
-    ("grpo", {"xyz": 5}, "unknown field 'xyz'; known: mode, seed, workdir, "),
+    ("grpo", {"xyz": 5}, "unknown field 'xyz'; known: cpu_devices, data, "),
     ("grpo", {"grpo.steps": "five"}, "grpo.steps='five' has another type"),
     ("grpo", {"grpo.loss": "none"}, "unknown grpo.loss 'none'; choose one of"),
     ("generate", {}, "config.mode is 'generate'; d1jax.train takes grpo and sft"),
