@@ -70,8 +70,7 @@ def needed(*modules: str) -> set[str]:
 @pytest.mark.parametrize(
   ("modules", "extras"),
   [
-    (["d1jax", "d1jax.model", "d1jax.generation.generate", "d1jax.commands", "d1jax.main"], []),
-    (["d1jax.generation.command", "d1jax.export", "d1jax.aot.command"], []),
+    (["d1jax.commands", "d1jax.main", "d1jax.generation.command", "d1jax.export", "d1jax.aot.command"], []),
     (["d1jax.evaluation.command", "d1jax.generation.film"], ["eval"]),
     (["d1jax.recipe", "d1jax.run.trackers.tensorboard"], ["train"]),
     (["d1jax.tasks.verifier_process"], ["math"]),
@@ -85,6 +84,12 @@ def test_modules_need_what_is_declared(modules, extras):
   assert needed(*modules) - declared <= COMPANIONS
 
 
+def test_the_names_of_the_top_need_no_extra():
+  places = {place.partition(":")[0] for place in d1jax._PLACES.values()}
+  named = {f"{place}.{name}" for name, place in d1jax._PLACES.items()}
+  assert needed("d1jax", *places, *(named & MODULES)) - BASE <= COMPANIONS
+
+
 def test_the_pins_are_of_all_that_is_declared():
   pinned = {line.split("==")[0].lower() for line in PINS.splitlines() if not line.startswith("#")}
   assert BASE | EXTRAS["train"] | EXTRAS["eval"] | EXTRAS["math"] <= pinned
@@ -94,7 +99,7 @@ def test_the_pins_are_of_all_that_is_declared():
 def test_the_top_of_the_package_names_what_it_offers():
   assert dir(d1jax) == sorted(d1jax.__all__)
   assert all(getattr(d1jax, name) for name in dir(d1jax))
-  assert set(d1jax._MODULES) == set(d1jax.__all__) - {"__version__"}
+  assert set(d1jax._PLACES) == set(d1jax.__all__) - {"__version__"}
   with pytest.raises(AttributeError, match="module 'd1jax' has no attribute 'nothing'"):
     _ = d1jax.nothing
 
