@@ -1,8 +1,9 @@
 """Evaluation: of a checkpoint, of a model's folder, or of completions in a file.
 
 `--config=configs/eval.py:WORDS --config.checkpoint=DIR`, words separated by commas: a size (`tiny`, the default, which
-takes lengths, steps and prompts from the checkpoint; `llada_8b`, d1's evaluation), any number of tasks (none: those of
-the checkpoint) and the chips that hold a large model (`v5e`, `v5p`, `v6e`, `h100`). docs/evaluation.md tells all of it.
+takes lengths, steps and prompts from the checkpoint; `d1`, d1's evaluation, once `llada_8b`), any number of
+tasks (none: those of the checkpoint) and the chips that hold a large model (`v5e`, `v5p`, `v6e`, `h100`).
+docs/evaluation.md tells all of it.
 """
 
 import runpy
@@ -10,22 +11,24 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
-SIZES = ("tiny", "llada_8b")
+RECIPE = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
+SIZES = ("tiny", "d1")
+WORDS = {"size": SIZES, "task": RECIPE["TASKS"], "chips": tuple(RECIPE["CHIPS"])}
+"""All preset words."""
 
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the words."""
-  recipe = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
-  known = (*SIZES, *recipe["TASKS"], *recipe["CHIPS"])
-  chosen = [word for word in words.split(",") if word]
+  known = [word for group in WORDS.values() for word in group]
+  chosen = [{"llada_8b": "d1"}.get(word, word) for word in words.split(",") if word]
   unknown = [word for word in chosen if word not in known]
   if unknown:
     raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(known)}")
   sizes = [word for word in chosen if word in SIZES] or [SIZES[0]]
-  chips = [word for word in chosen if word in recipe["CHIPS"]]
+  chips = [word for word in chosen if word in RECIPE["CHIPS"]]
   if len(sizes) > 1:
     raise ValueError(f"preset words {', '.join(sizes)} exclude each other: name one of {', '.join(SIZES)}")
-  none, grpo = config_dict.placeholder, recipe["get_config"](",".join(("llada_8b", *chips)))
+  none, grpo = config_dict.placeholder, RECIPE["get_config"](",".join(("lora", *chips)))
   c = config_dict.ConfigDict()
   c.mode = "eval"
 
@@ -36,7 +39,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
 
   # On what.
   # Without names and file: those of the checkpoint.
-  c.tasks = tuple(word for word in chosen if word in recipe["TASKS"])
+  c.tasks = tuple(word for word in chosen if word in RECIPE["TASKS"])
   c.module = none(str)  # the file of a task of your own
   c.split = "test"
   c.questions = none(int)  # at most so many of each task
@@ -77,7 +80,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
     c.bare.rules = grpo.rules.to_dict() | grpo.rollout_rules.to_dict()
     c.bare.rollout_rules = {}
 
-  if sizes[0] == "llada_8b":
+  if sizes[0] == "d1":
     c.style = "d1_eval"
     c.lengths, c.block_length, c.tokens_per_step = (128, 256, 512), 32, 2
   return c

@@ -1,13 +1,14 @@
 """d1's recipe: masked SFT, then diffu-GRPO, then evaluation.
 
-`--config=configs/grpo.py:WORDS`, words separated by commas: a size (`tiny`, the default; `smoke`; `llada_8b`) and a
-task (`sudoku`, the default; `countdown`, `gsm8k`, `math`), or several, which are mixed, and a method (`d1`, which is
-what there is without one; `wd1`, `coupled`, `espo`, `gdpo`, `spg`, `stepmerge`, `tracerl`, `agrpo`, `justgrpo`;
-docs/methods.md). Any field can be set on the
-command line: `--config.grpo.learning_rate=1e-4`. `llada_8b` is d1's diffu-GRPO on a downloaded model,
-`--config.model.pretrained`; docs/d1.md sets each of its values beside d1's. It takes two words more: `full` trains
-every weight instead of adapters, and `v5e`, `v5p`, `v6e` or `h100` lays it out for 8 of these chips or more (v5e and
-v6e with `full`: 16).
+`--config=configs/grpo.py:WORDS`, words separated by commas: what is trained (`tiny`, the default; `smoke`; `lora`,
+adapters on a downloaded model; `full`, all weights of one), a task (`sudoku`, the default; `countdown`, `gsm8k`,
+`math`), or several, which are mixed, and a method (`d1`, which is what there is without one; `wd1`, `coupled`, `espo`,
+`gdpo`, `spg`, `stepmerge`, `tracerl`, `agrpo`, `justgrpo`; docs/methods.md). Any field can be set on the command line:
+`--config.grpo.learning_rate=1e-4`; those that few people set are in docs/configuration.md.
+
+`lora` and `full` are d1's diffu-GRPO on the model that `--config.model.pretrained` names; docs/d1.md sets each of their
+values beside d1's. They take a word more: `v5e`, `v5p`, `v6e` or `h100` lays them out for 8 of these chips or more (v5e
+and v6e with `full`: 16). `llada_8b` is the old word for `lora`, and `llada_8b,full` for `full`.
 """
 
 import runpy
@@ -20,7 +21,7 @@ METHODS = runpy.run_path(str(Path(__file__).with_name("methods.py")))["METHODS"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
+SIZES, TASKS = ("tiny", "smoke", "lora", "full"), ("sudoku", "countdown", "gsm8k", "math")
 
 # Sizes of the mesh's axes fsdp and tensor, with adapters and with every weight trained. In an update fsdp x tensor
 # chips share the weights, in a rollout tensor of them: few enough that rollouts send little, enough that all fits.
@@ -31,13 +32,19 @@ CHIPS = {
   "h100": ((1, 1), (8, 1)),  # 80 GB
 }
 
+WORDS = {"size": SIZES, "task": TASKS, "method": tuple(METHODS), "of lora and full": tuple(CHIPS)}
+"""All preset words; the first size and the first task are the defaults."""
+
 ADAM = dict(b2=0.99, weight_decay=0.1)
 
 
 def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   """The configuration of the preset words; `alone`: not as a part of a mix."""
   chosen = dict.fromkeys(word for word in words.split(",") if word)
-  known = (*SIZES, *TASKS, *METHODS, "full", *CHIPS)
+  if "llada_8b" in chosen:
+    del chosen["llada_8b"]
+    chosen |= {} if "full" in chosen else {"lora": None}
+  known = [word for group in WORDS.values() for word in group]
   unknown = [word for word in chosen if word not in known]
   if unknown:
     raise ValueError(f"unknown preset word {unknown[0]!r}; known: {', '.join(known)}")
@@ -47,11 +54,10 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   for group, names in ((sizes, SIZES), (chips, CHIPS), (named, METHODS)):
     if len(group) > 1:
       raise ValueError(f"preset words {', '.join(group)} exclude each other: name one of {', '.join(names)}")
-  large = [word for word in chosen if word in ("full", *CHIPS)]
-  if large and sizes[0] != "llada_8b":
-    raise ValueError(f"preset words {', '.join(large)} are for llada_8b: name it too, or leave them out")
+  if chips and sizes[0] not in ("lora", "full"):
+    raise ValueError(f"preset word {chips[0]} is for lora and full: name one of them too, or leave it out")
   if len(tasks) > 1:
-    return _mix({task: get_config(",".join((sizes[0], task, *named, *large)), False) for task in sorted(tasks)})
+    return _mix({task: get_config(",".join((sizes[0], task, *named, *chips)), False) for task in sorted(tasks)})
 
   c = config_dict.ConfigDict()
   c.mode = "grpo"
@@ -167,7 +173,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   c.evaluation = dict(batch_size=96, prompt_buckets=(256, 512, 1024, 2048))
 
   presets = {
-    "llada_8b": (),
+    "lora": (),
+    "full": (_full,),
     "tiny": (_tiny,),
     "smoke": (_tiny, _smoke),
     "sudoku": (_sudoku,),
@@ -179,8 +186,6 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     apply(c)
   if alone and (sizes[0], tasks[0]) == ("tiny", "countdown"):
     _tiny_countdown(c)
-  if "full" in chosen:
-    c.lora.rank, c.model.quantize = 0, "none"
   if chips:
     _lay_out(c, chips[0])
   for name in named:
@@ -295,6 +300,11 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     validate_every=50,
   )
   c.evaluation.update(batch_size=128, prompt_buckets=(33,))
+
+
+def _full(c: config_dict.ConfigDict) -> None:
+  """Every weight is trained instead of adapters."""
+  c.lora.rank, c.model.quantize = 0, "none"
 
 
 def _smoke(c: config_dict.ConfigDict) -> None:

@@ -1,6 +1,6 @@
 """Masked SFT alone, with the same words and fields as configs/grpo.py.
 
-`--config=configs/sft.py:llada_8b` is d1's fine-tuning on s1K; docs/d1.md sets each of its values beside d1's.
+`--config=configs/sft.py:lora` is d1's fine-tuning on s1K; docs/d1.md sets each of its values beside d1's.
 """
 
 import runpy
@@ -8,19 +8,22 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
+RECIPE = runpy.run_path(str(Path(__file__).with_name("grpo.py")))
+WORDS = RECIPE["WORDS"]
+
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
   """The configuration of the preset words."""
-  c = runpy.run_path(str(Path(__file__).with_name("grpo.py")))["get_config"](words)
+  c = RECIPE["get_config"](words)
   c.mode = "sft"
   c.workdir = c.workdir.replace("grpo", "sft")
   del c.grpo
-  if "llada_8b" in words.split(","):
-    _llada_8b(c)
+  if {"lora", "full", "llada_8b"} & set(words.split(",")):
+    _large(c)
   return c
 
 
-def _llada_8b(c: config_dict.ConfigDict) -> None:
+def _large(c: config_dict.ConfigDict) -> None:
   c.model.quantize = "none"
   c.lora.update(alpha=256.0, targets=("q_proj", "k_proj", "v_proj"))
   c.sft.update(

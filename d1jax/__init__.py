@@ -1,7 +1,7 @@
 """Reinforcement learning for diffusion language models, on JAX.
 
 Names are imported when they are first used, so that `import d1jax` takes no time and starts no device.
-docs/library.md walks through them; `python -m d1jax.main` runs the whole recipe.
+docs/library.md walks through them; `d1jax.train`, or `d1jax train` on the command line, runs the whole recipe.
 """
 
 import importlib
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
   from d1jax.models.lora import LoraSpec as Lora
   from d1jax.optimizer import adamw
   from d1jax.parallel.mesh import make_mesh
+  from d1jax.presets import train
   from d1jax.rl import advantage as advantages
   from d1jax.rl import losses
   from d1jax.rl.estimators import Estimator, estimator
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
   from d1jax.run.run_tokenizer import train as train_tokenizer
   from d1jax.run.trackers import Tracker
   from d1jax.training.sft import sft_step
+
+__version__ = "0.1.0"
+"""Of the wheel too: pyproject.toml reads it here."""
 
 _PLACES = {
   "ClippedToken": "d1jax.rl.losses",
@@ -54,6 +58,7 @@ _PLACES = {
   "sample": "d1jax.diffusion.sampler",
   "sft_step": "d1jax.training.sft",
   "tasks": "d1jax.tasks:",
+  "train": "d1jax.presets",
   "train_tokenizer": "d1jax.run.run_tokenizer:train",
   "update": "d1jax.rl.update",
 }
@@ -71,6 +76,7 @@ __all__ = [
   "Rollout",
   "Sampler",
   "Tracker",
+  "__version__",
   "adamw",
   "advantages",
   "estimator",
@@ -83,6 +89,7 @@ __all__ = [
   "sample",
   "sft_step",
   "tasks",
+  "train",
   "train_tokenizer",
   "update",
 ]

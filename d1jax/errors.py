@@ -171,6 +171,27 @@ def input_checked() -> Iterator[None]:
     raise RunError(" ".join(str(error).split())) from error
 
 
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+  """Says of a package that cannot be imported which of d1jax's extras brings it, as a `RunError`.
+
+  Args:
+    name: the extra that brings what is imported inside, one of `project.optional-dependencies` in pyproject.toml.
+  """
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    raise RunError(missing(error.name or str(error), name)) from error
+
+
+def missing(package: str, name: str) -> str:
+  """The message about a package that is not installed, and the extra that brings it."""
+  return (
+    f'{package} is not installed: pip install "d1jax[{name}]" brings it; in a clone of the repository,'
+    " pip install -r requirements.txt"
+  )
+
+
 def smaller_batches(field: str, size: int) -> str:
   """The remedy of `explained` where batches of a size that a field of the configuration says do not fit."""
   return f"smaller batches: --config.{field}={size // 2}" if size > 1 else "more devices"

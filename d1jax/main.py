@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from d1jax import errors
+from d1jax import errors, presets
 from d1jax.parallel import cluster, multihost
 from d1jax.run import fields
 
@@ -23,11 +23,13 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, w
 def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
   """The function that runs a mode; imported late, so that a mistyped flag is answered at once."""
   if config.mode in ("grpo", "sft"):
-    from d1jax import recipe
+    with errors.extra("train"):
+      from d1jax import recipe
 
     return recipe.run
   if config.mode == "eval":
-    from d1jax.evaluation import command
+    with errors.extra("eval"):
+      from d1jax.evaluation import command
 
     return command.run
   if config.mode == "export":
@@ -88,7 +90,7 @@ def _parse(argv: list[str]) -> list[str]:
   """Parses the flags; whatever is wrong with them is one line."""
   for path in (arg.partition("=")[2].partition(":")[0] for arg in argv if arg.startswith("--config=")):
     if not Path(path).is_file():
-      raise errors.RunError(f"--config={path}: no such file; the configurations are in configs/")
+      raise errors.RunError(f"--config={path}: no such file; the configurations are in {presets.shown()}")
   optional, argv[:] = fields.take_flags(argv)
   chosen: list[tuple[str, str, str]] = []
   if any("config.grpo." in arg for arg in argv):

@@ -1,4 +1,4 @@
-"""Compiles diffu-GRPO for a TPU topology without a TPU: `--config=configs/aot.py:llada_8b --config.topology=v5e:2x4`.
+"""Compiles diffu-GRPO for a TPU topology without a TPU: `--config=configs/aot.py:lora --config.topology=v5e:2x4`.
 
 docs/scaling.md says what the numbers mean.
 """

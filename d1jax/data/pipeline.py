@@ -6,11 +6,13 @@ the next batch.
 """
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Int
+
+from d1jax.errors import extra
 
 Ids = Sequence[int]
 
@@ -86,10 +88,22 @@ def prompt_batch(
   return PromptBatch(sample_id, sample_id // num_generations, tokens, valid, record)
 
 
+def import_grain() -> ModuleType:
+  """Grain, imported where a stream begins: whoever only samples or evaluates needs none of it.
+
+  Raises:
+    RunError: it is not installed; the message names the extra that brings it.
+  """
+  with extra("train"):
+    import grain
+  return grain
+
+
 def _order(parts: Sequence[Part], *, seed: int, batch_size: int) -> Any:
   """An endless Grain dataset of batches of record indices, each part reshuffled every epoch; batch k is a function of
   (seed, k).
   """
+  grain = import_grain()
   streams = [grain.MapDataset.source(list(part.chosen)).seed(seed).shuffle().repeat() for part in parts]
   mixed = grain.MapDataset.mix(streams, [part.weight for part in parts]) if len(parts) > 1 else streams[0]
   return mixed.batch(batch_size, drop_remainder=True)
@@ -97,6 +111,7 @@ def _order(parts: Sequence[Part], *, seed: int, batch_size: int) -> Any:
 
 def start(dataset: Any, position: int) -> Iterator[Any]:
   """Iterates a Grain dataset from element `position` on, reading a little ahead on a thread."""
+  grain = import_grain()
   iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
   iterator.set_state({"next_index": position})
   return iterator

@@ -11,11 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from d1jax.data.pipeline import Ids, bucket_for, prompt_batch, start
+from d1jax.data.pipeline import Ids, bucket_for, import_grain, prompt_batch, start
 
 
 class SftBatch(NamedTuple):
@@ -108,6 +107,7 @@ def sft_batches(
       f" {completion_buckets[-1]} tokens: raise the largest prompt or completion bucket"
     )
   per_pass = max(1, len(pairs) // batch_size)
+  grain = import_grain()
   rows = grain.MapDataset.source(list(pairs)).seed(seed).shuffle().repeat()
   places = grain.MapDataset.range(per_pass)
   if len(buckets) * len(completion_buckets) > 1:

@@ -17,13 +17,14 @@ from d1jax.errors import (
   RunError,
   StorageError,
   explained,
+  extra,
   harmless,
   input_checked,
   smaller_batches,
 )
 from d1jax.evaluation import subject
 from d1jax.generation import canvas as canvases
-from d1jax.generation import film, terminal
+from d1jax.generation import terminal
 from d1jax.generation.generate import Generation, stream
 from d1jax.run import limits
 
@@ -68,6 +69,8 @@ def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[G
     )
   shown = list(_printed(generations, config, experiment.tokenizer, several=len(prompts) > 1))
   if path is not None:
+    from d1jax.generation import film
+
     try:
       film.save(path, [canvases.of(one, experiment.tokenizer) for one in shown])
     except OSError as error:
@@ -80,6 +83,8 @@ def _film_path(config: ConfigDict, prompts: int) -> Path | None:
   """Where the film goes, if there is one; a RunError where it cannot."""
   if config.film is None:
     return None
+  with extra("eval"):  # pictures need packages that texts do not
+    from d1jax.generation import film
   path = Path(config.film)
   with input_checked():
     film.check(path)

@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,14 +99,20 @@ def complete(config: ConfigDict) -> None:
         section[name.rpartition(".")[2]] = field.default
 
 
+def is_open(name: str) -> bool:
+  """Whether a field is, or stands in, a section of `OPEN`."""
+  return any(f"{name}.".startswith(section + ".") for section in OPEN)
+
+
 def take_flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
   """The arguments of a command line that set fields of this file or of `OPEN`: name and text; and the others."""
   found, others, rest = [], [], iter(arguments)
   for argument in rest:
     flag, equals, text = argument.partition("=")
     name = flag.lstrip("-").removeprefix("config.")
-    is_open = name in OPEN or any(name.startswith(section + ".") for section in OPEN)
-    if not flag.startswith("-") or not flag.lstrip("-").startswith("config.") or not (name in OPTIONAL or is_open):
+    if (
+      not flag.startswith("-") or not flag.lstrip("-").startswith("config.") or not (name in OPTIONAL or is_open(name))
+    ):
       others.append(argument)
     else:
       found.append((name, text if equals else next(rest, "")))
@@ -152,10 +159,8 @@ def choose(config: ConfigDict, flags: Sequence[tuple[str, str]]) -> None:
   """
   with config.unlocked():
     for name, text in [one for flag in flags for one in _single(*flag)]:
-      if any(name.startswith(section + ".") for section in OPEN):
-        section = config
-        for part in name.split(".")[:-1]:
-          section = section[part]
+      if is_open(name):
+        section = functools.reduce(lambda inner, part: inner[part], name.split(".")[:-1], config)
       else:
         section = _section(config, name)
       if section is None:

@@ -164,8 +164,12 @@ def claim(
 
 
 def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that decide numbers."""
-  return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES}
+  """Versions of Python and of the packages that decide numbers, where they are installed."""
+  found = {"python": platform.python_version()}
+  for package in PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[package] = importlib.metadata.version(package)
+  return found
 
 
 def revision() -> dict[str, str | None]:

@@ -1,8 +1,10 @@
 r"""MATH: competition problems whose answer stands in `\boxed{}` (Hendrycks et al. 2021)."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
 
+from d1jax.errors import missing
 from d1jax.tasks import answers, common, d1_evaluation, d1_rewards, equivalence, latex, questions
 from d1jax.tasks.base import DataError, Grade, Message, Record
 
@@ -50,6 +52,8 @@ class HendrycksMath:
   splits = common.SPLITS
 
   def __post_init__(self) -> None:
+    if importlib.util.find_spec("math_verify") is None:
+      raise ValueError(f"math: {missing('math_verify', 'math')}")
     common.check_integer("math seed", self.seed, 0)
     common.check_root("math", self.root, "")
     object.__setattr__(self, "sizes", common.check_sizes("math", self.sizes, questions.DEFAULT_SIZES))

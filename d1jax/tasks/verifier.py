@@ -41,8 +41,8 @@ class Verifier:
         started = self._helper.start()
       except EndedError as error:
         raise RuntimeError(
-          f"math-verify {error}; `pip install -r requirements.txt` installs it, `python -c 'import math_verify'` shows"
-          " what it lacks"
+          f'math-verify {error}; `pip install "d1jax[math]"` or, in a clone of the repository, `pip install -r'
+          " requirements.txt` installs it, `python -c 'import math_verify'` shows what it lacks"
         ) from None
       if self._told != started:
         self._told, self._asked = started, 0

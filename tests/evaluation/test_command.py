@@ -358,7 +358,7 @@ def test_wrong_settings_are_one_line(finished, tmp_path, changes, message):
 @pytest.mark.parametrize(
   ("words", "message"),
   [
-    ("tiny,chess", "unknown preset word 'chess'; known: tiny, llada_8b, sudoku"),
+    ("tiny,chess", "unknown preset word 'chess'; known: tiny, d1, sudoku"),
     ("tiny,llada_8b", "exclude each other"),
   ],
 )

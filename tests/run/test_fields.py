@@ -20,7 +20,7 @@ def test_a_configuration_shows_few_fields_and_has_all():
   spec = importlib.util.spec_from_file_location("grpo", jobs.ROOT / "configs" / "grpo.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  for words in ("", "llada_8b", "llada_8b,v5e,full"):
+  for words in ("", "lora", "full,v5e"):
     shown = module.get_config(words)
     assert len(flatten(shown.to_dict())) <= 95, words
     fields.complete(shown)

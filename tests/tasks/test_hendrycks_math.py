@@ -164,3 +164,9 @@ def test_d1_compares_with_the_box_of_the_solution():
   assert HendrycksMath().grade("\\boxed{2}", odd, "d1").components == {"correctness": 2.0, "format": 0.25}
   assert HendrycksMath().grade("\\boxed{2.0}", odd, "d1").components["correctness"] == 0.0
   assert HendrycksMath().grade("\\boxed{2.0}", odd).metrics["solved"] == (1, 1)
+
+
+def test_without_math_verify_there_is_no_task_that_grades_with_it(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(ValueError, match=r'math: math_verify is not installed: pip install "d1jax\[math\]" brings it'):
+    HendrycksMath()

@@ -120,7 +120,7 @@ def test_what_does_not_start_is_an_error_that_says_what_to_do(tmp_path, program,
   (tmp_path / "broken.py").write_text(program)
   monkeypatch.setattr(helper, "START_SECONDS", 2.0)
   broken = verifier.Verifier(tmp_path / "broken.py")
-  with pytest.raises(RuntimeError, match=r"math-verify does not start: it .*; `pip install -r requirements\.txt`"):
+  with pytest.raises(RuntimeError, match=r'math-verify does not start: it .*; `pip install "d1jax\[math\]"` or'):
     broken.ask("a", "b")
   assert broken._helper._process is None
 

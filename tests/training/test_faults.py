@@ -175,7 +175,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, undisturbed):
       marks=ONE_MORE,
     ),
     pytest.param(
-      ["--config=configs/grpo.py:tinny"], "unknown preset word 'tinny'; known: tiny, smoke, llada_8b", marks=ONE_MORE
+      ["--config=configs/grpo.py:tinny"], "unknown preset word 'tinny'; known: tiny, smoke, lora, full", marks=ONE_MORE
     ),
     pytest.param(
       ["--config=configs/grpo.py:tiny,smoke"], "preset words tiny, smoke exclude each other", marks=ONE_MORE

@@ -1,0 +1,204 @@
+"""The command `d1jax`: `d1jax train grpo:tiny,countdown --grpo.steps=5` is written as flags of `d1jax.main`.
+
+Nothing here waits for JAX, so that `--help` and a mistyped command are answered at once.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from d1jax import __version__, errors, presets
+
+
+class Command(NamedTuple):
+  """What `d1jax NAME` does.
+
+  Attributes:
+    does: a line about it.
+    preset: its file of `configs/`.
+    examples: what may follow the name.
+    fields: those that are set most, and what they are.
+  """
+
+  does: str
+  preset: str
+  examples: tuple[str, ...]
+  fields: Mapping[str, str]
+
+
+_RUN = {
+  "workdir": "the run's folder; the same command goes on with what it finds there",
+  "model.pretrained": "the folder of a downloaded model; None: a new model",
+  "data.root": "the folder with data files; None: questions are made by rule",
+  "trackers": "tensorboard, wandb, trackio or FILE.py, separated by commas",
+  "seed": "of all that is drawn",
+  "sft.steps": "optimiser steps of supervised fine-tuning; 0: none",
+  "sft.learning_rate": "its highest learning rate",
+}
+_GRPO = {
+  "grpo.steps": "iterations of diffu-GRPO: a rollout and num_iterations optimiser steps each",
+  "grpo.learning_rate": "its highest learning rate",
+  "grpo.prompts_per_iteration": "prompts of a rollout",
+  "grpo.num_generations": "completions of a prompt",
+  "rollout.completion_length": "tokens of a completion",
+  "rollout.temperature": "of the draws",
+  "lora.rank": "of adapters; 0: every weight is trained",
+}
+_WHO = {
+  "checkpoint": "a run's folder, or the folder of one of its checkpoints",
+  "pretrained": "instead: the folder of a model",
+}
+
+COMMANDS: Mapping[str, Command] = {
+  "train": Command(
+    "Trains: supervised fine-tuning, then diffu-GRPO, then one look at the held-out split.",
+    "grpo",
+    ("grpo:tiny", "grpo:smoke --workdir=runs/try", "grpo:tiny,countdown --grpo.steps=500 --workdir=runs/countdown"),
+    _RUN | _GRPO,
+  ),
+  "sft": Command("Trains by supervised fine-tuning alone.", "sft", ("tiny", "lora --model.pretrained=FOLDER"), _RUN),
+  "eval": Command(
+    "Evaluates a checkpoint, a model's folder or completions in a file: numbers, items, a page.",
+    "eval",
+    ("--checkpoint=runs/grpo", "gsm8k --pretrained=FOLDER --data_root=DATA"),
+    _WHO
+    | {
+      "generations": "instead: completions to grade without a model, a file or a folder",
+      "split": "whose questions are asked",
+      "questions": "at most so many of each task; None: all",
+      "protocol": "how answers are graded: strict, or d1",
+      "samples": "answers to each question",
+      "compare": "the output of an earlier evaluation",
+      "output": "the folder of the results; None: a new one in the run's folder",
+    },
+  ),
+  "generate": Command(
+    "Completes prompts: one that is given, or the lines of standard input.",
+    "generate",
+    ('--checkpoint=runs/grpo --prompt="What is 2 + 2?"', "--pretrained=FOLDER --show_steps=True"),
+    _WHO
+    | {
+      "prompt": "None: the lines of standard input",
+      "length": "tokens of the completion",
+      "tokens_per_step": "tokens that a denoising step reveals",
+      "temperature": "0 is greedy",
+      "samples": "answers to each prompt",
+      "show_steps": "shows the answer as it is revealed",
+      "film": "the same as a picture: a .gif",
+    },
+  ),
+  "export": Command(
+    "Writes a run's result as a model's folder for PyTorch, or as a PEFT adapter.",
+    "export",
+    ("--checkpoint=runs/grpo --output=FOLDER",),
+    {
+      "checkpoint": _WHO["checkpoint"],
+      "output": "a new folder",
+      "form": "model, or adapter",
+      "pretrained": "where the folder that the run started from is now; None: where it was",
+    },
+  ),
+  "aot": Command(
+    "Compiles a run's programs for TPUs that are not at hand, and says whether they fit.",
+    "aot",
+    ("lora,gsm8k,v5e --topology=v5e:2x4",),
+    {
+      "topology": "a generation of TPUs, and the chips along each axis",
+      "slices": "such slices, joined by the network of the data centre",
+      "output": "a JSON file with the figures; None: they are only printed",
+    },
+  ),
+}
+_FIELD = re.compile(r"--(?!config\b)(?=\w)")
+
+
+def _usage() -> str:
+  width = max(map(len, COMMANDS))
+  return "\n".join(
+    [
+      "usage: d1jax COMMAND [PRESET] [--FIELD=VALUE ...]",
+      "",
+      *(f"  {name:{width}}  {command.does}" for name, command in COMMANDS.items()),
+      "",
+      "d1jax COMMAND --help lists presets, their words and the fields that are set most.",
+      "d1jax --config=FILE.py:WORDS takes a configuration of your own. d1jax --version says which release this is.",
+    ]
+  )
+
+
+def _help(name: str, preset: str) -> str:
+  """What there is to say about a command, with the values of a preset."""
+  command, config = COMMANDS[name], presets.load(preset)
+  lines = [f"usage: d1jax {name} [PRESET] [--FIELD=VALUE ...]", "", command.does, ""]
+  kind = preset.partition(":")[0]
+  known = {group: ", ".join(names) for group, names in presets.words(kind).items()}
+  if known:
+    width = max(map(len, known))
+    lines += [f"PRESET is words of these, separated by commas, with or without {command.preset}: before them:"]
+    lines += [*(f"  {group:{width}}  {names}" for group, names in known.items()), ""]
+  flat = config.to_dict()
+  values = {}
+  for field in command.fields:
+    section, _, inner = field.rpartition(".")
+    if not section or section in flat:
+      values[field] = f"--{field}={flat[section][inner] if section else flat[inner]}"
+  width = max(map(len, values.values()))
+  lines += [f"The fields that are set most, with the values of {preset}:"]
+  lines += [f"  {value:{width}}  {command.fields[field]}" for field, value in values.items()]
+  lines += ["", f"All fields are in {presets.shown()}{kind}.py, with a comment each.", ""]
+  return "\n".join([*lines, *(f"  d1jax {name} {example}" for example in command.examples)])
+
+
+def _preset(name: str, given: str | None) -> str:
+  """The preset that a command's first argument names; words alone are those of the command's own preset."""
+  own = COMMANDS[name].preset
+  if given is None or given == own:
+    return own
+  kind, colon, _ = given.partition(":")
+  if colon and kind != own:
+    raise errors.RunError(f"d1jax {name} takes no preset {kind!r}; known: {own}, and words behind a colon")
+  return given if colon else f"{own}:{given}"
+
+
+def flags(arguments: Sequence[str]) -> list[str] | None:
+  """The flags of `d1jax.main` that say the same as a command, or None where help was asked for and is printed.
+
+  Args:
+    arguments: what follows `d1jax`. Flags alone stay as they are.
+
+  Raises:
+    RunError: there is no such command, preset or word; the message says which there are.
+  """
+  name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
+  if name == "--version":
+    print(f"d1jax {__version__}")
+    return None
+  if name in ("--help", "-h", "help"):
+    print(_usage())
+    return None
+  if name.startswith("-"):
+    return list(arguments)
+  if name not in COMMANDS:
+    raise errors.RunError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+  preset = _preset(name, rest.pop(0) if rest and not rest[0].startswith("-") else None)
+  if "--help" in rest or "-h" in rest:
+    print(_help(name, preset))
+    return None
+  presets.load(preset)
+  kind, colon, words = preset.partition(":")
+  return [f"--config={presets.folder() / kind}.py{colon}{words}", *(_FIELD.sub("--config.", flag) for flag in rest)]
+
+
+def main() -> None:
+  """Runs the command `d1jax`; what goes wrong is one line on standard error and an exit code, as in `d1jax.main`."""
+  try:
+    written = flags(sys.argv[1:])
+  except errors.RunError as error:
+    print(f"d1jax: {errors.harmless(str(error))}", file=sys.stderr)
+    sys.exit(error.exit_code)
+  if written is not None:
+    sys.argv[1:] = written  # where the flags of a configuration are looked for too
+    from d1jax import main as program
+
+    program.main()

@@ -1,0 +1,132 @@
+"""The presets of `configs/` by name, `grpo:tiny,countdown`, and training from Python: `d1jax.train`.
+
+In a clone the files are in the folder `configs` beside the package, in an installed package in `d1jax/configs`.
+"""
+
+import contextlib
+import difflib
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from d1jax import errors
+from d1jax.run import fields
+
+
+def folder() -> Path:
+  """The folder of the presets' files."""
+  inside = Path(__file__).with_name("configs")
+  return inside if inside.is_dir() else inside.parents[1] / "configs"
+
+
+def shown() -> str:
+  """The folder as it can be typed in the current one: `configs/` in a clone."""
+  there, here = folder().resolve(), Path.cwd()
+  return f"{there.relative_to(here) if there.is_relative_to(here) else there}/"
+
+
+def _loaded(name: str) -> dict[str, Any]:
+  """What the file of a preset defines."""
+  known = sorted(path.stem for path in folder().glob("*.py") if path.stem != "methods")
+  if name not in known:
+    raise errors.RunError(f"unknown preset {name!r}; known: {', '.join(known)}, and words behind a colon")
+  return runpy.run_path(str(folder() / f"{name}.py"))
+
+
+def words(name: str) -> Mapping[str, Sequence[str]]:
+  """The words that a preset takes behind a colon, by what they choose; empty: none."""
+  return _loaded(name).get("WORDS", {})
+
+
+def load(preset: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
+  """The configuration of a preset.
+
+  Args:
+    preset: the name of a file of `configs/`, and its words behind a colon: `grpo:tiny,countdown`.
+    overrides: fields that differ, by their dotted names: `{"grpo.steps": 5}`.
+
+  Raises:
+    RunError: there is no such preset, word or field, or a value of another type; the message names it and what is
+      known.
+  """
+  name, _, chosen = preset.partition(":")
+  found = _loaded(name)
+  if chosen and "WORDS" not in found:
+    raise errors.RunError(f"preset {name} takes no words, but has {chosen!r} behind the colon: leave it out")
+  with errors.input_checked():
+    config: ConfigDict = found["get_config"](*([chosen] if chosen else []))
+  return _changed(config, overrides or {})
+
+
+def _changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """The configuration with other values, and closed to fields that it does not have."""
+  fields.complete(config)
+  config.lock()
+  if overrides:
+    from d1jax.run import parts
+
+    chosen = []
+    with errors.input_checked():
+      for field, value in overrides.items():
+        flags, _ = parts.take_flags([f"--config.{field}={value}"])
+        if fields.is_open(field):
+          fields.choose(config, [(field, str(value))])
+        elif flags and "grpo" in config:
+          chosen += flags
+        else:
+          _set(config, field, value)
+      if chosen:
+        parts.choose(config.grpo, chosen)
+  return config
+
+
+def _set(config: ConfigDict, field: str, value: Any) -> None:
+  """Sets a field, or the whole of a section, by its dotted name."""
+  section, path, last = config, "", field
+  while "." in last and isinstance(section.get(last.partition(".")[0]), ConfigDict):
+    name, _, last = last.partition(".")
+    section, path = section[name], f"{path}{name}."
+  if last not in section:
+    near = difflib.get_close_matches(last.partition(".")[0], section, 1)
+    known = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(f'{path}{name}' for name in section)}"
+    raise ValueError(f"unknown field {field!r}; {known}")
+  try:
+    with config.unlocked():
+      section[last] = ConfigDict(value) if isinstance(value, Mapping) else value
+  except TypeError as error:
+    raise ValueError(f"{field}={value!r} has another type: {errors.line_of(error)}") from error
+
+
+def train(config: ConfigDict | str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+  """Trains as `d1jax train` does: runs the job in its work directory, or goes on with it, and prints its table.
+
+  `d1jax.train("grpo:tiny,countdown", {"grpo.steps": 5, "workdir": "runs/mine"})`. Call it before the first array is
+  made: where JAX has its devices already, the CPU is not split into `cpu_devices`. Several processes call
+  `jax.distributed.initialize` before.
+
+  Args:
+    config: a configuration of `configs/grpo.py` or `configs/sft.py`, which stays as it is; or the name of a preset.
+    overrides: fields that differ, by their dotted names.
+
+  Returns:
+    What `results.json` in the work directory holds; `after` has the numbers of the held-out split.
+
+  Raises:
+    RunError: something is wrong with the settings, or the run was stopped; the message says how to go on.
+  """
+  if isinstance(config, str):
+    config = load(config, overrides)
+  else:
+    config = _changed(config.copy_and_resolve_references(), overrides or {})
+  if config.mode not in ("grpo", "sft"):
+    raise errors.RunError(f"config.mode is {config.mode!r}; d1jax.train takes grpo and sft")
+  with errors.extra("train"):
+    from d1jax import recipe
+  from d1jax.parallel import multihost
+
+  with contextlib.suppress(RuntimeError):  # of JAX, which has its devices already
+    multihost.prepare(config.cpu_devices)
+  return recipe.run(config)
