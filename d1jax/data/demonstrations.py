@@ -188,13 +188,13 @@ def read(path: str | os.PathLike[str]) -> list[Demonstration]:
   if not text.strip():
     raise ValueError(f"{path}: the file is empty; fetch it again")
   rows = list(_converted(path, text))
-  found = [row for row in rows if row is not None]
-  if not found:
+  demonstrations = [row for row in rows if row is not None]
+  if not demonstrations:
     raise ValueError(f"{path}: none of {len(rows)} rows has a final answer (\\boxed{{...}}); give another file")
-  if len(found) < len(rows):
-    left_out = f"{len(rows) - len(found)} of {len(rows)} rows"
+  if len(demonstrations) < len(rows):
+    left_out = f"{len(rows) - len(demonstrations)} of {len(rows)} rows"
     _log.warning("%s: left out %s without a final answer (\\boxed{...})", path, left_out)
-  return found
+  return demonstrations
 
 
 def conversation(demonstration: Demonstration) -> tuple[list[dict[str, str]], str]:

@@ -1,4 +1,4 @@
-"""A method of reinforcement learning as a value: what estimates log p, what is minimised, how rewards are compared."""
+"""A method of reinforcement learning as a value: an estimator of log p, a loss, and an advantage."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ class Method:
 
   Attributes:
     estimator: of log p, with its options.
-    loss: what is minimised, with its options.
+    loss: the number to minimise, with its options.
     advantage: of each completion, from the rewards of its group.
     num_iterations: mu, optimiser steps an update.
     accumulation: micro-batches a step.
     aggregation: `token`, `sequence` or `fixed`, see `token_weights`.
     importance_cap: weighs each token by min(this, p_train / p_sample), see `truncated_importance`, with p_train of the
       policy before the update and p_sample of the rollout's sampler; None: every token the same.
-    score_reference: scores the reference even where the loss does not need it, so that the distance to it is known.
+    score_reference: scores the reference even if the loss does not need it, so that a run logs the distance to it.
   """
 
   estimator: Estimator
@@ -51,12 +51,12 @@ class Method:
       raise ValueError(f"importance_cap={cap} must be positive; None weighs every token the same")
     if cap is not None and not estimator.recorded:
       raise ValueError(
-        f"importance_cap={cap} needs an estimator of the recorded states, such as step_merged: {estimator.name} does not"
-        " score them, so that there is no ratio to the sampler; set importance_cap to None"
+        f"importance_cap={cap} needs an estimator of the recorded states, such as step_merged: with {estimator.name}"
+        " there is no ratio to the sampler; set importance_cap to None"
       )
     if cap is not None and not self.loss.weighs_tokens:
       raise ValueError(
-        f"importance_cap={cap} weighs single tokens, but the loss {loss} has whole sequences: set importance_cap to None"
+        f"importance_cap={cap} weighs single tokens, but the loss {loss} is of sequences: set importance_cap to None"
       )
 
   @property

@@ -95,8 +95,8 @@ def clean(text: str) -> str:
   _, interval = _as_interval(text)
   if interval:
     return interval
-  found = _NAME.findall(text)
-  if len(found) == text.count("=") and len({name for _, name in found}) == 1:
+  names = _NAME.findall(text)
+  if len(names) == text.count("=") and len({name for _, name in names}) == 1:
     return _NAME.sub(r"\1", text)
   point = _POINT.match(text)
   letters = re.findall("[A-Za-z]", point[0]) if point is not None and point[0][0] == "(" else []
@@ -119,16 +119,16 @@ def split(text: str) -> tuple[str, list[str]]:
       entries = _pieces(text, mark)
       if 1 < len(entries) <= MOST_ENTRIES:
         return kind, _signed(entries) if kind == "{}" else entries
-    found = _ENCLOSED.fullmatch(text)
-    kind = found[1][-1] + found[3][-1] if found else ""
-    if found is None or kind not in _BRACKETS or not _is_enclosed(text):
+    match = _ENCLOSED.fullmatch(text)
+    kind = match[1][-1] + match[3][-1] if match else ""
+    if match is None or kind not in _BRACKETS or not _is_enclosed(text):
       break
-    entries = _pieces(found[2], ",")
+    entries = _pieces(match[2], ",")
     if 1 < len(entries) <= MOST_ENTRIES:
       return kind, _signed(entries) if kind == "{}" else entries
     if kind not in ("()", "{}"):
       break
-    text = found[2]
+    text = match[2]
   signs = _signed([_THOUSANDS.sub("", text)])
   return ("{}", signs) if len(signs) > 1 else ("", signs)
 

@@ -59,7 +59,7 @@ def is_another(answer: str, gold: str, question: str) -> bool:
 
 @functools.lru_cache(64)
 def _counts(question: str) -> frozenset[str]:
-  words = [word for found in _HOW_MANY.findall(question) for word in found.split() if _COUNT.fullmatch(word)]
+  words = [word for phrase in _HOW_MANY.findall(question) for word in phrase.split() if _COUNT.fullmatch(word)]
   last = re.split(r"[.?!] ", question.strip())[-1]
   words += [*_COMPARED.findall(last), *(["more"] if _MORE.search(last) else [])]
   return frozenset(map(_singular, words))
@@ -70,14 +70,14 @@ def _unit(question: str) -> str:
   """Name the unit that is asked for last, or "" if it is unknown or the question asks for several."""
   if _WHAT_PERCENT.search(question):
     return "%"
-  asked = set()
-  for found in _HOW_MANY.findall(question):
-    words = found.split()
+  units = set()
+  for phrase in _HOW_MANY.findall(question):
+    words = phrase.split()
     while words and _FILLER.match(f"{words[0]} "):
       del words[0]
     names = (notation.unit_of_words(" ".join(words[:count])) for count in range(len(words), 0, -1))
-    asked.add(next(filter(None, names), ""))
-  return asked.pop() if len(asked) == 1 else ""
+    units.add(next(filter(None, names), ""))
+  return units.pop() if len(units) == 1 else ""
 
 
 def _singular(word: str) -> str:

@@ -83,7 +83,7 @@ def tagged(reasoning: str, answer: str, style: str = "d1") -> str:
 def final_answer(text: str) -> str:
   """Return the inside of the last `<answer>...</answer>` block, or the whole text without one.
 
-  Of nested opening tags the innermost counts, a block that is never closed is none. Linear time.
+  Of nested opening tags the innermost counts; a block that is never closed does not count. Linear time.
   """
   last_close = text.rfind(_CLOSE)
   start = text.rfind(_OPEN, 0, max(last_close, 0))
@@ -156,8 +156,8 @@ def check_fields(place: str, row: object, fields: Mapping[str, str]) -> dict[str
     fields: required names, each with what a row shows there, such as `{"nums": "[...]"}`.
   """
   if not isinstance(row, dict) or not fields.keys() <= row.keys():
-    shown = ", ".join(f'"{name}": {value}' for name, value in fields.items())
-    raise DataError(f"{place}: expected {{{shown}}}, got {str(row)[:60]!r}")
+    expected = ", ".join(f'"{name}": {value}' for name, value in fields.items())
+    raise DataError(f"{place}: expected {{{expected}}}, got {str(row)[:60]!r}")
   return row
 
 

@@ -93,22 +93,23 @@ def answer(task: Task, path: str, method: str, arguments: tuple[Any, ...]) -> An
     TaskError: it raised, whatever it raised, or returned what it may not.
   """
   try:
-    found = getattr(task, method)(*arguments)
+    result = getattr(task, method)(*arguments)
   except BaseException as error:
     raise TaskError(f"{place(path, error)}: {checked.called(method, arguments)} failed: {described(error)}") from error
   try:
-    return checked.check_answer(method, arguments, found)
+    return checked.check_answer(method, arguments, result)
   except Exception as error:  # also of a mapping whose methods raise
-    said = str(error) if type(error) is ValueError else f"returned what cannot be read: {described(error)}"
-    raise TaskError(f"{path}: {checked.called(method, arguments)} {said}") from error
+    problem = str(error) if type(error) is ValueError else f"returned what cannot be read: {described(error)}"
+    raise TaskError(f"{path}: {checked.called(method, arguments)} {problem}") from error
 
 
 def serve(connection: Connection) -> None:
   """Answer calls until the other side is closed: first the settings, then a method and its arguments each time.
 
-  Every call comes with its seconds; at twice as many this process ends, should nobody be left to end it.
+  Every call comes with its seconds; after twice that time this process ends by itself, in case no other process is left
+  to end it.
   """
-  own, path = os.getpid(), ""
+  this_process, path = os.getpid(), ""
   task: Task
   reply: tuple[bool, Any]
   while True:
@@ -124,7 +125,7 @@ def serve(connection: Connection) -> None:
     except TaskError as error:
       reply = (False, str(error))
     signal.setitimer(signal.ITIMER_REAL, 0)
-    if os.getpid() != own:  # The task forked, and this is the copy.
+    if os.getpid() != this_process:  # The task forked, and this is the copy.
       os._exit(0)
     connection.send(reply)
 
@@ -161,7 +162,7 @@ def main() -> None:
 
 
 def place(path: str, error: BaseException) -> str:
-  """The file, and its line that failed, where it is known."""
+  """The file, and the line that failed, if it is known."""
   lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(Path(path).resolve())]
   line = error.lineno if isinstance(error, SyntaxError) and not lines else next(reversed(lines), None)
   return path if line is None else f"{path} line {line}"

@@ -1,4 +1,4 @@
-"""What d1's RL rewards pay, to the letter: its `diffu-grpo/reward_func.py` at commit 837888f, quirks included.
+"""d1's RL rewards to the letter: its `diffu-grpo/reward_func.py` at commit 837888f, quirks included.
 
 Written anew from the rules. Nothing is executed, every function takes any string, and time is linear in its length.
 """

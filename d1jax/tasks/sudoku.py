@@ -164,14 +164,14 @@ def _strict(text: str, record: Record) -> Grade:
   if len(answer) != 16 or not _DIGITS.issuperset(answer):
     return _grade(0, 0, empty, 0, None)
   right = 0
-  kept = []
+  cells = []
   for given, wanted, digit in zip(puzzle, solution, answer, strict=True):
     if given == "0":
       right += digit == wanted
-      kept.append(digit)
+      cells.append(digit)
     else:
-      kept.append(digit if digit == given else "0")
-  satisfied = sum([unit(kept) in _COMPLETE for unit in _UNITS])
+      cells.append(digit if digit == given else "0")
+  satisfied = sum([unit(cells) in _COMPLETE for unit in _UNITS])
   well_formed = not answer.strip("1234")
   return _grade(satisfied, right, empty, int(well_formed), answer)
 

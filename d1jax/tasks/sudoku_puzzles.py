@@ -33,10 +33,10 @@ def draw(split: str, seed: int, count: int, clues: tuple[int, int]) -> tuple[int
   rng = np.random.default_rng((seed, common.SPLITS.index(split)))
   grids = rng.permutation(sudoku_grids.SPLIT_GRIDS[split])
   lanes: list[list[list[int]]] = []
-  for some in np.split(grids, 1 if split == "train" else len(grids)):
-    codes = np.concatenate([sudoku_grids.grid_puzzles(split, int(grid)) for grid in some])
-    found = sudoku_grids.clue_counts()[codes % sudoku_grids.MASKS]
-    piles = [rng.permutation(codes[found == k]) for k in range(clues[0], clues[1] + 1)]
+  for lane_grids in np.split(grids, 1 if split == "train" else len(grids)):
+    codes = np.concatenate([sudoku_grids.grid_puzzles(split, int(grid)) for grid in lane_grids])
+    clue_counts = sudoku_grids.clue_counts()[codes % sudoku_grids.MASKS]
+    piles = [rng.permutation(codes[clue_counts == k]) for k in range(clues[0], clues[1] + 1)]
     if split != "test":
       piles = [pile[~np.isin(pile, sudoku_grids.published_codes())] for pile in piles]
     lanes.append([pile[:count][::-1].tolist() for pile in piles])
@@ -59,10 +59,10 @@ def draw(split: str, seed: int, count: int, clues: tuple[int, int]) -> tuple[int
 def read(root: str, split: str) -> Sequence[int]:
   """Read the split's puzzles of `root/sudoku/train.csv` in the order of the file, each once.
 
-  A row that breaks the format or the rules is a DataError that names its line. Puzzles with
-  several solutions (one might be a held-out grid) and repeated ones are left out and logged, and in
-  all splits but `test` d1's published test puzzles and those of `root/sudoku/test.csv`. That file,
-  where there is one, is all of the split `test`, its puzzles with several solutions included.
+  A row that breaks the format or the rules is a DataError that names its line. Puzzles with several solutions (one
+  might be a held-out grid) and repeated ones are left out and logged, and in all splits but `test` d1's published test
+  puzzles and those of `root/sudoku/test.csv`. If there is such a file, it is the whole split `test`, including its
+  puzzles with several solutions.
   """
   tested = _read(root, TEST_FILE) if (Path(root) / TEST_FILE).exists() else None
   if split == "test" and tested is not None:
@@ -71,18 +71,20 @@ def read(root: str, split: str) -> Sequence[int]:
     return tuple(dict.fromkeys(tested.tolist()))
   every = _read(root, FILE)
   codes = every[sudoku_grids.unique_masks()[every >> sudoku_grids.CELLS, every % sudoku_grids.MASKS]]
-  kept = distinct = np.array(list(dict.fromkeys(codes.tolist())), dtype=np.int64)
+  remaining = distinct = np.array(list(dict.fromkeys(codes.tolist())), dtype=np.int64)
   if split != "test":
-    kept = distinct[~np.isin(distinct, np.append(sudoku_grids.published_codes(), [] if tested is None else tested))]
-  if len(kept) < len(every):
+    remaining = distinct[
+      ~np.isin(distinct, np.append(sudoku_grids.published_codes(), [] if tested is None else tested))
+    ]
+  if len(remaining) < len(every):
     _log.warning(
       "%s: left out %d puzzles with several solutions, %d repeated ones and %d test puzzles",
       FILE,
       len(every) - len(codes),
       len(codes) - len(distinct),
-      len(distinct) - len(kept),
+      len(distinct) - len(remaining),
     )
-  return tuple(kept[sudoku_grids.in_split(split, kept)].tolist())
+  return tuple(remaining[sudoku_grids.in_split(split, remaining)].tolist())
 
 
 def _read(root: str, name: str) -> np.ndarray:

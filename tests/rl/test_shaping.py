@@ -38,7 +38,7 @@ def test_weights_are_read_from_text():
 
 @pytest.mark.parametrize("text", ["right", "right=", "=1", "right=much", "right=1;format=2"])
 def test_what_is_no_weight_is_refused(text):
-  with pytest.raises(ValueError, match=r"write NAME=WEIGHT, separated by commas"):
+  with pytest.raises(ValueError, match=r"is not NAME=WEIGHT; write such parts, separated by commas"):
     parse_weights(text)
 
 
@@ -59,5 +59,5 @@ def test_shaping_that_means_nothing_is_refused(fields, message):
 
 
 def test_a_component_of_the_same_name_is_refused():
-  with pytest.raises(ValueError, match="answered: the task has a component of this name"):
+  with pytest.raises(ValueError, match="answered: the task has a component with this name already"):
     Shaping(answered=0.1).check(["answered"], 8)
