@@ -33,7 +33,7 @@ def library(name: str) -> Iterator[None]:
   except (KeyboardInterrupt, SystemExit, GeneratorExit):
     raise
   except MemoryError:
-    raise ValueError(f"{name}: the tokenizer takes more memory than it may; it cannot be used") from None
+    raise ValueError(f"{name}: the tokenizer needs more memory than is allowed; use another one") from None
   except BaseException as error:
     reason = " ".join(str(error).split())[:200]
     raise ValueError(
@@ -158,7 +158,7 @@ def _declared(files: Mapping[str, bytes], special: set[str]) -> dict[str, tuple[
   name = "tokenizer_config.json"
   listed = folder.parse(files, name).get("added_tokens_decoder") or {}
   if not isinstance(listed, dict):
-    raise ValueError(f"{name}: added_tokens_decoder is no object; fetch the file again")
+    raise ValueError(f"{name}: added_tokens_decoder is not an object; fetch the file again")
   for key, value in listed.items():
     flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
     is_id = key.isascii() and key.isdecimal() and len(key) < 11

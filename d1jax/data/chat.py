@@ -100,8 +100,8 @@ def find_template(files: Mapping[str, bytes]) -> tuple[str, str] | None:
   if isinstance(template, dict):
     if "default" not in template:
       raise ValueError(
-        f"{name}: none of the chat templates {sorted(map(str, template))} is named 'default'; name the one to use so,"
-        " or put it into chat_template.jinja"
+        f"{name}: none of the chat templates {sorted(map(str, template))} is named 'default'; give this name to the one"
+        " to use, or put it into chat_template.jinja"
       )
     template = template["default"]
   if template is None:
@@ -160,7 +160,7 @@ class ChatTemplate:
       )
     except jinja2.exceptions.SecurityError as error:
       raise ValueError(
-        f"{self._name}: the chat template tries what is forbidden ({error}); do not trust this folder"
+        f"{self._name}: the chat template does something that is forbidden ({error}); do not trust this folder"
       ) from error
     except Exception as error:
       roles = [message.get("role") for message in messages]
@@ -173,7 +173,7 @@ class ChatTemplate:
 def _shown(error: Exception) -> str:
   """An error as a part of a sentence."""
   if isinstance(error, MemoryError):
-    return "it takes more memory than it may"
+    return "it needs more memory than is allowed"
   if isinstance(error, RecursionError):
     return "it is nested too deep"
   return f"{type(error).__name__}: {str(error)[:200]}"

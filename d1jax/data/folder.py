@@ -81,7 +81,7 @@ def date(files: Mapping[str, bytes]) -> datetime.date:
   try:
     return datetime.date.fromisoformat(written)
   except ValueError:
-    raise ValueError(f"{DATE}: {written[:40]!r} is no date; write one like 2026-11-30") from None
+    raise ValueError(f"{DATE}: {written[:40]!r} is not a date; write one like 2026-11-30") from None
 
 
 def _content(name: str, key: str, value: Any) -> str:
@@ -148,7 +148,7 @@ def special_ids(files: Mapping[str, bytes], own: Mapping[str, int | None], *, si
   Args:
     files: of the folder.
     own: what the tokenizer's own files say, by the key that config.json has for it (`eos_token_id`, ...). A
-      `bos_token_id` of None says that there is none.
+      `bos_token_id` of None means that there is none.
     size: of the tokenizer: one more than its highest id.
 
   Raises:

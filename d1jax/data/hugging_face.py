@@ -149,7 +149,7 @@ class HuggingFaceTokenizer:
       return self._tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
 
   def _encode(self, text: str) -> list[int]:
-    """The ids of text in which nothing is special: special tokens are read as the characters they are made of."""
+    """The ids of a text in which special tokens are read as ordinary characters."""
     if not self._spelled.search(text):
       return self._ids(text)
     self._tokenizer.encode_special_tokens = True
@@ -178,7 +178,7 @@ class HuggingFaceTokenizer:
 
   @functools.cached_property
   def _written_end(self) -> str:
-    """What the template writes behind an answer, up to its first special token; nothing without one."""
+    """The text that the template writes behind an answer, up to its first special token; empty without one."""
     if self._template is None:
       return ""
     answer = "TheAnswerOfTheAssistant"
@@ -186,7 +186,7 @@ class HuggingFaceTokenizer:
     written, answered, behind = self._template.render(turns, add_generation_prompt=False).rpartition(answer)
     if not answered:
       raise ValueError(
-        f"the chat template leaves out what the assistant says (it writes {(written + behind)[:200]!r}); correct the"
+        f"the chat template leaves the assistant's turn out (it writes {(written + behind)[:200]!r}); correct the"
         " template"
       )
     first = self._spelled.search(behind)

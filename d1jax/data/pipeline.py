@@ -75,7 +75,7 @@ def prompt_batch(
   width = bucket_for(max(len(prompts[i]) for i in chosen), buckets)
   if width is None:
     raise ValueError(
-      f"a prompt is longer than the largest bucket {max(buckets)}: raise prompt_buckets, or leave it out"
+      f"a prompt is longer than the largest bucket {max(buckets)}: add a longer bucket, or leave the prompt out"
     )
   record = np.repeat(np.asarray(chosen, np.int32), num_generations)
   sample_id = first + np.arange(record.size, dtype=np.int32)

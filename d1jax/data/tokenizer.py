@@ -62,7 +62,7 @@ def load(path: Path) -> Tokenizer | None:
   See `from_files` for what is read.
 
   Returns:
-    None where the folder has no tokenizer file at all.
+    None if the folder has no tokenizer file at all.
 
   Raises:
     ValueError: files are broken, incomplete or contradict each other; the message names the folder and the file.

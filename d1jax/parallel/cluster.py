@@ -68,7 +68,7 @@ def number(environment: Mapping[str, str], name: str) -> int | None:
   if not value:
     return None
   if not value.isascii() or not value.isdigit() or len(value) > 9:
-    raise RunError(f"the environment says {name}={value!r}, which is no whole number: correct it, or unset {name}")
+    raise RunError(f"the environment says {name}={value!r}, which is not a whole number: correct it, or unset {name}")
   return int(value)
 
 
@@ -111,7 +111,7 @@ def check_xla_flags(environment: Mapping[str, str]) -> None:
     lines = stream.read().strip().splitlines()
   if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
     reason = lines[-1].rpartition("] ")[2][:160] if lines else "no reason is given"
-    raise RunError(f"XLA_FLAGS={flags} is not what XLA takes ({reason}): correct it, or unset XLA_FLAGS")
+    raise RunError(f"XLA_FLAGS={flags} is not accepted by XLA ({reason}): correct it, or unset XLA_FLAGS")
 
 
 def bind_address(coordinator: str) -> str | None:
@@ -135,7 +135,7 @@ def bind_address(coordinator: str) -> str | None:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
           probe.bind((candidate, 0))
           return f"[{candidate}]:{port}" if family == socket.AF_INET6 else f"{candidate}:{port}"
-  log.warning("distributed.coordinator %s is no address of this machine: it listens on all interfaces", coordinator)
+  log.warning("distributed.coordinator %s is not an address of this machine: it listens on all interfaces", coordinator)
   return None
 
 
@@ -170,5 +170,6 @@ def check(coordinator: str | None, processes: int | None, process: int | None, t
   missing = [name for name, value in settings.items() if value is None]
   if 0 < len(missing) < 3 and processes != 1 and surroundings(os.environ)[1] == 1:
     raise RunError(
-      f"distributed.{' and distributed.'.join(missing)} must be set too: nothing here says how many processes there are"
+      f"distributed.{' and distributed.'.join(missing)} must be set too: the environment does not say how many"
+      " processes there are"
     )

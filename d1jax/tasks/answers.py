@@ -57,13 +57,13 @@ def is_same(answer: str, gold: str) -> bool:
 
 
 def contradict(answer: str, gold: str) -> bool:
-  """Tell whether both answers say what they are of, `x = 5` and `y = 5` or `5 cm` and `5 m`, and not the same."""
+  """Tell whether both answers have a name or a unit, and these differ: `x = 5` and `y = 5`, or `5 cm` and `5 m`."""
   left, right = (_names(_plain(text)) for text in (answer, gold))
   return bool(left and right and left != right) or notation.have_different_units(answer, gold)
 
 
 def is_copied(answer: str, problem: str) -> bool:
-  """Tell whether an answer stands in the problem, blanks, marks and brackets around it aside."""
+  """Tell whether the problem contains the answer, apart from blanks, marks and brackets around it."""
   if len(answer) > MOST_CHARACTERS:
     return False
   text = _plain(answer)

@@ -160,7 +160,7 @@ _Node = tuple
 
 
 def solve(nums: Sequence[int], target: int) -> str | None:
-  """Find an expression that makes `target` of all the numbers; None when there is none.
+  """Find an expression that makes `target` of all the numbers; None if there is none.
 
   Two numbers at a time become a sum, a product, the larger minus the smaller, or an exact
   quotient, in every order, until one number is left: the rule of the public Countdown set.

@@ -1,4 +1,6 @@
-"""What a question asks for, as far as the words behind an answer depend on it: units, percent, pairs, how many more."""
+"""The units and counts that a question asks for (cm, percent, pairs, how many more): they decide which words may stand
+behind an answer.
+"""
 
 import functools
 import re
@@ -44,9 +46,10 @@ def without_counts(answer: str, question: str) -> str:
 
 
 def is_another(answer: str, gold: str, question: str) -> bool:
-  """Tell whether an answer has a unit that the question does not ask for, where the gold answer has none.
+  """Tell whether an answer has a unit that the question does not ask for, if the gold answer has no unit.
 
-  That is percent where the question speaks of none, and minutes or dollars where it asks how many hours or cents.
+  Examples are percent if the question does not mention percent, minutes if it asks how many hours, and dollars if it
+  asks how many cents.
   """
   unit = notation.unit(answer)
   if not unit or notation.unit(gold):

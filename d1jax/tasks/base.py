@@ -1,4 +1,4 @@
-"""What a task is: records, prompts, demonstrations, grades. A new task is one new file here."""
+"""The interface of a task: records, prompts, demonstrations, grades. A new task is one new file here."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -13,10 +13,10 @@ from d1jax.tasks.base import Grade, Message, Record, Task, TaskError
 from d1jax.tasks.common import ACCURACY
 
 LARGEST = 1e15
-"""Of a reward component: rewards are float32, and a group's squares are added up."""
+"""The largest reward component: rewards are float32, and the squares of a group are added."""
 
 LONGEST = 500_000
-"""Characters of a prompt or an answer; no model here reads a tenth of it."""
+"""The most characters of a prompt or an answer; no model here reads a tenth of them."""
 
 SHOWN = 80
 """Characters of a text or a record that a message shows."""
@@ -53,7 +53,7 @@ def check_grade(grade: object, accuracy: str | None = None) -> Grade:
 
   Args:
     grade: the grade.
-    accuracy: the metric that must be there and count; validation reads it.
+    accuracy: the metric that must be present, with a positive denominator; validation reads it.
   """
   if not isinstance(grade, Grade):
     raise ValueError(f"returned {shortened(grade)}, expected a Grade(components, metrics, answer)")

@@ -173,7 +173,7 @@ def split_hash(records: Sequence[Record]) -> str:
 
 
 def take_rows(name: str, split: str, rows: Sequence[_Row], count: int) -> Sequence[_Row]:
-  """Take the first `count` rows of a file's split; a DataError when there are none at all."""
+  """Take the first `count` rows of a file's split; a DataError if there are none at all."""
   if count and not rows:
     raise DataError(f"{name}: no usable row belongs to the split {split!r}; add rows, or set sizes[{split!r}] to 0")
   return rows[:count]

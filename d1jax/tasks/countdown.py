@@ -122,7 +122,7 @@ class Countdown:
     return [{"role": "user", "content": content}], ""
 
   def demonstration(self, record: Record, style: str) -> str:
-    """Write an expression that reaches the target; a DataError when there is none.
+    """Write an expression that reaches the target; a DataError if there is none.
 
     In the style `d1_eval` it stands in a box, and the text is what follows the prefill.
     """

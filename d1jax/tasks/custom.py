@@ -87,7 +87,8 @@ def build(
 class Custom:
   """The task of a user's file, which lives in another process. Every answer is checked, and every call bounded.
 
-  It is asked from any thread, one call after the other. Pickled, it is its settings: another process starts its own.
+  It may be called from any thread; calls run one after the other. When it is pickled only its settings are: another
+  process starts its own.
 
   Attributes:
     name: of the task.

@@ -1,7 +1,7 @@
 """The process of a custom task: `custom` starts it, and it answers calls that come over a socket.
 
-The user's file is imported here and nowhere else. Whatever it does (raise, exit, hang, crash, close files, fork, eat
-memory, change what it is given) happens to this process, which `custom` watches and replaces.
+The user's file is imported here and nowhere else. Whatever it does (raise, exit, hang, crash, close files, fork, use up
+memory, change its arguments) affects only this process, which `custom` watches and replaces.
 """
 
 import importlib.util
@@ -67,7 +67,8 @@ def _check(task: object, path: str) -> None:
 
 
 def load(path: str, defines: str = "build") -> ModuleType:
-  """Import a user's file under a name of its own, so that what it defines can be pickled; it is meant to define a name.
+  """Import a user's file under a module name of its own, so that its classes can be pickled. `defines` is the name that
+  the file should define, for the message.
 
   Raises:
     TaskError: it cannot be found, or running it fails.
@@ -90,7 +91,7 @@ def answer(task: Task, path: str, method: str, arguments: tuple[Any, ...]) -> An
   """Call a method of the task, and check what it returns.
 
   Raises:
-    TaskError: it raised, whatever it raised, or returned what it may not.
+    TaskError: it raised any exception, or returned a value that is not allowed.
   """
   try:
     result = getattr(task, method)(*arguments)

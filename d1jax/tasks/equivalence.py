@@ -1,8 +1,8 @@
 r"""Whether two answers are mathematically the same: by their normal forms, part by part, and by `math-verify`.
 
-`math-verify` (with sympy) sees single expressions only, and only such as the answers of MATH are made of: what is
-passed on is bounded in length, depth, digits, exponents and commands, so that verdicts do not depend on how fast a
-machine is. It runs in a process of its own (`verifier`) and evaluates nothing that a model wrote but digits.
+`math-verify` (with sympy) sees single expressions only, and only such as the answers of MATH are made of: its input is
+bounded in length, depth, digits, exponents and commands, so that verdicts do not depend on the speed of a machine. It
+runs in a process of its own (`verifier`) and evaluates nothing that a model wrote but digits.
 """
 
 import functools

@@ -185,7 +185,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def have_different_units(left: str, right: str) -> bool:
-  """Tell whether both answers have a known unit, and not the same: `5 cm` and `5 m`, but not `5 cm` and `5 units`."""
+  """Tell whether both answers have known units that differ: `5 cm` and `5 m`, but not `5 cm` and `5 units`."""
   names = unit(left), unit(right)
   return all(names) and are_different(*names)
 

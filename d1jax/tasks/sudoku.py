@@ -63,7 +63,7 @@ class Sudoku:
   keeps the records of a smaller one.
 
   Attributes:
-    seed: seeds the draws of generated puzzles.
+    seed: of the draws of generated puzzles.
     root: a data folder with `sudoku/train.csv`, or None to generate, as does "hub", where there are
       no puzzles. Rows are sorted into the splits by solution; `test` is generated when the file has
       no row with a held-out solution. Where `sudoku/test.csv` exists, such as d1's, it is the split
@@ -177,7 +177,7 @@ def _strict(text: str, record: Record) -> Grade:
 
 
 def _digits(answer: str) -> str:
-  """Return what an answer holds without blanks and, where that is no grid, without the signs around a grid."""
+  """Return the answer without blanks and, if that is not a grid, without the signs around a grid."""
   digits = "".join(answer.split())
   if _DIGITS.issuperset(digits):
     return digits

@@ -27,7 +27,7 @@ PUBLISHED: Mapping[str, tuple[str, str | None, str]] = {
 
 
 def exists(root: str, name: str) -> bool:
-  """Tell whether `read` finds rows for a file."""
+  """Tell whether `read` would find rows for a file."""
   return _find(root, name) is not None
 
 

@@ -155,7 +155,7 @@ def test_a_step_of_slurm_counts_its_own_tasks(initialized, monkeypatch):
 @pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
 def test_numbers_of_the_environment_are_numbers(monkeypatch, name):
   monkeypatch.setenv(name, "two")
-  with pytest.raises(RunError, match=f"the environment says {name}='two', which is no whole number"):
+  with pytest.raises(RunError, match=f"the environment says {name}='two', which is not a whole number"):
     multihost.initialize("run", None, None, None, 5)
 
 
