@@ -1,6 +1,7 @@
 # make train   d1's recipe on a small model: SFT, diffu-GRPO, evaluation
 # make test    the quick tests (make test-slow: the others, and more examples of those that draw them)
 # make lint    ruff and mypy
+# make docs    the documentation as a website, in site/
 # make setup   the virtual environment alone
 
 VENV ?= .venv
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN = $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test test-slow lint setup clean
+.PHONY: train test test-slow lint docs setup clean
 
 train: setup
 	$(RUN) -m d1jax.main --config=configs/grpo.py $(ARGS)
@@ -26,6 +27,10 @@ lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build $(ARGS)
+	@echo "open site/index.html, or with the search: $(RUN) -m http.server --directory site"
+
 setup: $(VENV)/.setup
 
 $(VENV)/.setup: requirements.txt
@@ -34,9 +39,13 @@ $(VENV)/.setup: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.tests: $(VENV)/.setup tests/requirements.txt
+$(VENV)/.tests: $(VENV)/.setup tests/requirements.txt docs/requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.setup docs/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

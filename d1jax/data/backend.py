@@ -33,7 +33,7 @@ def library(name: str) -> Iterator[None]:
   except (KeyboardInterrupt, SystemExit, GeneratorExit):
     raise
   except MemoryError:
-    raise ValueError(f"{name}: the tokenizer takes more memory than it may; it cannot be used") from None
+    raise ValueError(f"{name}: the tokenizer needs more memory than is allowed; use another one") from None
   except BaseException as error:
     reason = " ".join(str(error).split())[:200]
     raise ValueError(
@@ -142,13 +142,13 @@ def _merges(content: str, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
 
 def _declared(files: Mapping[str, bytes], special: set[str]) -> dict[str, tuple[str, int, AddedToken]]:
   """The tokens that the folder lists beside its vocabulary: text -> (file, id, token)."""
-  found: dict[str, tuple[str, int, AddedToken]] = {}
+  declared: dict[str, tuple[str, int, AddedToken]] = {}
   owners: dict[int, tuple[str, str]] = {}
 
   def declare(name: str, i: Any, token: AddedToken) -> None:
     content = token.content
     _check_id(name, content, i)
-    other, known, _ = found.setdefault(content, (name, i, token))
+    other, known, _ = declared.setdefault(content, (name, i, token))
     if known != i:
       raise ValueError(f"{other} gives {content!r} the id {known}, {name} gives it {i}; {_ONE_MODEL}")
     first, owner = owners.setdefault(i, (name, content))
@@ -158,15 +158,15 @@ def _declared(files: Mapping[str, bytes], special: set[str]) -> dict[str, tuple[
   name = "tokenizer_config.json"
   listed = folder.parse(files, name).get("added_tokens_decoder") or {}
   if not isinstance(listed, dict):
-    raise ValueError(f"{name}: added_tokens_decoder is no object; fetch the file again")
+    raise ValueError(f"{name}: added_tokens_decoder is not an object; fetch the file again")
   for key, value in listed.items():
     flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
     is_id = key.isascii() and key.isdecimal() and len(key) < 11
     described = isinstance(value, dict) and isinstance(value.get("content"), str)
     if not is_id or not described or not all(isinstance(flag, bool) for flag in flags.values()):
-      shown = f"{value!r:.120}"
+      shortened = f"{value!r:.120}"
       raise ValueError(
-        f"{name}: added_tokens_decoder has {key[:80]!r}: {shown}, expected an id and a token's description"
+        f"{name}: added_tokens_decoder has {key[:80]!r}: {shortened}, expected an id and a token's description"
       )
     with library(name):
       token = AddedToken(value["content"], **flags)
@@ -176,7 +176,7 @@ def _declared(files: Mapping[str, bytes], special: set[str]) -> dict[str, tuple[
     with library(name):
       token = AddedToken(content, special=content in special, normalized=content not in special)
     declare(name, i, token)
-  return found
+  return declared
 
 
 def _make_special(tokenizer: Tokenizer, special: set[str]) -> None:

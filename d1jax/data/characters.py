@@ -6,22 +6,22 @@ from collections.abc import Callable
 _log = logging.getLogger(__name__)
 
 MOST_UNKNOWN = 0.5
-"""The share of a text's characters that may be unknown; a text of more says next to nothing to the model."""
+"""The share of a text's characters that may be unknown; with more, the text is almost empty for the model."""
 
 
 def check_unicode(text: str) -> None:
-  """Raises a ValueError where a text holds half of a surrogate pair, which no tokenizer reads."""
+  """Raises a ValueError if a text holds half of a surrogate pair, which no tokenizer reads."""
   if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
     raise ValueError(f"the text {text[:80]!r} is not Unicode (half a surrogate pair?); correct it")
 
 
-def is_read(char: str, shown: str) -> bool:
-  """Whether a character has a token of its own: it is not lost where its tokens are decoded.
+def is_read(char: str, decoded: str) -> bool:
+  """Whether a tokenizer knows a character: decoding its tokens gives it back.
 
-  SentencePiece spells what has no token with U+2047.
+  SentencePiece writes U+2047 for a character without a token.
   """
-  shown = shown.strip()
-  return shown == char or (shown != "" and "\u2047" not in shown) or (shown == "" and char.isspace())
+  decoded = decoded.strip()
+  return decoded == char or (decoded != "" and "\u2047" not in decoded) or (decoded == "" and char.isspace())
 
 
 class Unknown:
@@ -42,13 +42,13 @@ class Unknown:
     Raises:
       ValueError: more than `MOST_UNKNOWN` of the text is unknown.
     """
-    found = self._find(text)
-    listed = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "")
-    if sum(map(text.count, found)) > MOST_UNKNOWN * len(text):
+    unknown = self._find(text)
+    listed = ", ".join(map(repr, unknown[:20])) + (", ..." if len(unknown) > 20 else "")
+    if sum(map(text.count, unknown)) > MOST_UNKNOWN * len(text):
       raise ValueError(
         f"the tokenizer does not know most of the text {text[:80]!r} (unknown: {listed}); use a tokenizer that was"
         " trained on such texts"
       )
-    if not self._said.issuperset(found):
-      self._said.update(found)
+    if not self._said.issuperset(unknown):
+      self._said.update(unknown)
       _log.warning("the tokenizer does not know %s; the model reads them as one and the same unknown token", listed)

@@ -82,7 +82,7 @@ def _environment(date: datetime.date) -> jinja2.sandbox.ImmutableSandboxedEnviro
 
 
 def find_template(files: Mapping[str, bytes]) -> tuple[str, str] | None:
-  """The source of a folder's chat template and the file it is in, None where there is none.
+  """The source of a folder's chat template and its file; None if the folder has none.
 
   chat_template.jinja wins over tokenizer_config.json, as in transformers. Of several named templates it is the one
   named `default`.
@@ -91,24 +91,24 @@ def find_template(files: Mapping[str, bytes]) -> tuple[str, str] | None:
   if name in files:
     return folder.text(files, name), name
   name = "tokenizer_config.json"
-  found = folder.parse(files, name).get("chat_template")
-  if isinstance(found, list):
+  template = folder.parse(files, name).get("chat_template")
+  if isinstance(template, list):
     try:
-      found = {item["name"]: item["template"] for item in found}
+      template = {item["name"]: item["template"] for item in template}
     except (KeyError, TypeError):
       raise ValueError(f"{name}: chat_template is a list without `name` and `template`; fetch the file again") from None
-  if isinstance(found, dict):
-    if "default" not in found:
+  if isinstance(template, dict):
+    if "default" not in template:
       raise ValueError(
-        f"{name}: none of the chat templates {sorted(map(str, found))} is named 'default'; name the one to use so,"
-        " or put it into chat_template.jinja"
+        f"{name}: none of the chat templates {sorted(map(str, template))} is named 'default'; give this name to the one"
+        " to use, or put it into chat_template.jinja"
       )
-    found = found["default"]
-  if found is None:
+    template = template["default"]
+  if template is None:
     return None
-  if not isinstance(found, str):
-    raise ValueError(f"{name}: chat_template is a {type(found).__name__}, expected text; fetch the file again")
-  return found, name
+  if not isinstance(template, str):
+    raise ValueError(f"{name}: chat_template is a {type(template).__name__}, expected text; fetch the file again")
+  return template, name
 
 
 class ChatTemplate:
@@ -160,7 +160,7 @@ class ChatTemplate:
       )
     except jinja2.exceptions.SecurityError as error:
       raise ValueError(
-        f"{self._name}: the chat template tries what is forbidden ({error}); do not trust this folder"
+        f"{self._name}: the chat template does something that is forbidden ({error}); do not trust this folder"
       ) from error
     except Exception as error:
       roles = [message.get("role") for message in messages]
@@ -173,7 +173,7 @@ class ChatTemplate:
 def _shown(error: Exception) -> str:
   """An error as a part of a sentence."""
   if isinstance(error, MemoryError):
-    return "it takes more memory than it may"
+    return "it needs more memory than is allowed"
   if isinstance(error, RecursionError):
     return "it is nested too deep"
   return f"{type(error).__name__}: {str(error)[:200]}"

@@ -1,7 +1,7 @@
-"""Tokenizers and chat templates that come from outside, run in a process of their own with limits (`confined_process`).
+"""Tokenizers and chat templates that others wrote, run in a separate process with limits (`confined_process`).
 
 Both are programs: a normalizer of tokenizer.json or a line of a template can compute for years and fill any memory, and
-the library `tokenizers` panics where it meets what it did not expect. One process serves all tokenizers of this one.
+the library `tokenizers` panics on unexpected input. One process serves all tokenizers of this one.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class ConfinedTokenizer:
   Attributes:
     files: the content of the files that make this tokenizer, by name.
     vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
-    mask_id: of the mask, behind the tokenizer's own ids where the folder names none.
+    mask_id: of the mask; if the folder names none, the first id after the tokenizer's own.
     stop_ids: each ends a completion.
     pad_id: of padding.
   """
@@ -56,10 +56,10 @@ class ConfinedTokenizer:
     self._number = next(_numbers)
     self._told = 0
     weakref.finalize(self, _gone.append, self._number)
-    found = self._ask("ids", self._vocabulary)
-    self.vocab, self.mask_id, self.pad_id = (int(found[name]) for name in ("vocab", "mask_id", "pad_id"))
-    self.stop_ids: tuple[int, ...] = tuple(found["stop_ids"])
-    self._unk_id = found["unk_id"]
+    ids = self._ask("ids", self._vocabulary)
+    self.vocab, self.mask_id, self.pad_id = (int(ids[name]) for name in ("vocab", "mask_id", "pad_id"))
+    self.stop_ids: tuple[int, ...] = tuple(ids["stop_ids"])
+    self._unk_id = ids["unk_id"]
     self._unknown = characters.Unknown(self.unknown)
     if self._template:
       self._ask("try_template", self._template)
@@ -72,10 +72,10 @@ class ConfinedTokenizer:
       ValueError: the template fails, the text becomes a mask, or either takes too much time or memory.
     """
     names = " and ".join(filter(None, (self._template, self._vocabulary)))
-    found: list[int] = self._ask("prompt", names, [dict(message) for message in messages], prefill)
-    if self._unk_id in found:
+    ids: list[int] = self._ask("prompt", names, [dict(message) for message in messages], prefill)
+    if self._unk_id in ids:
       self._unknown.check("".join(message["content"] for message in messages) + prefill)
-    return found
+    return ids
 
   def completion(self, text: str) -> list[int]:
     """The ids of an answer: the text, what the template writes behind an answer, and the end of sequence.

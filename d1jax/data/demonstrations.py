@@ -1,7 +1,7 @@
 r"""Demonstrations for supervised fine-tuning, from JSON-lines files in the schemas of s1K, GSM8K and MATH.
 
-A file has one schema, which the fields of its first line tell; further fields are ignored, unless they hold reasoning
-traces, which would be dropped:
+A file has one schema, which follows from the fields of its first line; further fields are ignored, unless they hold
+reasoning traces, which would be dropped:
 
 - s1K: `question`, `thinking_trajectories` (a list, its first entry is used), `attempt`;
 - s1K-1.1: `question`, `deepseek_thinking_trajectory`, `deepseek_attempt`;
@@ -58,7 +58,7 @@ def _text(name: str, value: object, *, may_be_blank: bool = False) -> str:
   if not value.strip() and not may_be_blank:
     raise ValueError(f"{name} is blank; fill it in, or remove the row")
   if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-    raise ValueError(f"{name} holds half of a surrogate pair, which is no character; correct the row")
+    raise ValueError(f"{name} holds half of a surrogate pair, which is not a character; correct the row")
   return value
 
 
@@ -188,13 +188,13 @@ def read(path: str | os.PathLike[str]) -> list[Demonstration]:
   if not text.strip():
     raise ValueError(f"{path}: the file is empty; fetch it again")
   rows = list(_converted(path, text))
-  found = [row for row in rows if row is not None]
-  if not found:
+  demonstrations = [row for row in rows if row is not None]
+  if not demonstrations:
     raise ValueError(f"{path}: none of {len(rows)} rows has a final answer (\\boxed{{...}}); give another file")
-  if len(found) < len(rows):
-    left_out = f"{len(rows) - len(found)} of {len(rows)} rows"
+  if len(demonstrations) < len(rows):
+    left_out = f"{len(rows) - len(demonstrations)} of {len(rows)} rows"
     _log.warning("%s: left out %s without a final answer (\\boxed{...})", path, left_out)
-  return found
+  return demonstrations
 
 
 def conversation(demonstration: Demonstration) -> tuple[list[dict[str, str]], str]:
@@ -223,7 +223,7 @@ def split(demonstrations: Sequence[Demonstration], held_out: float) -> tuple[lis
     ValueError: the share is outside its range, or leaves a side empty.
   """
   if not 0 <= held_out < 1:
-    raise ValueError(f"held_out={held_out} is no share; give a number from 0 up to, but not, 1")
+    raise ValueError(f"held_out={held_out} is not a share; give a number from 0 on and below 1")
   sides: tuple[list[Demonstration], list[Demonstration]] = ([], [])
   for demonstration in demonstrations:
     digest = hashlib.sha256(" ".join(demonstration.question.split()).encode()).digest()

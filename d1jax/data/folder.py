@@ -32,7 +32,7 @@ class SpecialIds:
     mask_id: of the mask.
     stop_ids: each ends a completion; the first is the end of sequence.
     pad_id: of padding.
-    bos_id: of the start of a text, None where the folder names none.
+    bos_id: of the start of a text; None if the folder names none.
     vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
   """
 
@@ -81,7 +81,7 @@ def date(files: Mapping[str, bytes]) -> datetime.date:
   try:
     return datetime.date.fromisoformat(written)
   except ValueError:
-    raise ValueError(f"{DATE}: {written[:40]!r} is no date; write one like 2026-11-30") from None
+    raise ValueError(f"{DATE}: {written[:40]!r} is not a date; write one like 2026-11-30") from None
 
 
 def _content(name: str, key: str, value: Any) -> str:
@@ -109,7 +109,7 @@ def named_tokens(files: Mapping[str, bytes]) -> dict[str, str | None]:
 
 def extra_tokens(files: Mapping[str, bytes]) -> list[str]:
   """The texts of the special tokens without a role: `additional_special_tokens` and `extra_special_tokens`."""
-  found: list[str] = []
+  texts: list[str] = []
   for name in ("tokenizer_config.json", "special_tokens_map.json"):
     values = parse(files, name)
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -117,12 +117,12 @@ def extra_tokens(files: Mapping[str, bytes]) -> list[str]:
       if not isinstance(listed, list | dict):
         raise ValueError(f"{name}: {key} is {listed!r}; expected a list of tokens")
       items = listed.values() if isinstance(listed, dict) else listed
-      found += [_content(name, key, item) for item in items]
-  return list(dict.fromkeys(found))
+      texts += [_content(name, key, item) for item in items]
+  return list(dict.fromkeys(texts))
 
 
 def named_ids(files: Mapping[str, bytes], key: str) -> tuple[tuple[int, ...], str]:
-  """The ids under a key such as `eos_token_id`, and the file that names them; () and '' where none does."""
+  """The ids under a key such as `eos_token_id`, and the file that names them; () and '' if no file does."""
   for name in MODEL:
     value = parse(files, name).get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -148,7 +148,7 @@ def special_ids(files: Mapping[str, bytes], own: Mapping[str, int | None], *, si
   Args:
     files: of the folder.
     own: what the tokenizer's own files say, by the key that config.json has for it (`eos_token_id`, ...). A
-      `bos_token_id` of None says that there is none.
+      `bos_token_id` of None means that there is none.
     size: of the tokenizer: one more than its highest id.
 
   Raises:
@@ -159,17 +159,17 @@ def special_ids(files: Mapping[str, bytes], own: Mapping[str, int | None], *, si
   limit = max(size, model_size) if isinstance(model_size, int) else size
 
   def ids(key: str) -> tuple[int, ...]:
-    found, name = named_ids(files, key)
+    named, name = named_ids(files, key)
     value = own.get(key)
-    if not found and value is not None:
-      found, name = (value,), "the tokenizer"
-    for i in found:
+    if not named and value is not None:
+      named, name = (value,), "the tokenizer"
+    for i in named:
       if not 0 <= i < limit:
         raise ValueError(
           f"{name}: {key}={i} is outside the tokenizer ({size} ids) and config.json's vocab_size={model_size};"
           " correct the id, or fetch the files of one and the same model"
         )
-    return found
+    return named
 
   stops = ids("eos_token_id")
   if not stops:

@@ -11,15 +11,15 @@ from d1jax.data import backend, characters, chat, folder
 def own_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
   """The files that make a tokenizer, of those of its folder.
 
-  Where the chat template writes the date, today's is one of them, unless there is a date already: prompts stay the
-  same as long as the files do.
+  If the chat template writes the date and there is no file of the date yet, a file with today's date is added: so
+  prompts do not change while the files do not.
   """
   left_out = folder.CORE[1:] if "tokenizer.json" in files else ("tokenizer.model",)
-  found = {name: content for name, content in files.items() if name not in left_out}
-  template = chat.find_template(found)
-  if template and "strftime_now" in template[0] and folder.DATE not in found:
-    found[folder.DATE] = datetime.date.today().isoformat().encode()
-  return found
+  core = {name: content for name, content in files.items() if name not in left_out}
+  template = chat.find_template(core)
+  if template and "strftime_now" in template[0] and folder.DATE not in core:
+    core[folder.DATE] = datetime.date.today().isoformat().encode()
+  return core
 
 
 class HuggingFaceTokenizer:
@@ -36,10 +36,10 @@ class HuggingFaceTokenizer:
   Attributes:
     files: the content of the files that make this tokenizer, by name.
     vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
-    mask_id: of the mask, behind the tokenizer's own ids where the folder names none.
+    mask_id: of the mask; if the folder names none, the first id after the tokenizer's own.
     stop_ids: each ends a completion.
     pad_id: of padding.
-    unk_id: of what has no token; None where the folder names none.
+    unk_id: of a character without a token; None if the folder names none.
   """
 
   def __init__(self, files: Mapping[str, bytes]):
@@ -56,13 +56,15 @@ class HuggingFaceTokenizer:
     self._name = "tokenizer.json" if "tokenizer.json" in self.files else "vocab.json"
     self._size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     self._tokens = folder.named_tokens(self.files)
-    own = {f"{role}_id": self._tokenizer.token_to_id(text) if text else None for role, text in self._tokens.items()}
-    ids = folder.special_ids(self.files, own, size=self._size)
+    known_ids = {
+      f"{role}_id": self._tokenizer.token_to_id(text) if text else None for role, text in self._tokens.items()
+    }
+    ids = folder.special_ids(self.files, known_ids, size=self._size)
     self.vocab, self.mask_id, self.stop_ids, self.pad_id = ids.vocab, ids.mask_id, ids.stop_ids, ids.pad_id
-    self.unk_id = own.get("unk_token_id")
+    self.unk_id = known_ids.get("unk_token_id")
     self._bos = () if ids.bos_id is None else (ids.bos_id,)
-    asked = folder.parse(self.files, "tokenizer_config.json").get("add_bos_token")
-    self._start = () if asked is False else self._bos
+    adds_bos = folder.parse(self.files, "tokenizer_config.json").get("add_bos_token")
+    self._start = () if adds_bos is False else self._bos
     added = self._tokenizer.get_added_tokens_decoder()
     special = {i: token.content for i, token in added.items() if token.special}
     roles = {self.mask_id, self.pad_id, *self.stop_ids, *self._bos}
@@ -74,11 +76,11 @@ class HuggingFaceTokenizer:
     self._spelled = _any_of(special.values())
 
   def try_template(self) -> None:
-    """Raises a ValueError where the chat template does not parse, or writes no answer."""
+    """Raises a ValueError if the chat template does not parse, or writes no answer."""
     _ = self._written_end
 
   def try_tokenizer(self) -> None:
-    """Raises a ValueError where a question and an answer cannot be encoded and decoded."""
+    """Raises a ValueError if a question and an answer cannot be encoded and decoded."""
     question = self.prompt([{"role": "user", "content": "A question"}], "")
     self.decode_all([question, self.completion("An answer")])
 
@@ -126,17 +128,17 @@ class HuggingFaceTokenizer:
 
   def unknown(self, text: str) -> list[str]:
     """The characters of a text that have no token, each once."""
-    found = list(dict.fromkeys(text))
-    shown = self.decode_all([self._encode(char) for char in found])
-    return [char for char, read in zip(found, shown, strict=True) if not characters.is_read(char, read)]
+    distinct = list(dict.fromkeys(text))
+    decoded = self.decode_all([self._encode(char) for char in distinct])
+    return [char for char, read in zip(distinct, decoded, strict=True) if not characters.is_read(char, read)]
 
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids; special tokens vanish, as do ids beyond the tokenizer.
 
     Bytes that are not UTF-8 become U+FFFD.
     """
-    shown = [[i for i in row if 0 <= i < self._size and i not in self._silent] for row in rows]
-    return self._decode(shown, skip_special=True)
+    visible = [[i for i in row if 0 <= i < self._size and i not in self._silent] for row in rows]
+    return self._decode(visible, skip_special=True)
 
   def decode_raw(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids with special tokens spelled out; ids beyond the tokenizer vanish."""
@@ -147,7 +149,7 @@ class HuggingFaceTokenizer:
       return self._tokenizer.decode_batch(rows, skip_special_tokens=skip_special)
 
   def _encode(self, text: str) -> list[int]:
-    """The ids of text in which nothing is special: special tokens are read as the characters they are made of."""
+    """The ids of a text in which special tokens are read as ordinary characters."""
     if not self._spelled.search(text):
       return self._ids(text)
     self._tokenizer.encode_special_tokens = True
@@ -176,15 +178,15 @@ class HuggingFaceTokenizer:
 
   @functools.cached_property
   def _written_end(self) -> str:
-    """What the template writes behind an answer, up to its first special token; nothing without one."""
+    """The text that the template writes behind an answer, up to its first special token; empty without one."""
     if self._template is None:
       return ""
     answer = "TheAnswerOfTheAssistant"
     turns = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
-    written, found, behind = self._template.render(turns, add_generation_prompt=False).rpartition(answer)
-    if not found:
+    written, answered, behind = self._template.render(turns, add_generation_prompt=False).rpartition(answer)
+    if not answered:
       raise ValueError(
-        f"the chat template leaves out what the assistant says (it writes {(written + behind)[:200]!r}); correct the"
+        f"the chat template leaves the assistant's turn out (it writes {(written + behind)[:200]!r}); correct the"
         " template"
       )
     first = self._spelled.search(behind)
@@ -197,7 +199,7 @@ class HuggingFaceTokenizer:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-  """Finds any of some texts, the longest first; nothing where there are none."""
+  """Finds any of some texts, the longest first; without texts it finds nothing."""
   known = sorted(filter(None, texts), key=len, reverse=True)
   return re.compile("|".join(map(re.escape, known)) or r"(?!)")
 

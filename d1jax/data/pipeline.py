@@ -33,14 +33,16 @@ class PromptBatch(NamedTuple):
 
 
 class Part(NamedTuple):
-  """Records that are drawn `weight` times as often as those of a part with weight 1, whatever their number."""
+  """Records of one task in a mix. A part with weight 2 is drawn from twice as often as one with weight 1, whatever the
+  number of its records.
+  """
 
   chosen: Sequence[int]
   weight: float
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int | None:
-  """The smallest bucket that holds `length` tokens, None when none does."""
+  """The smallest bucket that holds `length` tokens; None if no bucket does."""
   return min((b for b in buckets if b >= length), default=None)
 
 
@@ -80,7 +82,7 @@ def prompt_batch(
   width = bucket_for(max(len(prompts[i]) for i in chosen), buckets)
   if width is None:
     raise ValueError(
-      f"a prompt is longer than the largest bucket {max(buckets)}: raise prompt_buckets, or leave it out"
+      f"a prompt is longer than the largest bucket {max(buckets)}: add a longer bucket, or leave the prompt out"
     )
   record = np.repeat(np.asarray(chosen, np.int32), num_generations)
   sample_id = first + np.arange(record.size, dtype=np.int32)
@@ -128,11 +130,11 @@ def prompt_batches(
   position: int = 0,
   parts: Sequence[Part] = (),
 ) -> Iterator[PromptBatch]:
-  """An endless stream of prompt batches, from batch `position` on. Prompts that fit no bucket never come.
+  """An endless stream of prompt batches, from batch `position` on. Prompts that fit no bucket are left out.
 
-  Of several parts each has the order that it has alone. They alternate as evenly as their weights allow, by a rule and
-  not by chance: every stretch of the stream holds them in their proportions. Weights count in hundredths of the
-  smallest one.
+  If there are several parts, each keeps the order that it would have alone. They alternate as evenly as their weights
+  allow, by a rule and not by chance: with weights 2 and 1 the parts come as 0 0 1 or a rotation of it, again and again.
+  Weights are rounded to hundredths of the smallest one.
 
   Args:
     prompts: token ids of every record.
@@ -142,7 +144,7 @@ def prompt_batches(
     buckets: allowed prompt lengths.
     pad_id: fills the left.
     position: the batch to start at.
-    parts: disjoint parts of the records to mix; none: all records are one.
+    parts: disjoint parts of the records to mix; without any, all records are one part.
   """
   usable = set(fitting(prompts, buckets))
   parts = parts or [Part(range(len(prompts)), 1.0)]

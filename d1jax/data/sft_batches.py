@@ -1,9 +1,9 @@
 """Deterministic, resumable batches of demonstrations, each of one length, with Grain.
 
-Padded to one length, every demonstration costs what the longest does. Here a batch holds rows that fit one pair of
-prompt and completion bucket. A pass over the data is a fixed number of batches, and what comes in it follows from
-(seed, number of the pass) alone, so the data position is one number, the index of the next batch. A process that
-starts in the middle lays out one pass, never the batches before it.
+If all demonstrations were padded to one length, each would cost as much as the longest. Here a batch holds rows that
+fit one pair of prompt and completion bucket. A pass over the data is a fixed number of batches, and its contents follow
+from (seed, number of the pass) alone, so that the data position is one number, the index of the next batch. A process
+that starts in the middle computes the layout of one pass, never that of the passes before it.
 """
 
 import functools
@@ -36,32 +36,34 @@ def _pairs(
   prompts: Sequence[Ids], completions: Sequence[Ids], prompt_buckets: Sequence[int], completion_buckets: Sequence[int]
 ) -> dict[int, tuple[int, int]]:
   """The smallest (prompt bucket, completion bucket) of every record that fits one."""
-  found = {}
+  pairs = {}
   for record, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
     pair = bucket_for(len(prompt), prompt_buckets), bucket_for(len(completion), completion_buckets)
     if pair[0] is not None and pair[1] is not None:
-      found[record] = pair[0], pair[1]
-  return found
+      pairs[record] = pair[0], pair[1]
+  return pairs
 
 
 def _batches_of_pass(
   records: Sequence[int], pairs: Mapping[int, tuple[int, int]], batch_size: int
 ) -> list[Sequence[int]]:
-  """Parts the records of a pass, a multiple of the batch size, into batches of one pair of buckets each.
+  """Cuts the records of a pass, a multiple of the batch size, into batches of one pair of buckets each.
 
-  Rows that fill no batch of their pair move up and share one with the leftovers of the next pairs: of the larger
-  prompt buckets with the same completion bucket, then of the next completion bucket.
+  Rows that do not fill a batch of their pair share one with the leftovers of the next pairs: of the larger prompt
+  buckets with the same completion bucket, then of the next completion bucket. With batches of 4, and pairs of 5, 6 and
+  1 rows in this order, there are two full batches (4 rows of the first pair, 4 of the second), and the last batch holds
+  the leftovers 1 + 2 + 1, padded to the buckets of the longest of them.
   """
   bins: dict[tuple[int, int], list[int]] = defaultdict(list)
   for record in records:
     bins[pairs[record]].append(record)
-  whole, left = [], []
+  whole, leftovers = [], []
   for pair in sorted(bins, key=lambda pair: (pair[1], pair[0])):
     rows = bins[pair]
     full = len(rows) - len(rows) % batch_size
     whole += rows[:full]
-    left += rows[full:]
-  ordered = whole + left
+    leftovers += rows[full:]
+  ordered = whole + leftovers
   return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
@@ -77,12 +79,13 @@ def sft_batches(
   truncate: bool = False,
   position: int = 0,
 ) -> Iterator[SftBatch]:
-  """An endless stream of demonstrations, from batch `position` on. Prompts that fit no bucket never come.
+  """An endless stream of demonstrations, from batch `position` on. Prompts that fit no bucket are left out.
 
-  Rows come in a shuffled order, a new one every epoch. A pass is the next `max(1, rows // batch_size)` batches of
-  it: each lies in the smallest buckets that hold its rows, and batches come shuffled. Rows that fill no batch of
-  their own buckets share one of larger buckets; those that fill no batch of the epoch start the next pass. None is
-  lost, and fewer rows than a batch come again in it. With one bucket of each kind the batches keep the rows' order.
+  Rows come in a shuffled order, a new one every epoch. A pass is the next `max(1, rows // batch_size)` batches of this
+  order: each batch has the smallest buckets that hold its rows, and the batches of a pass are shuffled. Rows that do
+  not fill a batch of their own buckets share a batch with larger buckets; rows that do not fill a batch at the end of
+  an epoch start the next pass. So no row is lost. If there are fewer rows than a batch has, rows are repeated in it.
+  With one bucket of each kind the batches keep the rows' order.
 
   Args:
     prompts: token ids of every record.
@@ -92,8 +95,8 @@ def sft_batches(
     buckets: allowed prompt lengths.
     completion_buckets: allowed completion lengths, ascending.
     pad_id: the end-of-sequence token.
-    truncate: what becomes of completions beyond the largest bucket: cut at the right, so that they have no stop id,
-      as d1 does (True), or left out (False).
+    truncate: True cuts completions beyond the largest bucket at the right, so that they have no stop id, as d1 does;
+      False leaves them out.
     position: the batch to start at.
 
   Raises:
@@ -138,17 +141,17 @@ def padding(
   *,
   truncate: bool = False,
 ) -> tuple[int, int]:
-  """(tokens used, tokens computed) of one walk over the demonstrations that fit, each in its own pair of buckets.
+  """(tokens used, tokens computed) of one pass over the demonstrations that fit, each in its own pair of buckets.
 
-  Used are the tokens of prompts and completions, computed the sizes of their buckets. The few rows of a pass that
-  move up to fill a batch compute a little more.
+  Tokens used are those of prompts and completions; tokens computed are the sizes of their buckets. The few rows that
+  share a batch of larger buckets compute a little more.
 
   Args:
     prompts: token ids of every record.
     completions: token ids of the answers, stop id included.
     prompt_buckets: allowed prompt lengths.
     completion_buckets: allowed completion lengths, ascending.
-    truncate: as in `sft_batches`; what is cut off counts for nothing.
+    truncate: as in `sft_batches`; tokens that are cut off do not count.
 
   Raises:
     ValueError: the completion buckets do not ascend.

@@ -62,7 +62,7 @@ def load(path: Path) -> Tokenizer | None:
   See `from_files` for what is read.
 
   Returns:
-    None where the folder has no tokenizer file at all.
+    None if the folder has no tokenizer file at all.
 
   Raises:
     ValueError: files are broken, incomplete or contradict each other; the message names the folder and the file.
@@ -110,10 +110,10 @@ def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: in
   """
   if model_type not in MODEL_TYPES:
     raise ValueError(f"tokenizer.model_type={model_type!r} is unknown; known: {', '.join(MODEL_TYPES)}")
-  kept = list(texts)
-  for text in kept:
+  all_texts = list(texts)
+  for text in all_texts:
     characters.check_unicode(text)
-  longest = max((len(text.encode()) for text in kept), default=0)
+  longest = max((len(text.encode()) for text in all_texts), default=0)
   if not longest:
     raise ValueError("there is no text to train a tokenizer on: the task's records are empty")
   # SentencePiece would leave out longer texts without a word. The model holds the limit, so it is set where it matters.
@@ -121,7 +121,7 @@ def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: in
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(kept),
+      sentence_iterator=iter(all_texts),
       model_writer=model,
       model_type=model_type,
       vocab_size=vocab_size,
@@ -198,7 +198,7 @@ class SentencePieceTokenizer:
     self._silent = {self.mask_id, self.pad_id, *self.stop_ids}
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
-    """A start token where the model has one, the contents of the messages one after the other, and the prefill."""
+    """A start token if the model has one, the contents of the messages one after the other, and the prefill."""
     start = [] if self.bos_id is None else [self.bos_id]
     return [*start, *self._encode("".join(m["content"] for m in messages) + prefill)]
 

@@ -27,10 +27,10 @@ class Window(NamedTuple):
 
 
 def check(denoiser: Denoiser, spec: SamplerSpec) -> None:
-  """Raises a ValueError where the spec asks for a cache that the denoiser has not, or cuts the network's blocks."""
+  """Raises a ValueError if the spec needs a cache and the denoiser has none, or if it cuts the network's blocks."""
   if spec.cache != "none" and (denoiser.init_cache is None or denoiser.encode_window is None):
     raise ValueError(
-      f"cache={spec.cache!r} needs a denoiser with init_cache and encode_window; this one has none: use cache='none'"
+      f"cache={spec.cache!r} needs a denoiser with init_cache and encode_window, which this one lacks: use cache='none'"
     )
   if denoiser.block is not None and spec.block_length % denoiser.block:
     raise ValueError(
@@ -49,8 +49,9 @@ def init_caches(denoiser: Denoiser, valid: Bool[Array, "B L"], spec: SamplerSpec
 def window_of(spec: SamplerSpec, start: Int[Array, ""] | int, length: int, shift: int) -> Window:
   """The window of a cached mode for the block that starts at `start` on a canvas of `length`.
 
-  It holds the block and the rows that predict it, `shift` before it. That of `window` has one width and is moved
-  inwards at the ends of the canvas; that of `prefix` needs a `start` that is known to Python.
+  It holds the block and the rows that predict it, which begin `shift` rows earlier. The window of the mode `window` has
+  always the same width, and is moved inwards at the ends of the canvas. That of `prefix` reaches to the end of the
+  canvas, so that its width depends on `start`, which must be a Python number.
   """
   if spec.cache == "prefix":
     first = start - shift
@@ -83,7 +84,7 @@ def block_logits(
     caches: of `init_caches`; `NO_CACHES` for a pass that keeps nothing.
     start: the block's first position.
     spec: the sampler.
-    window: what is computed; None: the whole canvas, a refresh where there are caches.
+    window: the rows to compute; None: the whole canvas, which is a refresh if there are caches.
 
   Returns:
     The logits, and the renewed caches.
@@ -108,7 +109,7 @@ def block_logits(
 
 
 def without_prompt(tokens: Int[Array, "B L"], denoiser: Denoiser, spec: SamplerSpec) -> Int[Array, "B L"]:
-  """The canvas that the unguided logits of guidance are of: the prompt masked."""
+  """The canvas of the unguided logits: its prompt is masked."""
   return tokens.at[:, : tokens.shape[1] - spec.completion_length].set(denoiser.mask_id)
 
 

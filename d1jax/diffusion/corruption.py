@@ -23,7 +23,7 @@ class Corrupted(NamedTuple):
 def noise(
   key: Key[Array, ""], sample_id: Int[Array, "B"], length: int
 ) -> tuple[Float[Array, "B"], Float[Array, "B length"]]:
-  """Uniforms in [0, 1) that a mask is made of: one a row, for its time, and one a completion position."""
+  """Uniforms in [0, 1) for a mask: one for each row, which gives its time, and one for each completion position."""
   per_sample = keys.sample_keys(key, sample_id)
   time = keys.uniforms(keys.fold(per_sample, _TIME_STREAM), 1)[:, 0]
   return time, keys.uniforms(keys.fold(per_sample, _MASK_STREAM), length)
@@ -45,9 +45,10 @@ def mask_prompt(
   p_mask_prompt: float,
   mask_id: int,
 ) -> Int[Array, "B P"]:
-  """Masks each prompt token with probability `p_mask_prompt`, never padding (d1, section 3.2: q -> q').
+  """Masks each prompt token with probability `p_mask_prompt`, but never padding (d1, section 3.2: q -> q').
 
-  A token's uniform is keyed by its distance from the prompt's end, so that the width of the padding changes nothing.
+  Prompts are padded on the left. Uniform number i belongs to the token at distance i from the prompt's end, so that a
+  prompt has the same masks in a bucket of 128 tokens and in one of 256.
   """
   uniform = keys.uniforms(keys.sample_keys(key, sample_id), prompt.shape[1])[:, ::-1]
   return jnp.where(prompt_valid & (uniform < p_mask_prompt), mask_id, prompt)

@@ -1,4 +1,4 @@
-"""The one thing that diffusion and reinforcement learning know of a network."""
+"""The interface through which diffusion and reinforcement learning use a network."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 Params = Any
-"""A nested dict of arrays; what is in it is the network's business."""
+"""A nested dict of arrays; only the network knows what is in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +25,17 @@ class Denoiser:
     stop_ids: a completion ends with the first of these.
     forbidden_ids: tokens that are never drawn nor given probability: the mask, and ids beyond the tokenizer.
     vocab: the number of logits.
-    shift: 0 where hidden state i predicts token i (LLaDA), 1 where it predicts token i + 1 (Dream, causal starts);
-      read by `hidden_predicting`, and by those who choose windows: theirs start `shift` rows earlier.
-    init_cache: `valid[B L] -> cache`, empty; None where a network has no cached form.
+    shift: 0 if hidden state i predicts token i (LLaDA), 1 if it predicts token i + 1 (Dream, causal starts). It is read
+      by `hidden_predicting`, and by the code that chooses windows, which start `shift` rows earlier.
+    init_cache: `valid[B L] -> cache`, an empty cache; None if the network has no cached form.
     encode_window: `(params, tokens[B W], start, cache) -> (hidden[B W D], cache)`: encodes the positions from `start`
       on, which attend to the cache with their own entries renewed. The window that covers the canvas is a refresh and
       equals `encode`.
     block: the length inside which attention of a block-causal network goes both ways. Blocks are counted from the first
       position of the canvas; in `encode` and `encode_window` a position sees its own block and all before it. None:
       attention goes both ways everywhere.
-    vocab_shards: over how many devices the head's columns are cut; tiles of the vocabulary take a part of each share.
+    vocab_shards: over how many devices the head's columns are sharded; a tile of the vocabulary takes some columns of
+      each shard.
   """
 
   encode: Callable[..., jax.Array]
@@ -55,7 +56,9 @@ class Denoiser:
       if ids.size and not (ids.min() >= 0 and ids.max() < self.vocab):
         raise ValueError(f"{name}={getattr(self, name)} lies outside the vocabulary of {self.vocab}")
     if self.mask_id not in self.forbidden_ids:
-      raise ValueError(f"forbidden_ids={self.forbidden_ids} lacks the mask {self.mask_id}, which is never a prediction")
+      raise ValueError(
+        f"forbidden_ids={self.forbidden_ids} must hold the mask {self.mask_id}, which is never a prediction: add it"
+      )
     if self.block is not None and self.block < 1:
       raise ValueError(f"block={self.block} must be at least 1, or None for attention both ways")
 

@@ -27,6 +27,9 @@ def _search(mass: Float[Array, "*B N"], cumulative: Float[Array, "*B N"], target
   """The first entry of positive mass whose cumulative mass exceeds `target`; where rounding leaves none, the last of
   positive mass.
   """
+  # `target` is uniform * total, rounded: it may equal the total, and then no cumulative mass exceeds it. A float32 sum
+  # may also grow over an entry of mass 0, when a parallel sum adds in another order. Hence both conditions, and the
+  # last entry of positive mass as an answer: of masses [1, 2, 0] and target 3, that is entry 1, not entry 2.
   possible = mass > 0
   beyond = possible & (cumulative > target[..., None])
   last = mass.shape[-1] - 1 - _first_true(possible[..., ::-1])
@@ -56,7 +59,12 @@ def _through_tiles(
   logits: Float[Array, "*B V"], uniform: Float[Array, "*B"], temperature: float
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
   """Draws from softmax(logits / temperature); returns the tokens and the logarithm of the softmax's denominator."""
-  top = jnp.max(logits, axis=-1) / temperature  # of the raw logits, which the confidence needs as well: one pass less
+  # With tiles of 2 ids for an example: masses [1, 2 | 3, 4] have tile masses [3, 7], cumulative [3, 10]. The uniform
+  # 0.5 has the target 5. The first tile beyond 5 is tile 1; 3 lie before it, so that the target inside it is 2. Its
+  # masses [3, 4] are cumulative [3, 7], the first beyond 2 is entry 0: the draw is token 1 * 2 + 0 = 2, as it is in the
+  # cumulative sum of all, [1, 3, 6, 10]. Two short sums replace one of V entries, and a device that holds whole tiles
+  # computes the same sums as one that holds all of them.
+  top = jnp.max(logits, axis=-1) / temperature  # the confidence needs the maximum of the raw logits too: one pass less
   mass = jnp.exp(logits / temperature - top[..., None])
   mass = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % TILE)])
   tiles = mass.reshape(*mass.shape[:-1], -1, TILE)

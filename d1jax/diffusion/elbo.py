@@ -1,10 +1,11 @@
-"""Estimators that show part of the completion: each masks it at random, several times over, and scores what it masked.
+"""Estimators that mask a random part of the completion, several times, and score the tokens that were masked.
 
-What they estimate, but for `coupled`, is the evidence lower bound of log p under uniformly random order,
+All but `coupled` estimate the evidence lower bound of log p under uniformly random order,
 L = int_0^1 dt (1 / t) E sum_{k masked} log p(o_k | o_t, q) <= log p(o | q), each token masked with probability t.
 
-A token's part is given as its mean log-probability over the masks that hide it, in `logp`, and the sum of their
-weights, in `weight`. Weights are made of draws alone: a ratio of old to current is of probabilities, whatever 1 / t is.
+`logp` of a token is its mean log-probability over the masks that hide it, and `weight` is the sum of their weights.
+Weights depend on the draws alone: a ratio of old to current is a ratio of probabilities, whatever 1 / t is. If two of
+three masks hide a token, with weights 2 and 4 and log p -1 and -2, then `weight` is 6 and `logp` is -10 / 6.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ _LEAST_RATIO, _MOST_RATIO = 0.2, 0.8
 
 
 class Hidden(NamedTuple):
-  """What one pass hides and scores of each row, the weight of each such token, and the key of the prompt's mask."""
+  """The tokens of each row that one pass hides and scores, the weight of each, and the key of the prompt's mask."""
 
   hidden: Bool[Array, "B C"]
   weight: Float[Array, "B"]
@@ -34,7 +35,7 @@ class Hidden(NamedTuple):
 
 
 class Sums(NamedTuple):
-  """Over the passes, a token: its weights, and its weights times log-probabilities."""
+  """Sums over the passes, for each token: of its weights, and of its weights times log-probabilities."""
 
   weight: Float[Array, "B C"]
   logp: Float[Array, "B C"]
@@ -48,13 +49,13 @@ class Sums(NamedTuple):
 def hidden_logps(
   denoiser: Denoiser, params: Params, rollout: Rollout, drawn: Hidden, *, p_mask_prompt: float, tile: int | None
 ) -> Float[Array, "B C"]:
-  """Log p of every token in the pass that hides these; what lies behind the stop id is never shown."""
+  """Log p of every token in the pass that hides these; tokens behind the stop id are always hidden."""
   masked = drawn.hidden | ~rollout.completion_mask
   return masked_logps(denoiser, params, rollout, drawn.key, masked, p_mask_prompt=p_mask_prompt, tile=tile)
 
 
 def check_samples(name: str, count: int) -> None:
-  """Raises a ValueError where an estimator is asked for fewer than one pass."""
+  """Raises a ValueError if the number of passes is below 1."""
   if count < 1:
     raise ValueError(f"{name}={count} must be at least 1: each is a forward pass that hides part of the completion")
 
@@ -120,10 +121,16 @@ def elbo(
   if masking not in MASKINGS:
     raise ValueError(f"masking={masking!r} is unknown; known: {', '.join(MASKINGS)}")
   if antithetic and samples % 2:
-    raise ValueError(f"samples={samples} is odd, but antithetic masks come in pairs: use {samples + 1}, or no pairs")
+    raise ValueError(
+      f"samples={samples} is odd, but antithetic masks come in pairs: use {samples + 1}, or antithetic=False"
+    )
   scored = rollout.completion_mask
   count = jnp.sum(scored, axis=1)
 
+  # Why n / l: with l uniform from 1 to n, the sum over l masked tokens times n / l has the same mean as the integral
+  # over t of 1 / t. A pair also masks the other n - l tokens; l must then be symmetric, so that 0 and n are possible
+  # (n + 1 values). With n = 3 and l = 1 a pair scores one token with weight 4 and two with weight 2 each; l = 0 scores
+  # no token and its complement all three, with weight 4 / 3.
   def draw(index: Int[Array, ""]) -> Hidden:
     pass_key = jax.random.fold_in(key, index // 2 if antithetic else index)
     time, uniform = noise(pass_key, rollout.sample_id, scored.shape[1])
@@ -143,7 +150,7 @@ def elbo(
 
 
 def ranks(uniform: Float[Array, "B C"], among: Bool[Array, "B C"]) -> Int[Array, "B C"]:
-  """The rank of each token among those of its row that are `among`, 0 for the smallest; the others come last."""
+  """The rank of each token's uniform among the tokens of its row that are in `among`, from 0; the others come last."""
   order = jnp.argsort(jnp.where(among, uniform, 2.0), axis=1, stable=True)
   return jnp.argsort(order, axis=1, stable=True).astype(jnp.int32)
 

@@ -14,13 +14,13 @@ from d1jax.diffusion.vocabulary import tiled_log_prob
 
 
 class Scores(NamedTuple):
-  """What an estimator says of a batch of completions.
+  """The result of an estimator for a batch of completions.
 
   Attributes:
     logp: estimated log-probability of each token.
-    weight: of each token in a sequence's sum; 0 behind the stop id.
-    upper: an upper bound of `logp`, from the estimators that have one.
-    upper_weight: of each token in the sum of `upper`, 0 where `weight` is.
+    weight: the weight of each token in a sequence's sum; 0 behind the stop id.
+    upper: an upper bound of `logp`, if the estimator has one.
+    upper_weight: the weight of each token in the sum of `upper`; 0 where `weight` is 0.
   """
 
   logp: Float[Array, "B C"]
@@ -43,7 +43,7 @@ def token_logps(
     params: its parameters.
     hidden: states that predict `tokens`.
     tokens: ids.
-    tile: vocabulary ids whose logits exist at a time, see `tiled_log_prob`; None: all, [B, C, V] numbers.
+    tile: the number of vocabulary ids whose logits exist at a time, see `tiled_log_prob`; None: all, [B, C, V] numbers.
   """
   if tile is None:
     return log_prob(denoiser.logits(params, hidden), tokens)
@@ -60,14 +60,14 @@ def masked_logps(
   p_mask_prompt: float,
   tile: int | None = None,
 ) -> Float[Array, "B C"]:
-  """Log p(o_k | q', what is shown of o) of every completion token, untempered and unguided: one forward pass.
+  """Log p(o_k | q', visible tokens of o) of every completion token, untempered and unguided, by one forward pass.
 
   Args:
     denoiser: the mask predictor.
     params: its parameters.
     rollout: prompts and completions.
     key: of the prompt mask, q -> q'.
-    masked: completion tokens that are not shown.
+    masked: completion tokens that the network does not see.
     p_mask_prompt: probability that a prompt token is masked.
     tile: see `token_logps`.
   """
@@ -117,8 +117,8 @@ def denoising_loss(
 
   `sum_{b,i} weight[b,i] * masked[b,i] * CE[b,i] / t[b]`, with t ~ U(0.001, 1) a row. The completion's end-of-sequence
   padding is part of the response: attended to, masked and learned, so that the model knows where answers end. `weight`
-  holds the normalisation. `dropout_key` turns on what the network drops in training; a token's key is a fold of its
-  sample id and its distance from the start of the completion.
+  holds the normalisation. `dropout_key` turns the network's dropout on; a token's key is made of its sample id and its
+  distance from the start of the completion.
 
   Returns:
     The loss, and `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) as a metric.

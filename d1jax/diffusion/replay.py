@@ -1,4 +1,4 @@
-"""Log-probabilities of completions at the states that a rollout went through, or at states that the caller makes up."""
+"""Log-probabilities of completions at the states that a rollout went through, or at states that the caller gives."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from d1jax.microbatch import sum_over_parts
 
 
 class Visit(NamedTuple):
-  """One state of each row, and what is scored at it.
+  """One state of each row, and the tokens that are scored at it.
 
   Attributes:
-    known: completion tokens that are shown.
-    scored: those that are scored, all of which stand from `start` on.
-    start: the first completion position that logits are made for.
+    known: completion tokens that the network sees; the others are masks.
+    scored: tokens that are scored; all of them are at `start` or behind it.
+    start: the first completion position for which logits are computed.
   """
 
   known: Bool[Array, "B C"]
@@ -29,18 +29,19 @@ class Visit(NamedTuple):
 
 
 def revealed_at(rollout: Rollout, spec: SamplerSpec) -> Int[Array, "B C"]:
-  """The step that revealed each token; what was never revealed, behind the block of the stop id in a rollout that exits
-  early, has the step behind the last.
+  """The step that revealed each token. Tokens that were never revealed have the step after the last one; they lie
+  behind the block of the stop id, in a rollout with early exit.
 
   Raises:
     ValueError: the rollout has no reveal steps.
   """
   if rollout.reveal_step is None:
     raise ValueError(
-      "reveal_step=None: this estimator scores the states that a rollout went through, and the rollout recorded none;"
-      " sample it with d1jax.diffusion.sampler, or use an estimator that masks anew (one_step, elbo)"
+      "reveal_step=None: this estimator scores the states that a rollout went through, but the rollout did not record"
+      " them: sample it with d1jax.diffusion.sampler, or use an estimator that draws masks of its own (one_step, elbo)"
     )
-  # What was never revealed is recorded at step 0, which is of another block than its own.
+  # A token that was never revealed has the recorded step 0. Only tokens of block 0 can really have it: with two steps a
+  # block, a token of block 1 has step 2 or 3, so that a 0 there means "never". Block 0 is always completed.
   steps = spec.steps_per_block
   earliest = (jnp.arange(rollout.completion.shape[1]) // spec.block_length * steps)[None, :]
   return jnp.where(rollout.reveal_step >= earliest, rollout.reveal_step, spec.blocks * steps)
@@ -57,11 +58,12 @@ def score_visits(
   width: int,
   windows: int = 1,
 ) -> Float[Array, "B C"]:
-  """The sum over visits 0..count-1 of log p, guided and tempered, of what each scores, by one exact forward pass each.
+  """The sum over visits 0..count-1 of the log p, guided and tempered, of the tokens that each visit scores; a visit is
+  one exact forward pass.
 
-  At temperature 0 the tempered distribution is a point mass: it is the untempered one that scores there. A visit's
-  activations are computed again in the backward pass, and its logits exist for `width` positions at a time, `windows`
-  times from `start` on. A visit at which no row scores anything costs nothing.
+  At temperature 0 the tempered distribution is a point mass, and the untempered one is used instead. The activations of
+  a visit are computed again in the backward pass. Its logits exist for `width` positions at a time, `windows` times
+  from `start` on. A visit at which no row scores a token costs nothing.
   """
   valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(rollout.completion_mask)], axis=1)
   length = rollout.completion.shape[1]
@@ -89,12 +91,17 @@ def score_visits(
     nothing = lambda _: jnp.zeros(rollout.completion.shape)
     return jax.lax.cond(jnp.any(visited.scored), score, nothing, visited)
 
-  # Around the branches: inside them, each visit would keep the weights for the backward pass.
+  # The checkpoint is around the branches of `cond`: inside them, each visit would keep the weights for the backward
+  # pass.
   return sum_over_parts(jax.checkpoint(part, prevent_cse=False), jnp.arange(count))
 
 
 def blocks_spanned(spec: SamplerSpec, segments: int) -> int:
-  """The most blocks that one of `segments` runs of steps reveals tokens of."""
+  """The most blocks in which one segment reveals tokens, if the steps are cut into `segments` equal runs.
+
+  With 2 blocks of 3 steps and 2 segments, each segment is one block: 1. With 3 segments of 2 steps, the second has the
+  last step of block 0 and the first of block 1: 2.
+  """
   steps = spec.blocks * spec.steps_per_block
   run, block_of = steps // segments, lambda step: step // spec.steps_per_block
   return max(block_of(first + run - 1) - block_of(first) for first in range(0, steps, run)) + 1
@@ -105,21 +112,21 @@ def replay(
 ) -> Float[Array, "B C"]:
   """Log p of each completion token, guided and tempered, at the state in which the rollout revealed it.
 
-  The states are those that the rollout recorded, each encoded anew by one exact forward pass, whatever cache drew it:
-  what a rollout in exact mode has as `reveal_logp`, to rounding, and for a cached one the exact model's. Gradients
-  flow; see `score_visits` for memory, temperature 0, and steps that no row took.
+  The states are those that the rollout recorded. Each is encoded again by one exact forward pass, whatever cache the
+  rollout used. For a rollout in exact mode the result equals `reveal_logp`, up to rounding; for a cached one it is the
+  log p of the exact model. Gradients flow; see `score_visits` for memory, temperature 0, and steps that no row took.
 
   Args:
     denoiser: the mask predictor.
     params: its parameters.
     rollout: whose path is scored.
     spec: of the sampler that made it.
-    segments: the path is cut in as many runs of steps, and a run's tokens are all scored at its first state; None: as
-      many as there are steps.
+    segments: the number of equal runs of steps into which the path is cut; the tokens of a run are all scored at its
+      first state. None: each step is a run.
 
   Returns:
-    0 at tokens that were never revealed, behind the block of the stop id in a rollout that exits early; see
-    `Rollout.completion_mask` for what counts.
+    The log-probabilities; 0 at tokens that were never revealed (behind the block of the stop id, with early exit). Only
+    tokens of `Rollout.completion_mask` count.
 
   Raises:
     ValueError: the rollout has no reveal steps, or segments do not divide the steps.

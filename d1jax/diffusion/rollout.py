@@ -20,23 +20,22 @@ class SamplerSpec:
     temperature: of the draws; 0 takes the argmax. Confidence is never tempered.
     cfg_scale: w of classifier-free guidance, l_un + (w + 1)(l_cond - l_un); 0 is none.
     remasking: `low_confidence` reveals the most probable proposals first, `random` in random order.
-    early_exit: rows that have a stop id cost nothing after the block that it is in, as far as whole batches, or halves
-      of long ones, have ended; what is left becomes the first stop id. Up to and including each row's first stop id
-      the tokens are the same.
-    cache: which keys and values are reused from the last refresh, a forward pass over the whole canvas: `none` (every
-      pass is one: exact); `prefix`, of what stands before the active block; `dual`, of everything outside it (both
-      Fast-dLLM, arXiv 2505.22618); `window`, of everything outside the block and its neighbours (dInfer,
-      arXiv 2510.08666).
-    refresh_every: steps from one refresh to the next; None: the first step of each block is the only one.
-    look_behind: tokens before the block that `window` computes anew at each step.
-    look_ahead: tokens behind the block that it does.
-    schedule: how many tokens a step reveals. `static`: as many as `diffusion_steps` asks for. `threshold`: those at
-      least `threshold` confident, `factor`: the n most confident, as long as the n-th is at least
-      1 - factor / (n + 1) confident; always one, at most `max_reveal` (both Fast-dLLM), until the block is full,
-      whatever `diffusion_steps` is.
+    early_exit: a row is finished after the block that holds its first stop id. When all rows of a batch are finished
+      the batch ends, and a batch of long completions shrinks when half of its rows are; the masks that are left become
+      the first stop id. The tokens of a row up to and including its first stop id are the same as without.
+    cache: which keys and values are reused from the last refresh, a forward pass over the whole canvas. `none`: every
+      pass is a refresh, which is exact. `prefix`: those before the active block; `dual`: those outside of it (both
+      Fast-dLLM, arXiv 2505.22618). `window`: those outside of the block and its neighbours (dInfer, arXiv 2510.08666).
+    refresh_every: steps from one refresh to the next; None: the first step of each block is the only refresh.
+    look_behind: tokens before the block that `window` computes again at each step.
+    look_ahead: tokens behind the block that `window` computes again at each step.
+    schedule: how many tokens a step reveals. `static`: as many as follow from `diffusion_steps`. `threshold`: all whose
+      confidence is at least `threshold`. `factor`: the n most confident, for the largest n such that the n-th has at
+      least the confidence 1 - factor / (n + 1). The last two (both Fast-dLLM) reveal from 1 to `max_reveal` tokens a
+      step until the block is full, whatever `diffusion_steps` is.
     threshold: of the schedule of that name.
     factor: of the schedule of that name.
-    max_reveal: tokens a step, at most, where the schedule is not static.
+    max_reveal: the most tokens a step, if the schedule is not static.
   """
 
   completion_length: int
@@ -88,7 +87,7 @@ class SamplerSpec:
     if self.schedule not in ("static", "threshold", "factor"):
       raise ValueError(f"schedule={self.schedule!r} is unknown; known: static, threshold, factor")
     if self.schedule != "static" and self.remasking != "low_confidence":
-      raise ValueError(f"schedule={self.schedule!r} goes by confidence: use remasking='low_confidence' with it")
+      raise ValueError(f"schedule={self.schedule!r} depends on confidence: use remasking='low_confidence' with it")
     if not 0 < self.threshold <= 1:
       raise ValueError(f"threshold={self.threshold} must be a probability, above 0 and at most 1")
     if self.factor <= 0:
@@ -97,7 +96,7 @@ class SamplerSpec:
       raise ValueError(f"max_reveal={self.max_reveal} must be at least 1")
 
   def with_cache(self, cache: str) -> "SamplerSpec":
-    """The same sampler with another cache, or with `none`; what only a cache has goes with it."""
+    """The same sampler with another cache. With `none` it has no `refresh_every` either, which only a cache has."""
     return dataclasses.replace(self, cache=cache, refresh_every=None if cache == "none" else self.refresh_every)
 
   @property
@@ -107,8 +106,8 @@ class SamplerSpec:
 
   @property
   def steps_per_block(self) -> int:
-    """The most denoising steps that a block takes: those of `diffusion_steps`, but never more than one a token; one a
-    token where confidence decides. Step s of block b is recorded as `b * steps_per_block + s`.
+    """The most denoising steps that a block takes: those of `diffusion_steps`, but never more than one a token. If
+    confidence decides, it is one a token. Step s of block b is recorded as `b * steps_per_block + s`.
     """
     static = self.diffusion_steps // self.blocks
     return min(static, self.block_length) if self.schedule == "static" else self.block_length
@@ -119,29 +118,29 @@ class SamplerSpec:
     return 1 if self.cache == "none" else min(self.refresh_every or self.steps_per_block, self.steps_per_block)
 
   def steps_taken(self, reveal_step: np.ndarray) -> np.ndarray:
-    """The denoising steps that a batch took at each block, by the recorded steps [B C] of all its rows."""
+    """The denoising steps that a batch took in each block, from the recorded steps [B C] of all its rows."""
     last = np.asarray(reveal_step).max(axis=0, initial=-1).reshape(self.blocks, self.block_length).max(axis=1)
-    taken = last + 1 - self.steps_per_block * np.arange(self.blocks)  # below 1 where a block was not reached
+    taken = last + 1 - self.steps_per_block * np.arange(self.blocks)  # below 1 if the batch ended before the block
     return np.maximum(taken, 0)
 
   def forward_passes(self, reveal_step: np.ndarray) -> int:
-    """The forward passes, full or windowed, that a batch took, by the recorded steps [B C] of all its rows; two each if
-    guided.
+    """The forward passes, full or windowed, that a batch took, from the recorded steps [B C] of all its rows. With
+    guidance each step is two.
     """
     return int(self.steps_taken(reveal_step).sum()) * (2 if self.cfg_scale else 1)
 
 
 class Rollout(NamedTuple):
-  """Prompts and what the policy made of them. Shapes: B batch, P prompt length, C completion length.
+  """Prompts and the completions that the policy sampled. Shapes: B batch, P prompt length, C completion length.
 
   Attributes:
-    sample_id: identifies the sample in the whole run; every draw is keyed by it.
+    sample_id: identifies the sample in the whole run; the keys of its draws are made of it.
     group_id: the same for the completions of one prompt, which are neighbours in the batch.
     prompt: left-padded token ids.
     prompt_valid: false at padding.
     completion: token ids.
-    completion_mask: true up to and including the first stop id; what lies behind is neither graded nor trained.
-    reveal_step: the denoising step, from 0, that committed the token.
+    completion_mask: true up to and including the first stop id; tokens behind it are neither graded nor trained.
+    reveal_step: the denoising step, from 0, at which the token replaced its mask.
     reveal_logp: its log-probability under the guided, tempered distribution that it was drawn from.
   """
 

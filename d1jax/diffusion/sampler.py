@@ -1,12 +1,12 @@
 """The reverse process: LLaDA's semi-autoregressive, block-wise denoising loop, compiled.
 
-Semantics are those of LLaDA's generate.py (arXiv 2502.09992) with the arithmetic in float32: blocks from left to right;
-at each step one proposal a masked position of the block, ranked by the untempered probability of the proposed token (or
-at random); the most confident are committed and never touched again. Forbidden ids, the mask among them, are never
-proposed.
+Semantics are those of LLaDA's generate.py (arXiv 2502.09992) with the arithmetic in float32. Blocks are completed from
+left to right. Each step proposes a token for every masked position of the block and ranks the proposals by their
+untempered probability (or at random). The best ones replace their masks and never change again. Forbidden ids, the mask
+among them, are never proposed.
 
 One loop serves all modes: a block is a number of periods, and a period is a pass over the whole canvas followed by
-passes over a window of it that reuse what the first has cached. In exact mode a period is one step.
+passes over a window of it that reuse the keys and values of the first. In exact mode a period is one step.
 """
 
 import dataclasses
@@ -26,14 +26,15 @@ from d1jax.diffusion.rollout import Rollout, SamplerSpec, up_to_stop
 from d1jax.diffusion.schedule import confident_count, rank_descending, reveal_counts
 
 COMPACT_FROM = 512
-"""Completions at least this long leave finished rows behind; shorter ones would gain less than the copies cost."""
+"""Batches of completions at least this long shrink when rows have finished; shorter ones would gain less than the
+copies cost."""
 
 _HALVINGS = 3
 _TOKEN_STREAM, _ORDER_STREAM = 0, 1
 
 
 class _Canvas(NamedTuple):
-  """What the loops write."""
+  """The arrays that the loops write."""
 
   tokens: Int[Array, "B L"]
   reveal_step: Int[Array, "B C"]
@@ -69,19 +70,22 @@ def sample(
     params: its parameters.
     prompt: left-padded ids.
     prompt_valid: false at padding.
-    sample_id: keys every draw, beside `key`, the denoising step and the position in the completion.
-    group_id: recorded.
+    sample_id: part of the key of every draw, beside `key`, the denoising step and the position in the completion.
+    group_id: recorded in the rollout.
     key: of this iteration.
     spec: the sampler.
-    row_multiple: batches stay multiples of this when finished rows are left behind: the devices that share a batch.
+    row_multiple: the devices that share a batch; a batch that shrinks stays a multiple of it.
 
   Raises:
-    ValueError: the denoiser has no cached form, other blocks, or no row to predict the first token from.
+    ValueError: the denoiser has no cached form or other blocks, or the prompt has no token to predict the first
+      completion token from.
   """
   check(denoiser, spec)
   batch, prompt_length = prompt.shape
   if prompt_length < denoiser.shift:
-    raise ValueError("prompt has width 0, but this network predicts a token from the one before: pass one at least")
+    raise ValueError(
+      "prompt has width 0, but this network predicts each token from the one before: give a prompt of one token or more"
+    )
   shape = (batch, spec.completion_length)
   masks = jnp.full(shape, denoiser.mask_id, prompt.dtype)
   canvas = _Canvas(jnp.concatenate([prompt, masks], axis=1), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
@@ -97,7 +101,11 @@ def sample(
 
 
 def batch_sizes(batch: int, row_multiple: int, spec: SamplerSpec) -> list[int]:
-  """The whole batch, and the halves that it may shrink to; none for `prefix`, which compiles much as it is."""
+  """The size of the whole batch, and the halves that it may shrink to.
+
+  A batch of 24 rows over 4 devices may shrink to 12, but not to 6, which 4 devices cannot share: [24, 12]. `prefix`
+  has no halves, because it compiles one program a block already.
+  """
   sizes = [batch]
   if spec.early_exit and spec.completion_length >= COMPACT_FROM and spec.cache != "prefix":
     while len(sizes) <= _HALVINGS and sizes[-1] % (2 * row_multiple) == 0:
@@ -133,10 +141,13 @@ class _Loop:
     block, (canvas, _) = jax.lax.while_loop(too_many, advance, (block, state))
     if not smaller:
       return canvas
-    kept = jnp.argsort(~self.unfinished(canvas), stable=True)[:smaller]
-    few = dataclasses.replace(self, keys=self.keys[kept], valid=self.valid[kept])
-    finished = few.run(jax.tree.map(lambda x: x[kept], canvas), block, sizes[1:])
-    return jax.tree.map(lambda everyone, rows: everyone.at[kept].set(rows), canvas, finished)
+    # At most `smaller` rows are unfinished now. A stable sort puts them first, in their order, and finished rows fill
+    # the smaller batch: of 4 rows of which 1 and 3 are unfinished, a batch of 2 takes rows [1, 3]; if only 3 is, it
+    # takes [3, 0], and row 0, which is complete, does not change. Keys go with their rows, so that draws do not either.
+    rows = jnp.argsort(~self.unfinished(canvas), stable=True)[:smaller]
+    few = dataclasses.replace(self, keys=self.keys[rows], valid=self.valid[rows])
+    completed = few.run(jax.tree.map(lambda x: x[rows], canvas), block, sizes[1:])
+    return jax.tree.map(lambda everyone, part: everyone.at[rows].set(part), canvas, completed)
 
   def unfinished(self, canvas: _Canvas) -> Bool[Array, "B"]:
     """The rows that have no stop id yet; all, where rows do not end early."""
@@ -147,6 +158,10 @@ class _Loop:
 
   def denoise(self, block: Int[Array, ""], state: _State) -> _State:
     """Denoises one block, period by period."""
+    # A period begins with a refresh, a pass over the whole canvas that renews the cache; the other steps of the period
+    # compute a window only. With 8 steps a block and `refresh_every` 3, F a refresh and w a window, the steps are
+    # F w w | F w w | F w: two whole periods in a loop, and a rest of two steps that is compiled apart, since the
+    # length of a period is static. In exact mode all steps are F: eight periods of one step.
     spec, steps = self.spec, self.spec.steps_per_block
     static = spec.schedule == "static"
     every = spec.refresh_period
@@ -177,7 +192,8 @@ class _Loop:
         return windowed(block, state)
       return jax.lax.switch(block, [functools.partial(windowed, b) for b in range(spec.blocks)], state)
 
-    # A block that goes by confidence is full, at the latest, in the middle of its last period.
+    # With a confidence schedule a block ends when it has no mask left, which `repeat` checks; a last period that is
+    # too long then costs nothing, and there is no rest.
     whole, rest = divmod(steps, every) if static else (-(-steps // every), 0)
     state = repeat(whole, lambda p, state: period(p * every, every, state), state)
     return period(whole * every, rest, state) if rest else state
@@ -190,7 +206,7 @@ class _Loop:
     state: _State,
     window: Window | None,
   ) -> _State:
-    """One denoising step of a block: proposes a token at each of its masks and commits the best."""
+    """One denoising step of a block: proposes a token for each of its masks and unmasks the best proposals."""
     spec, canvas = self.spec, state.canvas
     offset, index = block * spec.block_length, block * spec.steps_per_block + within
     start = self.valid.shape[1] - spec.completion_length + offset

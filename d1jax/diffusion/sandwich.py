@@ -13,7 +13,7 @@ from d1jax.microbatch import sum_over_parts
 
 _BLOCK_STREAM = 1
 _LEAST_POWER = -80.0
-"""The logarithm of the least p^b that is told from 0: about where float32 ends."""
+"""The logarithm of the least p^b that float32 can distinguish from 0, about."""
 
 
 def sandwich(
@@ -36,16 +36,16 @@ def sandwich(
   of later blocks too (the paper's text scores the drawn block alone); see `bounds` for the weights.
 
   With one block, lower is the bound of log p under random order. With more it is not: later blocks are scored as
-  `one_step` does, with the earlier ones in sight. Upper is above log p for certain only with one block and where the
-  exponent is at least the number of tokens (Hoelder's inequality); the paper's theorem has a constant of the masks
-  besides, which it drops as its gradient is 0. The mean of p^b is under a logarithm: few samples bring upper closer to
-  lower.
+  `one_step` does, but the network sees the earlier ones. Upper is certain to be above log p only with one block and an
+  exponent of at least the number of tokens (Hoelder's inequality). The paper's theorem also has a constant that depends
+  on the masks; the paper drops it because its gradient is 0. The mean of p^b is under a logarithm: with few samples
+  upper is closer to lower.
 
   Args:
     denoiser: the mask predictor.
     params: its parameters.
     rollout: prompts and completions.
-    spec: of which the block length is read.
+    spec: only its block length is read.
     key: of the masks.
     samples: masks.
     exponent: b.
@@ -80,12 +80,14 @@ def sandwich(
 
 
 def mask_weight(masked: Bool[Array, "B C"], scored: Bool[Array, "B C"], samples: int) -> Float[Array, "B"]:
-  """Weighs each of the m masked tokens of a row of n by n / (m samples): a sample is the mean of what it masks."""
+  """The weight n / (m samples) of each of the m masked tokens of a row of n: a sample is a mean over its masks, times
+  n.
+  """
   return jnp.sum(scored, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1) / samples
 
 
 def mask_sums(drawn: Hidden, logp: Float[Array, "B C"], exponent: float) -> tuple[Sums, Float[Array, "B C"]]:
-  """What one mask adds, a token: its weight w, w log p, and w p^b."""
+  """The terms of one mask, for each token: its weight w, w log p, and w p^b."""
   weight = drawn.hidden * drawn.weight[:, None]
   part = jnp.where(drawn.hidden, weight * logp, 0.0)
   return Sums(weight, part), weight * jnp.exp(jnp.maximum(exponent * logp, _LEAST_POWER))
@@ -94,9 +96,9 @@ def mask_sums(drawn: Hidden, logp: Float[Array, "B C"], exponent: float) -> tupl
 def bounds(sums: Sums, powers: Float[Array, "B C"], scored: Bool[Array, "B C"], exponent: float) -> Scores:
   """Both bounds from the sums over samples s.
 
-  Lower, of a row: sum_s sum_k w log p_k, n times the mean over samples of the mean over what each masked. Upper: of a
-  token that some sample masked, (1 / b) log(sum_s w p^b / sum_s w); each weighs n over the number of such tokens. So
-  token by token upper is never below lower, but their weights differ.
+  Lower of a row is sum_s sum_k w log p_k: n times the mean over samples of the mean over the tokens that each masked.
+  Upper of a token that some sample masked is (1 / b) log(sum_s w p^b / sum_s w); each such token weighs n over their
+  number. So upper is never below lower for a token, but their weights differ.
 
   Args:
     sums: of `mask_sums`.

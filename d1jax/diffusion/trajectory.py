@@ -1,6 +1,6 @@
 """Estimators of log p along a path of reveals: the one that the rollout took, parts of it, or left to right.
 
-They score the guided, tempered distribution that tokens are drawn from; the order of the reveals is taken as given.
+They score the guided, tempered distribution from which tokens are drawn, for the order of reveals that is given.
 """
 
 import math
@@ -27,9 +27,10 @@ def step_merged(
   """The path in `segments` runs of steps: the tokens revealed in a run are all scored at the state where it starts
   (d2's StepMerge, arXiv 2509.21474; shrink S / N of TraceRL, arXiv 2509.06949).
 
-  log p = sum_n sum_{k revealed in run n} log p(o_k | state before run n). One segment is one pass over masks alone,
-  d1's estimate at the sampler's temperature; None is as many as there are steps, the trajectory itself. Draws nothing,
-  so that all inner steps of an update score the same states. Costs a forward pass a segment, two with guidance.
+  log p = sum_n sum_{k revealed in run n} log p(o_k | state before run n). One segment is one pass over masks alone:
+  d1's estimate at the sampler's temperature. None makes each step a segment: the trajectory itself. The estimator draws
+  nothing, so that all inner steps of an update score the same states. It costs a forward pass a segment, two with
+  guidance.
 
   Raises:
     ValueError: the rollout has no reveal steps, or segments do not divide the steps.
@@ -58,6 +59,9 @@ def sampled_steps(
   if samples < 1:
     raise ValueError(f"samples={samples} must be at least 1: each is a denoising step that is scored")
   revealed, scored = revealed_at(rollout, spec), rollout.completion_mask
+  # A row with 6 steps whose tokens up to the stop id were revealed at steps [0, 0, 3, 5] has T = 3. `taken` is true at
+  # 0, 3 and 5; the uniforms of other steps become 2, so that `argsort` puts taken steps first, in random order. With 2
+  # samples it may draw steps 5 and 0: their three tokens weigh 3 / 2, the token of step 3 weighs 0.
   steps = spec.blocks * spec.steps_per_block
   counted = jnp.where(scored, revealed, steps)
   rows = jnp.arange(scored.shape[0])[:, None]
@@ -89,17 +93,18 @@ def left_to_right(
 ) -> Scores:
   """The autoregressive order (JustGRPO, arXiv 2601.15165): log p = sum_k log p(o_k | q, o_<k, masks).
 
-  What a rollout with `block_length` 1 draws from. Costs a forward pass a token, two with guidance.
+  This is the distribution that a rollout with `block_length` 1 draws from. It costs a forward pass a token, two with
+  guidance.
 
   Args:
     denoiser: the mask predictor.
     params: its parameters.
     rollout: prompts and completions.
-    spec: of which temperature and guidance are read.
+    spec: only its temperature and its guidance are read.
     key: not read.
-    top_entropy: the share of each row's tokens, rounded up, that are scored, the others weighing 0: those of the least
-      `reveal_logp`, whose negative is a draw's estimate of the entropy that the paper goes by. It was recorded, so that
-      old, current and reference score the same tokens.
+    top_entropy: the share of each row's tokens, rounded up, that are scored; the others weigh 0. The paper takes the
+      tokens of the highest entropy; here it is those of the least `reveal_logp`, whose negative estimates the entropy
+      from one draw. It is recorded, so that old, current and reference score the same tokens.
 
   Raises:
     ValueError: top_entropy outside (0, 1], or at temperature 0, where every `reveal_logp` is 0.
@@ -111,9 +116,14 @@ def left_to_right(
     order, chosen = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)), scored
   else:
     if not 0 < top_entropy <= 1:
-      raise ValueError(f"top_entropy={top_entropy} is a share of the tokens: above 0, at most 1, or None for all")
+      raise ValueError(
+        f"top_entropy={top_entropy} is a share of the tokens: give a number above 0 and at most 1, or None for all"
+      )
     if spec.temperature == 0:
-      raise ValueError(f"top_entropy={top_entropy} goes by reveal_logp, which is 0 at temperature 0: raise it, or None")
+      raise ValueError(
+        f"top_entropy={top_entropy} depends on reveal_logp, which is 0 at temperature 0: raise the temperature, or set"
+        " top_entropy to None"
+      )
     most = math.ceil(top_entropy * length)
     order = jnp.argsort(jnp.where(scored, rollout.reveal_logp, jnp.inf), axis=1, stable=True).astype(jnp.int32)
     order = order[:, :most]

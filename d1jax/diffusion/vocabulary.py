@@ -30,26 +30,33 @@ def tiled_log_prob(
 
   Args:
     hidden: states that predict `tokens`.
-    head: the weight as it is stored; a tile of it is cast to the dtype of `hidden` at a time.
+    head: the weight as it is stored; each tile of it is cast to the dtype of `hidden` when it is used.
     tokens: ids.
     forbidden_ids: ids without probability.
     tile: vocabulary ids at a time.
-    shards: over how many devices the head's columns are cut. A tile takes a part of each share, so that no device needs
-      columns of another. With fewer than there are, the head would be gathered; with more, a TPU would copy it.
+    shards: over how many devices the head's columns are sharded. A tile takes some columns of each shard, so that no
+      device needs columns of another. With a smaller number the head would be gathered; with a larger one, a TPU would
+      copy it.
 
   Raises:
-    ValueError: a tile is not even one id of each share, or shares are not alike.
+    ValueError: a tile has fewer ids than there are shards, or the shards are not of equal size.
   """
   vocab = head.shape[1]
   if tile < shards or vocab % shards:
-    raise ValueError(f"tiles of {tile} ids do not fit a vocabulary of {vocab} cut over {shards} devices")
+    raise ValueError(
+      f"tiles of {tile} ids do not fit a vocabulary of {vocab} that is sharded over {shards} devices: a tile must have"
+      " at least one id a device, and the devices must divide the vocabulary"
+    )
   width = min(tile, vocab) // shards
   logps = _log_prob(hidden.reshape(-1, hidden.shape[-1]), head, tokens.reshape(-1), forbidden_ids, shards, width)
   return logps.reshape(tokens.shape)
 
 
 class _Tile(NamedTuple):
-  """Some columns of every share; the last tile starts early enough to be as wide as the others.
+  """Some columns of every shard; the last tile starts early enough to be as wide as the others.
+
+  With V = 10, one shard and tiles of 4, the tiles are columns 0-3, 4-7 and 6-9; columns 6 and 7 of the last are not
+  fresh. With V = 8 in two shards and tiles of 4 (two columns a shard), the first tile is columns 0, 1 and 4, 5.
 
   Attributes:
     start: its first column.
@@ -82,10 +89,10 @@ def _cut(
   allowed[list(forbidden_ids)] = False
   start = jnp.minimum(index * width, length - width)
   columns = start + jnp.arange(width)
-  # Seen in shares inside the loop alone: across its bound, XLA might choose another layout for them, and copy the head.
-  some = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(-1, shards, length), start, width, axis=2)
-  weight = some(head).astype(hidden.dtype)
-  permitted = some(jnp.asarray(allowed))
+  # The head is reshaped to shards inside the loop: outside of it, XLA might choose another layout, and copy the head.
+  columns_of = lambda x: jax.lax.dynamic_slice_in_dim(x.reshape(-1, shards, length), start, width, axis=2)
+  weight = columns_of(head).astype(hidden.dtype)
+  permitted = columns_of(jnp.asarray(allowed))
   logits = jnp.einsum("nd,dsw->nsw", hidden, weight, preferred_element_type=jnp.float32)
   ids = length * jnp.arange(shards)[:, None] + columns[None]
   return _Tile(
@@ -99,7 +106,7 @@ def _cut(
 
 
 class _Residuals(NamedTuple):
-  """What the backward pass starts from: softmax = exp(logits - peak - log_mass)."""
+  """What the forward pass keeps for the backward pass: softmax = exp(logits - peak - log_mass)."""
 
   hidden: Float[Array, "N D"]
   head: Float[Array, "D V"]
@@ -128,9 +135,12 @@ def _forward(
   shards: int,
   width: int,
 ) -> tuple[Float[Array, "N"], _Residuals]:
-  # Each share has its own maximum, sum and choice, so that devices need not meet before the end.
+  # The online softmax. For logits [1, 3 | 2, 4] in two tiles: after the first, the maximum is 3 and the mass
+  # e^(1-3) + 1. The second has a higher maximum, 4: the mass so far is scaled by e^(3-4), which makes it e^(1-4) +
+  # e^(3-4), and e^(2-4) + 1 are added. So the mass always belongs to the present maximum, and nothing overflows.
+  # Each shard has its own maximum, mass and chosen logit, so that devices communicate only at the end.
   by_share = (hidden.shape[0], shards)
-  lowest = jnp.full(by_share, jnp.finfo(jnp.float32).min)  # finite: a tile may be forbidden as a whole
+  lowest = jnp.full(by_share, jnp.finfo(jnp.float32).min)  # finite: a whole tile may be forbidden
 
   def step(index: Int[Array, ""], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     top, mass, chosen = carry
@@ -138,8 +148,8 @@ def _forward(
     logits = jnp.where(tile.fresh, tile.logits, -jnp.inf)
     higher = jnp.maximum(top, jnp.max(logits, axis=-1))
     mass = mass * jnp.exp(top - higher) + jnp.sum(jnp.exp(logits - higher[..., None]), axis=-1)
-    found = jnp.max(jnp.where(tile.chosen, tile.logits, -jnp.inf), axis=-1)
-    return higher, mass, jnp.maximum(chosen, found)
+    chosen_here = jnp.max(jnp.where(tile.chosen, tile.logits, -jnp.inf), axis=-1)
+    return higher, mass, jnp.maximum(chosen, chosen_here)
 
   start = (lowest, jnp.zeros(by_share), jnp.full(by_share, -jnp.inf))
   top, mass, chosen = jax.lax.fori_loop(0, -(-head.shape[1] // (shards * width)), step, start)
@@ -161,11 +171,13 @@ def _backward(
     softmax = jnp.exp(tile.logits - spread(peak) - spread(log_mass))
     by_logits = spread(cotangent) * ((tile.chosen & tile.allowed) - softmax)
     by_logits = by_logits.astype(hidden.dtype)
-    # Of two axes, not of three: not every version of XLA multiplies the latter in bfloat16 on CPUs.
+    # The columns are one axis here, not two: some versions of XLA cannot multiply three axes in bfloat16 on CPUs.
     flat = by_logits.reshape(len(by_logits), -1)
     by_tile = jnp.einsum("nd,nw->dw", hidden, flat, preferred_element_type=jnp.float32).reshape(tile.weight.shape)
     shares = by_head.reshape(len(head), shards, -1)
     shares = jax.lax.dynamic_update_slice_in_dim(shares, by_tile.astype(head.dtype), tile.start, axis=2)
+    # The gradient of a column is written, and a column of two tiles is written twice with the same value. The gradient
+    # of the hidden states is a sum, so that a column of two tiles must count once.
     once = jnp.where(tile.fresh, by_logits, 0)
     by_hidden = by_hidden + jnp.einsum("nsw,dsw->nd", once, tile.weight, preferred_element_type=jnp.float32)
     return by_hidden, shares.reshape(head.shape)

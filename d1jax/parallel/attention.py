@@ -1,8 +1,8 @@
 """The attention kernel of a mesh's platform, run by each device on its rows and heads.
 
 On TPUs: splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`). On NVIDIA GPUs since Ampere: cuDNN's.
-Neither keeps the logits [B N T S] (Dao 2023, arXiv 2307.08691). Elsewhere, and where a kernel does not serve, as where
-attention has an order: plain.
+Neither keeps the logits [B N T S] (Dao 2023, arXiv 2307.08691). On other platforms, and if a kernel cannot be used, as
+where attention has an order, attention is plain.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What accelerators can do at most: memory, arithmetic and links, as their makers state it.
+"""The limits of accelerators: memory, arithmetic and links, as their makers state it.
 
 Sources: the pages of each TPU on docs.cloud.google.com/tpu/docs (v5e, v5p, v6e; links are stated for both
 directions together, halved here; bandwidth between slices is a pod's over its chips) and v4 (which slices are rings);

@@ -1,4 +1,6 @@
-"""What the environment says about other processes of the same job: the clusters that JAX detects, without a socket."""
+"""What the environment says about other processes of the same job, for the clusters that JAX detects; no socket is
+opened.
+"""
 
 import contextlib
 import importlib.util
@@ -41,8 +43,8 @@ def surroundings(environment: Mapping[str, str]) -> tuple[str, int]:
     if name in environment:
       return name, max(hosts(name), 1) * slices
   if "TPU_SKIP_MDS_QUERY" not in environment:  # JAX sets it where it finds no TPU
-    found = re.search(r"MEGASCALE_NUM_SLICES: '(\d+)'", _metadata("tpu-env"))
-    slices = int(found[1]) if found else slices
+    match = re.search(r"MEGASCALE_NUM_SLICES: '(\d+)'", _metadata("tpu-env"))
+    slices = int(match[1]) if match else slices
     return "the TPU's metadata", len(_metadata("worker-network-endpoints").split(",")) * slices
   if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
     if importlib.util.find_spec("kubernetes"):
@@ -57,7 +59,7 @@ def surroundings(environment: Mapping[str, str]) -> tuple[str, int]:
 
 
 def number(environment: Mapping[str, str], name: str) -> int | None:
-  """The whole number that a variable holds; None where it is not set, or empty.
+  """The whole number that a variable holds; None if it is not set, or empty.
 
   Raises:
     RunError: it holds something else.
@@ -66,14 +68,14 @@ def number(environment: Mapping[str, str], name: str) -> int | None:
   if not value:
     return None
   if not value.isascii() or not value.isdigit() or len(value) > 9:
-    raise RunError(f"the environment says {name}={value!r}, which is no whole number: correct it, or unset {name}")
+    raise RunError(f"the environment says {name}={value!r}, which is not a whole number: correct it, or unset {name}")
   return int(value)
 
 
 def check_launcher(environment: Mapping[str, str]) -> None:
   """Raises a RunError in a process that torchrun or accelerate started beside others, which JAX does not detect.
 
-  Each of them would think itself alone, and all would write to the same work directory.
+  Each of them would run as a single process, and all would write to the same work directory.
   """
   processes = number(environment, "WORLD_SIZE") or 1
   if processes > 1 and environment.get("RANK", "").strip():
@@ -86,37 +88,38 @@ def check_launcher(environment: Mapping[str, str]) -> None:
 
 
 def check_xla_flags(environment: Mapping[str, str]) -> None:
-  """Raises a RunError where XLA does not take what XLA_FLAGS holds; to be called before JAX asks for devices.
+  """Raises a RunError if XLA does not accept XLA_FLAGS; call it before JAX asks for devices.
 
-  XLA ends its process at such a flag, and only it knows its flags: a copy of this process lets it read them first.
+  XLA ends its process if a flag is wrong, and only XLA knows its flags: for this reason a copy of this process lets XLA
+  read them first.
   """
   flags = environment.get("XLA_FLAGS", "").strip()
   if not flags:
     return
   from jaxlib import xla_client
 
-  said, says = os.pipe()
+  reading_end, writing_end = os.pipe()
   child = os.fork()
   if child == 0:
     try:
-      os.dup2(says, 2)
+      os.dup2(writing_end, 2)
       xla_client.CompileOptions()
     finally:
       os._exit(0)
-  os.close(says)
-  with open(said, encoding="utf-8", errors="replace") as stream:
+  os.close(writing_end)
+  with open(reading_end, encoding="utf-8", errors="replace") as stream:
     lines = stream.read().strip().splitlines()
   if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
     reason = lines[-1].rpartition("] ")[2][:160] if lines else "no reason is given"
-    raise RunError(f"XLA_FLAGS={flags} is not what XLA takes ({reason}): correct it, or unset XLA_FLAGS")
+    raise RunError(f"XLA_FLAGS={flags} is not accepted by XLA ({reason}): correct it, or unset XLA_FLAGS")
 
 
 def bind_address(coordinator: str) -> str | None:
   """Where process 0 listens as coordinator, `HOST:PORT`; None leaves it to JAX, which listens on all interfaces.
 
-  Whoever reaches the coordinator can end the run and take part in it, so that it should be reached by the other
-  processes only: at the address that they are given, where it is one of this machine. A name that this machine takes
-  for its loopback, as Debian does with a host's own, says nothing of the address that others see.
+  Anyone who can reach the coordinator can end the run and take part in it. For this reason it listens only at the
+  address that the other processes use, if this address belongs to this machine. A host name that resolves to the
+  loopback address on this machine, as the host's own name does on Debian, does not tell which address the others use.
 
   Args:
     coordinator: `HOST:PORT`, the address that all processes are given.
@@ -127,12 +130,12 @@ def bind_address(coordinator: str) -> str | None:
     return coordinator
   with contextlib.suppress(OSError, UnicodeError):
     for family, _, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
-      found = str(address[0])
-      if not _is_loopback(found):
+      candidate = str(address[0])
+      if not _is_loopback(candidate):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
-          probe.bind((found, 0))
-          return f"[{found}]:{port}" if family == socket.AF_INET6 else f"{found}:{port}"
-  log.warning("distributed.coordinator %s is no address of this machine: it listens on all interfaces", coordinator)
+          probe.bind((candidate, 0))
+          return f"[{candidate}]:{port}" if family == socket.AF_INET6 else f"{candidate}:{port}"
+  log.warning("distributed.coordinator %s is not an address of this machine: it listens on all interfaces", coordinator)
   return None
 
 
@@ -144,7 +147,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _metadata(name: str) -> str:
-  """An attribute of this machine; empty where there is no such thing."""
+  """An attribute of this machine; empty if there is no such attribute."""
   request = urllib.request.Request(METADATA + name, headers={"Metadata-Flavor": "Google"})
   try:
     with urllib.request.urlopen(request, timeout=5) as answer:
@@ -154,7 +157,7 @@ def _metadata(name: str) -> str:
 
 
 def check(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> None:
-  """Raises a RunError where the settings of `distributed` do not fit together."""
+  """Raises a RunError if the settings of `distributed` do not fit together."""
   if timeout < 1:
     raise RunError(f"distributed.timeout is {timeout}; give at least 1 second")
   if processes is not None and processes < 1:
@@ -163,9 +166,10 @@ def check(coordinator: str | None, processes: int | None, process: int | None, t
     raise RunError(f"distributed.process is {process}; processes are numbered from 0, below processes={processes}")
   if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
     raise RunError(f"distributed.coordinator is {coordinator!r}; give HOST:PORT, the address of process 0")
-  given = {"coordinator": coordinator, "processes": processes, "process": process}
-  missing = [name for name, value in given.items() if value is None]
+  settings = {"coordinator": coordinator, "processes": processes, "process": process}
+  missing = [name for name, value in settings.items() if value is None]
   if 0 < len(missing) < 3 and processes != 1 and surroundings(os.environ)[1] == 1:
     raise RunError(
-      f"distributed.{' and distributed.'.join(missing)} must be set too: nothing here says how many processes there are"
+      f"distributed.{' and distributed.'.join(missing)} must be set too: the environment does not say how many"
+      " processes there are"
     )

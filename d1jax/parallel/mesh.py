@@ -1,5 +1,5 @@
-"""The mesh over (data, fsdp, tensor, sequence), and where logical axes live on it: the only file that builds a Mesh or
-a PartitionSpec.
+"""The mesh over (data, fsdp, tensor, sequence), and the placement of logical axes on it: the only file that builds a
+Mesh or a PartitionSpec.
 """
 
 import collections
@@ -19,7 +19,7 @@ from d1jax.state import TrainState
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 Rules = Mapping[str, Any]
-"""Logical axis name -> mesh axis name, tuple of names, or None for replicated."""
+"""From the name of a logical axis to a mesh axis, a tuple of mesh axes, or None for replicated."""
 
 RULES: Rules = {
   "batch": ("data", "fsdp"),
@@ -33,8 +33,8 @@ RULES: Rules = {
   "norm": None,
   "layers": None,
 }
-"""Weights sharded over `fsdp` and `tensor`, batches over `data` and `fsdp`, positions over `sequence`: what the
-configurations start from.
+"""The default rules: weights are sharded over `fsdp` and `tensor`, batches over `data` and `fsdp`, positions over
+`sequence`.
 """
 
 
@@ -55,9 +55,10 @@ def first_device() -> list[Any]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over all devices; one size may be -1, "the devices that are left".
+  """A mesh over all devices; one size may be -1, which stands for the devices that are left.
 
-  TPU slices are joined by a slower network than the chips of one, so that only the data axis may go across them.
+  The network between TPU slices is slower than that within a slice. For this reason only the data axis may go across
+  slices.
 
   Args:
     sizes: devices along data, fsdp, tensor and sequence; an axis that is not named has one.
@@ -109,12 +110,14 @@ def _spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
 
 
 def _disjoint(spec: PartitionSpec) -> PartitionSpec:
-  """The spec with every axis of the mesh where it stands last, and there alone."""
+  """The spec with every axis of the mesh only where it stands last: (("data", "fsdp"), None, "fsdp") becomes
+  (("data",), None, "fsdp").
+  """
   entries = []
   for i, entry in enumerate(spec):
     later = set(itertools.chain(*map(_names, spec[i + 1 :])))
-    own = _names(entry)
-    entries.append(tuple(name for name in own if name not in later) if later & set(own) else entry)
+    names = _names(entry)
+    entries.append(tuple(name for name in names if name not in later) if later & set(names) else entry)
   return PartitionSpec(*entries)
 
 
@@ -142,17 +145,17 @@ def check_divides(abstract: Any, placements: Any) -> None:
     except ValueError:
       mesh = ", ".join(f"{axis}={size}" for axis, size in placement.mesh.shape.items())
       raise ValueError(
-        f"a mesh of {mesh} does not divide {jax.tree_util.keystr(path)}, {x.shape} cut along {placement.spec}:"
-        " change the mesh or the rules"
+        f"a mesh of {mesh} does not divide {jax.tree_util.keystr(path)} of shape {x.shape}, which is sharded as"
+        f" {placement.spec}: change the mesh or the rules"
       ) from None
 
 
 def constrainer(mesh: Mesh, rules: Rules) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
-  """`constrain(x, axes)` for a model: the one way that it states where an activation lives.
+  """`constrain(x, axes)` for a model: the only way in which a model states the placement of an activation.
 
-  A length that the mesh does not divide, as windows of a cache have, stays whole. Where two axes of an array would be
-  cut along one axis of the mesh, the last of them is: ("batch", "length", "embed") leaves a batch over `data` alone
-  where embed is over `fsdp`.
+  A length that the mesh does not divide, such as that of a cache's window, is not sharded. If two axes of an array
+  would be sharded over the same axis of the mesh, only the last one is: with embed over `fsdp`, the axes ("batch",
+  "length", "embed") shard the batch over `data` alone.
   """
   lengths = ways(mesh, rules, "length")
 
@@ -171,11 +174,15 @@ def constrained(tree: Any, placement: NamedSharding) -> Any:
 def moved(tree: Any, source: Any, target: Any) -> Any:
   """The same values, inside a compiled program, moved from one tree of placements to another.
 
-  Mesh axes that cut another axis of an array afterwards change over first (an all-to-all), those that cut none are
-  gathered then: on its own, XLA may gather arrays whole, and cut them again. Stacks of matrices, which are not cut
-  along their first axis, are moved one matrix after the other: XLA needs room for what it moves, twice.
+  First, mesh axes that shard another axis of the array afterwards change over (an all-to-all). Then the others are
+  gathered. Without these two steps XLA may gather whole arrays and shard them again. Stacks of matrices, which are not
+  sharded along their first axis, are moved one matrix after the other, because XLA needs memory for two copies of what
+  it moves.
   """
 
+  # A matrix at ("fsdp", "tensor") is needed at (None, "fsdp"). `_halfway` is (None, ("fsdp", "tensor")): the all-to-all
+  # takes `fsdp` from the rows to the columns, each device sends and receives only parts of what it holds, and an
+  # all-gather over `tensor` follows. A gather first would hold the whole matrix on every device.
   def through(x: jax.Array, placements: Sequence[NamedSharding]) -> jax.Array:
     for placement in placements:
       x = constrained(x, placement)
@@ -194,10 +201,11 @@ def moved(tree: Any, source: Any, target: Any) -> Any:
 
 
 def _halfway(source: NamedSharding, target: NamedSharding) -> NamedSharding:
+  """Between two placements: mesh axes of both are where the target has them, axes of the source alone stay there."""
   before, after = ([_names(axis) for axis in placement.spec] for placement in (source, target))
-  cut, stays = set(itertools.chain(*before)), set(itertools.chain(*after))
+  of_source, of_target = set(itertools.chain(*before)), set(itertools.chain(*after))
   spec = [
-    (*(name for name in new if name in cut), *(name for name in old if name not in stays))
+    (*(name for name in new if name in of_source), *(name for name in old if name not in of_target))
     for old, new in zip(before, after, strict=True)
   ]
   return NamedSharding(source.mesh, PartitionSpec(*spec))
@@ -229,7 +237,7 @@ def received_bytes(abstract: Any, source: Any, target: Any) -> int:
 
 
 def state_shardings(mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimizer: optax.GradientTransformation) -> Any:
-  """Where a TrainState lives, as a TrainState of placements: moments beside their parameter, scalars replicated.
+  """The placement of a TrainState, as a TrainState of placements: moments like their parameter, scalars replicated.
 
   Args:
     mesh: the devices.
@@ -252,12 +260,12 @@ def state_shardings(mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimize
 
 
 def ways(mesh: Mesh, rules: Rules, axis: str) -> int:
-  """Over how many devices a logical axis is split; an array that is cut along it must be a multiple long."""
+  """Over how many devices a logical axis is sharded; its length must be a multiple of this number."""
   return math.prod(mesh.shape[name] for name in _names(rules[axis]))
 
 
 def batch_ways(mesh: Mesh, rules: Rules) -> int:
-  """Over how many devices the batch axis is split; a batch must be a multiple of it."""
+  """Over how many devices the batch axis is sharded; a batch must be a multiple of this number."""
   return ways(mesh, rules, "batch")
 
 
@@ -268,22 +276,22 @@ def per_device(
   arguments: Sequence[Sequence[str | None]],
   result: Sequence[str | None],
 ) -> Callable[..., jax.Array]:
-  """A function of global arrays of which each device computes its part from its parts of the arguments, alone.
+  """A function of global arrays in which each device computes its part of the result from its parts of the arguments.
 
   Args:
-    function: of the parts; no device needs what another holds.
+    function: of the parts; no device needs a part of another.
     mesh: the devices.
     rules: placement of logical axes.
     arguments: logical axes of each argument.
     result: logical axes of the result.
   """
   specs = tuple(_spec(axes, rules) for axes in arguments)
-  # Kernels do not say over which axes their results vary, so that there is nothing to check.
+  # Kernels do not say over which axes their results vary: the check would have nothing to compare with.
   return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=_spec(result, rules), check_vma=False)
 
 
 def place(tree: Any, placement: NamedSharding) -> Any:
-  """Host arrays, the same on every process, as global arrays of which each device holds its part."""
+  """Makes global arrays, of which each device holds its part, from host arrays that are the same on every process."""
   if jax.process_count() == 1:
     return jax.device_put(tree, placement)
 

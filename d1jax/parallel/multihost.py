@@ -1,7 +1,8 @@
-"""JAX's runtime of several processes: how they meet, tell each other small things, and end together.
+"""JAX's runtime of several processes: how they find each other, exchange small values, and end together.
 
-Every process runs the same program. What a process reads from its own clock, signals, files or rows goes through this
-file before anything depends on it, so that all decide alike. With one process everything here is trivial and free.
+Every process runs the same program. Whatever only one process can see (its clock, a signal, a file, its rows of a
+batch) is shared with all others through this file before any of them acts on it, so that all decide alike. With one
+process all functions here are trivial and cost nothing.
 """
 
 import contextlib
@@ -32,31 +33,32 @@ LEAVING_SECONDS = 10
 """How long a process that ends with an error waits for others that end too."""
 
 OWN_SECONDS = 3
-"""How long a process that hears of another's failure may take to end by itself: mostly all meet the same one."""
+"""How long a process that learns of another's failure may take to end by itself: often all fail for the same reason."""
 
 log = logging.getLogger(__name__)
 
 
 def prepare(cpu_devices: int) -> None:
-  """Sets what a run takes from no environment, and splits the CPU; call it before the first array is made.
+  """Sets the options of JAX that the environment must not change, and splits the CPU; call it before the first array is
+  made.
 
   Raises:
-    RunError: JAX cannot use the platform that the environment asks for.
+    RunError: JAX cannot use the platform that the environment names.
   """
   for name, wanted in (("jax_threefry_partitionable", True), ("jax_enable_x64", False)):
     if getattr(jax.config, name) != wanted:
       log.warning("%s is set to %s in the environment; a run needs %s", name.upper(), not wanted, wanted)
       jax.config.update(name, wanted)
   split_cpu(cpu_devices)
-  asked = os.environ.get("JAX_PLATFORMS")
-  if asked and alone():
+  platform = os.environ.get("JAX_PLATFORMS")
+  if platform and alone():
     try:
       jax.devices()
     except (RuntimeError, AssertionError, ValueError) as error:
       reason = f" ({line_of(error)})" if str(error).strip() else ""
       raise RunError(
-        f"JAX_PLATFORMS={asked} names a platform that JAX cannot use here{reason}: unset it, or install JAX for that"
-        " platform and look whether the machine has its driver"
+        f"JAX_PLATFORMS={platform} names a platform that JAX cannot use here{reason}: unset it, or install JAX for that"
+        " platform and check that the machine has its driver"
       ) from error
 
 
@@ -74,7 +76,7 @@ def split_cpu(devices: int) -> None:
 
 
 def check_alone(mode: str) -> None:
-  """Raises a RunError where a mode that runs in one process was started in several."""
+  """Raises a RunError if a mode that runs in one process was started in several."""
   name, processes = cluster.surroundings(os.environ)
   if processes != 1:
     raise RunError(
@@ -85,37 +87,38 @@ def check_alone(mode: str) -> None:
 
 
 def initialize(run: str, coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> None:
-  """Meets the other processes, if there are any; call it before anything else asks JAX for devices.
+  """Connects to the other processes, if there are any; call it before anything else asks JAX for devices.
 
-  What is not given is detected as JAX does it: TPU VMs, GKE, Slurm, Open MPI. Where nothing is detected this process
-  stays alone, and opens no socket.
+  Arguments that are None are detected as JAX does it, on TPU VMs, GKE, Slurm and Open MPI. If nothing is detected, this
+  process is alone, and opens no socket.
 
   Args:
     run: names the run in messages.
     coordinator: `host:port` of process 0.
-    processes: how many there are.
+    processes: their number.
     process: the number of this one, from 0.
-    timeout: seconds to wait for the others at the start, and without a sign of life of one until all give up.
+    timeout: seconds to wait for the others at the start, and seconds without a sign of life from a process after which
+      all others end.
 
   Raises:
     RunError: the settings do not fit together.
-    LostError: the others did not come in time.
+    LostError: the others did not connect in time.
   """
   coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
   processes = cluster.number(os.environ, "JAX_NUM_PROCESSES") if processes is None else processes
   process = cluster.number(os.environ, "JAX_PROCESS_ID") if process is None else process
   cluster.check(coordinator, processes, process, timeout)
-  told = None not in (coordinator, processes, process)
+  is_configured = None not in (coordinator, processes, process)
   if processes == 1:
     return
-  if not told:
+  if not is_configured:
     detected = cluster.surroundings(os.environ)
     if detected[1] == 1:
       return cluster.check_launcher(os.environ)
     if detected[0] == "SLURM_STEP_NUM_TASKS":  # JAX reads the allocation's
       processes = processes or detected[1]
   listens = cluster.bind_address(coordinator) if coordinator and process == 0 else None
-  # Stop signals are answered between two iterations, by all processes together: training/interrupts.py.
+  # Stop signals are answered between two iterations, by all processes together: run/interrupts.py.
   jax.config.update("jax_enable_preemption_service", False)
   unmet = f"the processes did not meet at {coordinator or 'the coordinator'} within {timeout} seconds"
   unmet += ": start the same command on every host, with the address of process 0 as coordinator"
@@ -125,7 +128,7 @@ def initialize(run: str, coordinator: str | None, processes: int | None, process
       coordinator,
       processes,
       process,
-      cluster_detection_method="deactivate" if told else None,
+      cluster_detection_method="deactivate" if is_configured else None,
       initialization_timeout=timeout,
       coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or listens,
       heartbeat_timeout_seconds=timeout,
@@ -139,14 +142,14 @@ def initialize(run: str, coordinator: str | None, processes: int | None, process
   except RuntimeError as error:
     raise LostError(f"{unmet} ({line_of(error)})") from error
   _answer_aborts(
-    f"{run}: another process is gone or has not answered for {timeout} seconds, or JAX failed (see above); run the same"
-    " command again, it goes on from the last checkpoint"
+    f"{run}: another process ended or has not answered for {timeout} seconds, or JAX failed (see above); run the same"
+    " command again to resume from the last checkpoint"
   )
   threading.Thread(target=_listen, daemon=True).start()
 
 
 def _answer_aborts(message: str) -> None:
-  """Ends this process with a line and the code to try again where JAX would abort it.
+  """Makes this process end with a line and the exit code for "run again" when JAX would abort it.
 
   JAX aborts a process from a thread of its own when the coordinator is gone or says that another process is; Python's
   handlers of signals, which run in the main thread, would come too late.
@@ -178,10 +181,10 @@ def _stderr() -> int:
 
 
 def say_last(message: str) -> None:
-  """Writes a line on standard error that nothing follows: the threads of JAX, which log what they saw of a lost
-  process while this one ends, are silenced first.
+  """Writes the last line on standard error. First it silences the threads of JAX, which log errors about a lost process
+  while this one ends.
 
-  They may call this at the same time as the main thread: both lines are written then.
+  Such a thread may call this at the same time as the main thread; then both lines are written.
   """
   stderr = _stderr()
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -189,7 +192,7 @@ def say_last(message: str) -> None:
 
 
 _FAILED = "d1jax/failed"
-"""Where the first process that ends with an error says so to the others, in the store of JAX's coordinator."""
+"""The key, in the store of JAX's coordinator, under which the first process that fails tells the others."""
 
 _heard: list[tuple[int, str]] = []
 """The exit code and the line of the failure that ends the run."""
@@ -201,13 +204,13 @@ _leaving = threading.Event()
 def _listen() -> None:
   """Ends this process when another one has failed, with the code of that failure; runs in a thread of its own.
 
-  What only one process meets, such as a grader that raises, leaves the others waiting in a collective operation. They
-  would see no more than a process that is gone, and a launcher would try the same failure again.
+  If only one process fails, for example because a grader raises, the others wait for it in a collective operation. They
+  would only see that a process is gone, would end with the code for "run again", and the same failure would follow.
   """
   client: Any = distributed.global_state.client
   while not (_leaving.is_set() or _heard):
     time.sleep(1)
-    with contextlib.suppress(Exception):  # nothing is said, or the coordinator is gone
+    with contextlib.suppress(Exception):  # no process has failed, or the coordinator is gone
       code, process, message = json.loads(client.key_value_try_get(_FAILED))
       _heard.append((code, f"process {process} ended: {message}"))
   if not _leaving.wait(OWN_SECONDS):
@@ -216,7 +219,7 @@ def _listen() -> None:
 
 
 def failure_of_another() -> tuple[int, str] | None:
-  """Exit code and line of the process that failed first, for one that sees no more than that another is gone."""
+  """Exit code and line of the process that failed first, for a process that only sees that another one is gone."""
   end = time.monotonic() + OWN_SECONDS
   while not _heard and time.monotonic() < end:
     time.sleep(0.1)
@@ -234,12 +237,12 @@ def is_main() -> bool:
 
 
 def leave(code: int, message: str, *, together: bool = True) -> None:
-  """Ends this process with an exit code, where there are several, without the waiting of an interpreter that ends.
+  """Ends this process with an exit code, if there are several, without the waits at the end of an interpreter.
 
   Args:
     code: the exit code.
-    message: why, for the processes that do not meet the same failure: they end with the same code.
-    together: the others are there; they get a moment to say so if they end with an error too.
+    message: the reason, for processes that do not have the same failure: they end with the same code.
+    together: whether the others still run; then they get a moment to end with their own error.
   """
   if alone():
     return
@@ -284,78 +287,85 @@ def any_of(flag: bool) -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-  """The value of every process, in their order; what JSON can say, and not much of it.
+  """The value of every process, in the order of the processes. Values must be small, and of types that JSON has.
 
   Raises:
-    TypeError: JSON cannot say it.
+    TypeError: JSON has no such type.
   """
   if alone():
     return [value]
+  # Arrays of an all-gather have the same shape on each process, but texts differ in length: of 700 and 1,500 bytes both
+  # are padded to 2,048, and their true sizes, gathered first, cut them again. Powers of two keep the number of compiled
+  # programs small. Each text names its process, because the order of the rows is that of the devices.
   text = np.frombuffer(json.dumps([jax.process_index(), value]).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.int32(len(text)))
-  padded = np.zeros(1 << max(10, int(sizes.max() - 1).bit_length()), np.uint8)  # few sizes: few programs
+  padded = np.zeros(1 << max(10, int(sizes.max() - 1).bit_length()), np.uint8)
   padded[: len(text)] = text
   rows = multihost_utils.process_allgather(padded)
-  found = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-  return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+  values = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+  return [each for _, each in sorted(values, key=lambda pair: pair[0])]
 
 
 def gather_rows(rows: Int[np.ndarray, "R"], values: Sequence[Any]) -> list[Any]:
   """The values of all rows of a batch, in their order.
 
   Args:
-    rows: the rows of which this process has the value.
+    rows: the rows whose values this process has.
     values: one a row.
   """
   if alone():
     return [values[i] for i in np.argsort(rows)]
-  found = [pair for part in gather([rows.tolist(), list(values)]) for pair in zip(*part, strict=True)]
-  return [value for _, value in sorted(found, key=lambda pair: pair[0])]
+  pairs = [pair for part in gather([rows.tolist(), list(values)]) for pair in zip(*part, strict=True)]
+  return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
 
 
 def from_main(find: Callable[[], Any]) -> Any:
-  """What process 0 finds, heard by all; so is a RunError that ends it. JSON, as in `gather`."""
+  """The result of `find` on process 0, on all processes; if it raises a RunError there, all raise it. The result must
+  be of types that JSON has.
+  """
   if alone():
     return find()
-  found, failure = None, None
+  value, failure = None, None
   if is_main():
     try:
-      found = find()
+      value = find()
     except RunError as error:
       failure = str(error)
-  heard = gather([found, failure])[0]
-  if heard[1] is not None:
-    raise RunError(heard[1])
-  return heard[0]
+  answer = gather([value, failure])[0]
+  if answer[1] is not None:
+    raise RunError(answer[1])
+  return answer[0]
 
 
 def check_same(name: str, value: Any) -> None:
-  """Raises a RunError on all processes when they do not have the same value, which JSON can say."""
+  """Raises a RunError on all processes if they do not have the same value, which must be of types that JSON has."""
   if alone():
     return
   digests = gather(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
   others = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
   if others:
-    raise RunError(f"{name} of process {', '.join(others)} is not that of process 0: start all with the same command")
+    raise RunError(
+      f"{name} of process {', '.join(others)} differs from that of process 0: start all with the same command"
+    )
 
 
 def local_rows(tree: Any) -> tuple[Int[np.ndarray, "R"], Any]:
-  """The row numbers and the rows of which this process holds replica 0; every row is on one process.
+  """The numbers and the contents of the rows whose replica 0 this process holds; each row belongs to one process.
 
   Args:
-    tree: arrays of one batch, cut along their rows in the same way.
+    tree: arrays of one batch, sharded along their rows in the same way.
   """
   leaves, structure = jax.tree.flatten(tree)
   total = leaves[0].shape[0]
   if alone():
     return np.arange(total), jax.device_get(tree)
 
-  def own(array: jax.Array) -> list[Any]:
+  def own_shards(array: jax.Array) -> list[Any]:
     shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
     return sorted(shards, key=lambda shard: shard.index[0].indices(total)[0])
 
-  parts = jax.device_get([[shard.data for shard in own(leaf)] for leaf in leaves])
-  rows = [np.arange(total)[shard.index[0]] for shard in own(leaves[0])]
+  parts = jax.device_get([[shard.data for shard in own_shards(leaf)] for leaf in leaves])
+  rows = [np.arange(total)[shard.index[0]] for shard in own_shards(leaves[0])]
   joined = [
     np.concatenate([np.zeros((0, *leaf.shape[1:]), leaf.dtype), *part])
     for leaf, part in zip(leaves, parts, strict=True)
@@ -364,7 +374,7 @@ def local_rows(tree: Any) -> tuple[Int[np.ndarray, "R"], Any]:
 
 
 def fetch(tree: Any) -> Any:
-  """Whole arrays on every process's host, wherever their parts are; meant for small ones."""
+  """Copies whole arrays to the host of every process, wherever their parts are; meant for small arrays."""
 
   def whole(array: jax.Array) -> np.ndarray:
     if array.is_fully_addressable or array.is_fully_replicated:

@@ -34,7 +34,7 @@ class WorkersDiedError(RuntimeError):
 
 
 class Graded(NamedTuple):
-  """What a batch of completions says and earns."""
+  """The texts of a batch of completions, their grades and their rewards."""
 
   texts: list[str]
   grades: list[Grade]
@@ -53,11 +53,11 @@ def graded_texts(
   mask: Bool[np.ndarray, "B C"],
   protocol: str,
 ) -> list[str]:
-  """What a protocol's rewards read of a batch of rollouts: each prefill and what follows it.
+  """The texts that a protocol's rewards read: each prefill and the completion that follows it.
 
   Args:
     tokenizer: of the ids.
-    prefills: the given start of each answer, part of what is graded.
+    prefills: the given start of each answer, which is graded too.
     completion: token ids.
     mask: true up to and including the stop id.
     protocol: `d1` sees what lies behind the stop id too, as d1's rewards do.
@@ -118,9 +118,9 @@ class Grader:
       protocol: of the task's grader.
 
     Returns:
-      A function that waits for the grades. A worker that dies takes all others with it; they are started anew and the
-      batch is graded again, once. If one dies then too, it raises a WorkersDiedError. It raises a TaskError where a
-      grade holds what it may not, such as a reward that is not finite.
+      A function that waits for the grades. If a worker dies, all workers are started again and the batch is graded once
+      more. If one dies then too, the function raises a WorkersDiedError. It raises a TaskError if a grade is not
+      allowed, for example because a reward is not finite.
     """
     if not self._workers:
       done: Future[list[Grade]] = Future()

@@ -32,8 +32,7 @@ def weight_sums(weights: Float[Array, "*N"], mask: Bool[Array, "*N"]) -> Float[A
 
 
 def effective_sample_size(sums: Float[Array, "3"]) -> Float[Array, ""]:
-  """Kish's (sum w)^2 / sum w^2 as a share of the samples that count: 1 where all weigh the same, 0 where none weighs
-  anything.
+  """Kish's (sum w)^2 / sum w^2 as a share of the samples that count: 1 if all weights are equal, 0 if all are 0.
 
   Args:
     sums: see `weight_sums`.

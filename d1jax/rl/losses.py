@@ -1,8 +1,8 @@
 """Policy losses and their normalisation.
 
-A loss is a frozen dataclass that owns its options, such as `ClippedToken(epsilon=0.5)`. Called with the `Terms` of a
-(micro-)batch, it returns what is minimised and a dictionary of figures beside it. All of them are sums whose weights
-add up to 1 over the whole batch, so that those of micro-batches add up to the batch's, whatever their number.
+A loss is a frozen dataclass with its options as fields, such as `ClippedToken(epsilon=0.5)`. Called with the `Terms` of
+a (micro-)batch, it returns the number to minimise and a dictionary of figures. All of them are sums whose weights add
+up to 1 over the whole batch, so that the sums over micro-batches add up to that of the batch, whatever their number.
 """
 
 import abc
@@ -24,12 +24,12 @@ TARGETS = ("reference", "old")
 _Value = TypeVar("_Value")
 
 _LEAST_EPSILON = float(np.finfo(np.float32).eps)
-"""An epsilon of 0 clips at the neighbours of 1. At 1 itself, which is every ratio of the first inner step, the gradient
-flows, as it does in the authors' PyTorch; `jnp.clip` with two equal bounds would pass on a quarter of it."""
+"""An epsilon of 0 clips at the float32 numbers next to 1. At 1 itself, the value of every ratio at the first inner
+step, the gradient flows, as in the authors' PyTorch; `jnp.clip` with two equal bounds would pass on a quarter of it."""
 
 _DISTANCES = 10.0 ** np.linspace(-5, 1, 25, dtype=np.float32)
 RATIO_EDGES = np.concatenate([-_DISTANCES[::-1], _DISTANCES])
-"""Log-ratios at which their distribution function is summed: four a decade from 1e-5 to 10, to both sides of 0."""
+"""The edges of the histogram of log-ratios: four a decade from 1e-5 to 10, on both sides of 0."""
 
 
 def token_weights(mask: Bool[Array, "B C"], aggregation: str) -> Float[Array, "B C"]:
@@ -54,13 +54,13 @@ def token_weights(mask: Bool[Array, "B C"], aggregation: str) -> Float[Array, "B
 
 
 class Terms(NamedTuple):
-  """What a loss is made of. The log-probabilities are of one estimator under the same draws.
+  """The inputs of a loss. The log-probabilities are of one estimator with the same draws.
 
   Attributes:
     scores: of the policy; `weight` scales each token's term, so that an estimator that scores a sample of the tokens
       has the sum of all in the mean.
-    old_logp: of the policy that made the rollout; a constant, None where the loss does not ask.
-    ref_logp: of the reference; a constant, None where it is not scored.
+    old_logp: of the policy that made the rollout; a constant, None if the loss does not need it.
+    ref_logp: of the reference; a constant, None if it is not scored.
     advantages: one a sequence.
     weights: of each token in the loss, see `token_weights`; 0 where masked out.
     share: of each token in the figures beside it: 1 / tokens in the batch; 0 where masked out.
@@ -101,11 +101,11 @@ Figures = dict[str, Array | Ratios]
 
 
 class Loss(abc.ABC):
-  """What is minimised; a subclass is a frozen dataclass whose fields are its options.
+  """A number to minimise; a subclass is a frozen dataclass whose fields are its options.
 
   Attributes:
     per_sequence: whether its ratio and its KL are of whole sequences; if not, the estimator must score single tokens.
-    weighs_tokens: whether a weight of its own for each token means something to it.
+    weighs_tokens: whether it can weigh the tokens of a sequence differently.
   """
 
   per_sequence: ClassVar[bool] = False
@@ -113,7 +113,7 @@ class Loss(abc.ABC):
 
   @property
   def needs(self) -> frozenset[str]:
-    """What it reads beside the policy's scores: `old`, `reference` (log-probabilities), `upper` (a bound)."""
+    """The inputs beside the policy's scores: `old`, `reference` (log-probabilities), `upper` (a bound)."""
     return frozenset()
 
   @abc.abstractmethod
@@ -123,10 +123,10 @@ class Loss(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PulledLoss(Loss):
-  """A loss with a KL term beside it. Its figure `kl` is the KL to the reference, 0 where none is scored.
+  """A loss with a KL term. Its figure `kl` is the KL to the reference, 0 if no reference is scored.
 
   Attributes:
-    beta: weight of the KL term; 0: there is none.
+    beta: weight of the KL term; 0: no KL term.
     kl: `k1`, `k2` or `k3`, see `divergence`.
     kl_against: `reference`, or `old`: the policy that made the rollout.
   """
@@ -175,9 +175,9 @@ class ClippedLoss(PulledLoss):
   |ratio - 1|; and `ratio`, their `Ratios`. A sequence counts for all its tokens.
 
   Attributes:
-    epsilon: half width of the clip; 0: a ratio that has moved the way of its advantage gets no gradient (ESPO on
-      Countdown).
-    epsilon_high: half width of the clip's upper side (DAPO, arXiv 2503.14476, eq. 10); None: as the lower.
+    epsilon: width of the clip below 1 and above; 0: a ratio that has already moved in the direction of its advantage
+      gets no gradient (ESPO on Countdown).
+    epsilon_high: width of the clip above 1 (DAPO, arXiv 2503.14476, eq. 10); None: `epsilon`.
   """
 
   epsilon: float
@@ -240,8 +240,7 @@ class ClippedToken(ClippedLoss):
     """See `Loss`."""
     logp, old = terms.scores.logp, _given(terms.old_logp, "old_logp")
     weights, share = terms.weights * terms.scores.weight, terms.share * terms.scores.weight
-    # Tokens behind the stop id carry no weight; their ratio is set to 1, so that nothing of them can overflow into the
-    # sum.
+    # Tokens behind the stop id have weight 0. Their ratio is set to 1: an infinite ratio times 0 would not be a number.
     used = weights > 0
     log_ratio = jnp.where(used, logp - old, 0.0)
     loss, figures = self._clipped(log_ratio, terms.advantages[:, None], share)
@@ -253,8 +252,8 @@ class ClippedToken(ClippedLoss):
 class ClippedSequence(ClippedLoss):
   """Clip the ratio of each sequence (GSPO, arXiv 2507.18071; ESPO, arXiv 2512.03759; GDPO, arXiv 2510.08554).
 
-  rho = exp((L - L_old) / n), with L the estimate of the sequence's log-probability and n its tokens. A sequence weighs
-  what its tokens do together. Its KL is `divergence` of L_target - L, over n.
+  rho = exp((L - L_old) / n), with L the estimate of the sequence's log-probability and n its tokens. The weight of a
+  sequence is the sum of its tokens' weights. Its KL is `divergence` of L_target - L, over n.
   """
 
   per_sequence = True
@@ -290,8 +289,8 @@ class Likelihood(PulledLoss):
 class Sandwich(PulledLoss):
   """SPG's loss (arXiv 2510.09541): `-A lower` where A is not negative, `-A (w upper + (1 - w) lower)` where it is.
 
-  The objective is then bounded from below on either side. Both bounds are sums over tokens, each with weights of its
-  own. The KL is a sequence's, of the lower bound.
+  So the objective is bounded from below for either sign of A. Both bounds are sums over tokens, but with different
+  weights. The KL is that of a sequence, of the lower bound.
 
   Attributes:
     upper_share: w, the share of the upper bound.
@@ -330,12 +329,12 @@ LOSSES: Mapping[str, Callable[..., Loss]] = {
 
 
 def sampling_gap(terms: Terms, sample_logp: Float[Array, "B C"], *, of_sequences: bool) -> Float[Array, ""]:
-  """Mean |log p - log p_sample| of the policy and of what drew the tokens, nats a token; a sum over a (micro-)batch.
+  """Mean |log p - log p_sample| of the policy and of the sampler, nats a token; a sum over a (micro-)batch.
 
   Args:
-    terms: whose scores are the policy's.
+    terms: with the policy's scores.
     sample_logp: `Rollout.reveal_logp`.
-    of_sequences: compares what tokens add up to, over their number.
+    of_sequences: compares the sums over each sequence, divided by the number of its tokens.
   """
   if of_sequences:
     drawn = jnp.sum(jnp.where(terms.share > 0, sample_logp, 0.0), axis=1)
@@ -346,15 +345,15 @@ def sampling_gap(terms: Terms, sample_logp: Float[Array, "B C"], *, of_sequences
 def reference_gap(terms: Terms, *, of_sequences: bool) -> Float[Array, ""] | None:
   """Mean |log p - log p_ref| of the policy and of the reference, nats a token; a sum over a (micro-)batch.
 
-  An estimate of a divergence that is an exponential of the log-ratio, as `k3`, has no mean to speak of where the two
-  lie some nats apart; this has.
+  `k3` is an exponential of the log-ratio: if the two policies are several nats apart at a few tokens, these dominate
+  its mean. They do not dominate this one.
 
   Args:
     terms: of both policies.
-    of_sequences: compares what tokens add up to, over their number.
+    of_sequences: compares the sums over each sequence, divided by the number of its tokens.
 
   Returns:
-    None where no reference is scored.
+    The mean, or None if no reference is scored.
   """
   if terms.ref_logp is None:
     return None
@@ -375,13 +374,13 @@ def _mean_over_tokens(terms: Terms, other: Float[Array, "B C"]) -> Float[Array, 
 
 
 def _parts(terms: Terms, logp: Float[Array, "B C"], weight: Float[Array, "B C"]) -> Float[Array, "B C"]:
-  """What each token adds to its sequence's estimate; 0 where it does not count."""
+  """The term of each token in its sequence's estimate; 0 if the token does not count."""
   counts = (terms.weights > 0) & (weight > 0)
   return weight * jnp.where(counts, logp, 0.0)
 
 
 def _sums(terms: Terms, values: Float[Array, "B C"]) -> Float[Array, "B"]:
-  """What tokens add up to in each sequence, as the estimator weighs them."""
+  """The sum over the tokens of each sequence, with the estimator's weights."""
   weights = jnp.where(terms.share > 0, terms.scores.weight, 0.0)
   return jnp.sum(jnp.where(weights > 0, weights * values, 0.0), axis=1)
 
@@ -393,5 +392,5 @@ def _lengths(terms: Terms) -> Float[Array, "B"]:
 
 def _given(value: _Value | None, name: str) -> _Value:
   if value is None:
-    raise ValueError(f"{name} is None, but the loss reads it: let `needs` name it")
+    raise ValueError(f"{name} is None, but the loss reads it: add it to `needs` of the loss")
   return value

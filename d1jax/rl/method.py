@@ -1,4 +1,4 @@
-"""A method of reinforcement learning as a value: what estimates log p, what is minimised, how rewards are compared."""
+"""A method of reinforcement learning as a value: an estimator of log p, a loss, and an advantage."""
 
 import dataclasses
 
@@ -9,18 +9,18 @@ from d1jax.rl.losses import AGGREGATIONS, Loss
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """What an update does; static under jit. Names are d1's where d1 has the option.
+  """The method of an update; static under jit. Options that d1 has too have d1's names.
 
   Attributes:
     estimator: of log p, with its options.
-    loss: what is minimised, with its options.
+    loss: the number to minimise, with its options.
     advantage: of each completion, from the rewards of its group.
     num_iterations: mu, optimiser steps an update.
     accumulation: micro-batches a step.
     aggregation: `token`, `sequence` or `fixed`, see `token_weights`.
     importance_cap: weighs each token by min(this, p_train / p_sample), see `truncated_importance`, with p_train of the
       policy before the update and p_sample of the rollout's sampler; None: every token the same.
-    score_reference: scores the reference even where the loss does not need it, so that the distance to it is known.
+    score_reference: scores the reference even if the loss does not need it, so that a run logs the distance to it.
   """
 
   estimator: Estimator
@@ -33,7 +33,7 @@ class Method:
   score_reference: bool = False
 
   def __post_init__(self) -> None:
-    """Raises a ValueError that begins with the field's name where the parts do not go together."""
+    """Raises a ValueError that begins with the field's name if the parts do not go together."""
     if self.num_iterations < 1 or self.accumulation < 1:
       raise ValueError(f"num_iterations={self.num_iterations} and accumulation={self.accumulation} must be at least 1")
     if self.aggregation not in AGGREGATIONS:
@@ -44,18 +44,20 @@ class Method:
       raise ValueError(f"loss {loss} needs an upper bound of log p, which {estimator.name} does not give; use {having}")
     if estimator.per_sequence and not self.loss.per_sequence:
       raise ValueError(
-        f"loss {loss} takes the log p of each token, but {estimator.name} estimates a sequence, whose tokens mean"
-        " nothing alone: use a loss of sequences, such as clipped_sequence or likelihood"
+        f"loss {loss} takes the log p of each token, but {estimator.name} estimates only that of whole sequences: use a"
+        " loss of sequences, such as clipped_sequence or likelihood"
       )
     if cap is not None and not cap > 0:
       raise ValueError(f"importance_cap={cap} must be positive; None weighs every token the same")
     if cap is not None and not estimator.recorded:
       raise ValueError(
-        f"importance_cap={cap} needs an estimator of the recorded states, such as step_merged: for {estimator.name} a"
-        " cache shifts the data, not the ratio, and its drift is what a run logs"
+        f"importance_cap={cap} needs an estimator of the recorded states, such as step_merged: with {estimator.name}"
+        " there is no ratio to the sampler; set importance_cap to None"
       )
     if cap is not None and not self.loss.weighs_tokens:
-      raise ValueError(f"importance_cap={cap} weighs tokens, but the loss {loss} has none: leave it out")
+      raise ValueError(
+        f"importance_cap={cap} weighs single tokens, but the loss {loss} is of sequences: set importance_cap to None"
+      )
 
   @property
   def scores_old(self) -> bool:

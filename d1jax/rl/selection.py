@@ -8,7 +8,8 @@ NO_SIGNAL = 1e-6
 
 
 def with_signal(rewards: Float[Array, "B"], num_generations: int, rows: int) -> Int[Array, "rows"]:
-  """The rows of the first groups whose rewards differ, filled with the first of the others where these are too few.
+  """The rows of the first groups whose rewards differ; if these are too few, the first of the other groups fill the
+  rest.
 
   A function of the rewards and of the order in which prompts came: the same on any mesh, and after a restart.
 

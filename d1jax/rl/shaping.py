@@ -1,4 +1,4 @@
-"""What a task's grade pays in training: weights of its components, and components of length and format beside them."""
+"""From the grade of a task to its reward in training: weights of components, and two more components."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ OVERLONG, ANSWERED = "overlong", "answered"
 
 @dataclasses.dataclass(frozen=True)
 class Shaping:
-  """How grades become rewards; evaluations do not see it.
+  """How grades become rewards; evaluations do not use it.
 
   Attributes:
-    weights: of components, by name; those that are not named weigh 1.
-    overlong: the last tokens of a completion over which `overlong` falls from 0 to -1 (soft overlong punishment, DAPO,
-      arXiv 2503.14476, eq. 13); 0: no such component.
-    answered: what `answered` pays where an answer can be read from the text; 0: no such component.
+    weights: of components, by name; those that are not named have weight 1.
+    overlong: the component `overlong` falls linearly from 0 to -1 over this number of last tokens of the longest
+      possible completion (soft overlong punishment, DAPO, arXiv 2503.14476, eq. 13); 0: no such component.
+    answered: the reward `answered` of a text from which an answer can be read; 0: no such component.
   """
 
   weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -29,24 +29,26 @@ class Shaping:
       if not math.isfinite(weight):
         raise ValueError(f"reward_weights: the weight of {name} is {weight}; give a finite number")
     if self.overlong < 0 or not math.isfinite(self.answered):
-      raise ValueError(f"overlong={self.overlong} and answered={self.answered}: give a number of tokens, and a reward")
+      raise ValueError(
+        f"overlong={self.overlong} must be a number of tokens, at least 0, and answered={self.answered} a finite number"
+      )
 
   def check(self, known: Sequence[str], completion_length: int) -> None:
-    """Raises a ValueError where a weight is of no component of the task, or no completion can be overlong."""
+    """Raises a ValueError if the task has no component that a weight names, or if no completion can be overlong."""
     names = [*known, *([OVERLONG] if self.overlong else []), *([ANSWERED] if self.answered else [])]
     for name in self.weights:
       if name not in names:
         raise ValueError(f"reward_weights names {name!r}, which is no component; known: {', '.join(names)}")
     for name in (OVERLONG, ANSWERED):
       if names.count(name) > 1:
-        raise ValueError(f"{name}: the task has a component of this name: leave it at 0")
+        raise ValueError(f"{name}: the task has a component with this name already: leave {name} at 0")
     if self.overlong > completion_length:
       raise ValueError(
         f"overlong={self.overlong} is more than the {completion_length} tokens of a completion: give fewer"
       )
 
   def __call__(self, grade: Grade, length: int, completion_length: int) -> Grade:
-    """The grade as training pays it.
+    """The grade with the components and weights of training.
 
     Args:
       grade: of the task.

@@ -1,8 +1,8 @@
 """The diffu-GRPO update: one compiled program from a graded rollout to the next state.
 
-It draws the mu masks of the estimator, scores old and reference log-probabilities under them, and scans the mu inner
-optimiser steps, each of which accumulates gradients over micro-batches. Nothing in it depends on Python state; which
-estimator and which loss is decided before it is compiled.
+It draws the mu masks of the estimator, scores old and reference log-probabilities with these masks, and scans over the
+mu inner optimiser steps. Each step accumulates gradients over micro-batches. Nothing in it depends on Python state; the
+estimator and the loss are chosen before it is compiled.
 """
 
 from typing import Any
@@ -46,16 +46,17 @@ def update(
 ) -> tuple[TrainState, Metrics]:
   """Mu optimiser steps on one rollout (arXiv 2504.12216, algorithm 1).
 
-  Inner step n draws the estimator's masks anew; old, reference and current log-probabilities share them. At the first
-  inner step the policy is the one that made the rollout, so old is current with its gradient stopped and the ratio is
-  exactly 1. Recorded states are the same at each inner step: old and reference are scored once.
+  Inner step n draws new masks for the estimator; old, reference and current log-probabilities share them. At the first
+  inner step the policy is the one that made the rollout: old is current with its gradient stopped, and the ratio is
+  exactly 1. Recorded states are the same at each inner step, so that old and reference are scored once.
 
   Returns:
-    The new state, and the figures of each inner step: `loss`; `grad_norm`; `finite`, false where the step was refused;
-    those of the loss; `sampling_gap` and, where one is scored, `reference_gap`, the mean |log p - another log p| to
-    what the rollout drew from and to the reference, nats a token, of whole sequences where the loss is of them; and
-    `importance/effective_sample_size`, a share of the tokens, where there are importance weights. `Ratios` of the loss
-    become their effective sample size and, under their own name, the shares below each edge.
+    The new state, and the figures of each inner step: `loss`; `grad_norm`; `finite`, false if the step was skipped;
+    those of the loss; `sampling_gap` and, if a reference is scored, `reference_gap`: the mean |log p - another log p|,
+    where the other is that of the sampler or of the reference, in nats a token (for a loss of sequences, of whole
+    sequences and divided by their tokens); and, with importance weights, `importance/effective_sample_size`, a share of
+    the tokens. `Ratios` of the loss become their effective sample size and, under their own name, the shares below each
+    edge.
   """
   step_keys = inner_keys(state.key, state.step, method.num_iterations)
   loss, mask = method.loss, rollout.completion_mask
@@ -69,9 +70,11 @@ def update(
     one = lambda key: jax.lax.map(lambda part: scores(params, part, key).logp, batch[0])
     if method.estimator.redraws:
       return jax.lax.map(one, step_keys)
-    found = jax.lax.map(one, step_keys[:1])
-    return jnp.broadcast_to(found, (step_keys.size, *found.shape[1:]))
+    once = jax.lax.map(one, step_keys[:1])
+    return jnp.broadcast_to(once, (step_keys.size, *once.shape[1:]))
 
+  # With mu = 3 the old policy is scored under the masks of inner steps 1 and 2 only. At step 0 the current weights are
+  # the old ones, and `micro_loss` takes their own log-probabilities, which it computes anyway; zeros fill the place.
   old = None
   if method.scores_old:
     old = scores_under(merge(state.trainable, frozen), step_keys[1:])
@@ -80,15 +83,15 @@ def update(
 
   def micro_loss(trainable: Params, part: Any, key: Key[Array, ""], first: Bool[Array, ""]) -> tuple[Any, Any]:
     (rollout, advantages, weights, share), old_logp, ref_logp = part
-    found = scores(merge(trainable, frozen), rollout, key)
+    current = scores(merge(trainable, frozen), rollout, key)
     if old_logp is not None:
-      old_logp = jnp.where(first, jax.lax.stop_gradient(found.logp), old_logp)
+      old_logp = jnp.where(first, jax.lax.stop_gradient(current.logp), old_logp)
     sums = None
     if method.importance_cap is not None:
-      mask = rollout.completion_mask & (found.weight > 0)
+      mask = rollout.completion_mask & (current.weight > 0)
       importance = truncated_importance(old_logp, rollout.reveal_logp, mask, method.importance_cap)
       weights, sums = weights * importance, weight_sums(importance, mask)
-    terms = Terms(found, old_logp, ref_logp, advantages, weights, share)
+    terms = Terms(current, old_logp, ref_logp, advantages, weights, share)
     minimised, figures = loss(terms)
     sampling = sampling_gap(terms, rollout.reveal_logp, of_sequences=loss.per_sequence)
     apart = reference_gap(terms, of_sequences=loss.per_sequence)
@@ -110,7 +113,9 @@ def update(
       metrics["importance/effective_sample_size"] = effective_sample_size(sums)
     for name, figure in figures.items():
       if name in metrics:
-        raise ValueError(f"the figure {name} of the loss {type(loss).__name__} has a name of the update's own")
+        raise ValueError(
+          f"the figure {name} of the loss {type(loss).__name__} has the name of a figure of the update: rename it"
+        )
       if isinstance(figure, Ratios):
         metrics[f"{name}/effective_sample_size"] = effective_sample_size(figure.sums)
       metrics[name] = figure.below if isinstance(figure, Ratios) else figure

@@ -62,7 +62,7 @@ def build(
   """Build a task from the table, or that of a user's file.
 
   Args:
-    name: a key of `TASKS`; of no effect with `module`, whose task has its own name.
+    name: a key of `TASKS`; ignored with `module`, since that task has its own name.
     seed: seeds whatever the task generates.
     root: the data folder to read, or None to generate (sudoku and countdown only).
     sizes: records per split; splits not named, or None, have the task's default.

@@ -57,13 +57,13 @@ def is_same(answer: str, gold: str) -> bool:
 
 
 def contradict(answer: str, gold: str) -> bool:
-  """Tell whether both answers say what they are of, `x = 5` and `y = 5` or `5 cm` and `5 m`, and not the same."""
+  """Tell whether both answers have a name or a unit, and these differ: `x = 5` and `y = 5`, or `5 cm` and `5 m`."""
   left, right = (_names(_plain(text)) for text in (answer, gold))
   return bool(left and right and left != right) or notation.have_different_units(answer, gold)
 
 
 def is_copied(answer: str, problem: str) -> bool:
-  """Tell whether an answer stands in the problem, blanks, marks and brackets around it aside."""
+  """Tell whether the problem contains the answer, apart from blanks, marks and brackets around it."""
   if len(answer) > MOST_CHARACTERS:
     return False
   text = _plain(answer)
@@ -95,8 +95,8 @@ def clean(text: str) -> str:
   _, interval = _as_interval(text)
   if interval:
     return interval
-  found = _NAME.findall(text)
-  if len(found) == text.count("=") and len({name for _, name in found}) == 1:
+  names = _NAME.findall(text)
+  if len(names) == text.count("=") and len({name for _, name in names}) == 1:
     return _NAME.sub(r"\1", text)
   point = _POINT.match(text)
   letters = re.findall("[A-Za-z]", point[0]) if point is not None and point[0][0] == "(" else []
@@ -119,16 +119,16 @@ def split(text: str) -> tuple[str, list[str]]:
       entries = _pieces(text, mark)
       if 1 < len(entries) <= MOST_ENTRIES:
         return kind, _signed(entries) if kind == "{}" else entries
-    found = _ENCLOSED.fullmatch(text)
-    kind = found[1][-1] + found[3][-1] if found else ""
-    if found is None or kind not in _BRACKETS or not _is_enclosed(text):
+    match = _ENCLOSED.fullmatch(text)
+    kind = match[1][-1] + match[3][-1] if match else ""
+    if match is None or kind not in _BRACKETS or not _is_enclosed(text):
       break
-    entries = _pieces(found[2], ",")
+    entries = _pieces(match[2], ",")
     if 1 < len(entries) <= MOST_ENTRIES:
       return kind, _signed(entries) if kind == "{}" else entries
     if kind not in ("()", "{}"):
       break
-    text = found[2]
+    text = match[2]
   signs = _signed([_THOUSANDS.sub("", text)])
   return ("{}", signs) if len(signs) > 1 else ("", signs)
 

@@ -50,9 +50,9 @@ def translate(text: str) -> str:
   if "\\" in text:
     for sign, plain in _SIGNS:
       text = text.replace(sign, plain)
-    found = 1
-    while found:
-      text, found = _FRACTION.subn(r"((\1)/(\2))", text)
+    replaced = 1
+    while replaced:
+      text, replaced = _FRACTION.subn(r"((\1)/(\2))", text)
   return text
 
 
@@ -67,14 +67,14 @@ def evaluate(text: str) -> tuple[Fraction, list[int]] | None:
   text = text.strip()
   if len(text) > MOST_CHARACTERS or not text.isascii():
     return None
-  found = words(text)
-  if "".join(found) != "".join(text.split()):
+  tokens = words(text)
+  if "".join(tokens) != "".join(text.split()):
     return None
   values: list[Fraction] = []
   numbers: list[int] = []
   pending = ["("]
   expects_operand = is_start = True
-  for word in [*found, ")"]:
+  for word in [*tokens, ")"]:
     if not pending:  # A parenthesis too many has closed the whole.
       return None
     if word == "-" and is_start:  # -3+4 is 0-3+4, and uses the same numbers.
@@ -160,13 +160,13 @@ _Node = tuple
 
 
 def solve(nums: Sequence[int], target: int) -> str | None:
-  """Find an expression that makes `target` of all the numbers; None when there is none.
+  """Find an expression that makes `target` of all the numbers; None if there is none.
 
   Two numbers at a time become a sum, a product, the larger minus the smaller, or an exact
   quotient, in every order, until one number is left: the rule of the public Countdown set.
   """
-  found = _search([(num, "", None, None) for num in nums], target)
-  return None if found is None else _render(found)[0]
+  solution = _search([(num, "", None, None) for num in nums], target)
+  return None if solution is None else _render(solution)[0]
 
 
 def _search(nodes: list[_Node], target: int) -> _Node | None:
@@ -180,9 +180,9 @@ def _search(nodes: list[_Node], target: int) -> _Node | None:
     for node in _combine(nodes[i], nodes[j]):
       if not rest and node[0] == target:
         return node
-      found = _search([*rest, node], target) if rest else None
-      if found is not None:
-        return found
+      solution = _search([*rest, node], target) if rest else None
+      if solution is not None:
+        return solution
   return None
 
 

@@ -1,4 +1,6 @@
-"""What a question asks for, as far as the words behind an answer depend on it: units, percent, pairs, how many more."""
+"""The units and counts that a question asks for (cm, percent, pairs, how many more): they decide which words may stand
+behind an answer.
+"""
 
 import functools
 import re
@@ -44,9 +46,10 @@ def without_counts(answer: str, question: str) -> str:
 
 
 def is_another(answer: str, gold: str, question: str) -> bool:
-  """Tell whether an answer has a unit that the question does not ask for, where the gold answer has none.
+  """Tell whether an answer has a unit that the question does not ask for, if the gold answer has no unit.
 
-  That is percent where the question speaks of none, and minutes or dollars where it asks how many hours or cents.
+  Examples are percent if the question does not mention percent, minutes if it asks how many hours, and dollars if it
+  asks how many cents.
   """
   unit = notation.unit(answer)
   if not unit or notation.unit(gold):
@@ -59,7 +62,7 @@ def is_another(answer: str, gold: str, question: str) -> bool:
 
 @functools.lru_cache(64)
 def _counts(question: str) -> frozenset[str]:
-  words = [word for found in _HOW_MANY.findall(question) for word in found.split() if _COUNT.fullmatch(word)]
+  words = [word for phrase in _HOW_MANY.findall(question) for word in phrase.split() if _COUNT.fullmatch(word)]
   last = re.split(r"[.?!] ", question.strip())[-1]
   words += [*_COMPARED.findall(last), *(["more"] if _MORE.search(last) else [])]
   return frozenset(map(_singular, words))
@@ -70,14 +73,14 @@ def _unit(question: str) -> str:
   """Name the unit that is asked for last, or "" if it is unknown or the question asks for several."""
   if _WHAT_PERCENT.search(question):
     return "%"
-  asked = set()
-  for found in _HOW_MANY.findall(question):
-    words = found.split()
+  units = set()
+  for phrase in _HOW_MANY.findall(question):
+    words = phrase.split()
     while words and _FILLER.match(f"{words[0]} "):
       del words[0]
     names = (notation.unit_of_words(" ".join(words[:count])) for count in range(len(words), 0, -1))
-    asked.add(next(filter(None, names), ""))
-  return asked.pop() if len(asked) == 1 else ""
+    units.add(next(filter(None, names), ""))
+  return units.pop() if len(units) == 1 else ""
 
 
 def _singular(word: str) -> str:

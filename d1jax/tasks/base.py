@@ -1,4 +1,4 @@
-"""What a task is: records, prompts, demonstrations, grades. A new task is one new file here."""
+"""The interface of a task: records, prompts, demonstrations, grades. A new task is one new file here."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ class DataError(ValueError):
 
 
 class TaskError(DataError, RunError):
-  """A task that does not keep its contract, whenever that shows; one line that names the task, the call and the text.
+  """A task that breaks its contract; the message is one line that names the task, the call and the text.
 
-  It ends a run as wrong input does, also in the midst of training.
+  It ends a run like any wrong input, also in the middle of training.
   """
 
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-  """What one completion earned.
+  """The rewards and metrics of one completion.
 
   Attributes:
     components: named rewards, finite; the reward of a completion is their sum.
     metrics: named (numerator, denominator) pairs, pooled over a split by adding both; 0 <= numerator <= denominator.
       `solved` must be among those of `strict`, with a positive denominator: validation chooses checkpoints by it.
-    answer: what was read from the text, in a normal form (equal answers are equal texts), by which several samples
-      of one question vote; None without an answer.
+    answer: the answer that was read from the text, in a normal form (equal answers are equal texts); several samples of
+      one question vote by it. None if there is no answer.
   """
 
   components: Mapping[str, float]
@@ -81,8 +81,8 @@ class Task(Protocol):
   def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
     """Grade a completion; any string gets a finite score, nothing raises or is executed.
 
-    Protocols: `strict` pays what is right; `d1` pays d1's RL rewards to the letter, one component
-    a function. The metrics of `strict` are there under both, so that runs can be compared; `d1` adds
-    `d1_accuracy`, the verdict of d1's evaluation. An unknown protocol is a ValueError.
+    Protocols: `strict` rewards correct answers; `d1` gives d1's RL rewards to the letter, one component for each of its
+    functions. Both have the metrics of `strict`, so that runs can be compared; `d1` adds `d1_accuracy`, the verdict of
+    d1's evaluation. An unknown protocol is a ValueError.
     """
     ...

@@ -1,7 +1,7 @@
-"""What a task may answer: the checks of records, prompts, texts, clusters and grades.
+"""The checks of what a task returns: records, prompts, texts, clusters and grades.
 
 Each check returns the value as plain Python (numbers of numpy become numbers), or raises a ValueError whose message
-goes on after the name of the call, such as `returned None, expected a Grade(components, metrics, answer)`.
+continues the name of the call, such as `returned None, expected a Grade(components, metrics, answer)`.
 """
 
 import inspect
@@ -13,58 +13,58 @@ from d1jax.tasks.base import Grade, Message, Record, Task, TaskError
 from d1jax.tasks.common import ACCURACY
 
 LARGEST = 1e15
-"""Of a reward component: rewards are float32, and a group's squares are added up."""
+"""The largest reward component: rewards are float32, and the squares of a group are added."""
 
 LONGEST = 500_000
-"""Characters of a prompt or an answer; no model here reads a tenth of it."""
+"""The most characters of a prompt or an answer; no model here reads a tenth of them."""
 
 SHOWN = 80
 """Characters of a text or a record that a message shows."""
 
 
 def grade(task: Task, text: str, record: Record, protocol: str = "strict") -> Grade:
-  """Grade a completion, and check the grade where it arrives: no reward that is not finite goes any further.
+  """Grade a completion, and check the grade, so that a reward that is not finite never reaches training.
 
   Raises:
-    TaskError: the grade is none, or holds a value that it may not; the message names task, value and text.
+    TaskError: the result is not a grade, or a value in it is not allowed; the message names task, value and text.
   """
-  found = task.grade(text, record, protocol)
+  result = task.grade(text, record, protocol)
   try:
-    return check_grade(found)
+    return check_grade(result)
   except ValueError as error:
     raise TaskError(f"the task {task.name}: {called('grade', (text, record, protocol))} {error}") from None
 
 
-def check_answer(method: str, arguments: Sequence[Any], found: object) -> Any:
+def check_answer(method: str, arguments: Sequence[Any], value: object) -> Any:
   """Check what a method of a task returned."""
   if method == "records":
-    return check_records(found)
+    return check_records(value)
   if method == "prompt":
-    return check_prompt(found)
+    return check_prompt(value)
   if method == "cluster":
-    return check_cluster(found)
+    return check_cluster(value)
   if method == "grade":
-    return check_grade(found, ACCURACY["strict"] if arguments[-1] == "strict" else None)
-  return check_text(found)
+    return check_grade(value, ACCURACY["strict"] if arguments[-1] == "strict" else None)
+  return check_text(value)
 
 
-def check_grade(found: object, accuracy: str | None = None) -> Grade:
+def check_grade(grade: object, accuracy: str | None = None) -> Grade:
   """Check that rewards are finite and metrics are shares.
 
   Args:
-    found: the grade.
-    accuracy: the metric that must be there and count; validation reads it.
+    grade: the grade.
+    accuracy: the metric that must be present, with a positive denominator; validation reads it.
   """
-  if not isinstance(found, Grade):
-    raise ValueError(f"returned {shortened(found)}, expected a Grade(components, metrics, answer)")
+  if not isinstance(grade, Grade):
+    raise ValueError(f"returned {shortened(grade)}, expected a Grade(components, metrics, answer)")
   for part in ("components", "metrics"):
-    named = getattr(found, part)
+    named = getattr(grade, part)
     if not isinstance(named, Mapping) or not all(isinstance(name, str) for name in named):
       raise ValueError(f"gave the {part} {shortened(named)}, expected a dictionary of names")
     for name in named:  # they are printed, and name curves
       check_text(name, f"among the {part} the name")
   components = {}
-  for name, value in found.components.items():
+  for name, value in grade.components.items():
     number = _number(value)
     if number is None or not abs(number) <= LARGEST:
       raise ValueError(
@@ -72,66 +72,66 @@ def check_grade(found: object, accuracy: str | None = None) -> Grade:
         f" expected a finite number of at most {LARGEST:g}"
       )
     components[name] = number
-  metrics = {name: _pair(name, pair) for name, pair in found.metrics.items()}
+  metrics = {name: _pair(name, pair) for name, pair in grade.metrics.items()}
   if accuracy is not None and not metrics.get(accuracy, (0, 0))[1]:
     given = f"the pair {metrics[accuracy]} for" if accuracy in metrics else f"the metrics {sorted(metrics)} without"
     raise ValueError(
       f"gave {given} {accuracy!r}, which validation reads: expected (1, 1) for right and (0, 1) for wrong"
     )
-  if found.answer is not None and not isinstance(found.answer, str):
-    raise ValueError(f"gave the answer {shortened(found.answer)}, expected a text or None")
-  return Grade(components, metrics, found.answer)
+  if grade.answer is not None and not isinstance(grade.answer, str):
+    raise ValueError(f"gave the answer {shortened(grade.answer)}, expected a text or None")
+  return Grade(components, metrics, grade.answer)
 
 
-def check_records(found: Any) -> list[dict[str, Any]]:
+def check_records(value: Any) -> list[dict[str, Any]]:
   """Check that records are a list of dictionaries that JSON can hold."""
-  is_list = hasattr(found, "__len__") and hasattr(found, "__getitem__")
-  if not is_list or isinstance(found, str | bytes | Mapping):
-    raise ValueError(f"returned {shortened(found)}, expected a list of dictionaries")
-  records = list(found)
+  is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+  if not is_list or isinstance(value, str | bytes | Mapping):
+    raise ValueError(f"returned {shortened(value)}, expected a list of dictionaries")
+  records = list(value)
   for number, record in enumerate(records):
     if not isinstance(record, Mapping):
       raise ValueError(f"returned {shortened(record)} as record {number}, expected a dictionary")
   return [_plain(record, f"record {number}") for number, record in enumerate(records)]
 
 
-def check_prompt(found: object) -> tuple[list[Message], str]:
+def check_prompt(answer: object) -> tuple[list[Message], str]:
   """Check that a prompt is chat messages and the start of the answer."""
-  if not isinstance(found, tuple | list) or len(found) != 2 or not isinstance(found[0], tuple | list):
-    raise ValueError(f"returned {shortened(found)}, expected ([{{'role': 'user', 'content': ...}}], prefill)")
-  for message in found[0]:
+  if not isinstance(answer, tuple | list) or len(answer) != 2 or not isinstance(answer[0], tuple | list):
+    raise ValueError(f"returned {shortened(answer)}, expected ([{{'role': 'user', 'content': ...}}], prefill)")
+  for message in answer[0]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
       raise ValueError(f"returned the message {shortened(message)}, expected {{'role': 'user', 'content': ...}}")
     for key, value in message.items():
       check_text(key, "the message key")
       check_text(value, f"the message's {key}")
-  return [dict(message) for message in found[0]], check_text(found[1], "the prefill")
+  return [dict(message) for message in answer[0]], check_text(answer[1], "the prefill")
 
 
-def check_text(found: object, what: str = "") -> str:
+def check_text(value: object, what: str = "") -> str:
   """Check that a text is one that a tokenizer can read."""
-  returned = f"returned {what} {shortened(found)}".replace("  ", " ", 1)
-  if not isinstance(found, str):
+  returned = f"returned {what} {shortened(value)}".replace("  ", " ", 1)
+  if not isinstance(value, str):
     raise ValueError(f"{returned}, expected a text")
-  if len(found) > LONGEST:
-    raise ValueError(f"{returned} of {len(found)} characters, expected {LONGEST} at most")
-  if surrogate := re.search("[\ud800-\udfff]", found):
+  if len(value) > LONGEST:
+    raise ValueError(f"{returned} of {len(value)} characters, expected {LONGEST} at most")
+  if surrogate := re.search("[\ud800-\udfff]", value):
     raise ValueError(f"{returned} with {surrogate.group()!r}, a half of a character that UTF-8 does not have")
-  return str.__str__(found)
+  return str.__str__(value)
 
 
-def check_cluster(found: object) -> str:
+def check_cluster(value: object) -> str:
   """Check the name of a cluster; numbers count as names."""
-  if not isinstance(found, str | int):
-    raise ValueError(f"returned {shortened(found)}, expected a text")
-  return str(found)
+  if not isinstance(value, str | int):
+    raise ValueError(f"returned {shortened(value)}, expected a text")
+  return str(value)
 
 
 def called(method: str, arguments: Sequence[Any]) -> str:
   """Write a call for a message, such as `grade(text='7', record={'digits': '01'}, protocol='strict')`."""
   names = list(inspect.signature(getattr(Task, method)).parameters)[1:]
-  shown = (f"{name}={shortened(value)}" for name, value in zip(names, arguments, strict=True))
-  return f"{method}({', '.join(shown)})"
+  written = (f"{name}={shortened(value)}" for name, value in zip(names, arguments, strict=True))
+  return f"{method}({', '.join(written)})"
 
 
 def shortened(value: object) -> str:

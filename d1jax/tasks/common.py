@@ -83,7 +83,7 @@ def tagged(reasoning: str, answer: str, style: str = "d1") -> str:
 def final_answer(text: str) -> str:
   """Return the inside of the last `<answer>...</answer>` block, or the whole text without one.
 
-  Of nested opening tags the innermost counts, a block that is never closed is none. Linear time.
+  Of nested opening tags the innermost counts; a block that is never closed does not count. Linear time.
   """
   last_close = text.rfind(_CLOSE)
   start = text.rfind(_OPEN, 0, max(last_close, 0))
@@ -156,8 +156,8 @@ def check_fields(place: str, row: object, fields: Mapping[str, str]) -> dict[str
     fields: required names, each with what a row shows there, such as `{"nums": "[...]"}`.
   """
   if not isinstance(row, dict) or not fields.keys() <= row.keys():
-    shown = ", ".join(f'"{name}": {value}' for name, value in fields.items())
-    raise DataError(f"{place}: expected {{{shown}}}, got {str(row)[:60]!r}")
+    expected = ", ".join(f'"{name}": {value}' for name, value in fields.items())
+    raise DataError(f"{place}: expected {{{expected}}}, got {str(row)[:60]!r}")
   return row
 
 
@@ -173,7 +173,7 @@ def split_hash(records: Sequence[Record]) -> str:
 
 
 def take_rows(name: str, split: str, rows: Sequence[_Row], count: int) -> Sequence[_Row]:
-  """Take the first `count` rows of a file's split; a DataError when there are none at all."""
+  """Take the first `count` rows of a file's split; a DataError if there are none at all."""
   if count and not rows:
     raise DataError(f"{name}: no usable row belongs to the split {split!r}; add rows, or set sizes[{split!r}] to 0")
   return rows[:count]

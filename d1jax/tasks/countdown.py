@@ -122,7 +122,7 @@ class Countdown:
     return [{"role": "user", "content": content}], ""
 
   def demonstration(self, record: Record, style: str) -> str:
-    """Write an expression that reaches the target; a DataError when there is none.
+    """Write an expression that reaches the target; a DataError if there is none.
 
     In the style `d1_eval` it stands in a box, and the text is what follows the prefill.
     """
@@ -247,28 +247,28 @@ def _read(root: str, name: str, split: str, numbers: tuple[int, int]) -> Sequenc
   distinct: dict[tuple[str, int], Record] = {}
   for row in fitting:
     distinct.setdefault((_key(row["nums"]), row["target"]), row)
-  asked: set[str] = set()
+  test_numbers: set[str] = set()
   if name == FILE and tables.exists(root, TEST_FILE):
-    asked = {_key(_parse(place, row)["nums"]) for place, row in tables.read(root, TEST_FILE)}
-  kept = [row for row in distinct.values() if _key(row["nums"]) not in asked]
-  if len(kept) < len(rows):
+    test_numbers = {_key(_parse(place, row)["nums"]) for place, row in tables.read(root, TEST_FILE)}
+  problems = [row for row in distinct.values() if _key(row["nums"]) not in test_numbers]
+  if len(problems) < len(rows):
     _log.warning(
       "%s: left out %d problems without %d to %d numbers, %d repeated ones and %d with numbers of %s",
       name,
       len(rows) - len(fitting),
       *numbers,
       len(fitting) - len(distinct),
-      len(distinct) - len(kept),
+      len(distinct) - len(problems),
       TEST_FILE,
     )
-  return tuple(row for row in kept if name == TEST_FILE or _owner(row["nums"]) == split)
+  return tuple(row for row in problems if name == TEST_FILE or _owner(row["nums"]) == split)
 
 
-def _parse(place: str, found: object) -> dict[str, Any]:
+def _parse(place: str, value: object) -> dict[str, Any]:
   """Check every rule of one row and return it; other keys are dropped."""
-  if isinstance(found, dict) and "input" in found and "nums" not in found:
-    found = _of_d1(place, found)
-  row = common.check_fields(place, found, {"nums": "[...]", "target": "..."})
+  if isinstance(value, dict) and "input" in value and "nums" not in value:
+    value = _of_d1(place, value)
+  row = common.check_fields(place, value, {"nums": "[...]", "target": "..."})
   nums, target = row["nums"], row["target"]
   if not isinstance(nums, list) or not all(type(n) is int and n > 0 for n in nums):
     raise DataError(f"{place}: nums is {str(nums)[:60]}, expected a list of positive integers")
@@ -279,9 +279,9 @@ def _parse(place: str, found: object) -> dict[str, Any]:
   return {"nums": nums, "target": target}
 
 
-def _of_d1(place: str, found: dict[str, Any]) -> dict[str, Any]:
+def _of_d1(place: str, raw: dict[str, Any]) -> dict[str, Any]:
   """Turn a row of d1's test file into one of ours."""
-  row = common.check_fields(place, found, {"input": '"30,100,93"', "output": '"23"'})
+  row = common.check_fields(place, raw, {"input": '"30,100,93"', "output": '"23"'})
   for field, example in (("input", "30,100,93"), ("output", "23")):
     value = str(row[field])
     if not _LIST.fullmatch(value) or (field == "output" and "," in value):

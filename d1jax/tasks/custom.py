@@ -3,9 +3,9 @@
 A frozen dataclass with those fields is enough (`build = MyTask`); `tests/tasks/parity_task.py` is a worked example. The
 file is run as ordinary Python with the rights of the run: point only at files that you trust.
 
-It is run in a process of its own (`custom_process`), for one reason: a grader that hangs in a regular expression, calls
-`os._exit` or runs out of memory cannot be stopped in the run's own process. A call costs about 0.1 ms more, and the
-start half a second.
+It runs in a separate process (`custom_process`), because a grader that hangs in a regular expression, calls `os._exit`
+or runs out of memory cannot be stopped in the run's own process. A call costs about 0.1 ms more, and the start half a
+second.
 """
 
 import contextlib
@@ -30,13 +30,15 @@ CALL_SECONDS = 30.0
 """The wall time of a call, such as one grade."""
 
 START_SECONDS = 600.0
-"""The wall time of what may read files: the start with its `build`, and the records of a split."""
+"""The wall time of calls that may read files: the start with its `build`, and the records of a split."""
 
 MEMORY_SHARE = 0.5
-"""Of the machine's memory, which the process of a task may take; what it starts may take as much each."""
+"""The share of the machine's memory that the process of a task may use; each process that it starts may use as much."""
 
 ATTEMPTS = 2
-"""How often a call is made whose process dies: once it may be for want of memory, or a signal to all processes."""
+"""How often a call is tried if its process dies: a first death may be due to a lack of memory, or to a signal to all
+processes.
+"""
 
 TRIED = 2
 """Records of each split that are graded before a run."""
@@ -54,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 def most_bytes() -> int:
-  """Of memory that the process of a task may take."""
+  """Bytes of memory that the process of a task may use."""
   return int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
@@ -85,7 +87,8 @@ def build(
 class Custom:
   """The task of a user's file, which lives in another process. Every answer is checked, and every call bounded.
 
-  It is asked from any thread, one call after the other. Pickled, it is its settings: another process starts its own.
+  It may be called from any thread; calls run one after the other. When it is pickled only its settings are: another
+  process starts its own.
 
   Attributes:
     name: of the task.
@@ -111,13 +114,13 @@ class Custom:
       TaskError: it does not, or there are none; as of every method, the call fails in one of the ways that docs name.
     """
     if split not in self._records:
-      found, again = self._call("records", split), self._call("records", split)
+      records, again = self._call("records", split), self._call("records", split)
       call = f"{self._settings.path}: {checked.called('records', (split,))}"
-      if split_hash(found) != split_hash(again):
+      if split_hash(records) != split_hash(again):
         raise TaskError(f"{call} returned other records the second time: draw them with a generator seeded by `seed`")
-      if not found and self._settings.keywords["sizes"].get(split) != 0:
+      if not records and self._settings.keywords["sizes"].get(split) != 0:
         raise TaskError(f"{call} returned no record: leave the split out of `splits`, or set task.sizes.{split}=0")
-      self._records[split] = tuple(found)
+      self._records[split] = tuple(records)
     return self._records[split]
 
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
@@ -264,7 +267,7 @@ class _Process:
       self._connection.send((seconds, request))
       if not self._connection.poll(seconds):
         raise TimeoutError
-      is_well, found = self._connection.recv()
+      is_well, reply = self._connection.recv()
     except (EOFError, ConnectionError):
       with contextlib.suppress(subprocess.TimeoutExpired):
         self._program.wait(1)
@@ -274,8 +277,8 @@ class _Process:
       self._end()
       raise
     if not is_well:
-      raise TaskError(found)
-    return found
+      raise TaskError(reply)
+    return reply
 
 
 def _end(program: subprocess.Popen[bytes], connection: Connection, owner: int) -> None:

@@ -1,7 +1,7 @@
 """The process of a custom task: `custom` starts it, and it answers calls that come over a socket.
 
-The user's file is imported here and nowhere else. Whatever it does (raise, exit, hang, crash, close files, fork, eat
-memory, change what it is given) happens to this process, which `custom` watches and replaces.
+The user's file is imported here and nowhere else. Whatever it does (raise, exit, hang, crash, close files, fork, use up
+memory, change its arguments) affects only this process, which `custom` watches and replaces.
 """
 
 import importlib.util
@@ -67,7 +67,8 @@ def _check(task: object, path: str) -> None:
 
 
 def load(path: str, defines: str = "build") -> ModuleType:
-  """Import a user's file under a name of its own, so that what it defines can be pickled; it is meant to define a name.
+  """Import a user's file under a module name of its own, so that its classes can be pickled. `defines` is the name that
+  the file should define, for the message.
 
   Raises:
     TaskError: it cannot be found, or running it fails.
@@ -90,25 +91,26 @@ def answer(task: Task, path: str, method: str, arguments: tuple[Any, ...]) -> An
   """Call a method of the task, and check what it returns.
 
   Raises:
-    TaskError: it raised, whatever it raised, or returned what it may not.
+    TaskError: it raised any exception, or returned a value that is not allowed.
   """
   try:
-    found = getattr(task, method)(*arguments)
+    result = getattr(task, method)(*arguments)
   except BaseException as error:
     raise TaskError(f"{place(path, error)}: {checked.called(method, arguments)} failed: {described(error)}") from error
   try:
-    return checked.check_answer(method, arguments, found)
+    return checked.check_answer(method, arguments, result)
   except Exception as error:  # also of a mapping whose methods raise
-    said = str(error) if type(error) is ValueError else f"returned what cannot be read: {described(error)}"
-    raise TaskError(f"{path}: {checked.called(method, arguments)} {said}") from error
+    problem = str(error) if type(error) is ValueError else f"returned what cannot be read: {described(error)}"
+    raise TaskError(f"{path}: {checked.called(method, arguments)} {problem}") from error
 
 
 def serve(connection: Connection) -> None:
   """Answer calls until the other side is closed: first the settings, then a method and its arguments each time.
 
-  Every call comes with its seconds; at twice as many this process ends, should nobody be left to end it.
+  Every call comes with its seconds; after twice that time this process ends by itself, in case no other process is left
+  to end it.
   """
-  own, path = os.getpid(), ""
+  this_process, path = os.getpid(), ""
   task: Task
   reply: tuple[bool, Any]
   while True:
@@ -124,7 +126,7 @@ def serve(connection: Connection) -> None:
     except TaskError as error:
       reply = (False, str(error))
     signal.setitimer(signal.ITIMER_REAL, 0)
-    if os.getpid() != own:  # The task forked, and this is the copy.
+    if os.getpid() != this_process:  # The task forked, and this is the copy.
       os._exit(0)
     connection.send(reply)
 
@@ -161,7 +163,7 @@ def main() -> None:
 
 
 def place(path: str, error: BaseException) -> str:
-  """The file, and its line that failed, where it is known."""
+  """The file, and the line that failed, if it is known."""
   lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(Path(path).resolve())]
   line = error.lineno if isinstance(error, SyntaxError) and not lines else next(reversed(lines), None)
   return path if line is None else f"{path} line {line}"

@@ -74,8 +74,8 @@ def gsm8k_gold(answer: str | None) -> float | None:
 
   What follows the number, such as a unit or a denominator, is not seen.
   """
-  found = _GOLD.match(answer or "")
-  digits = found[1].replace(",", "") if found else ""
+  match = _GOLD.match(answer or "")
+  digits = match[1].replace(",", "") if match else ""
   return float(digits) if digits else None
 
 
@@ -140,7 +140,7 @@ def read_sudoku(text: str) -> str:
   the first `</answer>` and the next of those two tokens, or the end. 16 digits before `</answer>`. 16 digits that are a
   word.
   """
-  return next(filter(None, ("".join(found.split()) for found in _sudoku_candidates(text))), "")
+  return next(filter(None, ("".join(candidate.split()) for candidate in _sudoku_candidates(text))), "")
 
 
 def _sudoku_candidates(text: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""What d1's RL rewards pay, to the letter: its `diffu-grpo/reward_func.py` at commit 837888f, quirks included.
+"""d1's RL rewards to the letter: its `diffu-grpo/reward_func.py` at commit 837888f, quirks included.
 
-Written anew from the rules. Nothing is executed, every function takes any string, and time is linear in its length.
+A new implementation from the rules. Nothing is executed, every function takes any string, and time is linear in its
+length.
 """
 
 import re
@@ -33,7 +34,7 @@ def gsm8k(text: str, gold: str) -> dict[str, float]:
 def xmlcount(text: str) -> float:
   """Pay 0.125 for each of four tags with its line breaks; take 0.001 a character behind the last one, in places twice.
 
-  Where no line break follows `</answer>`, the first of the two penalties counts the whole text.
+  If no line break follows `</answer>`, the first of the two penalties counts the whole text.
   """
   score = 0.0
   if text.count("<reasoning>\n") == 1:

@@ -1,8 +1,8 @@
 r"""Whether two answers are mathematically the same: by their normal forms, part by part, and by `math-verify`.
 
-`math-verify` (with sympy) sees single expressions only, and only such as the answers of MATH are made of: what is
-passed on is bounded in length, depth, digits, exponents and commands, so that verdicts do not depend on how fast a
-machine is. It runs in a process of its own (`verifier`) and evaluates nothing that a model wrote but digits.
+`math-verify` (with sympy) sees single expressions only, and only such as the answers of MATH are made of: its input is
+bounded in length, depth, digits, exponents and commands, so that verdicts do not depend on the speed of a machine. It
+runs in a process of its own (`verifier`) and evaluates nothing that a model wrote but digits.
 """
 
 import functools
@@ -57,9 +57,9 @@ def is_equivalent(answer: str, gold: str, problem: str) -> bool:
   """Tell whether an answer is the gold answer.
 
   Lists, tuples, intervals, unions and matrices are the same when they are of one kind and their entries are, in order
-  or, for sets and lists without brackets, in any. Numbers are the same or not. What remains is asked of `math-verify`,
-  but not for an answer that is copied from the problem, and not for sums and products where the gold is a number: who
-  is asked to compute or to factor something and repeats it has not answered. The verdict is the same in every process;
+  or, for sets and lists without brackets, in any. Numbers are the same or not. If these do not decide, `math-verify`
+  does, but not for an answer that is copied from the problem, and not for sums and products if the gold answer is a
+  number: to repeat a sum that the problem asks to compute is not an answer. The verdict is the same in every process;
   what takes too long or too much memory is a no.
 
   Args:
@@ -80,8 +80,8 @@ def is_equivalent(answer: str, gold: str, problem: str) -> bool:
 def _is_equal(answer: str, gold: str, problem: str, depth: int) -> bool:
   """Compare clean answers, or entries of such."""
   if "=" in answer and "=" not in gold and not answers.split(answer)[0]:
-    said = _conclusion(answer, problem)
-    return said is not None and _is_equal(said, gold, problem, depth)
+    conclusion = _conclusion(answer, problem)
+    return conclusion is not None and _is_equal(conclusion, gold, problem, depth)
   if answers.is_same(answer, gold):
     return True
   form, wanted = answers.normal_form(answer), answers.normal_form(gold)
@@ -141,8 +141,8 @@ def _is_equal_side(side: str, last: str) -> bool:
 @functools.lru_cache(64)
 def _asked(problem: str) -> frozenset[str]:
   """List the formulas of a problem that say no number, such as `2x+3y`, without their blanks."""
-  found = ("".join(text.split()) for text in _ASKED.findall(problem))
-  return frozenset(text for text in found if re.search("[A-Za-z]", text))
+  formulas = ("".join(text.split()) for text in _ASKED.findall(problem))
+  return frozenset(text for text in formulas if re.search("[A-Za-z]", text))
 
 
 def _is_permutation(entries: list[str], golds: list[str], problem: str, depth: int) -> bool:

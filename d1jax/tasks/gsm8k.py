@@ -118,9 +118,9 @@ class Gsm8k:
 def _answer(text: str) -> str:
   r"""Return what a completion answers with: all of its last box, of its answer block, or of itself; "" if that is long.
 
-  It may have one name (`x = 5`), what is equal to it (`2 * 9 = 18`) or `Answer:` and the like in front, and a unit of
-  up to four words behind. A box that an answer block leaves open ends with the block. With a second number it is no
-  number, nor is any other sentence: `It is 18`.
+  In front of it there may be one name (`x = 5`), an expression that is equal to it (`2 * 9 = 18`), or `Answer:` and the
+  like; behind it a unit of up to four words. A box that an answer block leaves open ends with the block. With a second
+  number it is no number, nor is any other sentence: `It is 18`.
   """
   answer = common.final_answer(text)
   box = latex.last_box(answer)

@@ -1,4 +1,4 @@
-"""Test questions that no other split may hold, also where no test file is at hand.
+"""Test questions that no other split may hold, even if there is no test file.
 
 They are the questions to which d1 published answers: a list that is part of the package, written by
 `python -m tests.tasks.make_held_out`.

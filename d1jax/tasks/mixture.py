@@ -52,13 +52,13 @@ class Mixture:
     Raises:
       ValueError: a task has none.
     """
-    found = []
+    parts = []
     for name, weight in self.weights.items():
       places = [i for i, record in enumerate(records) if record["task"] == name]
       if not places:
         raise ValueError(f"no record of {name} is left; raise the prompt buckets, or take it out of the mix")
-      found.append((places, weight))
-    return found
+      parts.append((places, weight))
+    return parts
 
   def prompt(self, record: Record, style: str) -> tuple[list[Message], str]:
     """Return the messages and the prefill of the record's task."""
@@ -79,8 +79,8 @@ class Mixture:
   def grade(self, text: str, record: Record, protocol: str = "strict") -> Grade:
     """Grade by the record's task; every metric comes twice, as `solved` and as `sudoku/solved`."""
     grade = self._task(record).grade(text, record, protocol)
-    own = {f"{record['task']}/{name}": pair for name, pair in grade.metrics.items()}
-    return Grade(grade.components, {**grade.metrics, **own}, grade.answer)
+    by_task = {f"{record['task']}/{name}": pair for name, pair in grade.metrics.items()}
+    return Grade(grade.components, {**grade.metrics, **by_task}, grade.answer)
 
   def _task(self, record: Record) -> Task:
     return self.tasks[record["task"]]

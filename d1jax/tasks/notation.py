@@ -176,16 +176,16 @@ def split_unit(text: str) -> tuple[str, str]:
   Any words that are no number serve in `\text{}`, and may have an exponent. Without it only known units do, behind a
   digit or a brace, and no single letters, which may be variables: `5 cm`, `28 percent`, `90^\circ`, but not `5 m`.
   """
-  found = _TEXT_UNIT.search(text)
-  if found is not None and is_unit(found[1]):
-    return text[: found.start()], _canonical(found[1], found[2])
-  found = _BARE_UNIT.search(text)
-  name = "" if found is None or _LETTER.match(found[1]) else _canonical(found[1], found[2])
-  return (text[: found.start()], name) if found is not None and name else (text, "")
+  match = _TEXT_UNIT.search(text)
+  if match is not None and is_unit(match[1]):
+    return text[: match.start()], _canonical(match[1], match[2])
+  match = _BARE_UNIT.search(text)
+  name = "" if match is None or _LETTER.match(match[1]) else _canonical(match[1], match[2])
+  return (text[: match.start()], name) if match is not None and name else (text, "")
 
 
 def have_different_units(left: str, right: str) -> bool:
-  """Tell whether both answers have a known unit, and not the same: `5 cm` and `5 m`, but not `5 cm` and `5 units`."""
+  """Tell whether both answers have known units that differ: `5 cm` and `5 m`, but not `5 cm` and `5 units`."""
   names = unit(left), unit(right)
   return all(names) and are_different(*names)
 

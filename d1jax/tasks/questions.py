@@ -24,7 +24,7 @@ def digest(question: str) -> bytes:
 
 
 def is_validation(question: str) -> bool:
-  """Tell whether a question of the training files is for validation, as one in twenty is."""
+  """Tell whether a question of the training files is for validation; one in twenty is."""
   return int.from_bytes(digest(question)[:8], "big") % _VALIDATION == 0
 
 
@@ -43,13 +43,13 @@ def read(
   `test` is the last of the files, in its order. The others are the training files; `validation` is the part that
   `is_validation` names, `train` and `demonstrations` are both the rest, all in the order of their hashes, so that the
   first records are a fair sample although the files may be sorted by subject. They hold no question of the test file,
-  where there is one, and none that `held_out` lists. Questions are the same if `held_out.normalize` makes them so.
+  if there is one, and none that `held_out` lists. Questions are the same if `held_out.normalize` makes them so.
 
   Args:
     task: the name for messages and in the list of held-out questions.
     root: a data folder or `tables.HUB`; None is a ValueError.
     split: one of `common.SPLITS`.
-    count: at most so many records; fewer are no error, none are a DataError.
+    count: the largest number of records; fewer are no error, but none at all is a DataError.
     files: names that `tables.read` knows: the training file, further ones that may be missing, the test file.
     key: the field of a record that holds the question.
     parse: makes a record of a row (place, row), or None to leave it out.
@@ -76,24 +76,24 @@ def read(
   distinct: dict[str, Record] = {}
   for row in usable:
     distinct.setdefault(question(row), row)
-  asked: set[str] = set()
+  test_questions: set[str] = set()
   if split != "test":
-    asked = {text for text in distinct if held_out.fingerprint(text) in held_out.listed(task)}
+    test_questions = {text for text in distinct if held_out.fingerprint(text) in held_out.listed(task)}
     if tables.exists(root, files[-1]):
-      asked |= {question(row) for row in rows_of(files[-1]) if row is not None}
-  kept = [row for text, row in distinct.items() if text not in asked]
-  if len(kept) < len(rows):
+      test_questions |= {question(row) for row in rows_of(files[-1]) if row is not None}
+  records = [row for text, row in distinct.items() if text not in test_questions]
+  if len(records) < len(rows):
     _log.warning(
       "%s: left out %d rows without an answer, %d repeated ones and %d test questions",
       wanted,
       len(rows) - len(usable),
       len(usable) - len(distinct),
-      len(distinct) - len(kept),
+      len(distinct) - len(records),
     )
   if split != "test":
-    kept = [row for row in kept if is_validation(row[key]) == (split == "validation")]
-    kept.sort(key=lambda row: digest(row[key]))
-  return tuple(common.take_rows(wanted, split, kept, count))
+    records = [row for row in records if is_validation(row[key]) == (split == "validation")]
+    records.sort(key=lambda row: digest(row[key]))
+  return tuple(common.take_rows(wanted, split, records, count))
 
 
 def check_texts(place: str, row: Mapping[str, object], names: Sequence[str], blank: Sequence[str] = ()) -> None:

@@ -46,19 +46,19 @@ def parse(text: str, shortest_word: int = 4) -> Fraction | None:
     text = notation.unwrapped(text)
   if text[:1] + text[-1:] in ("()", "{}") and "," not in text:  # (100,101) are two numbers.
     text = text[1:-1]
-  found = _NUMBER.fullmatch(text)
-  if found is None:
+  match = _NUMBER.fullmatch(text)
+  if match is None:
     return None
-  whole, decimals, mixed = found["whole"].replace(",", ""), found["decimals"] or "", found["mixed"]
-  repeated = found["repeated"] or ""
-  if found["top"]:
-    top, bottom = int(found["top"].strip("{}")), int(found["bottom"].strip("{}"))
+  whole, decimals, mixed = match["whole"].replace(",", ""), match["decimals"] or "", match["mixed"]
+  repeated = match["repeated"] or ""
+  if match["top"]:
+    top, bottom = int(match["top"].strip("{}")), int(match["bottom"].strip("{}"))
     if whole and (top < 0 or bottom < 0):
       return None
-  elif found["below"]:
+  elif match["below"]:
     if not whole:
       return None
-    top, bottom = int(mixed or whole), int(found["below"])
+    top, bottom = int(mixed or whole), int(match["below"])
     whole = whole if mixed else ""
   elif repeated:
     # 0.1\overline{6} is (16 - 1) / 90.
@@ -70,7 +70,7 @@ def parse(text: str, shortest_word: int = 4) -> Fraction | None:
   if not bottom:
     return None
   value = int(whole or 0) + Fraction(top, bottom)
-  return -value if "-" in found["sign"] else value
+  return -value if "-" in match["sign"] else value
 
 
 def conclusion(text: str, shortest_word: int = 4) -> str:
@@ -86,6 +86,6 @@ def conclusion(text: str, shortest_word: int = 4) -> str:
 
 def _computed(text: str) -> Fraction | None:
   text = _COMMA.sub("", notation.plain(text).replace("\\$", "").replace("$", ""))
-  text = _DECIMAL.sub(lambda found: f"({int(found[1] + found[2])}/1{'0' * len(found[2])})", text)
-  found = arithmetic.evaluate(arithmetic.translate(_TIMES.sub("*", text)))
-  return parse(text) if found is None else found[0]
+  text = _DECIMAL.sub(lambda result: f"({int(result[1] + result[2])}/1{'0' * len(result[2])})", text)
+  result = arithmetic.evaluate(arithmetic.translate(_TIMES.sub("*", text)))
+  return parse(text) if result is None else result[0]

@@ -63,7 +63,7 @@ class Sudoku:
   keeps the records of a smaller one.
 
   Attributes:
-    seed: seeds the draws of generated puzzles.
+    seed: of the draws of generated puzzles.
     root: a data folder with `sudoku/train.csv`, or None to generate, as does "hub", where there are
       no puzzles. Rows are sorted into the splits by solution; `test` is generated when the file has
       no row with a held-out solution. Where `sudoku/test.csv` exists, such as d1's, it is the split
@@ -164,20 +164,20 @@ def _strict(text: str, record: Record) -> Grade:
   if len(answer) != 16 or not _DIGITS.issuperset(answer):
     return _grade(0, 0, empty, 0, None)
   right = 0
-  kept = []
+  cells = []
   for given, wanted, digit in zip(puzzle, solution, answer, strict=True):
     if given == "0":
       right += digit == wanted
-      kept.append(digit)
+      cells.append(digit)
     else:
-      kept.append(digit if digit == given else "0")
-  satisfied = sum([unit(kept) in _COMPLETE for unit in _UNITS])
+      cells.append(digit if digit == given else "0")
+  satisfied = sum([unit(cells) in _COMPLETE for unit in _UNITS])
   well_formed = not answer.strip("1234")
   return _grade(satisfied, right, empty, int(well_formed), answer)
 
 
 def _digits(answer: str) -> str:
-  """Return what an answer holds without blanks and, where that is no grid, without the signs around a grid."""
+  """Return the answer without blanks and, if that is not a grid, without the signs around a grid."""
   digits = "".join(answer.split())
   if _DIGITS.issuperset(digits):
     return digits

@@ -60,10 +60,10 @@ def draw(split: str, seed: int, count: int, clues: tuple[int, int]) -> tuple[int
 def read(root: str, split: str) -> Sequence[int]:
   """Read the split's puzzles of `root/sudoku/train.csv` in the order of the file, each once.
 
-  A row that breaks the format or the rules is a DataError that names its line. Puzzles with
-  several solutions (one might be a held-out grid) and repeated ones are left out and logged, and in
-  all splits but `test` d1's published test puzzles and those of `root/sudoku/test.csv`. That file,
-  where there is one, is all of the split `test`, its puzzles with several solutions included.
+  A row that breaks the format or the rules is a DataError that names its line. Puzzles with several solutions (one
+  might be a held-out grid) and repeated ones are left out and logged, and in all splits but `test` d1's published test
+  puzzles and those of `root/sudoku/test.csv`. If there is such a file, it is the whole split `test`, including its
+  puzzles with several solutions.
   """
   tested = _read(root, TEST_FILE) if (Path(root) / TEST_FILE).exists() else None
   if split == "test" and tested is not None:
@@ -72,18 +72,20 @@ def read(root: str, split: str) -> Sequence[int]:
     return tuple(dict.fromkeys(tested.tolist()))
   every = _read(root, FILE)
   codes = every[sudoku_grids.unique_masks()[every >> sudoku_grids.CELLS, every % sudoku_grids.MASKS]]
-  kept = distinct = np.array(list(dict.fromkeys(codes.tolist())), dtype=np.int64)
+  remaining = distinct = np.array(list(dict.fromkeys(codes.tolist())), dtype=np.int64)
   if split != "test":
-    kept = distinct[~np.isin(distinct, np.append(sudoku_grids.published_codes(), [] if tested is None else tested))]
-  if len(kept) < len(every):
+    remaining = distinct[
+      ~np.isin(distinct, np.append(sudoku_grids.published_codes(), [] if tested is None else tested))
+    ]
+  if len(remaining) < len(every):
     _log.warning(
       "%s: left out %d puzzles with several solutions, %d repeated ones and %d test puzzles",
       FILE,
       len(every) - len(codes),
       len(codes) - len(distinct),
-      len(distinct) - len(kept),
+      len(distinct) - len(remaining),
     )
-  return tuple(kept[sudoku_grids.in_split(split, kept)].tolist())
+  return tuple(remaining[sudoku_grids.in_split(split, remaining)].tolist())
 
 
 def _read(root: str, name: str) -> np.ndarray:

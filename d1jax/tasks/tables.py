@@ -27,7 +27,7 @@ PUBLISHED: Mapping[str, tuple[str, str | None, str]] = {
 
 
 def exists(root: str, name: str) -> bool:
-  """Tell whether `read` finds rows for a file."""
+  """Tell whether `read` would find rows for a file."""
   return _find(root, name) is not None
 
 
@@ -45,28 +45,28 @@ def read(
     otherwise: ends the remedy for a missing file.
 
   Raises:
-    DataError: nothing is found, `datasets` is needed and missing, or the rows cannot be read.
+    DataError: there is no such file, `datasets` is needed and missing, or the rows cannot be read.
   """
-  found = _find(root, name)
-  if found is None:
+  source = _find(root, name)
+  if source is None:
     repository = f", nor {Path(name).with_suffix('.parquet')}"
     repository += f", nor the repository {PUBLISHED[name][0]}" if name in PUBLISHED else ""
     raise DataError(
       f"{name}: not found in {str(root)!r}{repository}; point root at the folder that holds it{otherwise}"
     )
-  if found == Path(root) / name:
+  if source == Path(root) / name:
     for number, line in common.read_lines(root, name, otherwise):
       yield f"{name} line {number}", _parse(f"{name} line {number}", line)
-  elif isinstance(found, Path) and found.suffix == ".parquet":
-    shown = found.relative_to(root).as_posix()
-    yield from _load(shown, "parquet", data_files=str(found), split="train")
+  elif isinstance(source, Path) and source.suffix == ".parquet":
+    relative = source.relative_to(root).as_posix()
+    yield from _load(relative, "parquet", data_files=str(source), split="train")
   else:
     repository, configuration, split = PUBLISHED[name]
-    yield from _load(f"{repository} {split}", str(found), configuration, split=split)
+    yield from _load(f"{repository} {split}", str(source), configuration, split=split)
 
 
 def _find(root: str, name: str) -> Path | str | None:
-  """Return the file or folder that has the rows, the repository's name for the hub, None where there is nothing."""
+  """Return the file or folder that has the rows, or the repository's name for the hub; None if there is nothing."""
   repository = PUBLISHED[name][0] if name in PUBLISHED else None
   if os.fspath(root) == HUB:
     return repository

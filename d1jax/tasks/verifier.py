@@ -29,7 +29,7 @@ class Verifier:
     self._told, self._asked = 0, 0
 
   def ask(self, gold: str, answer: str) -> bool:
-    """Tell whether two expressions are equal; a process that dies or hangs over it says no.
+    """Tell whether two expressions are equal; if the process dies or hangs, the answer is no.
 
     Raises:
       RuntimeError: the process cannot start.

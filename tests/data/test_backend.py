@@ -129,7 +129,7 @@ def test_merges_that_do_not_parse_name_their_line(merges, message):
       r"vocab\.json: the id of 'zz' is 4294967296; expected an integer from 0 to 2147483647",
     ),
     ("added_tokens.json", {"zz": 2**31}, r"added_tokens\.json: the id of 'zz' is 2147483648"),
-    ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"added_tokens_decoder is no object"),
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"added_tokens_decoder is not an object"),
     (
       "tokenizer_config.json",
       {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}},

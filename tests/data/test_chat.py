@@ -78,7 +78,7 @@ def test_a_template_that_fails_is_a_value_error(source):
   ],
 )
 def test_a_template_that_tries_what_is_forbidden_is_stopped(source):
-  with pytest.raises(ValueError, match=r"the chat template tries what is forbidden .*do not trust"):
+  with pytest.raises(ValueError, match=r"the chat template does something that is forbidden .*do not trust"):
     render(source)
 
 

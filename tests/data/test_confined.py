@@ -75,7 +75,7 @@ def test_it_does_what_the_tokenizer_does():
 def test_a_template_is_stopped(template):
   with pytest.raises(
     TokenizerError,
-    match=r"tokenizer_config\.json: .*(more memory than it may|nested too deep|used up its CPU time)",
+    match=r"tokenizer_config\.json: .*(more memory than is allowed|nested too deep|used up its CPU time)",
   ) as caught:
     ConfinedTokenizer(small_files(template + WRITTEN))
   assert "\n" not in str(caught.value)

@@ -144,5 +144,5 @@ def test_extra_tokens_are_lists_or_named():
 def test_the_date_of_prompts_is_a_file():
   assert folder.date({"prompt_date.txt": b"2026-11-03\n"}) == datetime.date(2026, 11, 3)
   assert folder.date({}) == datetime.date.today()
-  with pytest.raises(ValueError, match=r"prompt_date\.txt: 'today' is no date; write one like 2026-11-30"):
+  with pytest.raises(ValueError, match=r"prompt_date\.txt: 'today' is not a date; write one like 2026-11-30"):
     folder.date({"prompt_date.txt": b"today"})

@@ -201,7 +201,7 @@ def test_text_between_an_answer_and_its_end_belongs_to_the_end():
 
 
 def test_a_template_that_drops_the_answer_is_refused():
-  with pytest.raises(ValueError, match="the chat template leaves out what the assistant says"):
+  with pytest.raises(ValueError, match="the chat template leaves the assistant's turn out"):
     small("{{ messages[0].content }}")
 
 

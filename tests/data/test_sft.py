@@ -203,7 +203,7 @@ def test_the_split_never_changes():
 
 @pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
 def test_a_share_outside_its_range_is_refused(share):
-  with pytest.raises(ValueError, match=r"held_out=.* is no share"):
+  with pytest.raises(ValueError, match=r"held_out=.* is not a share"):
     split(MANY, share)
 
 

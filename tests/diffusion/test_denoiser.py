@@ -44,7 +44,7 @@ def test_ids_beyond_the_vocabulary_are_refused(field, value):
 
 
 def test_the_mask_must_be_forbidden():
-  with pytest.raises(ValueError, match="lacks the mask 11"):
+  with pytest.raises(ValueError, match="must hold the mask 11"):
     dataclasses.replace(toy.DENOISER, forbidden_ids=(12,))
 
 

@@ -220,7 +220,7 @@ def test_what_makes_no_sense_is_refused(estimator, change, message):
 
 
 def test_the_share_needs_probabilities_of_draws():
-  with pytest.raises(ValueError, match="goes by reveal_logp, which is 0 at temperature 0"):
+  with pytest.raises(ValueError, match="depends on reveal_logp, which is 0 at temperature 0"):
     left_to_right(
       toy.DENOISER, PARAMS, recorded(), SamplerSpec(6, 6, 3, temperature=0.0), jax.random.key(0), top_entropy=0.5
     )

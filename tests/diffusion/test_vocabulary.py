@@ -142,7 +142,9 @@ def test_hidden_states_that_are_not_finite_are_not_hidden():
 
 @pytest.mark.parametrize(("tile", "shards"), [(7, 8), (24, 5), (0, 1)])
 def test_tiles_that_do_not_fit_the_shares_are_refused(tile, shards):
-  with pytest.raises(ValueError, match=f"tiles of {tile} ids do not fit a vocabulary of 96 cut over {shards} devices"):
+  with pytest.raises(
+    ValueError, match=f"tiles of {tile} ids do not fit a vocabulary of 96 that is sharded over {shards} devices"
+  ):
     tiled(tile, shards=shards)(*case(96)[:3])
 
 

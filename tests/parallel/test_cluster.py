@@ -65,7 +65,7 @@ def test_hosts_of_a_tpu_slice_are_counted_from_its_metadata(monkeypatch, endpoin
 )
 @pytest.mark.parametrize("value", ["x", "-1", "2.0", "\u00b2", "9" * 40])
 def test_a_variable_that_holds_no_number_is_named(name, others, value):
-  with pytest.raises(RunError, match=rf"the environment says {name}=.*, which is no whole number: .*unset {name}$"):
+  with pytest.raises(RunError, match=rf"the environment says {name}=.*, which is not a whole number: .*unset {name}$"):
     surroundings({**others, name: value})
 
 
@@ -134,7 +134,7 @@ def test_the_coordinator_listens_where_it_is_told(monkeypatch, coordinator, reso
   [
     (
       "--nonsense",
-      "XLA_FLAGS=--nonsense is not what XLA takes (Unknown flag in XLA_FLAGS: --nonsense): correct it, or",
+      "XLA_FLAGS=--nonsense is not accepted by XLA (Unknown flag in XLA_FLAGS: --nonsense): correct it, or",
     ),
     ("--xla_backend_optimization_level=0", "read"),
   ],

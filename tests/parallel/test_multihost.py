@@ -155,7 +155,7 @@ def test_a_step_of_slurm_counts_its_own_tasks(initialized, monkeypatch):
 @pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
 def test_numbers_of_the_environment_are_numbers(monkeypatch, name):
   monkeypatch.setenv(name, "two")
-  with pytest.raises(RunError, match=f"the environment says {name}='two', which is no whole number"):
+  with pytest.raises(RunError, match=f"the environment says {name}='two', which is not a whole number"):
     multihost.initialize("run", None, None, None, 5)
 
 
@@ -305,7 +305,7 @@ def test_small_things_are_heard_by_all(peers, count):
     assert own["in_order"] == [f"{i % count}!" for i in range(6)]
     others = ", ".join(map(str, range(1, count)))
     assert own["same"][0] is None
-    assert own["same"][1].startswith(f"the number of process {others} is not that of process 0")
+    assert own["same"][1].startswith(f"the number of process {others} differs from that of process 0")
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +380,7 @@ def test_a_kill_of_one_ends_the_other_with_a_line(tmp_path, killed):
   assert code == 75, err
   assert said.startswith("d1jax: ")
   assert "another process" in said
-  assert "run the same command again, it goes on from the last checkpoint" in said
+  assert "run the same command again to resume from the last checkpoint" in said
 
 
 @SLOW
@@ -389,7 +389,7 @@ def test_processes_with_other_commands_refuse_to_run(tmp_path):
   found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path, **jobs.BRIEF), each=commands))
   assert [code for code, _, _ in found] == [2, 2]
   for _, _, err in found:
-    assert "the configuration of process 1 is not that of process 0" in err.splitlines()[-1]
+    assert "the configuration of process 1 differs from that of process 0" in err.splitlines()[-1]
   assert not (tmp_path / "config.json").exists()
 
 

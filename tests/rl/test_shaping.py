@@ -48,5 +48,5 @@ def test_shaping_that_means_nothing_is_refused(fields, message):
 
 
 def test_a_component_of_the_same_name_is_refused():
-  with pytest.raises(ValueError, match="answered: the task has a component of this name"):
+  with pytest.raises(ValueError, match="answered: the task has a component with this name already"):
     Shaping(answered=0.1).check(["answered"], 8)

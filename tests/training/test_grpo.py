@@ -122,7 +122,7 @@ GREEDY = {"rollout__temperature": 0.0, "rollout__remasking": "random"}
     ),
     ({"grpo__reward_weights": "sloved=1"}, "names 'sloved', which is no component; known: constraints, solved"),
     ({"grpo__oversample": 0}, "grpo.oversample=0 must be a whole number of at least 1"),
-    ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states.* shifts the data, not the ratio"),
+    ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states.* no ratio to the sampler"),
     ({"grpo__importance_cap": 0.0, "grpo__estimator": "step_merged"}, "importance_cap=0.0 must be positive"),
     (
       {"grpo__importance_cap": 2.0, "grpo__estimator": "step_merged", **GREEDY},
