@@ -26,6 +26,11 @@ class Window(NamedTuple):
   width: int
 
 
+def pass_over(width: int) -> str:
+  """The scope of a pass that computes `width` positions a row, with the logits of its block."""
+  return f"d1jax.pass_over_{width}"
+
+
 def check_cached(denoiser: Denoiser, spec: SamplerSpec) -> None:
   """Raises a ValueError where the spec asks for a cache that the denoiser has not."""
   if spec.cache != "none" and (denoiser.init_cache is None or denoiser.encode_window is None):
@@ -87,6 +92,7 @@ def block_logits(
   first, width = window or Window(0, length)
   relative = start - first + jnp.arange(spec.block_length)
 
+  @jax.named_scope(pass_over(width))
   def forward(tokens: Int[Array, "B L"], cache: Any) -> tuple[Float[Array, "B W V"], Any]:
     if cache is None or denoiser.encode_window is None:
       hidden = denoiser.encode(params, tokens, valid)

@@ -7,10 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 Params = Any
 """A nested dict of arrays; what is in it is the network's business."""
+
+FORWARD_PASS = "d1jax.forward_pass"
+"""The name of a forward pass's hidden states in a trace, by which `d1jax.telemetry.flops` counts the passes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +58,11 @@ class Denoiser:
       raise ValueError(f"forbidden_ids={self.forbidden_ids} lacks the mask {self.mask_id}, which is never a prediction")
 
   def hidden_predicting(self, hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
-    """The hidden states that predict these positions; the only place that knows whether a position predicts itself."""
-    return jnp.take(hidden, positions - self.shift, axis=1)
+    """The hidden states that predict these positions; the only place that knows whether a position predicts itself.
+
+    It is called once a forward pass, with all that the pass has encoded.
+    """
+    return jnp.take(checkpoint_name(hidden, FORWARD_PASS), positions - self.shift, axis=1)
 
   def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits in float32 with the forbidden ids at minus infinity: the one density that is sampled, scored and

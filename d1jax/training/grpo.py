@@ -101,7 +101,8 @@ def advancer(
     seconds = {"rollout": visit.arrived - rolling, "grading": graded - visit.arrived, "update": updated - updating}
     if seen or gap:
       seconds["validation"] = updating - graded + time.perf_counter() - updated
-    work = cost.iteration(experiment, programs.method, visit.rollout, cached=used)
+    counted = programs.compiled[batch.prompt.shape[1]].counted
+    work = cost.iteration(experiment, programs.method, counted, visit.rollout, cached=used)
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     tasks = [names[i] for i in batch.record] if names else []
     values = seen | gap | summarise(visit.rewards, visit.sums, host_metrics, config.num_generations, tasks)

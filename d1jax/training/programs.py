@@ -22,6 +22,7 @@ from d1jax.rl.selection import with_signal
 from d1jax.rl.update import Metrics, update
 from d1jax.run.experiment import Experiment
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
+from d1jax.telemetry import flops
 from d1jax.training import drift, method
 
 Prompts = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -33,11 +34,12 @@ GAP_POSITIONS = 16
 
 class Compiled(NamedTuple):
   """The programs of one prompt bucket; `gap` where adapters are merged for rollouts, `exact` (the rollout without a
-  cache) and `drift` where a cache is watched.
+  cache) and `drift` where a cache is watched; `counted` are the products of `rollout`, `update` and `exact`.
   """
 
   rollout: Any
   update: Any
+  counted: Mapping[str, flops.Counted]
   gap: Any
   exact: Any = None
   drift: Any = None
@@ -195,8 +197,8 @@ class Programs:
     """What it returns."""
     return meshes.with_placement(jax.eval_shape(self._rollout, *arguments), self._experiment.by_row)
 
-  def lowering(self, width: int) -> Mapping[str, Callable[[], Any]]:
-    """Functions that lower `publish`, and the `rollout` and the `update` for prompts of `width` tokens, from shapes
+  def tracing(self, width: int) -> Mapping[str, Callable[[], jax.stages.Traced]]:
+    """Functions that trace `publish`, and the `rollout` and the `update` for prompts of `width` tokens, from shapes
     alone.
     """
     experiment, arguments = self._experiment, self._arguments(width)
@@ -205,22 +207,24 @@ class Programs:
     rewards = jax.ShapeDtypeStruct((self._rows,), jnp.float32, sharding=experiment.by_row)
     chunks = (self._chunk(arguments),) * self._chunks
     return {
-      "publish": self._publish.lower,
-      "rollout": lambda: self._rollout.lower(*arguments),
-      "update": lambda: self._update.lower(state, frozen, chunks, rewards),
+      "publish": self._publish.trace,
+      "rollout": lambda: self._rollout.trace(*arguments),
+      "update": lambda: self._update.trace(state, frozen, chunks, rewards),
     }
 
   def compile(self) -> None:
     """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
     weights = self._experiment.weights
     for width in self._experiment.buckets("train")[1]:
-      lowering, arguments = self.lowering(width), self._arguments(width)
+      tracing, arguments = self.tracing(width), self._arguments(width)
+      traced = {"rollout": tracing["rollout"](), "update": tracing["update"]()}
+      traced |= {"exact": self._exact.trace(*arguments)} if self.watch else {}
+      compiled = {name: each.lower().compile() for name, each in traced.items()}
       chunk, trained = self._chunk(arguments), (weights.abstract_state(self._optimizer).trainable,)
       self.compiled[width] = Compiled(
-        rollout=lowering["rollout"]().compile(),
-        update=lowering["update"]().compile(),
+        **compiled,
+        counted={name: flops.count(each) for name, each in traced.items()},
         gap=self._gap.lower(*trained, weights.abstract_frozen(), chunk).compile() if weights.merges else None,
-        exact=self._exact.lower(*arguments).compile() if self.watch else None,
         drift=self._drift.lower(arguments[0], chunk, chunk).compile() if self.watch else None,
       )
     self._publish.compile()

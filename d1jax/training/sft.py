@@ -23,7 +23,8 @@ from d1jax.parallel.mesh import place
 from d1jax.run.experiment import Experiment
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
 from d1jax.tasks import held_out as held_out_questions
-from d1jax.telemetry import cost, ledger
+from d1jax.telemetry import flops, ledger
+from d1jax.telemetry.cost import Work
 
 
 def sft_step(
@@ -142,7 +143,7 @@ def _report(config: ConfigDict, name: str, found: Demonstrations) -> None:
 
 
 class Steps:
-  """The compiled SFT step of every pair of prompt and completion bucket."""
+  """The compiled SFT step of every pair of prompt and completion bucket, and its work."""
 
   def __init__(self, experiment: Experiment, optimizer: optax.GradientTransformation):
     config, weights = experiment.config.sft, experiment.weights
@@ -160,10 +161,13 @@ class Steps:
     )
     state, frozen = weights.abstract_state(optimizer), weights.abstract_frozen()
     self.compiled: dict[tuple[int, int], Any] = {}
+    self.work: dict[tuple[int, int], Work] = {}
     for width, length in itertools.product(config.prompt_buckets, config.completion_buckets):
       parts: list[Any] = [rows(), rows(width), rows(width, dtype=jnp.bool_), rows(length)]
       batch = SftBatch(*parts)
-      self.compiled[width, length] = self._step.lower(state, frozen, batch).compile()
+      traced = self._step.trace(state, frozen, batch)
+      self.compiled[width, length] = traced.lower().compile()
+      self.work[width, length] = Work.of(flops.count(traced), tokens=config.batch_size * length)
 
   def _program(self, state: TrainState, frozen: Frozen, batch: SftBatch) -> tuple[TrainState, dict[str, jax.Array]]:
     config = self._experiment.config.sft
@@ -207,7 +211,7 @@ def advancer(
     truncate=config.truncate,
     position=position,
   )
-  steps, model = Steps(experiment, optimizer), cost.model_of(experiment)
+  steps = Steps(experiment, optimizer)
   frozen, mesh = experiment.weights.frozen, experiment.weights.mesh
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
@@ -218,9 +222,7 @@ def advancer(
       state, metrics = steps(state, frozen, batch)
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     seconds = {"update": time.perf_counter() - began}
-    rows, length = batch.completion.shape
-    canvas = batch.prompt.shape[1] + length
-    work = {"update": cost.fine_tuning(model, rows, canvas, length, tiled=config.logits_tile is not None)}
+    work = {"update": steps.work[batch.prompt.shape[1], batch.completion.shape[1]]}
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     return state, values | spent | {"tokens": float(batch.completion.size)}
 
