@@ -89,11 +89,11 @@ def count(experiment: experiments.Experiment, programs: Programs, config: Config
   }
 
 
-def compiled(lower: Any) -> dict[str, Any]:
+def compiled(trace: Any) -> dict[str, Any]:
   """What the compiler says of a program: its peak, or what it would have needed."""
   began = time.time()
   try:
-    memory = lower().compile().memory_analysis()
+    memory = trace().lower().compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:
     found = re.search(r"Used ([\d.]+)G of|temporaries \(([\d.]+)G\) exceeds", str(error))
     if found is None:
@@ -121,7 +121,7 @@ def measure(chips: int, training: str) -> dict[str, Any]:
   )
   row = {"training": training, "chips": chips, "topology": name, "counted": count(experiment, programs, config)}
   width = max(config.data.prompt_buckets)
-  return row | {name: compiled(lower) for name, lower in programs.lowering(width).items()}
+  return row | {name: compiled(trace) for name, trace in programs.tracing(width).items()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import timing
+from benchmarks import passes, timing
 from d1jax.aot.table import markdown
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.advantage import ADVANTAGES
@@ -55,10 +55,8 @@ def preset(words: str) -> ConfigDict:
 def passes_an_iteration(config: ConfigDict) -> int:
   """Of one completion: its rollout, the reference's score, and the update."""
   sampler = SamplerSpec(**config.rollout)
-  passes = configured.method(config.grpo, sampler).estimator.passes(sampler)
-  steps = sampler.blocks * sampler.steps_per_block
-  each = steps if passes.number is None else passes.number
-  return steps + config.grpo.num_iterations * each * (1 + 3 + passes.repeated)
+  each, again = passes.of(configured.method(config.grpo, sampler).estimator, sampler)
+  return sampler.blocks * sampler.steps_per_block + config.grpo.num_iterations * (each * (1 + 3) + again)
 
 
 def command(words: str, seed: int, workdir: Path, fields: dict[str, Any]) -> list[str]:

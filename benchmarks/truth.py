@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks import timing
+from benchmarks import passes, timing
 from benchmarks.enumeration import LENGTH, Truth, draw_params
 from d1jax.aot.table import markdown
 from d1jax.diffusion.likelihood import Scores
@@ -130,8 +130,7 @@ def compare(seeds: int, keys: int) -> list[dict[str, Any]]:
           found = {"lower": lower, "upper": spg(truth, rollout, reward, estimator, lower, keys)}
         for what, one in found.items():
           each.setdefault(what, []).append(judged(truth, rollout, probability, reward, one))
-      passes = estimator.passes(SPEC)
-      number = passes.number or SPEC.blocks * SPEC.steps_per_block
+      number, again = passes.of(estimator, SPEC)
       for what, numbers in each.items():
         labels = [what, *(f"{key}={value}" for key, value in options.items())]
         records.append(
@@ -140,7 +139,7 @@ def compare(seeds: int, keys: int) -> list[dict[str, Any]]:
             "options": ", ".join(label for label in labels if label),
             "samples": count,
             "numbers": np.mean(numbers, axis=0).tolist(),
-            "forward": number * (2 if passes.repeated else 1),
+            "forward": number + again,
             "backward": number,
           }
         )

@@ -76,11 +76,15 @@ class Completer:
       jax.ShapeDtypeStruct((), jnp.int32, sharding=scalar),
     )
 
+  def traced(self, sampler: SamplerSpec, rows: int, width: int) -> jax.stages.Traced:
+    """The traced program for batches of `rows` prompts of `width` tokens; JAX keeps it."""
+    return self.jitted(sampler).trace(*self.arguments(rows, width))
+
   def program(self, sampler: SamplerSpec, rows: int, width: int) -> Any:
     """The program for batches of `rows` prompts of `width` tokens; compiled once, from shapes alone."""
     shape = (sampler, rows, width)
     if shape not in self._compiled:
-      self._compiled[shape] = self.jitted(sampler).lower(*self.arguments(rows, width)).compile()
+      self._compiled[shape] = self.traced(*shape).lower().compile()
     return self._compiled[shape]
 
   def __call__(

@@ -77,14 +77,14 @@ class Publisher:
   def _made(self, trainable: Params, base: Params) -> list[jax.Array]:
     return self._new(self._publish(trainable, base))
 
-  def lower(self) -> Any:
-    """The lowered program, from shapes alone."""
-    return self._program.lower(*self._arguments)
+  def trace(self) -> jax.stages.Traced:
+    """The traced program, from shapes alone."""
+    return self._program.trace(*self._arguments)
 
   def compile(self) -> None:
     """Compiles the program, once."""
     if self._compiled is None:
-      self._compiled = self.lower().compile()
+      self._compiled = self.trace().lower().compile()
 
   def __call__(self, trainable: Params, base: Params) -> Params:
     """What rollouts take; some of its arrays may be arguments themselves."""

@@ -30,7 +30,7 @@ from d1jax.run.metrics import STAGES, warn_of_lost
 from d1jax.run.workdir import Folder, claim, folder
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
-from d1jax.telemetry import cost, profile
+from d1jax.telemetry import profile
 from d1jax.training import configured, grpo, loop, sft
 from d1jax.training.held_out_loss import HeldOutLoss
 from d1jax.weights import check_base
@@ -250,7 +250,6 @@ class Recipe:
         optimizer,
         position,
         seed=self.config.seed,
-        count=cost.of_fine_tuning(experiment, self._fine_tuning.logits_tile is not None),
       )
 
     fresh = functools.partial(experiment.model.weights.fresh_state, optimizer)
@@ -273,7 +272,6 @@ class Recipe:
         position,
         self.workdir,
         seed=self.config.seed,
-        count=lambda rollout, cached: cost.iteration(experiment, self._programs.method, rollout, cached=cached),
         gap_every=self.config.grpo.validate_every,
         dump_every=self.config.grpo.dump_every,
       )

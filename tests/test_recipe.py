@@ -12,7 +12,6 @@ import pytest
 from d1jax import recipe
 from d1jax.errors import RunError
 from d1jax.fingerprint import fingerprint
-from d1jax.models import flops
 from d1jax.report import summary
 from d1jax.run import experiment as experiments
 from d1jax.run.checkpoint import Checkpoints
@@ -23,6 +22,7 @@ from d1jax.telemetry import ledger
 from d1jax.training import configured, dump
 from tests import runs
 from tests.jobs import small
+from tests.telemetry import formulas
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def test_each_record_says_what_its_iteration_cost(finished):
   assert record["cost/tokens/rollout"] == record["cost/tokens/update"] == 16 * 18
   size = experiments.build(config, kept_in(workdir)).model.network.size
   canvas = 33 + 18
-  assert record["cost/flops/rollout"] == 4 * flops.forward(size, 16, canvas, canvas, 18)
-  assert record["cost/flops/update"] == 3 * flops.forward(size, 16, canvas, canvas, 18)
+  assert record["cost/flops/rollout"] == 4 * formulas.forward(size, 16, canvas, canvas, 18)
+  assert record["cost/flops/update"] == 3 * formulas.forward(size, 16, canvas, canvas, 18)
   assert record["cost/flops/score"] == 0
   assert record["cost/devices"] == 8
 

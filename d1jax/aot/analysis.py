@@ -7,9 +7,10 @@ import jax
 
 from d1jax.aot import collectives, hlo, invariants, memory, network, roofline, traffic
 from d1jax.aot.memory import bytes_a_device
-from d1jax.aot.work import work
 from d1jax.parallel.chips import Chip
 from d1jax.run.experiment import Experiment
+from d1jax.telemetry import cost, flops
+from d1jax.telemetry.cost import Work
 from d1jax.training.programs import Programs
 
 MOVES = ("all-gather", "all-to-all", "collective-permute")
@@ -29,15 +30,15 @@ class Analysis:
       width: of the prompts.
     """
     self._chip, self._devices = chip, list(experiment.model.weights.mesh.devices.flat)
-    self._work = work(experiment, programs, width)
-    self.lowering = programs.lowering(width)
+    self.experiment, self._width = experiment, width
+    self.tracing = programs.tracing(width)
     config, weights = experiment.config.grpo, experiment.model.weights
     self._state = weights.abstract_state(experiment.optimizer(config, config.steps * config.num_iterations))
     self._frozen = weights.abstract_frozen(with_reference=programs.method.scores_reference)
 
   def placements(self) -> dict[str, str]:
     """Where each array lives that is trained, frozen or published: its path, and how it is cut."""
-    trees = {"trained": self._state.trainable, "frozen": self._frozen, "made": self.lowering["publish"]().out_info}
+    trees = {"trained": self._state.trainable, "frozen": self._frozen, "made": self.tracing["publish"]().out_info}
     return {
       name + jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)} {x.sharding.spec}"
       for name, tree in trees.items()
@@ -55,29 +56,44 @@ class Analysis:
       one), `seconds` (see `roofline.Roofline`) and `bound`.
     """
     began = time.perf_counter()
-    lowered = self.lowering[name]()
+    traced = self.tracing[name]()
+    lowered = traced.lower()
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       refused = memory.refusal(str(error), lowered.as_text())
       found = refused._asdict() | {"largest": [buffer._asdict() for buffer in refused.largest]}
       return {"compile_seconds": time.perf_counter() - began, "fits": False} | found
-    return {"compile_seconds": time.perf_counter() - began} | self._read(name, compiled)
+    return {"compile_seconds": time.perf_counter() - began} | self._read(name, compiled, traced)
 
-  def _read(self, name: str, compiled: Any) -> dict[str, Any]:
+  def work(self, name: str, traced: jax.stages.Traced) -> Work:
+    """What one run of a program computes, on all devices together.
+
+    Rollouts take every step: where confidence or stop ids end them early, this is the most that they can take.
+    """
+    counted = flops.count(traced)
+    if name != "rollout":
+      return Work.of(counted, tokens=0)
+    experiment, config = self.experiment, self.experiment.config.grpo
+    rows = config.oversample * config.prompts_per_iteration * config.num_generations // config.rollout_chunks
+    sampler, shift = experiment.sampler, experiment.model.denoiser.shift
+    canvas = self._width + sampler.completion_length
+    return cost.rollout(counted, sampler, canvas, shift, cost.whole(sampler, 1, rows))
+
+  def _read(self, name: str, compiled: Any, traced: jax.stages.Traced) -> dict[str, Any]:
     program = hlo.parse(compiled.as_text())
     exchanged = collectives.find(program, len(self._devices))
     again = invariants.repeated(program)
     exchanges = network.summary(exchanged, self._chip, self._devices)
-    moved, flops = traffic.traffic(program), self._work[name]
-    computed = (flops.flops + flops.repeated) / len(self._devices)
+    moved, work = traffic.traffic(program), self.work(name, traced)
+    computed = (work.flops + work.repeated) / len(self._devices)
     line = roofline.roofline(self._chip, computed, moved, sum(each["seconds"] for each in exchanges))
     taken = memory.memory(compiled, *self._held(name, compiled))
     found = {
       "fits": taken.total <= self._chip.hbm_bytes,
       "memory": taken._asdict() | {"total": taken.total},
-      "flops": flops.flops,
-      "repeated": flops.repeated,
+      "flops": work.flops,
+      "repeated": work.repeated,
       "traffic": moved,
       "collectives": exchanges,
       "largest_in_loops": network.largest_in_loops(exchanged),
@@ -100,7 +116,7 @@ class Analysis:
     owned = bytes_a_device((self._state.trainable, self._state.opt_state, self._frozen))
     if name == "rollout":
       weights = memory.bytes_placed(*arguments[0])
-      shared = weights - bytes_a_device(self.lowering["publish"]().out_info)
+      shared = weights - bytes_a_device(self.tracing["publish"]().out_info)
       return {"weights": weights}, owned - shared
     if name == "publish":
       trees = dict(zip(("trained", "base"), arguments, strict=True))

@@ -59,7 +59,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   result = described(experiment, width, config) | {"available": chip.hbm_bytes, "placements": analysis.placements()}
   chunks = config.grpo.rollout_chunks
   result["programs"] = {}
-  for name in analysis.lowering:
+  for name in analysis.tracing:
     print(f"compiling {name} for {config.topology}", flush=True)
     with input_checked():
       result["programs"][name] = {"runs": chunks if name == "rollout" else 1} | analysis.program(name)

@@ -26,6 +26,11 @@ class Window(NamedTuple):
   width: int
 
 
+def pass_over(width: int) -> str:
+  """The scope of a pass that computes `width` positions a row, with the logits of its block."""
+  return f"d1jax.pass_over_{width}"
+
+
 def check(denoiser: Denoiser, spec: SamplerSpec) -> None:
   """Raises a ValueError if the spec needs a cache and the denoiser has none, or if it cuts the network's blocks."""
   if spec.cache != "none" and (denoiser.init_cache is None or denoiser.encode_window is None):
@@ -93,6 +98,7 @@ def block_logits(
   first, width = window or Window(0, length)
   relative = start - first + jnp.arange(spec.block_length)
 
+  @jax.named_scope(pass_over(width))
   def forward(tokens: Int[Array, "B L"], cache: Any) -> tuple[Float[Array, "B W V"], Any]:
     if cache is None or denoiser.encode_window is None:
       hidden = denoiser.encode(params, tokens, valid)

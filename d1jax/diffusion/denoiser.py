@@ -7,10 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 Params = Any
 """A nested dict of arrays; only the network knows what is in it."""
+
+FORWARD_PASS = "d1jax.forward_pass"
+"""The name of a forward pass's hidden states in a trace, by which `d1jax.telemetry.flops` counts the passes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +67,11 @@ class Denoiser:
       raise ValueError(f"block={self.block} must be at least 1, or None for attention both ways")
 
   def hidden_predicting(self, hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
-    """The hidden states that predict these positions; the only place that knows whether a position predicts itself."""
-    return jnp.take(hidden, positions - self.shift, axis=1)
+    """The hidden states that predict these positions; the only place that knows whether a position predicts itself.
+
+    It is called once a forward pass, with all that the pass has encoded.
+    """
+    return jnp.take(checkpoint_name(hidden, FORWARD_PASS), positions - self.shift, axis=1)
 
   def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits in float32 with the forbidden ids at minus infinity: the one density that is sampled, scored and

@@ -1,5 +1,6 @@
 """Log-probabilities of completions at the states that a rollout went through, or at states that the caller gives."""
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.microbatch import sum_over_parts
+
+EACH_STEP = "d1jax.each_step"
+"""The scope of what is computed for each denoising step that a row took, and for no other."""
 
 
 class Visit(NamedTuple):
@@ -147,4 +151,5 @@ def replay(
     rows = jnp.broadcast_to(start, rollout.completion.shape[:1])
     return Visit(revealed < first, (revealed >= first) & (revealed < first + run), rows)
 
-  return score_visits(denoiser, params, rollout, spec, visit, segments, width=spec.block_length, windows=windows)
+  with jax.named_scope(EACH_STEP) if run == 1 else contextlib.nullcontext():
+    return score_visits(denoiser, params, rollout, spec, visit, segments, width=spec.block_length, windows=windows)

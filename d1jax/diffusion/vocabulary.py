@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+REPEATED = "rematted_computation"
+"""The scope of what a backward pass computes again, as `jax.checkpoint` names it."""
+
 
 def tiled_log_prob(
   hidden: Float[Array, "*B D"],
@@ -167,7 +170,8 @@ def _backward(
 
   def step(index: Int[Array, ""], carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     by_hidden, by_head = carry
-    tile = _cut(index, hidden, head, tokens, forbidden_ids, shards, width)
+    with jax.named_scope(REPEATED):
+      tile = _cut(index, hidden, head, tokens, forbidden_ids, shards, width)
     softmax = jnp.exp(tile.logits - spread(peak) - spread(log_mass))
     by_logits = spread(cotangent) * ((tile.chosen & tile.allowed) - softmax)
     by_logits = by_logits.astype(hidden.dtype)

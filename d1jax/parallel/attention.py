@@ -23,6 +23,9 @@ LANES = 128
 BLOCK = 512
 """Positions that a TPU's kernel holds at a time, at most."""
 
+KERNEL = "d1jax.kernel_flops_"
+"""The scope of a kernel, whose products no trace shows: this, and the FLOPs of its forward pass."""
+
 
 def attention(mesh: Mesh, rules: meshes.Rules) -> Attention:
   """The attention that a model on this mesh takes; see `d1jax.models.layers.Attention`.
@@ -93,7 +96,8 @@ def splash_attention(
   scaled = (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
   heads_first = [_pad(x, n).swapaxes(1, 2) for x, n in ((scaled, rows), (k, columns), (v, columns))]
   segments = splash.SegmentIds(jnp.ones((q.shape[0], rows), jnp.int32), _pad(visible.valid, columns).astype(jnp.int32))
-  return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)[:, : q.shape[1]]
+  attend = jax.named_scope(_scope(q, k))(jax.vmap(kernel))
+  return attend(*heads_first, segments).swapaxes(1, 2)[:, : q.shape[1]]
 
 
 def cudnn_attention(
@@ -109,7 +113,7 @@ def cudnn_attention(
   if not _served_by_cudnn(k) or visible.q_order is not None:
     return plain_attention(q, k, v, visible)
   valid = visible.valid
-  attend = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+  attend = jax.named_scope(_scope(q, k))(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"))
   if q.shape[1] < k.shape[1]:
     return attend(q, k, v, mask=jnp.broadcast_to(valid[:, None, None], (len(q), 1, q.shape[1], k.shape[1])))
   order = jnp.argsort(~valid, axis=1, stable=True)
@@ -118,6 +122,11 @@ def cudnn_attention(
   moved = [front(jnp.where(valid[:, :, None, None], x, 0), order) for x in (k, v)]
   count = jnp.maximum(1, valid.sum(axis=1, dtype=jnp.int32))  # a row without valid keys stays finite
   return attend(q, *moved, key_value_seq_lengths=count)
+
+
+def _scope(q: jax.Array, k: jax.Array) -> str:
+  """Of the kernel's two products, without what it pads."""
+  return f"{KERNEL}{4 * q.size * k.shape[1]}"
 
 
 def _served_by_splash(q: jax.Array) -> bool:

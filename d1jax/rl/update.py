@@ -26,6 +26,9 @@ Metrics = dict[str, Array]
 """Figures by name, each with one value an inner step: `Float[Array, "mu"]`, or `Float[Array, "mu edges"]` of the ratios
 that are at most each of `d1jax.rl.losses.RATIO_EDGES`."""
 
+SCORE = "d1jax.score"
+"""The scope of the old and the reference policy's log-probabilities."""
+
 
 def inner_keys(key: Key[Array, ""], step: Int[Array, ""], num_iterations: int) -> Key[Array, "mu"]:
   """The keys of the mu prompt masks of the update that starts at optimiser step `step`."""
@@ -66,6 +69,7 @@ def update(
   def scores(params: Params, rollout: Rollout, key: Key[Array, ""]) -> Scores:
     return method.estimator(denoiser, params, rollout, sampler, key)
 
+  @jax.named_scope(SCORE)
   def scores_under(params: Params, step_keys: Key[Array, "n"]) -> Float[Array, "n parts b C"]:
     one = lambda key: jax.lax.map(lambda part: scores(params, part, key).logp, batch[0])
     if method.estimator.redraws:

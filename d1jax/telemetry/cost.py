@@ -1,28 +1,25 @@
-"""What an iteration computes, by formula: FLOPs and tokens of rollout, score and update.
+"""What an iteration computes: FLOPs and tokens of rollout, score and update.
 
-The model's FLOPs are those of the mathematics, on the whole canvas, padding included. What is computed twice to save
-memory is counted apart, so that a utilisation from the model's FLOPs does not grow with wasted work (PaLM,
-arXiv 2204.02311, appendix B).
+FLOPs are those that the traced programs have (`d1jax.telemetry.flops`), times how far rollouts went. The model's FLOPs
+are those of the mathematics, on the whole canvas, padding included. What is computed twice to save memory is counted
+apart, so that a utilisation from the model's FLOPs does not grow with wasted work (PaLM, arXiv 2204.02311, appendix B).
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from d1jax.diffusion.blocks import window_of
+from d1jax.diffusion.blocks import pass_over, window_of
+from d1jax.diffusion.replay import EACH_STEP
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import batch_sizes
-from d1jax.models import flops
-from d1jax.models.flops import Products
-from d1jax.models.lora import LoraSpec
-from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import multihost
 from d1jax.rl.method import Method
-from d1jax.run.experiment import Experiment
+from d1jax.rl.update import SCORE
+from d1jax.telemetry.flops import Counted, Products, total
 
 
 class Work(NamedTuple):
@@ -40,24 +37,10 @@ class Work(NamedTuple):
   repeated: int = 0
   passes: int = 0
 
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """What the formulas know of a network.
-
-  Attributes:
-    size: its sizes.
-    lora: the adapters, if they are what is trained.
-    merges: whether rollouts have them merged into the base.
-    remat: whether blocks are computed again in the backward pass.
-    shift: of the denoiser.
-  """
-
-  size: TransformerSize
-  lora: LoraSpec | None
-  merges: bool
-  remat: bool
-  shift: int = 0
+  @classmethod
+  def of(cls, counted: Counted, tokens: int) -> "Work":
+    """The work of a program as it was traced."""
+    return cls(tokens=tokens, **total(counted.values())._asdict())
 
 
 class Reach(NamedTuple):
@@ -111,108 +94,83 @@ def _windows(sampler: SamplerSpec, canvas: int, shift: int) -> tuple[int, ...]:
   return tuple(window_of(sampler, start, canvas, shift).width for start in starts)
 
 
-def rollout(model: Model, sampler: SamplerSpec, canvas: int, reach: Reach) -> Work:
+def rollout(counted: Counted, sampler: SamplerSpec, canvas: int, shift: int, reach: Reach) -> Work:
   """A rollout of all chunks: a pass over the canvas each refresh period, passes over the window in between.
 
   Args:
-    model: the network.
+    counted: of the program that rolls a chunk out.
     sampler: draws.
     canvas: L, prompt and completion.
+    shift: of the denoiser.
     reach: how far it went.
   """
-  passes = 2 if sampler.cfg_scale else 1
-  total = 0
-  made = passes * int((reach.steps * reach.rows).sum())
+  times = 2 if sampler.cfg_scale else 1
+  flops = 0
+  made = times * int((reach.steps * reach.rows).sum())
   for taken, rows_of in zip(reach.steps.tolist(), reach.rows.tolist(), strict=True):
-    for steps, rows, window in zip(taken, rows_of, _windows(sampler, canvas, model.shift), strict=True):
+    for steps, rows, window in zip(taken, rows_of, _windows(sampler, canvas, shift), strict=True):
       refreshes = -(-steps // sampler.refresh_period)
       for width, count in ((canvas, refreshes), (window, steps - refreshes)):
-        total += passes * count * sum(_pass(model, rows, width, canvas, sampler.block_length, not model.merges))
-  return Work(total, int(reach.rows[:, 0].sum()) * sampler.completion_length, passes=made)
+        if count:
+          each = counted[frozenset({pass_over(width)})]
+          flops += times * count * rows * each.flops // each.passes
+  return Work(flops, int(reach.rows[:, 0].sum()) * sampler.completion_length, passes=made)
 
 
 def update(
-  model: Model, sampler: SamplerSpec, method: Method, canvas: int, reach: Reach, *, tiled: bool, oversample: int = 1
+  counted: Counted, sampler: SamplerSpec, method: Method, reach: Reach, *, oversample: int = 1
 ) -> tuple[Work, Work]:
   """The score (old and reference log-probabilities) and the optimiser steps of an update.
 
-  Micro-batches change nothing.
-
   Args:
-    model: the network.
+    counted: of the program.
     sampler: that made the rollout.
     method: of the update.
-    canvas: L.
     reach: of the rollout.
-    tiled: whether logits exist in tiles, which are computed again in the backward pass.
     oversample: groups that are drawn for each that is trained on.
   """
-  rows, mu, length = int(reach.rows[:, 0].sum()) // oversample, method.num_iterations, sampler.completion_length
-  each = method.estimator.passes(sampler)
-  passes = each.times * (int(reach.steps.max(axis=0).sum()) if each.number is None else each.number)
-  policy, reference = (
-    _times(passes, _pass(model, rows, canvas, canvas, each.predicted or length, beside)) for beside in (True, False)
-  )
-  old, ref = (mu - 1) * method.scores_old, mu * method.scores_reference
+  taken, steps = int(reach.steps.max(axis=0).sum()), sampler.blocks * sampler.steps_per_block
+  parts: dict[bool, list[Products]] = {True: [], False: []}
+  for scopes, found in counted.items():
+    made = Products(*(number * taken // steps for number in found)) if EACH_STEP in scopes else found
+    parts[SCORE in scopes].append(made)
+  mu = method.num_iterations
+  old, reference = (mu - 1) * method.scores_old, mu * method.scores_reference
   if not method.estimator.redraws:  # the same states at each optimiser step
-    old, ref = min(old, 1), min(ref, 1)
-  scored = old + ref
-  score = Work(old * sum(policy) + ref * sum(reference), scored * rows * length, passes=scored * rows * passes)
-  repeated = sum(policy) if each.repeated else 0
-  steps = _step(model, policy, rows * length, repeated + (policy.head if tiled and not each.repeated else 0))
-  return score, Work(mu * steps.flops, mu * steps.tokens, mu * steps.repeated, mu * rows * passes)
+    old, reference = min(old, 1), min(reference, 1)
+  tokens = int(reach.rows[:, 0].sum()) // oversample * sampler.completion_length
+  score, update = (total(parts[scored])._asdict() for scored in (True, False))
+  return Work(tokens=(old + reference) * tokens, **score), Work(tokens=mu * tokens, **update)
 
 
-def fine_tuning(model: Model, rows: int, canvas: int, length: int, *, tiled: bool) -> Work:
-  """One step of supervised fine-tuning on `rows` completions of `length` tokens; `tiled` as in `update`."""
-  policy = _pass(model, rows, canvas, canvas, length, True)
-  return _step(model, policy, rows * length, policy.head if tiled else 0)._replace(passes=rows)
-
-
-def model_of(experiment: Experiment) -> Model:
-  """What the formulas know of an experiment's network."""
-  weights, denoiser = experiment.model.weights, experiment.model.denoiser
-  return Model(weights.network.size, weights.lora, weights.merges, bool(experiment.config.model.remat), denoiser.shift)
-
-
-def of_fine_tuning(experiment: Experiment, tiled: bool) -> Callable[[int, int, int], Work]:
-  """The work of a step of an experiment's fine-tuning, by rows, canvas and length of completions."""
-  return functools.partial(fine_tuning, model_of(experiment), tiled=tiled)
-
-
-def iteration(experiment: Experiment, method: Method, found: Rollout, *, cached: bool) -> dict[str, Work]:
+def iteration(
+  counted: Mapping[str, Counted],
+  found: Rollout,
+  *,
+  sampler: SamplerSpec,
+  method: Method,
+  oversample: int,
+  chunks: int,
+  rows: int,
+  ways: int,
+  shift: int,
+) -> dict[str, Work]:
   """The work of one iteration of diffu-GRPO: `rollout`, `score` and `update`; collective as `reached` is.
 
   Args:
-    experiment: network, sampler and batch.
-    method: of the update.
+    counted: of the programs `rollout` and `update`.
     found: the rollout on the host, the rows of this process, chunk after chunk.
-    cached: whether the sampler's cache, if it has one, was used.
+    sampler: that was used, with its cache or without.
+    method: of the update.
+    oversample: groups that are drawn for each that is trained on.
+    chunks: parts of the rollout.
+    rows: of a chunk, on all processes.
+    ways: over how many devices they are split.
+    shift: of the denoiser.
   """
-  config, model = experiment.config.grpo, model_of(experiment)
-  sampler = experiment.sampler if cached else experiment.sampler.with_cache("none")
-  count = config.rollout_chunks
-  chunks = [Rollout(*parts) for parts in zip(*(np.split(x, count) for x in found), strict=True)]
-  rows = config.oversample * config.prompts_per_iteration * config.num_generations // count
-  reach = reached(sampler, chunks, rows, experiment.model.rollout_ways)
+  parts = [Rollout(*part) for part in zip(*(np.split(x, chunks) for x in found), strict=True)]
+  reach = reached(sampler, parts, rows, ways)
   canvas = found.prompt.shape[1] + sampler.completion_length
-  tiled = config.logits_tile is not None
-  score, steps = update(model, sampler, method, canvas, reach, tiled=tiled, oversample=config.oversample)
-  return {"rollout": rollout(model, sampler, canvas, reach), "score": score, "update": steps}
-
-
-def _pass(model: Model, rows: int, window: int, canvas: int, predicted: int, beside: bool) -> Products:
-  """A forward pass, with adapters beside their weights or without."""
-  return flops.products(model.size, rows, window, canvas, predicted, model.lora if beside else None)
-
-
-def _times(count: int, products: Products) -> Products:
-  return Products(*(count * each for each in products))
-
-
-def _step(model: Model, policy: Products, tokens: int, repeated: int) -> Work:
-  """Forward and backward pass; of a block that is computed again, the last product is not needed."""
-  if model.remat:
-    weights = [inner * outer for inner, outer in flops.projections(model.size).values()]
-    repeated += sum(policy) - policy.head - policy.projections * weights[-1] // sum(weights)
-  return Work(sum(policy) + flops.backward(policy), tokens, repeated)
+  drawn = rollout(counted["rollout"], sampler, canvas, shift, reach)
+  score, steps = update(counted["update"], sampler, method, reach, oversample=oversample)
+  return {"rollout": drawn, "score": score, "update": steps}

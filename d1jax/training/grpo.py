@@ -14,16 +14,12 @@ from d1jax.run.metrics import read_records
 from d1jax.run.workdir import Folder
 from d1jax.state import Frozen, TrainState
 from d1jax.tasks import Mixture
-from d1jax.telemetry import ledger
+from d1jax.telemetry import cost, ledger
 from d1jax.training import drift, dump
 from d1jax.training.host import Grading, grade_chunks, summarise
 from d1jax.training.programs import Programs
 
 SHOWN = ("reward", "loss", "tokens_per_second")
-
-
-Counted = Callable[[Rollout, bool], dict[str, Any]]
-"""The work of an iteration, from the rows of its rollout that this process holds, and whether a cache was used."""
 
 
 def advancer(
@@ -34,7 +30,6 @@ def advancer(
   workdir: Folder,
   *,
   seed: int,
-  count: Counted,
   gap_every: int,
   dump_every: int = 0,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
@@ -47,7 +42,6 @@ def advancer(
     position: the iteration to start at.
     workdir: of the run; its records say whether the cache is still trusted, and rollouts are dumped there.
     seed: of the order of prompts.
-    count: the work of an iteration.
     gap_every: iterations between looks at the difference that merging adapters makes.
     dump_every: iterations between dumps; 0: never.
   """
@@ -100,7 +94,18 @@ def advancer(
     seconds = {"rollout": visit.arrived - rolling, "grading": graded - visit.arrived, "update": updated - updating}
     if seen or gap:
       seconds["validation"] = updating - graded + time.perf_counter() - updated
-    work = count(visit.rollout, used)
+    counted = programs.compiled[batch.prompt.shape[1]].counted
+    work = cost.iteration(
+      {"rollout": counted["rollout" if used else "exact"], "update": counted["update"]},
+      visit.rollout,
+      sampler=programs.sampler if used else programs.sampler.with_cache("none"),
+      method=programs.method,
+      oversample=shape.oversample,
+      chunks=shape.chunks,
+      rows=shape.rows // shape.chunks,
+      ways=programs.model.rollout_ways,
+      shift=programs.model.denoiser.shift,
+    )
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     tasks = [names[i] for i in batch.record] if names else []
     values = seen | gap | summarise(visit.rewards, visit.sums, host_metrics, shape.num_generations, tasks)

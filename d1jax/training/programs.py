@@ -21,6 +21,7 @@ from d1jax.rl.method import Method
 from d1jax.rl.selection import with_signal
 from d1jax.rl.update import Metrics, update
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
+from d1jax.telemetry import flops
 from d1jax.training import drift
 
 GAP_POSITIONS = 16
@@ -29,10 +30,11 @@ GAP_POSITIONS = 16
 
 class Compiled(NamedTuple):
   """The programs of one prompt bucket beside its rollout; `gap` where adapters are merged for rollouts, `drift` where a
-  cache is watched.
+  cache is watched; `counted` are the products of `rollout`, `update` and, where a cache is watched, `exact`.
   """
 
   update: Any
+  counted: Mapping[str, flops.Counted]
   gap: Any
   drift: Any = None
 
@@ -181,41 +183,42 @@ class Programs:
     cached, exact = constrained((cached, exact), model.rollout_by_row)
     return drift.drift(cached, exact, replay(model.rollout_denoiser, params, cached, self.sampler))
 
-  def _arguments(self, width: int) -> tuple[Any, ...]:
-    """What the rollout takes for prompts of `width` tokens: shapes, types and placements."""
-    return self._completer.arguments(self.shape.rows // self.shape.chunks, width)
+  def _rollout(self, width: int) -> jax.stages.Traced:
+    """The rollout of prompts of `width` tokens."""
+    return self._completer.traced(self.sampler, self.shape.rows // self.shape.chunks, width)
 
   def _chunk(self, width: int) -> Rollout:
-    """What it returns."""
-    shapes = jax.eval_shape(self._completer.jitted(self.sampler), *self._arguments(width))
-    return meshes.with_placement(shapes, self.model.by_row)
+    """What it returns: shapes, types and placements."""
+    return meshes.with_placement(self._rollout(width).out_info, self.model.by_row)
 
-  def lowering(self, width: int) -> Mapping[str, Callable[[], Any]]:
-    """Functions that lower `publish`, and the `rollout` and the `update` for prompts of `width` tokens, from shapes
+  def tracing(self, width: int) -> Mapping[str, Callable[[], jax.stages.Traced]]:
+    """Functions that trace `publish`, and the `rollout` and the `update` for prompts of `width` tokens, from shapes
     alone.
     """
-    weights, arguments = self.model.weights, self._arguments(width)
+    weights = self.model.weights
     state = weights.abstract_state(self._optimizer)
     frozen = weights.abstract_frozen(with_reference=self.method.scores_reference)
     rewards = jax.ShapeDtypeStruct((self.shape.rows,), jnp.float32, sharding=self.model.by_row)
     chunks = (self._chunk(width),) * self.shape.chunks
     return {
-      "publish": self.model.publisher.lower,
-      "rollout": lambda: self._completer.jitted(self.sampler).lower(*arguments),
-      "update": lambda: self._update.lower(state, frozen, chunks, rewards),
+      "publish": self.model.publisher.trace,
+      "rollout": lambda: self._rollout(width),
+      "update": lambda: self._update.trace(state, frozen, chunks, rewards),
     }
 
   def compile(self) -> None:
     """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
     weights, rows = self.model.weights, self.shape.rows // self.shape.chunks
     trained = weights.abstract_state(self._optimizer).trainable
+    samplers = {"rollout": self.sampler} | ({"exact": self.sampler.with_cache("none")} if self.watch else {})
     for width in self.shape.buckets:
-      chunk = self._chunk(width)
-      self._completer.program(self.sampler, rows, width)
-      if self.watch:
-        self._completer.program(self.sampler.with_cache("none"), rows, width)
+      chunk, updating = self._chunk(width), self.tracing(width)["update"]()
+      counted = {name: flops.count(self._completer.traced(each, rows, width)) for name, each in samplers.items()}
+      for each in samplers.values():
+        self._completer.program(each, rows, width)
       self.compiled[width] = Compiled(
-        update=self.lowering(width)["update"]().compile(),
+        update=updating.lower().compile(),
+        counted=counted | {"update": flops.count(updating)},
         gap=self._gap.lower(trained, weights.abstract_frozen(), chunk).compile() if weights.merges else None,
         drift=self._drift.lower(self.model.publisher.abstract, chunk, chunk).compile() if self.watch else None,
       )

@@ -24,7 +24,8 @@ from d1jax.parallel.mesh import place
 from d1jax.rl.prompts import Prompts
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
 from d1jax.tasks import held_out as held_out_questions
-from d1jax.telemetry import ledger
+from d1jax.telemetry import flops, ledger
+from d1jax.telemetry.cost import Work
 
 
 def sft_step(
@@ -170,7 +171,7 @@ def _report(config: Options, name: str, found: Demonstrations) -> tuple[int, int
 
 
 class Steps:
-  """The compiled SFT step of every pair of prompt and completion bucket."""
+  """The compiled SFT step of every pair of prompt and completion bucket, and its work."""
 
   def __init__(self, model: Model, options: Options, optimizer: optax.GradientTransformation):
     weights = model.weights
@@ -188,10 +189,13 @@ class Steps:
     )
     state, frozen = weights.abstract_state(optimizer), weights.abstract_frozen()
     self.compiled: dict[tuple[int, int], Any] = {}
+    self.work: dict[tuple[int, int], Work] = {}
     for width, length in itertools.product(options.prompt_buckets, options.completion_buckets):
       parts: list[Any] = [rows(), rows(width), rows(width, dtype=jnp.bool_), rows(length)]
       batch = SftBatch(*parts)
-      self.compiled[width, length] = self._step.lower(state, frozen, batch).compile()
+      traced = self._step.trace(state, frozen, batch)
+      self.compiled[width, length] = traced.lower().compile()
+      self.work[width, length] = Work.of(flops.count(traced), tokens=options.batch_size * length)
 
   def _program(self, state: TrainState, frozen: Frozen, batch: SftBatch) -> tuple[TrainState, dict[str, jax.Array]]:
     options = self._options
@@ -220,7 +224,6 @@ def advancer(
   position: int,
   *,
   seed: int,
-  count: Callable[[int, int, int], Any],
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """One iteration of the SFT stage: next batch, one compiled step.
 
@@ -231,7 +234,6 @@ def advancer(
     optimizer: of the stage.
     position: the batch to start at.
     seed: of the order of demonstrations.
-    count: the work of a step, from rows, canvas and length of completions.
   """
   batches = sft_batches(
     found.prompts,
@@ -255,9 +257,7 @@ def advancer(
       state, metrics = steps(state, frozen, batch)
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     seconds = {"update": time.perf_counter() - began}
-    rows, length = batch.completion.shape
-    canvas = batch.prompt.shape[1] + length
-    work = {"update": count(rows, canvas, length)}
+    work = {"update": steps.work[batch.prompt.shape[1], batch.completion.shape[1]]}
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     return state, values | spent | {"tokens": float(batch.completion.size)}
 

@@ -25,7 +25,7 @@ METHODS = (jobs.ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 IMPORTS = """
 from d1jax.diffusion.likelihood import Scores, one_step
 from d1jax.diffusion.trajectory import step_merged
-from d1jax.rl.estimators import Estimator, Passes
+from d1jax.rl.estimators import Estimator
 """
 
 
@@ -101,7 +101,7 @@ def test_the_documented_estimator_and_advantage_are_one_file(tmp_path):
   file.write_text(IMPORTS + block(section, 1) + block(section, 0))
   built = configured.method(*chosen(f"estimator={file}", f"advantage={file}", "advantage.power=2.0"))
   np.testing.assert_allclose(built.advantage(jnp.asarray([1.0, 0.0, 2.0, 5.0]), 2), [0.25, -0.25, -2.25, 2.25])
-  assert (built.estimator.recorded, built.estimator.passes(SAMPLER).number) == (True, 3)
+  assert built.estimator.recorded
   score = lambda estimator: jax.jit(
     lambda rollout: estimator(toy.DENOISER, toy.params(), rollout, SAMPLER, jax.random.key(0)).logp
   )(ROLLOUT)

@@ -1,4 +1,4 @@
-"""Formulas against the products of the traced rollout, update and fine-tuning step."""
+"""What rollouts, updates and fine-tuning steps have in their traces, against formulas."""
 
 import dataclasses
 import functools
@@ -22,10 +22,11 @@ from d1jax.rl.losses import ClippedSequence, ClippedToken
 from d1jax.rl.method import Method
 from d1jax.rl.update import update
 from d1jax.state import Frozen, create, merge
-from d1jax.telemetry import cost
+from d1jax.telemetry import cost, flops
+from d1jax.telemetry.cost import Work
 from d1jax.training.sft import sft_step
 from tests.diffusion.test_sampler import LONG, STOPS, Stopping
-from tests.jaxprs import dot_flops
+from tests.telemetry import formulas
 
 SIZE = TransformerSize(vocab=40, embed=24, heads=6, mlp=50, layers=2, kv_heads=2)
 ADAPTERS = LoraSpec(rank=4, alpha=8.0, targets=("q_proj", "up_proj"))
@@ -34,7 +35,14 @@ OPTIMIZER = optax.sgd(0.1)
 KEY = jax.random.key(0)
 SAMPLER = SamplerSpec(completion_length=12, diffusion_steps=6, block_length=4)
 
+REACH = cost.Reach(np.asarray([[2, 1, 0], [1, 2, 2]]), np.asarray([[4, 2, 0], [4, 4, 2]]))
+"""Of a rollout in two chunks that came to its end early."""
+
 either = pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["full", "adapters"])
+
+
+def count(program, *arguments):
+  return flops.count(jax.jit(program).trace(*arguments))
 
 
 def parts(adapters=None, remat=False, shift=0):
@@ -42,7 +50,7 @@ def parts(adapters=None, remat=False, shift=0):
   network = transformer.build(SIZE, remat=remat)
   denoiser = build_denoiser(network, mask_id=3, stop_ids=(2,), known_ids=30, shift=shift)
   base = jax.eval_shape(network.init, KEY)
-  model = cost.Model(SIZE, adapters, merges=False, remat=remat, shift=shift)
+  model = formulas.Model(SIZE, adapters, remat=remat, shift=shift)
   if adapters is None:
     return model, denoiser, base, Frozen({}, base)
   return model, denoiser, jax.eval_shape(lambda key: lora.init(key, adapters, base), KEY), Frozen(base, {})
@@ -67,32 +75,47 @@ def a_rollout(sampler):
     {"cache": "dual", "diffusion_steps": 12, "refresh_every": 3, "cfg_scale": 0.5},
     {"cache": "window", "look_behind": 2, "look_ahead": 3, "refresh_every": 2},
     {"cache": "prefix", "diffusion_steps": 12},
+    {"cache": "dual", "refresh_every": 1},
+    {"schedule": "threshold", "threshold": 0.9, "cache": "dual", "refresh_every": 3},
+    {"early_exit": True, "cache": "prefix", "diffusion_steps": 12},
   ],
   ids=str,
 )
+@pytest.mark.few(1, reason="each case traces programs of its own")
 @pytest.mark.parametrize("shift", [0, 1])
 def test_a_rollout(changes, shift):
   sampler = dataclasses.replace(SAMPLER, **changes)
   model, denoiser, params, _ = parts(shift=shift)
+  canvas = PROMPT + sampler.completion_length
   draw = functools.partial(sample, denoiser, spec=sampler)
-  arguments = (params, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows(), KEY)
-  # The window of `prefix` is a branch for each block, each taken once.
-  each_once = lambda branches: sum(branches) // sampler.blocks
-  counted = dot_flops(draw, *arguments, branch=each_once if sampler.cache == "prefix" else max)
-  work = cost.rollout(model, sampler, PROMPT + sampler.completion_length, cost.whole(sampler, 1, ROWS))
-  assert (work.flops, work.tokens, work.repeated) == (counted, ROWS * 12, 0)
-  halves = cost.rollout(model, sampler, PROMPT + sampler.completion_length, cost.whole(sampler, 2, ROWS // 2))
-  assert halves == work
+  counted = count(draw, params, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows(), KEY)
+  for reach in (cost.whole(sampler, 1, ROWS), cost.whole(sampler, 2, ROWS // 2), REACH):
+    found = cost.rollout(counted, sampler, canvas, shift, reach)
+    assert found == formulas.rollout(model, sampler, canvas, reach)
+  static = sampler.schedule == "static" and not sampler.early_exit and sampler.cache != "prefix"
+  if static:  # the trace says how often each loop runs
+    assert Work.of(counted, ROWS * 12) == cost.rollout(counted, sampler, canvas, shift, cost.whole(sampler, 1, ROWS))
+
+
+@pytest.mark.parametrize("row_multiple", [1, 4])
+def test_a_rollout_that_leaves_finished_rows_behind(monkeypatch, row_multiple):
+  monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 12)
+  sampler = dataclasses.replace(SAMPLER, early_exit=True, cache="dual", cfg_scale=1.0)
+  model, denoiser, params, _ = parts()
+  draw = functools.partial(sample, denoiser, spec=sampler, row_multiple=row_multiple)
+  counted = count(draw, params, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows(), KEY)
+  assert cost.rollout(counted, sampler, PROMPT + 12, 0, REACH) == formulas.rollout(model, sampler, PROMPT + 12, REACH)
 
 
 def test_a_rollout_with_adapters_beside_a_quantised_base():
   model, denoiser, trainable, frozen = parts(ADAPTERS)
   program = lambda trainable, frozen, *prompts: sample(denoiser, merge(trainable, frozen), *prompts, KEY, spec=SAMPLER)
-  counted = dot_flops(program, trainable, frozen, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows())
+  counted = count(program, trainable, frozen, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows())
   reach = cost.whole(SAMPLER, 1, ROWS)
-  assert cost.rollout(model, SAMPLER, PROMPT + 12, reach).flops == counted
-  merged = cost.rollout(dataclasses.replace(model, merges=True), SAMPLER, PROMPT + 12, reach)
-  assert merged.flops < counted
+  found = cost.rollout(counted, SAMPLER, PROMPT + 12, 0, reach)
+  assert found == formulas.rollout(model, SAMPLER, PROMPT + 12, reach)
+  merged = formulas.rollout(dataclasses.replace(model, merges=True), SAMPLER, PROMPT + 12, reach)
+  assert merged.flops < found.flops
 
 
 def method_of(mu, accumulation, beta, estimator="one_step", **options):
@@ -103,56 +126,59 @@ def method_of(mu, accumulation, beta, estimator="one_step", **options):
   return Method(estimator, loss, num_iterations=mu, accumulation=accumulation)
 
 
-def counted_update(denoiser, trainable, frozen, sampler, method):
+def check_update(adapters, sampler, method, *, remat=False, tiled=False, reach=None):
+  """The count of an update is that of the formulas: the model's and what is repeated, of score and of update."""
+  model, denoiser, trainable, frozen = parts(adapters, remat=remat)
   state = jax.eval_shape(lambda: create(lambda _: zeros(trainable), OPTIMIZER, KEY, KEY))
   program = functools.partial(update, method=method, denoiser=denoiser, sampler=sampler, optimizer=OPTIMIZER)
-  return dot_flops(program, state, frozen, a_rollout(sampler), rows(dtype=jnp.float32))
+  counted = count(program, state, frozen, a_rollout(sampler), rows(dtype=jnp.float32))
+  reach = reach or cost.whole(sampler, 2, ROWS // 2)
+  found = cost.update(counted, sampler, method, reach)
+  assert found == formulas.update(model, sampler, method, PROMPT + 12, reach, tiled=tiled)
+  return found
 
 
 def zeros(shapes):
   return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-@pytest.mark.few(3, reason="each case compiles programs of its own")
+@pytest.mark.few(3, reason="each case traces programs of its own")
 @either
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case traces programs of its own")
 @pytest.mark.parametrize(("mu", "accumulation", "beta"), [(1, 1, 0.0), (1, 2, 0.1), (3, 1, 0.0), (4, 2, 0.1)])
 def test_score_and_update(adapters, mu, accumulation, beta):
-  model, denoiser, trainable, frozen = parts(adapters)
-  method = method_of(mu, accumulation, beta)
-  score, steps = cost.update(model, SAMPLER, method, PROMPT + 12, cost.whole(SAMPLER, 2, ROWS // 2), tiled=False)
-  assert score.flops + steps.flops == counted_update(denoiser, trainable, frozen, SAMPLER, method)
+  score, steps = check_update(adapters, SAMPLER, method_of(mu, accumulation, beta))
   assert (score.tokens, steps.tokens) == (((mu - 1) + mu * (beta > 0)) * ROWS * 12, mu * ROWS * 12)
   assert score.repeated == steps.repeated == 0
   assert (score.flops == 0) == (mu == 1 and beta == 0)
 
 
-def check_estimator(adapters, mu, beta, sampler, name, options):
-  """Each pass of an estimate is computed again in the backward pass, with `jax.checkpoint`."""
-  model, denoiser, trainable, frozen = parts(adapters)
-  method = method_of(mu, 2, beta, name, **options)
-  score, steps = cost.update(model, sampler, method, PROMPT + 12, cost.whole(sampler, 1, ROWS), tiled=False)
-  counted = counted_update(denoiser, trainable, frozen, sampler, method)
-  assert score.flops + steps.flops + steps.repeated == counted
-  scored = (mu - 1) + mu * (beta > 0)
-  assert score.tokens == (min(scored, (mu > 1) + (beta > 0)) if not method.estimator.redraws else scored) * ROWS * 12
-
-
-@pytest.mark.few(3, reason="each case compiles programs of its own")
+@pytest.mark.few(3, reason="each case traces programs of its own")
 @either
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.few(1, reason="each case traces programs of its own")
 @pytest.mark.parametrize(("mu", "beta"), [(1, 0.1), (3, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
 def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
-  check_estimator(adapters, mu, beta, dataclasses.replace(SAMPLER, cfg_scale=cfg_scale), "step_merged", {})
+  sampler = dataclasses.replace(SAMPLER, cfg_scale=cfg_scale)
+  score, _ = check_update(adapters, sampler, method_of(mu, 2, beta, "step_merged"))
+  assert score.tokens == ((mu > 1) + (beta > 0)) * ROWS * 12
 
 
-@pytest.mark.few(1, reason="each case compiles programs of its own")
+def test_steps_that_no_row_took_are_not_scored():
+  early = cost.Reach(np.asarray([[2, 1, 0], [1, 1, 0]]), np.asarray([[2, 2, 0], [2, 2, 0]]))
+  method = method_of(2, 2, 0.0, "step_merged")
+  score, steps = check_update(None, SAMPLER, method, reach=early)
+  assert (score.passes, steps.passes) == (3 * ROWS, 2 * 3 * ROWS)
+
+
+@pytest.mark.few(1, reason="each case traces programs of its own")
+@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
   ("name", "options"),
   [
     ("coupled", {"samples": 1}),
     ("elbo", {"samples": 2}),
+    ("elbo", {"samples": 2, "tile": 8}),
     ("quadrature", {"nodes": 3}),
     ("sandwich", {"samples": 2, "exponent": 1.5}),
     ("step_merged", {"segments": 2}),
@@ -161,21 +187,17 @@ def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
     ("left_to_right", {"top_entropy": 0.3}),
   ],
 )
-def test_every_estimator(name, options):
+def test_every_estimator(name, options, remat):
   sampler = dataclasses.replace(SAMPLER, cfg_scale=1.0, temperature=0.5)
-  check_estimator(ADAPTERS, 2, 0.1, sampler, name, options)
+  check_update(ADAPTERS, sampler, method_of(2, 2, 0.1, name, **options), remat=remat, tiled="tile" in options)
 
 
-@pytest.mark.parametrize(("adapters", "tile"), [(None, None), (None, 8), (ADAPTERS, None)])
+@pytest.mark.parametrize(("adapters", "tile"), [(None, None), (None, 8), (ADAPTERS, None), (ADAPTERS, 8)])
 def test_what_saves_memory_is_counted_apart(adapters, tile):
-  method = method_of(2, 1, 0.1, tile=tile)
-  model, denoiser, trainable, frozen = parts(adapters, remat=True)
-  reach = cost.whole(SAMPLER, 1, ROWS)
-  score, steps = cost.update(model, SAMPLER, method, PROMPT + 12, reach, tiled=tile is not None)
-  counted = counted_update(denoiser, trainable, frozen, SAMPLER, method)
-  assert score.flops + steps.flops + steps.repeated == counted
-  plain = cost.update(dataclasses.replace(model, remat=False), SAMPLER, method, PROMPT + 12, reach, tiled=False)
-  assert (score, steps._replace(repeated=0)) == plain
+  method, tiled = method_of(2, 1, 0.1, tile=tile), tile is not None
+  score, steps = check_update(adapters, SAMPLER, method, remat=True, tiled=tiled)
+  kept = formulas.update(parts(adapters)[0], SAMPLER, method, PROMPT + 12, cost.whole(SAMPLER, 1, ROWS), tiled=False)
+  assert (score, steps._replace(repeated=0)) == kept
 
 
 @either
@@ -191,9 +213,8 @@ def test_fine_tuning(adapters, accumulation):
     p_mask_prompt=0.0,
     logits_tile=None,
   )
-  batch = SftBatch(rows(), rows(PROMPT), rows(PROMPT, dtype=bool), rows(9))
-  work = cost.fine_tuning(model, ROWS, PROMPT + 9, 9, tiled=False)
-  assert (work.flops, work.tokens) == (dot_flops(step, state, frozen, batch), ROWS * 9)
+  counted = count(step, state, frozen, SftBatch(rows(), rows(PROMPT), rows(PROMPT, dtype=bool), rows(9)))
+  assert Work.of(counted, ROWS * 9) == formulas.fine_tuning(model, ROWS, PROMPT + 9, 9, tiled=False)
 
 
 @pytest.mark.slow(reason="compiles rollouts that shrink")

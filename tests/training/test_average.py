@@ -13,7 +13,7 @@ from d1jax import recipe
 from d1jax.errors import PreemptedError
 from d1jax.evaluation import subject
 from d1jax.fingerprint import fingerprint
-from d1jax.optimizer import build, evaluated
+from d1jax.optimizer import adamw, evaluated
 from d1jax.parallel import mesh as meshes
 from d1jax.run.checkpoint import Checkpoints
 from d1jax.state import TrainState, apply_gradients, create
@@ -27,7 +27,7 @@ DECAY = 0.75
 
 def states(ema_decay: float | None, steps: int = 3) -> list[TrainState]:
   """The states of a few steps, the start first; the second step is not finite."""
-  optimizer = build(**SETTINGS, ema_decay=ema_decay)
+  optimizer = adamw(**SETTINGS, ema_decay=ema_decay)
   found = [create(lambda _: {"w": jnp.arange(4.0)}, optimizer, jax.random.key(0), jax.random.key(1))]
   for i in range(steps):
     gradients = {"w": jnp.full(4, jnp.nan if i == 1 else 1.0 + i)}
@@ -51,13 +51,13 @@ def test_the_average_follows_the_weights_and_changes_no_step():
 def test_the_average_lives_where_the_weights_do():
   mesh = meshes.make_mesh({"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}, jax.devices())
   abstract, axes = {"w": jax.ShapeDtypeStruct((16, 8), jnp.float32)}, {"w": ("embed", "mlp")}
-  placed = meshes.state_shardings(mesh, meshes.RULES, axes, abstract, build(**SETTINGS, ema_decay=DECAY))
+  placed = meshes.state_shardings(mesh, meshes.RULES, axes, abstract, adamw(**SETTINGS, ema_decay=DECAY))
   assert evaluated(placed)["w"] == placed.trainable["w"]
   assert not placed.trainable["w"].is_fully_replicated
 
 
 def test_the_average_is_validated_saved_and_read_without_the_moments(tmp_path, monkeypatch):
-  optimizer = build(**SETTINGS, ema_decay=DECAY)
+  optimizer = adamw(**SETTINGS, ema_decay=DECAY)
   monkeypatch.setattr(optax, "adam", lambda rate: optimizer)
   seen = {}
   original = loop.run

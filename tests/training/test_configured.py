@@ -11,6 +11,7 @@ from d1jax.run import parts
 from d1jax.run.identity import flatten
 from d1jax.training import configured
 from tests import jobs
+from tests.telemetry import formulas
 
 SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "math")
 
@@ -21,7 +22,7 @@ SIZES, TASKS = ("tiny", "smoke", "llada_8b"), ("sudoku", "countdown", "gsm8k", "
 def test_every_method_is_a_word(name, size, task):
   config = jobs.load("grpo", f"{size},{task},{name}")
   built = configured.method(config.grpo, SamplerSpec(**config.rollout))
-  passes = built.estimator.passes(SamplerSpec(**config.rollout))
+  passes = formulas.passes(built.estimator, SamplerSpec(**config.rollout))
   assert passes.number is None or passes.number > 0
   assert isinstance(config.grpo.learning_rate, float)
   found, rollout = flatten(config.to_dict()), config.rollout.to_dict()
@@ -51,7 +52,10 @@ def test_the_documented_passes_are_those_of_the_words():
     for name, cell in zip(names, cells, strict=True):
       config = jobs.load("grpo", f"{words.strip(' `')},{name}")
       sampler = SamplerSpec(**config.rollout)
-      assert configured.method(config.grpo, sampler).estimator.passes(sampler).number == int(cell), (words, name)
+      assert formulas.passes(configured.method(config.grpo, sampler).estimator, sampler).number == int(cell), (
+        words,
+        name,
+      )
 
 
 def warm_up(config):

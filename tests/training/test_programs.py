@@ -82,13 +82,13 @@ def assert_only_activations_are_sent(experiment, compiled, cache):
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_rollouts_send_activations_and_no_weights(cache):
   experiment, programs = large(rollout__cache=cache, model__overrides__embed=EMBED)
-  assert_only_activations_are_sent(experiment, programs.lowering(WIDTH)["rollout"]().compile(), cache)
+  assert_only_activations_are_sent(experiment, programs.tracing(WIDTH)["rollout"]().lower().compile(), cache)
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_the_rules_of_updates_would_send_weights():
   experiment, programs = large(rollout_rules={}, model__overrides__embed=EMBED)
-  assert weights_sent(experiment, programs.lowering(WIDTH)["rollout"]().compile())
+  assert weights_sent(experiment, programs.tracing(WIDTH)["rollout"]().lower().compile())
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def tpu():
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_rollouts_on_tpus_send_activations_and_no_weights(tpu, cache):
   experiment, programs = large(tpu, rollout__cache=cache, model__overrides__embed=EMBED)
-  assert_only_activations_are_sent(experiment, programs.lowering(WIDTH)["rollout"]().compile(), cache)
+  assert_only_activations_are_sent(experiment, programs.tracing(WIDTH)["rollout"]().lower().compile(), cache)
 
 
 def small(folder, **fields):
@@ -165,7 +165,7 @@ def test_grouped_heads_roll_out_where_the_mesh_divides_them():
   config.model.size = "dream_7b"
   fields = {"model.overrides.mlp": 512, "model.overrides.layers": 1, "model.quantize": "none", **MESH}
   _, programs = build(config, **fields)
-  compiled = programs.lowering(WIDTH)["rollout"]().compile()
+  compiled = programs.tracing(WIDTH)["rollout"]().lower().compile()
   canvas = 24 * (WIDTH + COMPLETION) * 3584
   sent = collectives(compiled)
   assert max(c.numbers for c in sent) == canvas

@@ -44,17 +44,17 @@ def widest(text: str) -> int:
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_the_rollout_unembeds_one_block_at_a_time(experiment):
   config = experiment.config
-  rollout = configured.programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["rollout"]
+  rollout = configured.programs(experiment, experiment.optimizer(config.grpo, 1)).tracing(200)["rollout"]
   rows = config.grpo.prompts_per_iteration * config.grpo.num_generations // config.grpo.rollout_chunks // 8
-  found = widest(rollout().compile().as_text())
+  found = widest(rollout().lower().compile().as_text())
   assert 0 < found <= rows * config.rollout.block_length < rows * (200 + 256)
 
 
 @pytest.mark.slow(reason="compiles large updates")
 def test_the_update_holds_logits_of_a_tile_at_a_time(experiment):
   config = experiment.config
-  update = configured.programs(experiment, experiment.optimizer(config.grpo, 1)).lowering(200)["update"]
-  text = update().compile().as_text()
+  update = configured.programs(experiment, experiment.optimizer(config.grpo, 1)).tracing(200)["update"]
+  text = update().lower().compile().as_text()
   rows = config.grpo.prompts_per_iteration * config.grpo.num_generations // config.grpo.accumulation // 8
   assert (rows * 256, 1, config.grpo.logits_tile) in shapes(text)
   assert widest(text) <= 1, "a mask of forbidden ids, and no logits"
