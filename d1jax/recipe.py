@@ -1,6 +1,5 @@
 """d1's whole recipe: masked SFT, then diffu-GRPO, then one look at the held-out split. Also SFT alone."""
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -108,7 +107,7 @@ class Recipe:
 
   def _evaluator(self, prompts: Prompts) -> Evaluator:
     """A greedy evaluation of what is trained, together with its frozen base; exact, also where rollouts are cached."""
-    sampler = dataclasses.replace(self.experiment.sampler.with_cache("none"), temperature=0.0)
+    sampler = self.experiment.sampler.greedy()
     return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size)
 
   @property

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 
+from d1jax import keys
 from d1jax.aot import collectives, hlo, invariants, memory, network, roofline, traffic
 from d1jax.aot.memory import bytes_a_device
+from d1jax.completer import Completer
 from d1jax.parallel.chips import Chip
 from d1jax.run.experiment import Experiment
 from d1jax.telemetry import cost, flops
@@ -57,14 +59,28 @@ class Analysis:
     """
     began = time.perf_counter()
     traced = self.tracing[name]()
-    lowered = traced.lower()
-    try:
-      compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      refused = memory.refusal(str(error), lowered.as_text())
-      found = refused._asdict() | {"largest": [buffer._asdict() for buffer in refused.largest]}
-      return {"compile_seconds": time.perf_counter() - began, "fits": False} | found
-    return {"compile_seconds": time.perf_counter() - began} | self._read(name, compiled, traced)
+    compiled, refused = _compiled(traced.lower())
+    found = {"compile_seconds": time.perf_counter() - began}
+    return found | (refused or self._read(name, compiled, traced))
+
+  def evaluation(self) -> dict[str, Any]:
+    """Compiles the largest batch of a validation, which the weights of rollouts complete greedily and without a cache.
+
+    Returns:
+      `rows`, `width` of the prompts, `fits`; and `memory`, or what `program` says of a program that does not fit.
+    """
+    experiment, model = self.experiment, self.experiment.model
+    section, ways = experiment.config.evaluation, model.rollout_ways
+    rows, width = -(-section.batch_size // ways) * ways, max(section.prompt_buckets)
+    completer = Completer.of(model, keys.Purpose.EVALUATION)
+    compiled, refused = _compiled(completer.traced(experiment.sampler.greedy(), rows, width).lower())
+    found = {"rows": rows, "width": width}
+    if refused:
+      return found | refused
+    taken = memory.memory(compiled, *self._held("rollout", compiled))
+    fits = taken.total <= self._chip.hbm_bytes
+    found |= {"fits": fits, "memory": taken._asdict() | {"total": taken.total}}
+    return found if fits else found | {"needed": taken.total, "available": self._chip.hbm_bytes}
 
   def work(self, name: str, traced: jax.stages.Traced) -> Work:
     """What one run of a program computes, on all devices together.
@@ -130,6 +146,15 @@ class Analysis:
       }
     named = {kind: memory.bytes_placed(*tree) for kind, tree in trees.items()}
     return named, owned - sum(named.values())
+
+
+def _compiled(lowered: Any) -> tuple[Any, dict[str, Any]]:
+  """The compiled program; or, where the compiler refuses it, None and what it says."""
+  try:
+    return lowered.compile(), {}
+  except jax.errors.JaxRuntimeError as error:
+    refused = memory.refusal(str(error), lowered.as_text())
+    return None, {"fits": False} | refused._asdict() | {"largest": [buffer._asdict() for buffer in refused.largest]}
 
 
 def iteration(programs: dict[str, dict[str, Any]]) -> dict[str, Any]:

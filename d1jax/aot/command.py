@@ -29,6 +29,7 @@ LLADA_IDS = {"vocab_size": 126464, "mask_token_id": 126336, "eos_token_id": [126
 REMEDIES = {
   "publish": "cut the weights over more chips: a larger topology, config.mesh, config.rollout_rules",
   "rollout": "raise config.grpo.rollout_chunks, or cut the weights over more chips (config.mesh, config.rollout_rules)",
+  "evaluation": "lower config.evaluation.batch_size, or cut the weights over more chips (config.rollout_rules)",
   "update": "raise config.grpo.accumulation, keep config.model.remat, or cut the weights over more chips (config.mesh)",
 }
 
@@ -63,7 +64,10 @@ def run(config: ConfigDict) -> dict[str, Any]:
     print(f"compiling {name} for {config.topology}", flush=True)
     with input_checked():
       result["programs"][name] = {"runs": chunks if name == "rollout" else 1} | analysis.program(name)
-  refused = [name for name, found in result["programs"].items() if not found["fits"]]
+  print(f"compiling evaluation for {config.topology}", flush=True)
+  result["evaluation"] = analysis.evaluation()
+  parts = result["programs"] | {"evaluation": result["evaluation"]}
+  refused = [name for name, found in parts.items() if not found["fits"]]
   read = all("seconds" in found for found in result["programs"].values())
   result |= {"fits": not refused, "iteration": iteration(result["programs"]) if read else None}
   text = json.dumps(result)

@@ -17,6 +17,9 @@ def tables(result: Mapping[str, Any]) -> str:
   if programs:
     parts += ["GiB a chip:", _memory(programs), "Collectives of one run, by what a chip receives:"]
     parts += [_collectives(programs), *_notes(programs), "Seconds of one run, at least:", _times(programs)]
+  if found := result.get("evaluation"):
+    said = f"A validation of {found['rows']} prompts of {found['width']} tokens needs {_needed(found)} GiB a chip"
+    parts.append(said + (", which fits." if found["fits"] else ", which does not fit."))
   return "\n\n".join(parts)
 
 

@@ -99,6 +99,10 @@ class SamplerSpec:
     """The same sampler with another cache. With `none` it has no `refresh_every` either, which only a cache has."""
     return dataclasses.replace(self, cache=cache, refresh_every=None if cache == "none" else self.refresh_every)
 
+  def greedy(self) -> "SamplerSpec":
+    """The same sampler at temperature 0 and without a cache: what validations complete with."""
+    return dataclasses.replace(self.with_cache("none"), temperature=0.0)
+
   @property
   def blocks(self) -> int:
     """The number of blocks of a completion."""

@@ -238,7 +238,7 @@ def evaluate(
   Args:
     model: network and mesh.
     prompts: the split, as `Prompts.of(task, model.tokenizer, "test")` has it.
-    sampler: how to complete; `dataclasses.replace(sampler, temperature=0.0)` is greedy.
+    sampler: how to complete; `sampler.greedy()` takes the most probable tokens.
     params: of `Model.publish`; None: the weights that the model starts with.
     batch_size: completions at a time.
 

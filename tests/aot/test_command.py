@@ -134,6 +134,9 @@ def test_a_run_prints_and_writes_what_it_found(tmp_path, capsys):
   assert rollout["seconds"]["network"] == pytest.approx(sum(each["seconds"] for each in rollout["collectives"]))
   lines = [(found["runs"], found["seconds"]) for found in written["programs"].values()]
   assert [runs for runs, _ in lines] == [1, 4, 1]
+  validated = written["evaluation"]
+  assert (validated["rows"], validated["width"], validated["fits"]) == (128, 33, True)
+  assert "A validation of 128 prompts of 33 tokens needs" in printed
   assert written["iteration"]["seconds"] == pytest.approx(sum(runs * max(line.values()) for runs, line in lines))
 
 
