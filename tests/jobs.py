@@ -108,13 +108,19 @@ def flags(workdir: Path, **changes) -> list[str]:
 
 
 def start(
-  *arguments: str, largest_file_kib: int | None = None, module: str = "d1jax.main", optimised: bool = False
+  *arguments: str,
+  largest_file_kib: int | None = None,
+  module: str = "d1jax.main",
+  optimised: bool = False,
+  kept_from: float = 0.0,
 ) -> subprocess.Popen:
   """Starts `python -m d1jax.main` on two CPU devices, as on a person's machine; no file may grow beyond a limit.
 
-  Large jobs ask that it is optimised.
+  Large jobs ask that it is optimised. What took at least `kept_from` seconds to compile is kept for the jobs that come
+  after: they start the same programs.
   """
   environment = os.environ | {"XLA_FLAGS": "" if optimised else QUICK_TO_COMPILE}
+  environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(kept_from)
   limited = [] if largest_file_kib is None else ["bash", "-c", f'ulimit -f {largest_file_kib}; exec "$@"', "limited"]
   return subprocess.Popen(
     [*limited, sys.executable, "-m", module, *arguments],
@@ -154,6 +160,7 @@ def start_processes(
     f"--config.distributed.processes={count}",
   ]
   further = each or [()] * count
+  more["kept_from"] = 0.2  # what one of them has half written another one would read, and warn
   return [start(*arguments, *own, f"--config.distributed.process={i}", *further[i], **more) for i in range(count)]
 
 
@@ -172,12 +179,20 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, s
   return process.returncode, out, err
 
 
-def wait_for(workdir: Path, stage: str, iteration: int, process: subprocess.Popen, timeout: float = 300) -> None:
-  """Returns when the job has recorded an iteration of a stage."""
+def written(workdir: Path) -> int:
+  """When a job last wrote a record, in nanoseconds; 0 where it never did."""
+  path = workdir / "metrics.jsonl"
+  return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def wait_for(
+  workdir: Path, stage: str, iteration: int, process: subprocess.Popen, timeout: float = 300, stale: int = 0
+) -> None:
+  """Returns when the job has recorded an iteration of a stage; `stale` is what was `written` before it was started."""
   path = workdir / "metrics.jsonl"
   end = time.monotonic() + timeout
   while time.monotonic() < end:
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if written(workdir) > stale else []
     for line in lines:
       if line.endswith("}") and (record := json.loads(line))["stage"] == stage and record["iteration"] >= iteration:
         return

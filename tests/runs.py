@@ -1,5 +1,6 @@
 """Finished runs that the tests of a session share; who changes one copies it first."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from ml_collections import ConfigDict
 
 from d1jax import recipe
 from d1jax.run import parts
+from d1jax.run.metrics import read_records
 from tests import jobs
 from tests.session import shared
 
@@ -38,3 +40,13 @@ def undisturbed(count: int = 1) -> tuple[Path, list[tuple[int, str, str]], float
 
   workdir, (found, seconds) = shared(f"undisturbed-{count}", make)
   return workdir, found, seconds
+
+
+def check_same_end(workdir: Path, expected: Path) -> None:
+  """A job ended with the bits and the records of another one of as many processes."""
+  results = [json.loads((folder / "results.json").read_text()) for folder in (workdir, expected)]
+  for name in ("params_fingerprint", "before", "after", "samples", "best_iteration"):
+    assert results[0][name] == results[1][name], name
+  records = [read_records(folder / "metrics.jsonl") for folder in (workdir, expected)]
+  seen = [[(r["stage"], r["iteration"], r["loss"], r.get("reward")) for r in one] for one in records]
+  assert seen[0] == seen[1]

@@ -1,6 +1,7 @@
-"""One process of several for tests/parallel/test_multihost.py: an iteration of diffu-GRPO, told as a line of JSON.
+"""One process of several for tests/parallel/test_multihost.py: what it is asked, told as a line of JSON.
 
-`python -m tests.parallel.peers --config.FIELD=VALUE ...` takes the flags that `jobs.start_processes` adds.
+`python -m tests.parallel.peers [iteration] [talk] --config.FIELD=VALUE ...`: an iteration of diffu-GRPO, and what
+`multihost` says; it takes the flags that `jobs.start_processes` adds.
 """
 
 import functools
@@ -107,10 +108,11 @@ def talk() -> dict:
 
 
 if __name__ == "__main__":
-  given = dict(flag.removeprefix("--config.").split("=", 1) for flag in sys.argv[1:])
+  given = dict(flag.removeprefix("--config.").split("=", 1) for flag in sys.argv[1:] if flag.startswith("--"))
   settings = {name: given.get(f"distributed.{name}") for name in ("processes", "process", "timeout")}
   multihost.initialize(
     "the test", given.get("distributed.coordinator"), **{k: v and int(v) for k, v in settings.items()}
   )
   multihost.split_cpu(int(given["cpu_devices"]))
-  print(json.dumps(talk() | iteration()))
+  asked = [question for question in (talk, iteration) if question.__name__ in sys.argv]
+  print(json.dumps({name: found for question in asked for name, found in question().items()}))

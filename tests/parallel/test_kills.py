@@ -1,23 +1,22 @@
-"""A job of two processes, one of which is killed again and again at random moments, ends with the bits of one that
+"""A job of two processes, one of which stands still and is killed again and again, ends with the bits of one that
 nobody disturbed.
 """
 
-import json
 import random
+import signal
 import subprocess
 import time
 
 import pytest
 
-from d1jax.run.metrics import read_records
 from tests import jobs, runs
 
 TIMEOUT = 20
 """Seconds that a process waits for another: at the start, and without a sign of life."""
 
 
-def start(workdir):
-  return jobs.start_processes(2, *jobs.flags(workdir, **jobs.BRIEF), timeout=TIMEOUT)
+def start(workdir, timeout=TIMEOUT):
+  return jobs.start_processes(2, *jobs.flags(workdir, **jobs.BRIEF), timeout=timeout)
 
 
 def wait(processes, seconds):
@@ -30,24 +29,15 @@ def wait(processes, seconds):
   return False
 
 
-def check_end(workdir, expected):
-  results = [json.loads((folder / "results.json").read_text()) for folder in (workdir, expected)]
-  for name in ("params_fingerprint", "before", "after", "samples", "best_iteration"):
-    assert results[0][name] == results[1][name], name
-  records = [read_records(folder / "metrics.jsonl") for folder in (workdir, expected)]
-  seen = [[(r["stage"], r["iteration"], r["loss"], r.get("reward")) for r in one] for one in records]
-  assert seen[0] == seen[1]
-
-
 def finish(processes, workdir, expected):
   """Waits for processes that nobody kills."""
   found = jobs.finish_processes(processes)
   assert [code for code, _, _ in found] == [0, 0], found
-  check_end(workdir, expected)
+  runs.check_same_end(workdir, expected)
 
 
 def kill(processes, victim, workdir):
-  """Kills one; the other ends by itself, with a line that says what to do."""
+  """Kills one; the other ends by itself, with a line that says what to do, which is returned."""
   processes[victim].kill()
   try:
     code, _, err = jobs.finish(processes[1 - victim], timeout=3 * TIMEOUT)
@@ -56,27 +46,37 @@ def kill(processes, victim, workdir):
   finally:
     for process in processes:
       process.kill()
+  said = err.strip().splitlines()[-1] if err.strip() else ""
   if code:  # 0: it was about to end
     assert code == 75, err
-    assert err.strip().splitlines()[-1].startswith("d1jax: "), err
+    assert said.startswith("d1jax: "), err
   else:
     assert (workdir / "results.json").exists()
+  return code, said
 
 
 @pytest.mark.slow(reason="two processes, which start again and again")
-@pytest.mark.parametrize("kills", [6])
-def test_a_job_that_is_killed_at_random_moments_ends_the_same(tmp_path, kills):
+def test_a_job_that_is_killed_again_and_again_ends_the_same(tmp_path):
   expected, _, seconds = runs.undisturbed(2)
-  chance = random.Random(kills)
-  ended, killed = 0, 0
-  workdir = tmp_path / str(ended)
-  while killed < kills:
-    processes = start(workdir)
-    if wait(processes, chance.uniform(0, 0.7 * seconds)):  # it compiled, and these read what it compiled
-      finish(processes, workdir, expected)
-      ended += 1
-      workdir = tmp_path / str(ended)
-    else:
-      kill(processes, chance.randrange(2), workdir)
-      killed += 1
-  finish(start(workdir), workdir, expected)
+  processes = start(tmp_path, timeout=10)
+  jobs.wait_for(tmp_path, "sft", 5, processes[0])
+  processes[1].send_signal(signal.SIGSTOP)
+  code, _, err = jobs.finish(processes[0], timeout=60)
+  processes[1].kill()
+  assert code == 75, err
+  assert "has not answered for 10 seconds" in err.strip().splitlines()[-1]
+
+  for victim, iteration in ((0, 1), (1, 2)):
+    stale, processes = jobs.written(tmp_path), start(tmp_path)
+    jobs.wait_for(tmp_path, "grpo", iteration, processes[0], stale=stale)
+    code, said = kill(processes, victim, tmp_path)
+    assert code == 75
+    assert "another process" in said
+    assert "run the same command again, it goes on from the last checkpoint" in said
+
+  # At any moment: it compiled, and this one reads what it compiled.
+  processes, chance = start(tmp_path), random.Random(6)
+  if not wait(processes, chance.uniform(0, 0.5 * seconds)):
+    kill(processes, chance.randrange(2), tmp_path)
+    processes = start(tmp_path)
+  finish(processes, tmp_path, expected)

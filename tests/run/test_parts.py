@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax import export
+from d1jax import export, recipe
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import RunError
@@ -194,14 +194,12 @@ def test_an_option_that_is_new_has_its_default_in_a_run_that_began_without():
   assert parts.renewed(file) == file, "a reader runs no file"
 
 
-@pytest.mark.slow(reason="trains two iterations in a process of its own")
+@pytest.mark.slow(reason="runs the recipe")
 def test_a_loss_of_a_file_trains_and_logs_its_figure(tmp_path):
   file, workdir = tmp_path / "soft.py", tmp_path / "run"
   file.write_text(block("A loss of your own"))
   changes = {"grpo__steps": 2, "grpo__num_iterations": 2, "grpo__loss": file, "grpo__loss__softness": 2.0}
-  process = jobs.start(*jobs.flags(workdir, **jobs.STARTED | changes))
-  code, _, errors = jobs.finish(process)
-  assert code == 0, errors
+  recipe.run(jobs.started(workdir, **changes))
   records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   assert len(records) == 2
   assert 0 < records[-1]["gate_open"] < 1, "the second inner step has moved"

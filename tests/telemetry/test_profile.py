@@ -1,5 +1,6 @@
 """Which iterations are traced, and what the trace holds."""
 
+import shutil
 from collections import Counter
 
 import jax
@@ -9,6 +10,7 @@ from jax.profiler import ProfileData
 from d1jax import recipe
 from d1jax.parallel import multihost
 from d1jax.telemetry import profile
+from tests import runs
 from tests.jobs import small
 
 
@@ -75,13 +77,13 @@ def test_other_processes_trace_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.slow(reason="runs the recipe")
 def test_a_run_traces_what_it_is_told_and_names_its_parts(tmp_path):
-  changes = {"sft__steps": 2, "sft__validate_every": 2, "grpo__steps": 3}
-  recipe.run(small(tmp_path, **changes))
-  assert not (tmp_path / "profile").exists()
+  workdir = tmp_path / "run"
+  shutil.copytree(runs.finished()[0], workdir)
+  assert not (workdir / "profile").exists()
   # A run that goes on may be looked at, and is told which iterations are its own.
-  recipe.run(small(tmp_path, **changes | {"grpo__steps": 6}, profile_steps="4:5"))
-  assert traced_steps(tmp_path / "profile") == {"grpo": [4, 5]}
-  counted = Counter(event.name for event in events(tmp_path / "profile"))
-  # Two chunks an iteration, and grades that are waited for at its end; iteration 4 validates and is saved.
+  recipe.run(small(workdir, **runs.CHANGES | {"grpo__steps": 8}, profile_steps="6:7"))
+  assert traced_steps(workdir / "profile") == {"grpo": [6, 7]}
+  counted = Counter(event.name for event in events(workdir / "profile"))
+  # Two chunks an iteration, and grades that are waited for at its end; iteration 6 validates and is saved.
   expected = {"rollout": 4, "grading": 6, "update": 2, "validation": 1, "saving": 1}
   assert {name: counted[name] for name in expected} == expected

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_workers_change_no_number(tmp_path):
   here, pooled = (read_records(tmp_path / str(n) / "metrics.jsonl") for n in (0, 2))
   assert [jobs.untimed(r) for r in here] == [jobs.untimed(r) for r in pooled]
   assert any(r["stage"] == "grpo" and r["reward_std"] > 0 for r in pooled)
+  assert not any("importance/effective_sample_size" in r for r in pooled), "no cap was set"
 
 
 def test_a_wrong_number_of_workers_claims_no_folder(tmp_path):
@@ -70,9 +72,8 @@ def running():
 
 
 @pytest.mark.slow(reason="a process of the recipe, and its workers")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_to_all_processes_stops_the_job_as_one_to_the_job_does(tmp_path, number, code):
-  """As a terminal sends Ctrl-C, and some schedulers SIGTERM."""
+def test_ctrl_c_to_all_processes_stops_the_job_as_one_to_the_job_does(tmp_path):
+  """As a terminal sends it; that workers live through what some schedulers send is in tests/rl/test_grading.py."""
   changes = jobs.STARTED | {"grpo__steps": 400, "grpo__validate_every": 400}
   process = jobs.start(*jobs.flags(tmp_path, **changes, grpo__grading_workers=2))
   jobs.wait_for(tmp_path, "grpo", 3, process)
@@ -80,10 +81,10 @@ def test_a_signal_to_all_processes_stops_the_job_as_one_to_the_job_does(tmp_path
   assert len(workers) >= 2
   for pid in (*workers, process.pid):
     with contextlib.suppress(ProcessLookupError):  # a child that was about to end
-      os.kill(pid, number)
+      os.kill(pid, signal.SIGINT)
   exit_code, _, err = jobs.finish(process)
-  assert exit_code == code, err
-  assert f"{number.name}: saved at grpo iteration" in err
+  assert exit_code == 130, err
+  assert "SIGINT: saved at grpo iteration" in err
   end = time.monotonic() + 20
   while set(workers) & running().keys():
     assert time.monotonic() < end, "processes are left behind"
@@ -95,18 +96,16 @@ def records_of(workdir):
 
 
 @pytest.mark.slow(reason="runs the recipe")
-@pytest.mark.parametrize("cap", [None, 2.0])
-def test_the_recorded_states_train_as_well(tmp_path, cap):
-  changes = {"grpo__estimator": "step_merged", "grpo__importance_cap": cap, "grpo__num_iterations": 2}
+def test_the_recorded_states_train_as_well(tmp_path):
+  changes = {"grpo__estimator": "step_merged", "grpo__importance_cap": 2.0, "grpo__num_iterations": 2}
   recipe.run(started(tmp_path, grpo__steps=3, grpo__accumulation=2, grpo__loss__beta=0.01, **changes))
   records = records_of(tmp_path)
   assert len(records) == 3
   assert any(r["grad_norm"] > 0 for r in records)
   assert all(np.isfinite(r["loss"]) for r in records)
   for record in records:
-    assert ("importance/effective_sample_size" in record) == (cap is not None)
     # Rollouts without a cache are drawn from what is trained.
-    assert record.get("importance/effective_sample_size", 1.0) == pytest.approx(1, abs=1e-5)
+    assert record["importance/effective_sample_size"] == pytest.approx(1, abs=1e-5)
     assert "drift/logp_difference" not in record
 
 
@@ -151,7 +150,9 @@ def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_pat
     "grpo__validate_every": 1,
   }
   results = recipe.run(started(tmp_path / "whole", grpo__steps=2, **changes))
-  recipe.run(started(tmp_path / "parts", grpo__steps=1, **changes))
+  shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+  (tmp_path / "parts" / "results.json").unlink()
+  shutil.rmtree(tmp_path / "parts" / "checkpoints" / "grpo" / "2")
   resumed = recipe.run(started(tmp_path / "parts", grpo__steps=2, **changes))
   assert resumed["params_fingerprint"] == results["params_fingerprint"]
   for iteration, record in enumerate(records_of(tmp_path / "whole")):

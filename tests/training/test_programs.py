@@ -1,11 +1,9 @@
-import importlib.util
 import math
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from d1jax.aot import hlo
 from d1jax.aot.collectives import find
@@ -81,6 +79,7 @@ def assert_only_activations_are_sent(experiment, compiled, cache):
 @pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_rollouts_send_activations_and_no_weights(cache):
+  """On CPU devices; compiled for TPUs in tests/aot/test_command.py."""
   experiment, programs = large(rollout__cache=cache, model__overrides__embed=EMBED)
   assert_only_activations_are_sent(experiment, programs.tracing(WIDTH)["rollout"]().lower().compile(), cache)
 
@@ -89,25 +88,6 @@ def test_rollouts_send_activations_and_no_weights(cache):
 def test_the_rules_of_updates_would_send_weights():
   experiment, programs = large(rollout_rules={}, model__overrides__embed=EMBED)
   assert weights_sent(experiment, programs.tracing(WIDTH)["rollout"]().lower().compile())
-
-
-@pytest.fixture(scope="module")
-def tpu():
-  """Eight chips of v5e, to compile for."""
-  if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("libtpu is not installed: tests/requirements.txt names the one that goes with this JAX")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TPU_SKIP_MDS_QUERY", "1")  # no machine to ask what it is
-    patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-
-
-@pytest.mark.slow(reason="the TPU's compiler takes minutes for a network of LLaDA's sizes")
-@pytest.mark.parametrize("cache", ["none", "dual"])
-def test_rollouts_on_tpus_send_activations_and_no_weights(tpu, cache):
-  experiment, programs = large(tpu, rollout__cache=cache, model__overrides__embed=EMBED)
-  assert_only_activations_are_sent(experiment, programs.tracing(WIDTH)["rollout"]().lower().compile(), cache)
 
 
 def small(folder, **fields):
@@ -120,7 +100,7 @@ def iterate(experiment, programs, cached=True):
   programs.compile()
   weights = experiment.model.weights
   state = weights.state_from(weights.start(), experiment.optimizer(experiment.config.grpo, 1))
-  frozen = weights.frozen if weights.lora else weights.frozen._replace(reference=weights.start())
+  frozen = weights.frozen
   rng = np.random.default_rng(0)
   ids = np.arange(16, dtype=np.int32)
   prompt = rng.integers(4, 9, (16, 33)).astype(np.int32)
@@ -138,12 +118,9 @@ def iterate(experiment, programs, cached=True):
 
 
 @pytest.mark.slow(reason="compiles rollouts and updates, twice each")
-@pytest.mark.parametrize(
-  "fields",
-  [{"rollout__cache": "dual", "rollout__diffusion_steps": 6}, {"lora__rank": 4, "model__overrides__embed": 64}],
-  ids=["every weight", "adapters"],
-)
-def test_rules_of_rollouts_change_no_completion_and_no_update(tmp_path, fields):
+def test_rules_of_rollouts_change_no_completion_and_no_update(tmp_path):
+  """Of adapters, with a cache; how every weight moves is in tests/test_publish.py."""
+  fields = {"rollout__cache": "dual", "rollout__diffusion_steps": 6, "lora__rank": 4, "model__overrides__embed": 64}
   one, other = (
     iterate(*small(tmp_path, rollout_rules=rules, **MESH, **fields)) for rules in ({}, {**ROLLOUTS, "batch": "data"})
   )
@@ -155,7 +132,7 @@ def test_rules_of_rollouts_change_no_completion_and_no_update(tmp_path, fields):
     np.testing.assert_allclose(a.reveal_logp, b.reveal_logp, rtol=0, atol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), one[1], other[1])
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), one[2], other[2])
-  assert bool(one[2]) == ("rollout__cache" in fields)
+  assert one[2], "the drift is looked at"
 
 
 @pytest.mark.slow(reason="compiles programs of its own")

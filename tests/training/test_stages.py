@@ -20,6 +20,7 @@ from d1jax.run import experiment as experiments
 from d1jax.run.checkpoint import Checkpoints
 from d1jax.training import loop
 from tests.jobs import small
+from tests.session import shared
 
 pytestmark = pytest.mark.slow(reason="each runs the recipe or a part of it")
 
@@ -41,10 +42,16 @@ class Compilations(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """A finished job, its results, and what it compiled within the loops of its stages and behind the last."""
+def finished():
+  """A finished job, its results, and the names of what it compiled: within the loops of its stages and behind the last,
+  and in all.
+  """
+  workdir, found = shared("stages", watched_run)
+  return workdir, *found
+
+
+def watched_run(workdir):
   heard = Compilations()
-  workdir = tmp_path_factory.mktemp("finished")
   original = loop.run
 
   def run(stage, *arguments):
@@ -59,15 +66,15 @@ def finished(tmp_path_factory):
     patch.setattr(loop, "run", run)
     results = recipe.run(small(workdir, grpo__dump_every=1, **STEPS))
   logger.removeHandler(heard)
-  return workdir, results, heard
+  return results, heard.names, heard.all
 
 
 def test_nothing_is_compiled_once_a_stage_has_begun(finished):
   """Validation, saving, dumping and the final evaluation included."""
-  _, _, heard = finished
-  assert {"_sample", "_update_program", "_rollout_program", "_checksums", "all_finite"} <= set(heard.all)
+  _, _, later, every = finished
+  assert {"_sample", "_update_program", "_rollout_program", "_checksums", "all_finite"} <= set(every)
   # Orbax cuts what several devices hold, so that each writes a part of it: no program of the run's own.
-  assert set(heard.names) <= {"slice"}
+  assert set(later) <= {"slice"}
 
 
 def again(finished, workdir):
@@ -107,26 +114,22 @@ def test_a_finished_run_reads_its_best_weights_alone(finished, tmp_path, monkeyp
   assert max(seen) < 1.1, seen
 
 
-@pytest.mark.parametrize(
-  ("number", "kind"),
-  [(signal.SIGTERM, PreemptedError), (signal.SIGINT, InterruptedRunError)],
-  ids=["SIGTERM", "Ctrl-C"],
-)
-def test_the_final_evaluation_can_be_stopped(finished, tmp_path, monkeypatch, number, kind):
+def test_the_final_evaluation_can_be_stopped(finished, tmp_path, monkeypatch):
   config = again(finished, tmp_path / "run")
-  original, calls = evaluator.Evaluator.complete, []
+  original, calls, numbers = evaluator.Evaluator.complete, [], [signal.SIGTERM, signal.SIGINT]
 
   def complete(self, *arguments):
     calls.append(0)
-    if len(calls) == 1:
-      signal.raise_signal(number)
+    if len(calls) <= len(numbers):
+      signal.raise_signal(numbers[len(calls) - 1])
     return original(self, *arguments)
 
   monkeypatch.setattr(evaluator.Evaluator, "complete", complete)
-  with pytest.raises(kind, match=rf"{number.name}: saved at the end of training, .*run the same command again"):
-    recipe.run(config)
-  assert len(calls) == 1
-  assert not (tmp_path / "run" / "results.json").exists()
+  for number, kind in zip(numbers, (PreemptedError, InterruptedRunError), strict=True):
+    with pytest.raises(kind, match=rf"{number.name}: saved at the end of training, .*run the same command again"):
+      recipe.run(config)
+    assert len(calls) == 1 + numbers.index(number)
+    assert not (tmp_path / "run" / "results.json").exists()
   assert recipe.run(config)["after"] == finished[1]["after"]
 
 
