@@ -149,6 +149,7 @@ class Recipe:
         validation.compile()
     with explained("the final evaluation", self._smaller_batches):
       self._test.compile()
+      self._model.publisher.compile()
 
   def _train_stage(
     self,

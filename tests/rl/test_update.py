@@ -267,8 +267,7 @@ def weighted_update(spec, rollout, advantages, frozen=FROZEN):
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
-@pytest.mark.parametrize("parts", [1, 11])
-@pytest.mark.parametrize("cap", [1e6, 1.2, None])
+@pytest.mark.parametrize(("cap", "parts"), [(1e6, 1), (1.2, 11), (None, 1)])
 def test_weights_make_the_gradient_that_of_the_policys_own_draws(cap, parts):
   """By enumeration: the expected step from draws of another distribution q is the gradient of the mean reward under the
   policy p; with a cap, of its part min(p, cap q); without weights it is another.
