@@ -1,5 +1,6 @@
 # make train   d1's recipe on a small model: SFT, diffu-GRPO, evaluation
-# make test    the quick tests (make test-slow: the others, and more examples of those that draw them)
+# make test    the quick tests (make test-slow: the others, and more examples of those that draw them; make test-long:
+#              minutes each, at full size, before a release)
 # make lint    ruff and mypy
 # make docs    the documentation as a website, in site/
 # make setup   the virtual environment alone
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN = $(VENV)/bin/python
 ARGS ?=
 
-.PHONY: train test test-slow lint docs setup clean
+.PHONY: train test test-slow test-long lint docs setup clean
 
 train: setup
 	$(RUN) -m d1jax.main --config=configs/grpo.py $(ARGS)
@@ -20,7 +21,10 @@ test: $(VENV)/.tests
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.tests
-	$(RUN) -m pytest -n 3 --dist worksteal -m "slow or hypothesis" --hypothesis-profile=full $(ARGS)
+	$(RUN) -m pytest -n 3 --dist worksteal -m "(slow or hypothesis) and not long" --hypothesis-profile=full $(ARGS)
+
+test-long: $(VENV)/.tests
+	$(RUN) -m pytest -n 2 --dist worksteal -m long $(ARGS)
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff format --check .

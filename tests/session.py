@@ -31,7 +31,7 @@ IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 YARDSTICK = 0.0084
 """CPU seconds of `yardstick` on the machine of the budgets, two idle cores."""
 
-BUDGETS = {"not slow": 600.0, "slow or hypothesis": None}
+BUDGETS = {"not slow": 600.0, "(slow or hypothesis) and not long": None}
 """CPU seconds, on the machine of the yardstick, of the quick and of the slow tests, by their marks (see Makefile); the
 slow ones only say what they took."""
 

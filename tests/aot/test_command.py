@@ -55,13 +55,13 @@ def test_the_placements_of_a_small_network_are_as_kept(case):
 
 
 @pytest.mark.slow(reason="the TPU's compiler takes minutes for LLaDA-8B")
-def test_the_large_network_is_as_kept():
-  """What moves its weights and what rolls out, LoRA at d1's batch on eight v5e; its update takes minutes more, and is
-  compiled for one chip in tests/test_real_model.py.
-  """
+@pytest.mark.parametrize(
+  "names", [("publish", "rollout"), pytest.param(("publish", "rollout", "update"), marks=pytest.mark.long)], ids=len
+)
+def test_the_large_network_is_as_kept(names):
+  """LoRA at d1's batch on eight v5e. The update takes minutes more; for one chip tests/test_real_model.py compiles it."""
   case = LARGE_CASES[0]
   large, kept = analysis(case.config), golden(case)
-  names = ("publish", "rollout")
   found = {"placements": large.placements(), "programs": {name: large.program(name) for name in names}}
   assert all(program["fits"] for program in found["programs"].values())
   assert found["programs"]["rollout"]["weights_in_loop"] == 0

@@ -80,3 +80,22 @@ def test_a_job_that_is_killed_again_and_again_ends_the_same(tmp_path):
     kill(processes, chance.randrange(2), tmp_path)
     processes = start(tmp_path)
   finish(processes, tmp_path, expected)
+
+
+@pytest.mark.long
+@pytest.mark.slow(reason="two processes, which start again and again")
+def test_a_job_that_is_killed_at_random_moments_ends_the_same(tmp_path):
+  expected, _, seconds = runs.undisturbed(2)
+  chance = random.Random(6)
+  ended, killed = 0, 0
+  workdir = tmp_path / str(ended)
+  while killed < 6:
+    processes = start(workdir)
+    if wait(processes, chance.uniform(0, 0.7 * seconds)):  # it compiled, and these read what it compiled
+      finish(processes, workdir, expected)
+      ended += 1
+      workdir = tmp_path / str(ended)
+    else:
+      kill(processes, chance.randrange(2), workdir)
+      killed += 1
+  finish(start(workdir), workdir, expected)

@@ -198,9 +198,10 @@ def test_the_reference_is_the_base_and_rollouts_are_merged(tuned):
 
 
 @pytest.mark.slow(reason="runs the recipe")
-def test_a_quantised_base_trains_unmerged_and_is_exported_dense(folder, tmp_path):
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
+def test_a_quantised_base_trains_unmerged_and_is_exported_dense(folder, tmp_path, kind):
   """int8 and NF4 differ in how they are stored and read: tests/models/test_quantize.py."""
-  config = job("grpo", folder, tmp_path / "run", model__quantize="nf4", task__protocol="d1", grpo__steps=1)
+  config = job("grpo", folder, tmp_path / "run", model__quantize=kind, task__protocol="d1", grpo__steps=1)
   recipe.run(config)
   records = read_records(tmp_path / "run" / "metrics.jsonl")
   assert all("merge_gap_mean" not in r for r in records)

@@ -10,6 +10,7 @@ from d1jax.aot.collectives import find
 from d1jax.run import experiment as experiments
 from d1jax.training import configured
 from tests import jobs
+from tests.aot import programs as programs_for_tpus
 
 TENSOR = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "adapter"), ("fsdp", "tensor"))
 ROLLOUTS = {"batch": "data", "embed": None, **TENSOR}
@@ -79,7 +80,7 @@ def assert_only_activations_are_sent(experiment, compiled, cache):
 @pytest.mark.slow(reason="compiles programs of its own")
 @pytest.mark.parametrize("cache", ["none", "dual"])
 def test_rollouts_send_activations_and_no_weights(cache):
-  """On CPU devices; compiled for TPUs in tests/aot/test_command.py."""
+  """On CPU devices; compiled for TPUs below, and at small width in tests/aot/test_command.py."""
   experiment, programs = large(rollout__cache=cache, model__overrides__embed=EMBED)
   assert_only_activations_are_sent(experiment, programs.tracing(WIDTH)["rollout"]().lower().compile(), cache)
 
@@ -100,7 +101,7 @@ def iterate(experiment, programs, cached=True):
   programs.compile()
   weights = experiment.model.weights
   state = weights.state_from(weights.start(), experiment.optimizer(experiment.config.grpo, 1))
-  frozen = weights.frozen
+  frozen = weights.frozen if weights.lora else weights.frozen._replace(reference=weights.start())
   rng = np.random.default_rng(0)
   ids = np.arange(16, dtype=np.int32)
   prompt = rng.integers(4, 9, (16, 33)).astype(np.int32)
@@ -117,10 +118,26 @@ def iterate(experiment, programs, cached=True):
   return host, jax.device_get(state.trainable), jax.device_get(figures)
 
 
+@pytest.mark.slow(reason="the TPU's compiler takes minutes for a network of LLaDA's width")
+@pytest.mark.long
+@pytest.mark.parametrize("cache", ["none", "dual"])
+def test_rollouts_on_tpus_send_activations_and_no_weights(cache):
+  experiment, programs = large(
+    programs_for_tpus.devices("v5e:2x4"), rollout__cache=cache, model__overrides__embed=EMBED
+  )
+  assert_only_activations_are_sent(experiment, programs.tracing(WIDTH)["rollout"]().lower().compile(), cache)
+
+
+CACHED = {"rollout__cache": "dual", "rollout__diffusion_steps": 6}
+
+
 @pytest.mark.slow(reason="compiles rollouts and updates, twice each")
-def test_rules_of_rollouts_change_no_completion_and_no_update(tmp_path):
-  """Of adapters, with a cache; how every weight moves is in tests/test_publish.py."""
-  fields = {"rollout__cache": "dual", "rollout__diffusion_steps": 6, "lora__rank": 4, "model__overrides__embed": 64}
+@pytest.mark.parametrize(
+  "fields",
+  [CACHED | {"lora__rank": 4, "model__overrides__embed": 64}, pytest.param(CACHED, marks=pytest.mark.long)],
+  ids=["adapters", "every weight"],
+)
+def test_rules_of_rollouts_change_no_completion_and_no_update(tmp_path, fields):
   one, other = (
     iterate(*small(tmp_path, rollout_rules=rules, **MESH, **fields)) for rules in ({}, {**ROLLOUTS, "batch": "data"})
   )
