@@ -59,7 +59,7 @@ def test_the_placements_of_a_small_network_are_as_kept(case):
   "names", [("publish", "rollout"), pytest.param(("publish", "rollout", "update"), marks=pytest.mark.long)], ids=len
 )
 def test_the_large_network_is_as_kept(names):
-  """LoRA at d1's batch on eight v5e. The update takes minutes more; for one chip tests/test_real_model.py compiles it."""
+  """LoRA at d1's batch on eight v5e; for one chip tests/test_real_model.py compiles the update."""
   case = LARGE_CASES[0]
   large, kept = analysis(case.config), golden(case)
   found = {"placements": large.placements(), "programs": {name: large.program(name) for name in names}}
