@@ -213,7 +213,7 @@ def llada(book, monkeypatch, counted: str, kind: str):
 
   process = types.SimpleNamespace(run=lambda *_, **__: types.SimpleNamespace(stdout=counted))
   source = cells(book)["llada"].source
-  for given, wanted in (("LLADA = False", "LLADA = True"), ('"llada_8b,gsm8k"', f'"llada_8b,gsm8k{kind}"')):
+  for given, wanted in (("LLADA = False", "LLADA = True"), ('"lora,gsm8k"', f'"lora,gsm8k{kind}"')):
     assert source.count(given) == 1
     source = source.replace(given, wanted)
   exec(source, dict(subprocess=process, sys=sys, Path=Path, python=python))
