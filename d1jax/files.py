@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class FileError(ValueError):
-  """A file cannot be read, or does not hold what it should; the message is one line that names it."""
+  """A file cannot be read, or its content is wrong; the message is one line that names the file."""
 
 
 def read_bytes(path: Any, largest: int = LARGEST) -> bytes:

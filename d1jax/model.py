@@ -80,7 +80,7 @@ class Model:
 
   @functools.cached_property
   def publisher(self) -> Publisher:
-    """Converts trained weights into those that rollouts take."""
+    """Converts trained weights into the form that rollouts take."""
     return Publisher(self.weights, self.weights.abstract_trainable)
 
   @functools.cached_property

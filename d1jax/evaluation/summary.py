@@ -138,7 +138,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
   Args:
     rows: {"task", "length", "temperature", "summary", "baseline", "sampler"}: a summary of `summarise`, the accuracy of
-      the task's constant answer as {"value", "interval"}, or None, and the fields of the sampler, or None where it is
+      the task's constant answer as {"value", "interval"}, or None, and the fields of the sampler, or None if it is
       not known. Its cache and schedule are shown where they are not d1's, `none` and `static`.
   """
   every: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = [

@@ -1,4 +1,4 @@
-"""The safetensors of a folder: one `model.safetensors`, or shards behind `model.safetensors.index.json`."""
+"""The safetensors of a folder: one `model.safetensors`, or shards that `model.safetensors.index.json` lists."""
 
 import contextlib
 import os

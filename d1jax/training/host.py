@@ -129,7 +129,7 @@ def _shared(failure: str, rows: np.ndarray, rollout: Rollout, own: Graded, arriv
 
 
 def sums(rollout: Rollout, graded: Graded) -> Sums:
-  """The figures of some rows: of the samples, `reward/COMPONENT` over the rows that have it, and the tasks' metrics."""
+  """The figures of some rows: sampling figures, `reward/COMPONENT` over the rows that have it, the tasks' metrics."""
   mask, parts = rollout.completion_mask, []
   for grade in graded.grades:
     parts.append({f"reward/{name}": (value, 1) for name, value in grade.components.items()} | dict(grade.metrics))
