@@ -1,9 +1,9 @@
-"""Evaluation: of a checkpoint, of a model's folder, or of completions in a file.
+"""Evaluates a checkpoint, a model folder, or completions in a file.
 
 `--config=configs/eval.py:WORDS --config.checkpoint=DIR`, words separated by commas: a size (`tiny`, the default, which
 takes lengths, steps and prompts from the checkpoint; `d1`, d1's evaluation, once `llada_8b`), any number of
 tasks (none: those of the checkpoint) and the chips that hold a large model (`v5e`, `v5p`, `v6e`, `h100`).
-docs/evaluation.md tells all of it.
+docs/evaluation.md has the details.
 """
 
 import runpy
@@ -18,7 +18,7 @@ WORDS = {"size": SIZES, "task": RECIPE["TASKS"], "chips": tuple(RECIPE["CHIPS"])
 
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
-  """The configuration of the words."""
+  """The configuration for the preset words."""
   known = [word for group in WORDS.values() for word in group]
   chosen = [{"llada_8b": "d1"}.get(word, word) for word in words.split(",") if word]
   unknown = [word for word in chosen if word not in known]
@@ -32,24 +32,23 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.mode = "eval"
 
-  # What is evaluated: one of these three.
+  # What to evaluate: set one of these three fields.
   c.checkpoint = none(str)  # a run's work directory, or the folder of one checkpoint
-  c.pretrained = none(str)  # a model's folder; beside `checkpoint`: where the folder that the run started from is now
-  c.generations = none(str)  # completions to grade without a model: a file, or a folder with a file a process
+  c.pretrained = none(str)  # a model folder; with `checkpoint`: the new place of the run's base model, if it moved
+  c.generations = none(str)  # completions to grade without a model: a file, or a folder with one file per process
 
-  # On what.
-  # Without names and file: those of the checkpoint.
+  # The questions. If neither `tasks` nor `module` is set, the tasks of the checkpoint are used.
   c.tasks = tuple(word for word in chosen if word in RECIPE["TASKS"])
-  c.module = none(str)  # the file of a task of your own
+  c.module = none(str)  # the Python file of your own task
   c.split = "test"
-  c.questions = none(int)  # at most so many of each task
-  c.data_root = none(str)  # None: the checkpoint's
-  c.data_seed = none(int)  # of generated questions; None: the checkpoint's
-  c.style = none(str)  # of prompts: d1_eval, d1, terse; None: the checkpoint's
-  c.prefill = none(str)  # how each answer starts; None: as the style has it
+  c.questions = none(int)  # the largest number of questions of each task; None: all
+  c.data_root = none(str)  # None: as in the checkpoint
+  c.data_seed = none(int)  # the seed of generated questions; None: as in the checkpoint
+  c.style = none(str)  # the prompt style: d1_eval, d1, terse; None: as in the checkpoint
+  c.prefill = none(str)  # the start of each answer; None: the one of the style
   c.protocol = "strict"  # or d1
 
-  # How. None, or no lengths: as the checkpoint's rollouts.
+  # How to sample. For None, or an empty `lengths`, the value of the checkpoint's rollouts is used.
   c.lengths = ()
   c.block_length = none(int)
   c.tokens_per_step = none(int)
@@ -57,20 +56,20 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.remasking = none(str)
   c.cache = none(str)  # none, prefix, dual, window
   c.schedule = none(str)  # static, threshold, factor
-  c.early_exit = none(bool)  # None: yes under `strict`; the d1 protocol reads on behind the stop
+  c.early_exit = none(bool)  # None: yes with `strict`; the d1 protocol also reads text after the stop
   c.temperatures = (0.0,)  # 0 is greedy: one seed and one sample are enough
   c.seeds = (0,)
-  c.samples = 1  # of each question under each seed
+  c.samples = 1  # completions of each question for each seed
 
-  c.compare = none(str)  # the output of an earlier evaluation on the same questions
-  c.chosen_beforehand = False  # let a checkpoint meet the test split that validation did not choose
-  c.output = none(str)  # a folder; None: a new one in the work directory, the same for the same evaluation
-  c.batch_size = none(int)  # None: the checkpoint's
-  c.prompt_buckets = ()  # none: the checkpoint's
+  c.compare = none(str)  # the output folder of an earlier evaluation on the same questions
+  c.chosen_beforehand = False  # True: evaluate on the test split a checkpoint that validation did not choose
+  c.output = none(str)  # a folder; None: one in the work directory, named by a hash of the evaluation
+  c.batch_size = none(int)  # None: as in the checkpoint
+  c.prompt_buckets = ()  # empty: as in the checkpoint
   c.mesh = dict(data=-1, fsdp=1, tensor=1, sequence=1)
   c.cpu_devices = 2
 
-  # What a model's folder does not say.
+  # Settings for a model folder, which does not contain them.
   sections = ("seed", "rules", "rollout_rules", "model", "lora", "data", "task", "rollout", "evaluation")
   c.bare = {name: grpo[name] for name in sections}
   c.bare.model.quantize = "none"

@@ -1,4 +1,4 @@
-"""A run's result as a folder for PyTorch: `--config=configs/export.py --config.checkpoint=DIR --config.output=DIR`."""
+"""Exports a run as a folder for PyTorch: `--config=configs/export.py --config.checkpoint=DIR --config.output=DIR`."""
 
 from ml_collections import config_dict
 
@@ -7,9 +7,9 @@ def get_config() -> config_dict.ConfigDict:
   """The configuration of an export."""
   c = config_dict.ConfigDict()
   c.mode = "export"
-  c.checkpoint = config_dict.placeholder(str)  # a work directory or a checkpoint's folder
-  c.adapter = config_dict.placeholder(str)  # instead: a PEFT adapter, to merge into `pretrained`
-  c.pretrained = config_dict.placeholder(str)  # the adapter's base; or where a run's base is now, None: where it was
+  c.checkpoint = config_dict.placeholder(str)  # a work directory or a checkpoint folder
+  c.adapter = config_dict.placeholder(str)  # in place of `checkpoint`: a PEFT adapter to merge into `pretrained`
+  c.pretrained = config_dict.placeholder(str)  # the base model of `adapter`; or the new place of a run's base model
   c.output = config_dict.placeholder(str)  # a new folder
   c.form = "model"  # or "adapter": a PEFT folder of a run's adapters alone
   c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1)

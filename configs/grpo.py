@@ -2,13 +2,13 @@
 
 `--config=configs/grpo.py:WORDS`, words separated by commas: what is trained (`tiny`, the default; `smoke`; `lora`,
 adapters on a downloaded model; `full`, all weights of one), a task (`sudoku`, the default; `countdown`, `gsm8k`,
-`math`), or several, which are mixed, and a method (`d1`, which is what there is without one; `wd1`, `coupled`, `espo`,
-`gdpo`, `spg`, `stepmerge`, `tracerl`, `agrpo`, `justgrpo`; docs/methods.md). Any field can be set on the command line:
-`--config.grpo.learning_rate=1e-4`; those that few people set are in docs/configuration.md.
+`math`), or several, which are mixed, and a method (`d1`, the default; `wd1`, `coupled`, `espo`, `gdpo`, `spg`,
+`stepmerge`, `tracerl`, `agrpo`, `justgrpo`; docs/methods.md). Any field can be set on the command line:
+`--config.grpo.learning_rate=1e-4`. docs/configuration.md lists more fields, which few people set.
 
 `lora` and `full` are d1's diffu-GRPO on the model that `--config.model.pretrained` names; docs/d1.md sets each of their
-values beside d1's. They take a word more: `v5e`, `v5p`, `v6e` or `h100` lays them out for 8 of these chips or more (v5e
-and v6e with `full`: 16). `llada_8b` is the old word for `lora`, and `llada_8b,full` for `full`.
+values beside d1's. They take one more word: `v5e`, `v5p`, `v6e` or `h100` sets the mesh for 8 or more of these chips
+(v5e and v6e with `full`: 16). `llada_8b` is the old word for `lora`, and `llada_8b,full` for `full`.
 """
 
 import runpy
@@ -23,8 +23,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 SIZES, TASKS = ("tiny", "smoke", "lora", "full"), ("sudoku", "countdown", "gsm8k", "math")
 
-# Sizes of the mesh's axes fsdp and tensor, with adapters and with every weight trained. In an update fsdp x tensor
-# chips share the weights, in a rollout tensor of them: few enough that rollouts send little, enough that all fits.
+# Sizes of the mesh axes (fsdp, tensor), with adapters and with every weight trained. In an update, fsdp x tensor chips
+# share the weights; in a rollout, only `tensor` chips do: with (2, 4), 8 and 4 chips. A small `tensor` keeps
+# communication in rollouts low, and must be large enough that the weights fit.
 CHIPS = {
   "v5e": ((2, 4), (4, 4)),  # 16 GiB a chip; a model in bfloat16 has 15
   "v6e": ((8, 1), (16, 1)),  # 32 GiB
@@ -39,7 +40,7 @@ ADAM = dict(b2=0.99, weight_decay=0.1)
 
 
 def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
-  """The configuration of the preset words; `alone`: not as a part of a mix."""
+  """The configuration for the preset words; `alone` is False where it becomes a part of a mix."""
   chosen = dict.fromkeys(word for word in words.split(",") if word)
   if "llada_8b" in chosen:
     del chosen["llada_8b"]
@@ -63,25 +64,25 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   c.mode = "grpo"
   c.seed = 0
   c.workdir = "runs/grpo"
-  # Where figures go beside metrics.jsonl, separated by commas: tensorboard, wandb, trackio, or FILE.py of your own.
+  # Trackers of metrics besides metrics.jsonl, separated by commas: tensorboard, wandb, trackio, or your own FILE.py.
   c.trackers = "tensorboard"
 
-  # Devices along each axis; -1 takes those that are left.
+  # Devices along each mesh axis; -1 stands for all remaining devices.
   c.mesh = dict(data=1, fsdp=-1, tensor=1, sequence=1)
-  # Without an accelerator: into how many devices the CPU is split.
+  # Without an accelerator, the CPU is split into this many devices.
   c.cpu_devices = 2
-  # Where logical axes live, if not where `d1jax.parallel.mesh.RULES` has them: AXIS to a mesh axis, a tuple, or None.
+  # Changes to `d1jax.parallel.mesh.RULES`: each logical axis maps to a mesh axis, a tuple of them, or None.
   c.rules = config_dict.ConfigDict()
-  # The same in rollouts, where it differs; weights are moved once an iteration.
+  # Changes to these rules in rollouts. If there are any, weights are moved once per iteration.
   c.rollout_rules = config_dict.ConfigDict()
 
   c.model = dict(
-    # The folder of a downloaded model; it decides the sizes, the tokenizer and where logits stand.
+    # The folder of a downloaded model. It sets the sizes, the tokenizer and whether logits are shifted by one position.
     pretrained=config_dict.placeholder(str),
-    size="llada_8b",  # without a folder
+    size="llada_8b",  # the preset used without such a folder
     dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPUs
     remat=True,
-    quantize="nf4",  # how the base under adapters is kept: int8, nf4, or none for `dtype`
+    quantize="nf4",  # how the frozen base under adapters is stored: int8, nf4, or none for `dtype`
   )
   # Adapters; rank 0 trains every weight instead.
   c.lora = dict(
@@ -91,16 +92,16 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     targets=("q_proj", "k_proj", "v_proj", "up_proj"),
   )
 
-  # root: a folder with data files (docs/data.md); None generates problems by rule.
+  # root: a folder with data files (docs/data.md); for None, problems are generated.
   c.data = dict(root=config_dict.placeholder(str), prompt_buckets=(200,))
   c.task = dict(
     name="sudoku",
-    module=config_dict.placeholder(str),  # the Python file of a task of your own, in place of `name`
-    mix=config_dict.ConfigDict(),  # several tasks: how often prompts are drawn from each, by name
+    module=config_dict.placeholder(str),  # the Python file of your own task, in place of `name`
+    mix=config_dict.ConfigDict(),  # to mix tasks: {name: relative frequency of its prompts}
     style="d1",
-    protocol="d1",  # of the rewards; evaluations are strict
+    protocol="d1",  # how rewards are graded; evaluations are strict
     sizes=dict(demonstrations=64, train=20000, validation=400, test=880),  # of each task
-    options=config_dict.ConfigDict(),  # of the task; in a mix by the task's name
+    options=config_dict.ConfigDict(),  # options of the task; in a mix, {task name: options}
   )
 
   # d1's rollouts.
@@ -111,12 +112,12 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     temperature=0.9,
     cfg_scale=0.0,
     remasking="low_confidence",
-    early_exit=False,  # finished rows cost nothing; not under the protocol d1, which reads on
+    early_exit=False,  # True: finished rows cost nothing; not with the protocol d1, which reads further
     cache="none",  # or approximate: prefix, dual, window; see docs/performance.md
-    schedule="static",  # or threshold, factor: as many tokens a step as are confident
+    schedule="static",  # or threshold, factor, which unmask every confident token in a step
   )
 
-  # Supervised fine-tuning before diffu-GRPO; 0 steps: none. d1's values are in configs/sft.py.
+  # Supervised fine-tuning before diffu-GRPO; with 0 steps there is none. d1's values are in configs/sft.py.
   c.sft = dict(
     data=config_dict.placeholder(str),  # a JSON-lines file under data.root; None: the task's demonstrations
     steps=0,
@@ -131,32 +132,33 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     weight_decay=0.1,
     max_grad_norm=1.0,
     p_mask_prompt=0.0,  # d1 masks prompts in diffu-GRPO only
-    logits_tile=4096,  # vocabulary ids whose logits exist at a time; None: all
+    logits_tile=4096,  # vocabulary ids per tile of logits; None: no tiles
     validate_every=100,
   )
 
-  # d1's diffu-GRPO; one step is one rollout and num_iterations optimiser steps.
+  # d1's diffu-GRPO; one step is one rollout followed by num_iterations optimiser steps.
   c.grpo = dict(
     steps=475,
     prompts_per_iteration=16,
     num_generations=6,
     num_iterations=8,  # mu
-    accumulation=2,  # micro-batches an optimiser step
-    rollout_chunks=2,  # parts of a rollout; one is graded while the next is computed
-    grading_workers=8,  # processes that grade; 0: the run's own
-    # The method: what estimates log p, what is minimised, how rewards are compared (docs/methods.md). Each is a name,
-    # or a Python file of your own, and its options; the command line chooses another with --config.grpo.loss=NAME.
+    accumulation=2,  # micro-batches per optimiser step
+    rollout_chunks=2,  # parts of a rollout; one is graded while the next one is computed
+    grading_workers=8,  # processes that grade; 0: the run's own process grades
+    # The method (docs/methods.md): the estimator of log p, the loss, the advantage. Each has a name (or your own Python
+    # file) and options. The command line chooses another one with, for example, --config.grpo.loss=NAME.
     estimator=dict(name="one_step"),
-    p_mask_prompt=0.15,  # probability that a prompt token is masked, of estimators that mask anew
+    p_mask_prompt=0.15,  # probability that a prompt token is masked, for estimators that draw new masks
     loss=dict(
       name="clipped_token",
-      epsilon=0.5,  # half width of the clip
+      epsilon=0.5,  # the ratio is clipped to 1 +- epsilon
       beta=0.04,  # weight of the KL
     ),
     aggregation="token",  # or sequence, fixed
     advantage=dict(name="mean"),
-    # Rewards: weights of components by name; tokens at the end over which length is punished; what an answer pays that
-    # can be read at all; groups that are drawn for each that is trained on, those with equal rewards last.
+    # reward_weights: {component: weight}. overlong: length is penalised within this many last tokens. answered: the
+    # reward for any answer that can be parsed. oversample: groups drawn for each one trained on; groups whose samples
+    # all got the same reward are dropped first.
     reward_weights=config_dict.ConfigDict(),
     overlong=0,
     answered=0.0,
@@ -169,7 +171,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     validate_every=50,
     **ADAM,
   )
-  # Prompts of evaluations; those of training are in data.prompt_buckets.
+  # prompt_buckets: the padded prompt lengths of evaluations; for training they are in data.prompt_buckets.
   c.evaluation = dict(batch_size=96, prompt_buckets=(256, 512, 1024, 2048))
 
   presets = {
@@ -194,7 +196,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
 
 
 def set_fields(section: config_dict.ConfigDict, fields: dict[str, Any]) -> None:
-  """Sets fields; a part of another name has the options that are given, and the KL that there was."""
+  """Sets fields. A part with a new name gets the given options, and keeps the KL options of the part it replaces."""
   for field, value in fields.items():
     if isinstance(value, dict) and value.get("name", section[field].name) != section[field].name:
       kept = {option: x for option, x in section[field].items() if option in ("beta", "kl", "kl_against")}
@@ -206,7 +208,7 @@ def set_fields(section: config_dict.ConfigDict, fields: dict[str, Any]) -> None:
 
 
 def _choose(c: config_dict.ConfigDict, method: Any, task: str) -> None:
-  """Sets what a method is, and on the large model what its paper trained with; the small one keeps its own rates."""
+  """Sets the fields of a method and, on the large model, the paper's hyperparameters; `tiny` keeps its own rates."""
   for section, fields in method.fields(c.rollout.to_dict()).items():
     set_fields(c[section], fields)
   if c.model.size == "tiny":
@@ -214,15 +216,15 @@ def _choose(c: config_dict.ConfigDict, method: Any, task: str) -> None:
   given, optimiser_steps = method.paper(c.rollout.to_dict(), task), c.grpo.steps * c.grpo.num_iterations
   for section, fields in given.items():
     set_fields(c[section], fields)
-  # The warm-up counts optimiser steps, of which another mu makes more or fewer: it keeps its share of them.
+  # The warm-up counts optimiser steps, and their number depends on mu: the warm-up keeps its share of them.
   if "warmup_steps" not in given["grpo"]:
     c.grpo.warmup_steps = c.grpo.warmup_steps * c.grpo.steps * c.grpo.num_iterations // optimiser_steps
 
 
 def _lay_out(c: config_dict.ConfigDict, chip: str) -> None:
-  """An update cuts all weights along embed and gathers a layer at a time; in a rollout they stay where they are used.
+  """In updates all weights are sharded along embed and gathered layer by layer; in rollouts they are not gathered.
 
-  The base is kept in bfloat16: over 8 chips it takes 2 GiB of each, and NF4 costs its unpacking in every forward pass.
+  The base is stored in bfloat16: over 8 chips it takes 2 GiB of each, and NF4 is unpacked in every forward pass.
   """
   fsdp, tensor = CHIPS[chip][c.lora.rank == 0]
   c.mesh.update(data=-1, fsdp=fsdp, tensor=tensor)
@@ -231,12 +233,12 @@ def _lay_out(c: config_dict.ConfigDict, chip: str) -> None:
   cut = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp", "adapter"), "tensor")
   c.rollout_rules = dict(batch=("data", "fsdp"), embed=None, **cut)
   c.model.quantize = "none"
-  c.model.remat = chip != "v5p" or c.lora.rank == 0  # without, an update of 12 rows a chip takes 53 GiB
+  c.model.remat = chip != "v5p" or c.lora.rank == 0  # without it, an update of 12 rows per chip takes 53 GiB
   c.grpo.accumulation = 1
 
 
 def _mix(parts: dict[str, config_dict.ConfigDict]) -> config_dict.ConfigDict:
-  """Several tasks, drawn from equally often: of a field that depends on the task, the largest value."""
+  """Several tasks with equal frequencies; a field that depends on the task gets the largest value."""
   c = next(iter(parts.values()))
   c.task.name = "+".join(parts)
   c.task.mix = dict.fromkeys(parts, 1.0)
@@ -259,14 +261,14 @@ def _enlarge(section: config_dict.ConfigDict, parts: list[config_dict.ConfigDict
 
 
 def _tiny(c: config_dict.ConfigDict) -> None:
-  """A model of 0.2M parameters that learns 4x4 Sudoku in minutes on two cores; chosen on the validation grids."""
+  """A model of 0.2M parameters learns 4x4 Sudoku in minutes on two cores; values were chosen on validation grids."""
   c.mesh.update(data=-1, fsdp=1)
   c.model.update(size="tiny", remat=False, unroll=3, quantize="none")
   c.lora.update(rank=0, dropout=0.0, targets=PROJECTIONS)
   c.data.prompt_buckets = (33,)
   c.task.update(style="terse", protocol="strict")
   c.task.sizes.demonstrations = 24
-  # Committing confident proposals first sharpens the draws; a high temperature keeps the policy exploring all the same.
+  # Unmasking confident proposals first makes samples less diverse; a high temperature keeps the policy exploring.
   c.rollout.update(completion_length=18, diffusion_steps=4, block_length=18, temperature=4.0)
   c.sft.update(
     steps=1000,
@@ -334,9 +336,9 @@ def _countdown(c: config_dict.ConfigDict) -> None:
 
 
 def _tiny_countdown(c: config_dict.ConfigDict) -> None:
-  """Three numbers up to 20, which the tiny model learns to use, and more and more often to reach the target.
+  """Three numbers up to 20: the tiny model learns to use them, and to reach the target more and more often.
 
-  There are too few such problems for a mix, whose tasks all have as many as the largest.
+  A mix takes as many problems of each task as of the largest one, and there are too few of these.
   """
   c.task.options = dict(numbers=(3, 3), largest=20)
   c.task.sizes.update(demonstrations=1500, train=5000)

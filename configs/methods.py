@@ -1,4 +1,4 @@
-"""The papers' methods by name: what each is made of, and what its authors trained with.
+"""The papers' methods by name: the parts of each, and the hyperparameters of its authors.
 
 `configs/grpo.py` takes them as words. Where a preset differs from its reference, docs/methods.md says so.
 """
@@ -16,12 +16,12 @@ class MethodPreset:
 
   Attributes:
     source: the paper, and the code of its authors where that is public.
-    method: fields of `config.grpo` that make the method what it is.
-    rollout: fields of `config.rollout` that it cannot do without.
-    trained: fields of `config.grpo` that its authors trained LLaDA-8B with.
-    sampled: fields of `config.rollout` likewise.
-    by_task: fields of `config.grpo` likewise, where they depend on the task.
-    sampled_by_task: fields of `config.rollout` likewise.
+    method: the fields of `config.grpo` that define the method.
+    rollout: the fields of `config.rollout` that it needs.
+    trained: the values of `config.grpo` with which its authors trained LLaDA-8B.
+    sampled: their values of `config.rollout`.
+    by_task: their values of `config.grpo` that depend on the task.
+    sampled_by_task: their values of `config.rollout` that depend on the task.
   """
 
   source: str
@@ -45,7 +45,7 @@ class MethodPreset:
 
 
 def _merged(fields: Fields, others: Fields) -> dict[str, Any]:
-  """Both, options of a part one by one; `others` win."""
+  """Both sets of fields; the options of a part are merged one by one, and `others` win."""
   inner = {name: _merged(fields.get(name, {}), value) for name, value in others.items() if isinstance(value, dict)}
   return {**fields, **others, **inner}
 
@@ -75,7 +75,7 @@ def _every_token(rollout: Fields) -> int:
 def _trace_beta(rollout: Fields) -> float:
   """TraceRL's 0.01 weighs a KL that is summed over the tokens of a state, beside a surrogate that is their mean.
 
-  Both are means over tokens here, so that beta has the factor: 8 tokens a state at a token a step.
+  Here both are means over tokens, so beta is multiplied by the tokens per state: 8 at one token per step.
   """
   return 0.01 * _SHRINK * rollout["completion_length"] / rollout["diffusion_steps"]
 
@@ -144,7 +144,7 @@ METHODS: dict[str, MethodPreset] = {
     by_task={"sudoku": dict(estimator=dict(exponent=1.0))},
     sampled_by_task={"sudoku": dict(temperature=0.3)},
   ),
-  # mu, beta and what else is not named are those of d1, whose scripts these are.
+  # Its scripts are d1's, so mu, beta and all other values that are not named here are d1's.
   "stepmerge": MethodPreset(
     "d2, arXiv 2509.21474, kuleshov-group/d2",
     dict(

@@ -13,7 +13,7 @@ WORDS = RECIPE["WORDS"]
 
 
 def get_config(words: str = "") -> config_dict.ConfigDict:
-  """The configuration of the preset words."""
+  """The configuration for the preset words."""
   c = RECIPE["get_config"](words)
   c.mode = "sft"
   c.workdir = c.workdir.replace("grpo", "sft")

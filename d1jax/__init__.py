@@ -32,7 +32,7 @@ if TYPE_CHECKING:
   from d1jax.training.sft import sft_step
 
 __version__ = "0.1.0"
-"""Of the wheel too: pyproject.toml reads it here."""
+"""The version, which pyproject.toml reads from here."""
 
 _PLACES = {
   "ClippedToken": "d1jax.rl.losses",
@@ -62,7 +62,7 @@ _PLACES = {
   "train_tokenizer": "d1jax.run.run_tokenizer:train",
   "update": "d1jax.rl.update",
 }
-"""Where each name is: MODULE, MODULE:NAME where it has another name there, and MODULE: where it is the module."""
+"""Where each name is defined: `MODULE`, `MODULE:NAME` if it has another name there, `MODULE:` if it is the module."""
 
 __all__ = [
   "ClippedToken",
@@ -96,7 +96,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  """Imports what is asked for."""
+  """Imports a name when it is first used."""
   if name not in _PLACES:
     raise AttributeError(f"module 'd1jax' has no attribute {name!r}")
   module, colon, inner = _PLACES[name].partition(":")

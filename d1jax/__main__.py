@@ -1,4 +1,4 @@
-"""`python -m d1jax`: the command `d1jax`, in a clone too that is not installed."""
+"""`python -m d1jax` is the command `d1jax`; it also works in a clone that is not installed."""
 
 from d1jax.commands import main
 

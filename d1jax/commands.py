@@ -1,6 +1,6 @@
 """The command `d1jax`: `d1jax train grpo:tiny,countdown --grpo.steps=5` is written as flags of `d1jax.main`.
 
-Nothing here waits for JAX, so that `--help` and a mistyped command are answered at once.
+Nothing here imports JAX, so that `--help` and a mistyped command are answered at once.
 """
 
 import re
@@ -15,10 +15,10 @@ class Command(NamedTuple):
   """What `d1jax NAME` does.
 
   Attributes:
-    does: a line about it.
-    preset: its file of `configs/`.
-    examples: what may follow the name.
-    fields: those that are set most, and what they are.
+    does: one line about the command.
+    preset: its file in `configs/`.
+    examples: arguments that may follow the name.
+    fields: the fields that are set most often, and their meaning.
   """
 
   does: str
@@ -128,7 +128,7 @@ def _usage() -> str:
 
 
 def _help(name: str, preset: str) -> str:
-  """What there is to say about a command, with the values of a preset."""
+  """The help text of a command, with the values of a preset."""
   command, config = COMMANDS[name], presets.load(preset)
   lines = [f"usage: d1jax {name} [PRESET] [--FIELD=VALUE ...]", "", command.does, ""]
   kind = preset.partition(":")[0]
@@ -151,7 +151,7 @@ def _help(name: str, preset: str) -> str:
 
 
 def _preset(name: str, given: str | None) -> str:
-  """The preset that a command's first argument names; words alone are those of the command's own preset."""
+  """The preset that the first argument of a command names; words alone belong to the command's own preset."""
   own = COMMANDS[name].preset
   if given is None or given == own:
     return own
@@ -162,13 +162,13 @@ def _preset(name: str, given: str | None) -> str:
 
 
 def flags(arguments: Sequence[str]) -> list[str] | None:
-  """The flags of `d1jax.main` that say the same as a command, or None where help was asked for and is printed.
+  """Translates a command into flags of `d1jax.main`; prints help and returns None if the user asked for help.
 
   Args:
-    arguments: what follows `d1jax`. Flags alone stay as they are.
+    arguments: the arguments after `d1jax`. If there are only flags, they are returned unchanged.
 
   Raises:
-    RunError: there is no such command, preset or word; the message says which there are.
+    RunError: there is no such command, preset or word; the message lists the known ones.
   """
   name, rest = (arguments[0], list(arguments[1:])) if arguments else ("--help", [])
   if name == "--version":
@@ -191,14 +191,14 @@ def flags(arguments: Sequence[str]) -> list[str] | None:
 
 
 def main() -> None:
-  """Runs the command `d1jax`; what goes wrong is one line on standard error and an exit code, as in `d1jax.main`."""
+  """Runs the command `d1jax`; a failure is one line on standard error and an exit code, as in `d1jax.main`."""
   try:
     written = flags(sys.argv[1:])
   except errors.RunError as error:
     print(f"d1jax: {errors.harmless(str(error))}", file=sys.stderr)
     sys.exit(error.exit_code)
   if written is not None:
-    sys.argv[1:] = written  # where the flags of a configuration are looked for too
+    sys.argv[1:] = written  # ml_collections reads the flags of a configuration from here
     from d1jax import main as program
 
     program.main()

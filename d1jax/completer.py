@@ -20,17 +20,17 @@ PromptArrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 class Completer:
   """The compiled sampling programs of a model, one for each sampler and shape of a batch.
 
-  They take published weights, where rollouts want them: a program that took the weights where updates have them would
-  gather each of them at every step. Completions arrive by row where rollouts have them, or where updates have them.
+  The programs take published weights, on the placements of rollouts: with the placements of updates, each weight would
+  be gathered at every step. Completions are placed by row, as rollouts or as updates need them.
   """
 
   def __init__(self, model: Model, purpose: keys.Purpose, *, for_update: bool = False):
-    """Nothing is compiled yet.
+    """Stores the arguments; nothing is compiled yet.
 
     Args:
       model: network and mesh.
-      purpose: of the draws.
-      for_update: whether completions go to the placement of updates.
+      purpose: the purpose of the draws, a part of their keys.
+      for_update: whether completions are moved to the placement of updates.
     """
     self.model, self._purpose = model, purpose
     self.placement = model.by_row if for_update else model.rollout_by_row
@@ -39,7 +39,7 @@ class Completer:
 
   @classmethod
   def of(cls, model: Model, purpose: keys.Purpose) -> "Completer":
-    """The programs of a model for a purpose, which are compiled once."""
+    """The completer of a model for a purpose; the model keeps it, so that each program is compiled once."""
     if purpose not in model.programs:
       model.programs[purpose] = cls(model, purpose)
     found: Completer = model.programs[purpose]
@@ -50,10 +50,10 @@ class Completer:
   ) -> Rollout:
     model, key = self.model, keys.purpose_key(key, self._purpose, step)
     rollout = sample(model.rollout_denoiser, params, *prompts, key, spec=sampler, row_multiple=model.rollout_ways)
-    return constrained(rollout, model.rollout_by_row)  # the loop's rows stay where its weights want them
+    return constrained(rollout, model.rollout_by_row)  # rows stay on the placement that the weights need
 
   def jitted(self, sampler: SamplerSpec) -> Any:
-    """The program of a sampler: from weights, prompts, key and step to a rollout."""
+    """The jitted program of a sampler: weights, prompts, key and step in, a rollout out."""
     if sampler not in self._jitted:
       model, scalar = self.model, self.model.replicated
       self._jitted[sampler] = jax.jit(
@@ -64,7 +64,7 @@ class Completer:
     return self._jitted[sampler]
 
   def arguments(self, rows: int, width: int) -> tuple[Any, ...]:
-    """What the programs take for `rows` prompts of `width` tokens: shapes, types and placements."""
+    """The abstract arguments for `rows` prompts of `width` tokens: shapes, types and placements."""
     model, scalar, key = self.model, self.model.replicated, keys.seeded(0)
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
       (rows, *shape), dtype, sharding=self.model.rollout_by_row
@@ -77,7 +77,7 @@ class Completer:
     )
 
   def traced(self, sampler: SamplerSpec, rows: int, width: int) -> jax.stages.Traced:
-    """The traced program for batches of `rows` prompts of `width` tokens; JAX keeps it."""
+    """The traced program for batches of `rows` prompts of `width` tokens; JAX caches it."""
     return self.jitted(sampler).trace(*self.arguments(rows, width))
 
   def program(self, sampler: SamplerSpec, rows: int, width: int) -> Any:
@@ -93,10 +93,10 @@ class Completer:
     """Completes placed prompts under published weights.
 
     Args:
-      sampler: how to draw.
-      params: of `Model.publish` or `Model.params`.
-      prompts: at `Model.rollout_by_row`.
-      key: of the run, replicated.
-      step: counts the batches of a purpose; each row's draws depend on key, purpose, step and its sample id alone.
+      sampler: the sampler.
+      params: the weights, from `Model.publish` or `Model.params`.
+      prompts: the batch, placed at `Model.rollout_by_row`.
+      key: the run's key, replicated.
+      step: the number of the batch; each row's draws depend only on key, purpose, step and its sample id.
     """
     return self.program(sampler, *prompts[0].shape)(params, prompts, key, step)

@@ -1,4 +1,4 @@
-"""How a run ends when it does not end well: one line that names the thing and the remedy, and an exit code."""
+"""How a failed run ends: one line that names the problem and the remedy, and an exit code."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ PREEMPTED = 75
 
 
 class RunError(Exception):
-  """A run that cannot go on; the message is one line. `exit_code` 2: wrong input, fix it first."""
+  """The run cannot continue; the message is one line. `exit_code` 2 means wrong input, which must be fixed first."""
 
   exit_code = 2
 
@@ -32,19 +32,19 @@ class OutOfMemoryError(RunError):
 
 
 class StorageError(RunError):
-  """A file could not be written; what was saved before is intact."""
+  """A file could not be written; everything that was saved before is intact."""
 
   exit_code = 74
 
 
 class PreemptedError(RunError):
-  """SIGTERM came; the run is saved."""
+  """The process received SIGTERM; the run is saved."""
 
   exit_code = PREEMPTED
 
 
 class InterruptedRunError(RunError):
-  """Ctrl-C came; the run is saved."""
+  """The user pressed Ctrl-C; the run is saved."""
 
   exit_code = 130
 
@@ -70,7 +70,7 @@ _LOST_WORDS = (
   "CoordinationService",
   "ncclRemoteError",
 )
-"""What JAX says of a process that is gone, in a run of several."""
+"""Parts of JAX's messages about a lost process, in a run of several processes."""
 
 _STORAGE_WORDS = (
   "No space left",
@@ -78,10 +78,10 @@ _STORAGE_WORDS = (
   "Disk quota",
   "RESOURCE_EXHAUSTED: Error writing",
 )
-"""What the writer of checkpoints says of a disk that takes nothing more."""
+"""Parts of the checkpoint writer's messages about a full disk."""
 
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
-"""Of a path that no command can use as it is."""
+"""Error numbers of paths that no command can use as they are."""
 
 _OUT_OF_MEMORY_WORDS = ("RESOURCE_EXHAUSTED", "Out of memory", "OUT_OF_MEMORY")
 
@@ -90,7 +90,7 @@ _WRITERS = (*_RUNTIME, "etils", "fsspec", "gcsfs")
 
 
 def line_of(error: BaseException, longest: int = 160) -> str:
-  """The first line of an exception's text; its type where it says nothing."""
+  """The first line of an exception's text, or its type if the text is empty."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
 
 
@@ -100,15 +100,15 @@ def steers(char: str) -> bool:
 
 
 def harmless(text: str) -> str:
-  """Text that cannot steer a terminal: what would becomes U+FFFD, but for line feeds and tabs."""
+  """Text that cannot steer a terminal: each character that could becomes U+FFFD, except line feeds and tabs."""
   return "".join("\ufffd" if char not in "\n\t" and steers(char) else char for char in text)
 
 
 def _raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
-  """Whether the code that raised an exception belongs to some packages.
+  """Whether the code that raised an exception belongs to one of some packages.
 
-  Only the place counts, never the text: a task's grader may say any word. The place is the innermost frame that is not
-  Python's own library (`asyncio` hands on what others raised); where JAX removes its frames, it leaves a note.
+  Only the place counts, never the text, because a task's grader may raise any text. The place is the innermost frame
+  outside of Python's own library (`asyncio` re-raises exceptions of others); if JAX removes frames, it leaves a note.
   """
   if any("JAX has removed its internal frames" in note for note in getattr(error, "__notes__", ())):
     return True
@@ -119,15 +119,15 @@ def _raised_in(error: BaseException, packages: tuple[str, ...]) -> bool:
 
 
 def _of_runtime(error: BaseException) -> bool:
-  """Whether JAX's runtime raised an exception, which it does as an error of its own or as a ValueError."""
-  jax = sys.modules.get("jax")  # graders in processes of their own go without
+  """Whether JAX's runtime raised an exception; the type is JAX's own error or ValueError."""
+  jax = sys.modules.get("jax")  # a grader in its own process does not import JAX
   if jax is None:
     return False
   return isinstance(error, jax.errors.JaxRuntimeError) or _raised_in(error, _RUNTIME)
 
 
 def is_storage_failure(error: BaseException) -> bool:
-  """Whether an exception, or one behind it, says that a file system took no more bytes."""
+  """Whether an exception, or a cause of it, says that a file system accepts no more bytes."""
   full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
   return any(
     (isinstance(seen, OSError) and seen.errno in full)
@@ -137,7 +137,7 @@ def is_storage_failure(error: BaseException) -> bool:
 
 
 def is_lost(error: BaseException | None) -> bool:
-  """Whether an exception, or one behind it, is JAX's word in a run of several processes that another one is gone."""
+  """Whether an exception, or a cause of it, is JAX's report that another process of the run is gone."""
   jax = sys.modules.get("jax")
   several = jax is not None and jax.distributed.is_initialized()
   return any(
@@ -147,12 +147,12 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-  """Whether JAX's runtime says that a device has no memory left."""
+  """Whether JAX's runtime reports that a device has no memory left."""
   return any(word in str(error) for word in _OUT_OF_MEMORY_WORDS) and _of_runtime(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-  """An exception and those behind it."""
+  """An exception and its causes."""
   while error is not None:
     yield error
     error = error.__cause__ or error.__context__
@@ -160,9 +160,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def input_checked() -> Iterator[None]:
-  """Turns the ValueErrors of wrong settings and data files into a `RunError`; for the time before anything is
-  computed.
-  """
+  """Turns the ValueErrors of wrong settings and data files into a `RunError`, before anything is computed."""
   try:
     yield
   except ValueError as error:
@@ -173,10 +171,10 @@ def input_checked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-  """Says of a package that cannot be imported which of d1jax's extras brings it, as a `RunError`.
+  """Turns a failed import into a `RunError` that names the extra of d1jax which installs the package.
 
   Args:
-    name: the extra that brings what is imported inside, one of `project.optional-dependencies` in pyproject.toml.
+    name: the extra, one of `project.optional-dependencies` in pyproject.toml.
   """
   try:
     yield
@@ -185,7 +183,7 @@ def extra(name: str) -> Iterator[None]:
 
 
 def missing(package: str, name: str) -> str:
-  """The message about a package that is not installed, and the extra that brings it."""
+  """The message about a package that is not installed, with the extra that installs it."""
   return (
     f'{package} is not installed: pip install "d1jax[{name}]" brings it; in a clone of the repository,'
     " pip install -r requirements.txt"
@@ -193,17 +191,18 @@ def missing(package: str, name: str) -> str:
 
 
 def smaller_batches(field: str, size: int) -> str:
-  """The remedy of `explained` where batches of a size that a field of the configuration says do not fit."""
+  """The remedy for `explained` when batches do not fit; `field` of the configuration sets their `size`."""
   return f"smaller batches: --config.{field}={size // 2}" if size > 1 else "more devices"
 
 
 @contextlib.contextmanager
 def explained(stage: str, remedy: str) -> Iterator[None]:
-  """Turns failures of the machine into a `RunError`; other exceptions pass.
+  """Turns failures of the machine into a `RunError`; other exceptions pass unchanged.
 
   Args:
-    stage: what was running.
-    remedy: what to try when device memory runs out, e.g. `smaller micro-batches: --config.grpo.accumulation=4`.
+    stage: the name of the running stage.
+    remedy: advice for the case that device memory runs out, e.g. `smaller micro-batches:
+      --config.grpo.accumulation=4`.
   """
   try:
     yield
@@ -233,7 +232,7 @@ def explained(stage: str, remedy: str) -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
-  """File and line that raised an exception, Python's own library aside; of a worker process there is a text alone."""
+  """File and line that raised an exception, outside of Python's own library; a worker process sends only a text."""
   found = re.findall(r'File "(.+)", line (\d+)', str(error.__cause__ or ""))
   found = found or [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
   library = sysconfig.get_paths()["stdlib"]

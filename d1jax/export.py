@@ -1,7 +1,7 @@
-"""What a run learned as a folder for PyTorch: `--config=configs/export.py --config.checkpoint=DIR --config.output=DIR`.
+"""Exports a run as a folder for PyTorch: `--config=configs/export.py --config.checkpoint=DIR --config.output=DIR`.
 
-A whole model in the names and the dtype of the folder that it started from, adapters merged; or the adapters alone as
-PEFT keeps them. A PEFT adapter that was trained elsewhere is merged the same way.
+The export is a whole model with merged adapters, in the names and the dtype of the folder that training started from;
+or the adapters alone, as PEFT stores them. A PEFT adapter that was trained elsewhere is merged the same way.
 """
 
 import dataclasses
@@ -47,10 +47,10 @@ def run(config: ConfigDict) -> Path:
 
 
 def check_output(output: Path) -> None:
-  """Raises an error before a model is read where an export could not be written: not a new or empty folder.
+  """Checks, before a model is read, that an export can be written: the folder must be new or empty.
 
   Raises:
-    FileError: a file, or a link, is in its place or in that of a folder that it would lie in.
+    FileError: a file or a link has the name of this folder, or of one of its parents.
     RunError: it cannot be written there.
   """
   write_check(output)
@@ -74,7 +74,7 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
     return
   params = trainable
   if weights.lora is not None:
-    # The same base as it is stored, so that nothing but the adapters' own matrices changes.
+    # The base keeps its stored dtype, so that only the matrices with adapters change.
     dtype = save.widest(TensorFiles(weights.source.folder)) if weights.source else weights.base_dtype
     dense = dataclasses.replace(weights, quantized=None, base_dtype=dtype)
     params = merge_for_rollout(trainable, dense.frozen)

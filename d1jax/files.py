@@ -1,7 +1,7 @@
-"""Reads files that may be damaged, hostile or no files at all: whatever is wrong is one line that names the file.
+"""Reads files that may be damaged, hostile or missing: every error is one line that names the file.
 
-Everything that comes from outside (a model's folder, data, a run that somebody else made, or one's own after a crash)
-is read through here. What the file says is then checked by whoever asked for it.
+Everything that comes from outside (a model folder, data, a run of somebody else, or a run after a crash) is read
+through this module. The caller then checks the content.
 """
 
 import json
@@ -11,27 +11,27 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 LARGEST = 1 << 30
-"""Bytes that a file which is read whole may have."""
+"""The largest file, in bytes, that is read whole."""
 MOST_DIGITS = 40
-"""Digits of the longest whole number: any such number is a finite float too."""
+"""Digits of the longest whole number; any such number is also a finite float."""
 _CHUNK = 1 << 20
 
 T = TypeVar("T")
 
 
 class FileError(ValueError):
-  """A file cannot be read, or does not hold what it should; the message is one line that names it."""
+  """A file cannot be read, or its content is wrong; the message is one line that names the file."""
 
 
 def read_bytes(path: Any, largest: int = LARGEST) -> bytes:
   """A regular file's bytes.
 
   Args:
-    path: a `pathlib.Path`, or an `epath.Path` where files may lie in a bucket.
-    largest: bytes that it may have.
+    path: a `pathlib.Path`, or an `epath.Path` if the file may lie in a bucket.
+    largest: the largest size in bytes.
 
   Raises:
-    FileError: there is no regular file (a folder, a pipe or a device is none), it cannot be read, or it is too large.
+    FileError: it is not a regular file (but a folder, a pipe or a device), cannot be read, or is too large.
   """
   try:
     if not path.is_file():
@@ -52,7 +52,7 @@ def read_text(path: Any, largest: int = LARGEST) -> str:
   """A UTF-8 file's text, without its byte-order mark; line ends stay as they are.
 
   Raises:
-    FileError: see `read_bytes`; or it is not UTF-8.
+    FileError: see `read_bytes`; or the content is not UTF-8.
   """
   return decode(read_bytes(path, largest), path)
 
@@ -61,7 +61,7 @@ def decode(content: bytes, name: Any) -> str:
   """The text of UTF-8 bytes, without a byte-order mark.
 
   Raises:
-    FileError: it is not UTF-8; `name` says whose bytes these are.
+    FileError: the bytes are not UTF-8; `name` is what the message calls them.
   """
   try:
     return content.decode("utf-8-sig")
@@ -70,16 +70,17 @@ def decode(content: bytes, name: Any) -> str:
 
 
 def parse_json(text: str, name: Any, expected: type[T] | None = None, *, finite: bool = False) -> T:
-  """What a JSON text says.
+  """The value of a JSON text.
 
   Args:
     text: the text.
-    name: what the messages call it, e.g. `FILE line 3`.
-    expected: the Python type that it must have (dict, list), None for any.
-    finite: whether NaN and Infinity, which JSON does not know and Python reads, are refused.
+    name: what messages call the text, e.g. `FILE line 3`.
+    expected: the Python type that the value must have (dict, list); None for any.
+    finite: whether NaN and Infinity are errors; JSON does not allow them, but Python reads them.
 
   Raises:
-    FileError: it is no JSON, is nested too deep, holds a number beyond `MOST_DIGITS` digits, or is of another type.
+    FileError: the text is not JSON, is nested too deeply, has a number of more than `MOST_DIGITS` digits, or its value
+      has another type.
   """
 
   def whole(digits: str) -> int:
@@ -111,15 +112,15 @@ def parse_json(text: str, name: Any, expected: type[T] | None = None, *, finite:
 
 
 def read_json(path: Any, expected: type[T] | None = None, *, finite: bool = False, largest: int = LARGEST) -> T:
-  """What a JSON file says; arguments and errors are those of `read_bytes`, `decode` and `parse_json`."""
+  """The value of a JSON file; for arguments and errors see `read_bytes`, `decode` and `parse_json`."""
   return parse_json(read_text(path, largest), path, expected, finite=finite)
 
 
 def json_lines(text: str, name: Any) -> Iterator[tuple[int, str, Any]]:
-  """(line number, line, what it says) of each line of JSON lines that is not blank.
+  """Yields (line number, line, value) for each line of a JSON-lines text that is not blank.
 
-  A line that is no JSON says a `FileError`, which is for the reader to raise or to count; lines end at a line feed
-  alone, since JSON may hold all other line ends of Unicode.
+  The value of a line that is not JSON is a `FileError`, which the caller may raise or count. Lines end only at a line
+  feed, since JSON strings may hold all other line ends of Unicode.
   """
   for number, line in enumerate(text.split("\n"), 1):
     if line.strip():
@@ -130,7 +131,7 @@ def json_lines(text: str, name: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def write_check(folder: Path) -> None:
-  """Raises a FileError where a folder that is to be made, or what it would lie in, is something else."""
+  """Raises a FileError if a folder cannot be made because it, or one of its parents, exists and is not a folder."""
   for place in (folder, *folder.parents):
     if place.is_symlink() and not place.exists():
       raise FileError(f"{place} is a link to nothing")

@@ -1,4 +1,4 @@
-"""A hash of arrays that does not depend on where they live."""
+"""A hash of arrays that does not depend on their placement."""
 
 import functools
 import hashlib
@@ -31,7 +31,7 @@ def _words(x: jax.Array) -> UInt32[Array, "*S"]:
 
 @functools.partial(jax.jit, static_argnames="lanes")
 def _checksums(leaves: list[jax.Array], lanes: int = 2) -> UInt32[Array, "leaf lane"]:
-  """Position-dependent sums modulo 2^32; integer addition has no order, so any sharding gives the same."""
+  """Position-dependent sums modulo 2^32; integer sums do not depend on the order, so any sharding gives the same."""
 
   def one(x: jax.Array) -> UInt32[Array, "lane"]:
     words = _words(x)

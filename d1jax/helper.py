@@ -1,7 +1,7 @@
-"""A Python program in a process of its own, for work that may hang, crash or grow: it answers lines with lines.
+"""Runs a Python program in its own process, for work that may hang, crash or grow; it answers lines with lines.
 
-The program gets the number of a socket as its argument, says one line when it is ready, and answers each line with a
-line. Its limits are its own to set; whatever ends it, the next question starts it anew. It ends with this process.
+The program gets the number of a socket as its argument, writes one line when it is ready, and answers each line with
+one line. The program sets its own limits. If it ends, the next question starts it again. It ends with this process.
 """
 
 import atexit
@@ -18,26 +18,26 @@ from pathlib import Path
 from typing import BinaryIO
 
 START_SECONDS = 300
-"""The wall time in which a program must be ready: it may read some thousand files."""
+"""The wall time within which a program must be ready; it may read thousands of files."""
 
 ANSWER_SECONDS = 600
-"""The wall time of a question; programs limit their CPU time, which does not depend on what else a machine does."""
+"""The largest wall time of a question. Programs limit their CPU time, which does not depend on the machine's load."""
 
 MOST_BYTES = 64 << 20
-"""Of an answer."""
+"""The largest size of an answer, in bytes."""
 
 
 _TAKEN = {resource.RLIMIT_AS: 0, resource.RLIMIT_DATA: 5}
-"""Where /proc/self/statm says what a process has of it, in pages."""
+"""The field of /proc/self/statm that holds a process's use of each limited resource, in pages."""
 
 
 def limit_memory(spare: int, kind: int = resource.RLIMIT_AS) -> None:
-  """Lets this process take so many bytes of memory beyond what it has; not every system knows such a limit.
+  """Limits the memory of this process to its present use and `spare` more; some systems have no such limit.
 
   Args:
-    spare: bytes.
-    kind: `RLIMIT_AS` counts addresses, also those of files and of what is only reserved; `RLIMIT_DATA` what the process
-      may write to, and suits programs that reserve much and use little.
+    spare: the additional bytes.
+    kind: `RLIMIT_AS` counts all addresses, also of files and of memory that is only reserved; `RLIMIT_DATA` counts
+      memory that the process may write to, and suits programs that reserve much and use little.
   """
   with contextlib.suppress(OSError, ValueError, IndexError):
     with open("/proc/self/statm", "rb") as file:
@@ -47,18 +47,18 @@ def limit_memory(spare: int, kind: int = resource.RLIMIT_AS) -> None:
 
 
 class EndedError(Exception):
-  """The process ended, or had to be ended, over a question; the message completes "it ..."."""
+  """The process ended, or had to be stopped, during a question; the message completes "it ..."."""
 
 
 class Helper:
-  """Asks one question at a time, from any thread; a process that was forked off starts a program of its own."""
+  """Asks one question at a time, from any thread; a forked process starts its own program."""
 
   def __init__(self, program: Path, environment: Mapping[str, str] | None = None):
-    """Keeps what to run; nothing starts yet.
+    """Stores the arguments; nothing starts yet.
 
     Args:
       program: a Python file.
-      environment: variables that it gets beside those of this process.
+      environment: variables in addition to those of this process.
     """
     self._program = program
     self._environment = dict(environment or {})
@@ -68,12 +68,13 @@ class Helper:
     atexit.register(self.close)
 
   def start(self) -> int:
-    """Starts the program where it does not run, and returns how often it was started.
+    """Starts the program if it is not running, and returns how often it was started.
 
-    Whoever told it something holds `lock` from here to the question: another number is a process that was not told.
+    A caller that sends data first must hold `lock` from here until its question: a new number means a new process,
+    which has not received the data.
 
     Raises:
-      EndedError: it does not start.
+      EndedError: the program does not start.
     """
     with self.lock:
       if self._process is None or self._process.poll() is not None:
@@ -82,17 +83,17 @@ class Helper:
       return self._started
 
   def ask(self, line: bytes) -> bytes:
-    """Sends a line and returns the one that answers it; neither has its line feed.
+    """Sends a line and returns the answer, both without a line feed.
 
     Raises:
-      EndedError: there is no answer; the process is gone.
+      EndedError: there is no answer, because the process is gone.
     """
     with self.lock:
       self.start()
       return self._exchange(line + b"\n", ANSWER_SECONDS)
 
   def close(self) -> None:
-    """Ends the process, if there is one."""
+    """Stops the process, if there is one."""
     with self.lock:
       self._stop()
 
@@ -103,7 +104,7 @@ class Helper:
     self._answers: BinaryIO | None = None
 
   def _start(self) -> None:
-    # The parent's modules, sets in the same order every time, and no Ctrl-C, which is the parent's alone.
+    # The child imports the parent's modules, iterates over sets in a fixed order, and does not receive Ctrl-C.
     places = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONHASHSEED": "0", **self._environment}
     ours, theirs = socket.socketpair()
@@ -140,7 +141,7 @@ class Helper:
       reason = f"gave no answer in {seconds:.0f} s"
     except OSError:
       pass
-    finally:  # Whatever happened, an answer that is still on its way would be taken for the next one's.
+    finally:  # stopped here, since a late answer would be taken for the next one's
       if not answer.endswith(b"\n"):
         reason = reason or (f"wrote more than {MOST_BYTES >> 20} MiB" if answer else "")
         reason = self._stop(killed=bool(reason)) or reason
@@ -149,7 +150,7 @@ class Helper:
     return answer[:-1]
 
   def _stop(self, *, killed: bool = True) -> str:
-    """Ends what runs and returns how it ended by itself, nothing where it was killed here."""
+    """Stops the process. Returns how it ended by itself, or an empty text if it was killed here."""
     process, self._process = self._process, None
     if self._answers is not None:
       self._answers.close()
@@ -159,7 +160,7 @@ class Helper:
     if process is None:
       return ""
     if not killed:
-      with contextlib.suppress(subprocess.TimeoutExpired):  # It closed its side, so it ends, or is about to.
+      with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its socket, so it has ended or soon will
         process.wait(1)
     code = process.poll()
     process.kill()

@@ -1,4 +1,4 @@
-"""95% intervals: of shares whose observations come in clusters, over seeds, of paired differences; pass@k."""
+"""95% intervals for shares of clustered observations, for means over seeds and for paired differences; pass@k."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -15,9 +15,9 @@ class Share(NamedTuple):
   """A pooled share with its interval.
 
   Attributes:
-    value: sum of numerators / sum of denominators.
-    low: lower end of the 95% interval.
-    high: its upper end.
+    value: the sum of numerators / the sum of denominators.
+    low: the lower end of the 95% interval.
+    high: the upper end.
     n: number of observations.
   """
 
@@ -28,11 +28,11 @@ class Share(NamedTuple):
 
 
 class Mean(NamedTuple):
-  """A mean of one value a seed.
+  """A mean of one value per seed.
 
   Attributes:
     value: the mean.
-    interval: ends of its 95% interval; None for one seed, which says nothing about others.
+    interval: the ends of its 95% interval; None for one seed, from which the spread cannot be estimated.
     n: number of seeds.
   """
 
@@ -45,9 +45,9 @@ class Difference(NamedTuple):
   """A difference of two shares with its 95% interval, in [-1, 1].
 
   Attributes:
-    difference: second minus first.
-    low: lower end of the interval.
-    high: its upper end.
+    difference: the second share minus the first.
+    low: the lower end of the interval.
+    high: the upper end.
   """
 
   difference: float
@@ -56,7 +56,7 @@ class Difference(NamedTuple):
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-  """Wilson's score interval of a share of n independent observations; n need not be whole."""
+  """Wilson's score interval for a share of n independent observations; n need not be a whole number."""
   centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
   half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
   return (max(centre - half, 0.0) if share > 0 else 0.0), (min(centre + half, 1.0) if share < 1 else 1.0)
@@ -66,13 +66,13 @@ def clustered(numerators: Sequence[float], denominators: Sequence[float], cluste
   """A ratio of sums in [0, 1] with an interval that treats clusters, not observations, as independent.
 
   The variance is the linearised one of a ratio over clusters (Cochran, Sampling Techniques, 3rd ed., section 6.3, with
-  G / (G - 1)); Wilson's interval is taken at the number of independent observations with that variance, at least one a
-  cluster where the share is 0 or 1 and no variance can be seen.
+  G / (G - 1)). Wilson's interval is computed with the number of independent observations that would have that variance;
+  where the share is 0 or 1, no variance can be seen, and this number is at least one per cluster.
 
   Args:
-    numerators: one an observation.
-    denominators: one an observation, positive in sum.
-    clusters: one an observation.
+    numerators: one per observation.
+    denominators: one per observation; their sum is positive.
+    clusters: one per observation.
   """
   index = _numbered(clusters)
   top = np.bincount(index, np.asarray(numerators, float))
@@ -91,12 +91,12 @@ def clustered(numerators: Sequence[float], denominators: Sequence[float], cluste
 
 
 def over_seeds(values: Sequence[float]) -> Mean:
-  """The mean of shares, one a seed, with Student's t interval cut to [0, 1].
+  """The mean of one share per seed, with Student's t interval cut to [0, 1].
 
   The seeds are the observations here: the interval says where the mean over many seeds would lie on these questions.
 
   Raises:
-    ValueError: no values.
+    ValueError: there are no values.
   """
   if not values:
     raise ValueError("no values to average: give one a seed")
@@ -111,30 +111,30 @@ def mcnemar(only_first: int, only_second: int) -> float:
   """McNemar's exact two-sided p value (Biometrics 12, 1947) for two systems on the same questions.
 
   Args:
-    only_first: pairs that the first alone has right.
-    only_second: pairs that the second alone has right. Pairs on which both agree do not matter.
+    only_first: pairs that only the first system answers correctly.
+    only_second: pairs that only the second answers correctly. Pairs on which both agree do not matter.
 
   Returns:
-    The probability of a split at least as uneven if either side were as likely; 1 without a pair.
+    The probability of a split at least as uneven if both sides were equally likely; 1 without pairs.
   """
   count = only_first + only_second
   return min(2 * float(special.bdtr(min(only_first, only_second), count, 0.5)), 1.0) if count else 1.0
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]) -> Difference:
-  """The difference of two shares over the same questions, treating clusters, not pairs, as independent.
+  """The difference of two shares over the same questions; clusters, not pairs, are treated as independent.
 
   Agresti and Min's interval (Statistics in Medicine 24, 2005: Wald's after half a pair is added to each cell of the
-  2x2 table) at the number of independent pairs that have the variance seen between clusters, as in `clustered`; one a
-  cluster where all pairs differ alike and no variance can be seen.
+  2x2 table) is computed with the number of independent pairs that would have the variance between clusters, as in
+  `clustered`; where all pairs differ alike, no variance can be seen, and this number is one per cluster.
 
   Args:
-    first: 0 or 1 a pair.
-    second: 0 or 1 a pair.
-    clusters: one a pair.
+    first: 0 or 1 for each pair.
+    second: 0 or 1 for each pair.
+    clusters: one per pair.
 
   Raises:
-    ValueError: no pairs.
+    ValueError: there are no pairs.
   """
   if not len(first) == len(second) == len(clusters) > 0:
     raise ValueError(f"{len(first)}, {len(second)} outcomes and {len(clusters)} clusters: give one of each a pair")
@@ -152,10 +152,10 @@ def paired_difference(first: Sequence[float], second: Sequence[float], clusters:
 
 
 def pass_at(n: int, correct: int, k: int) -> float:
-  """The probability that k of a question's n samples, drawn without replacement, hold a correct one.
+  """The probability that k of a question's n samples, drawn without replacement, include a correct one.
 
-  The unbiased estimator of pass@k of Chen et al. 2021 (arXiv 2107.03374), 1 - C(n - correct, k) / C(n, k), in whole
-  numbers up to one division: exact but for its rounding.
+  This is the unbiased estimator of pass@k of Chen et al. 2021 (arXiv 2107.03374), 1 - C(n - correct, k) / C(n, k). It
+  is computed in whole numbers with one division at the end, and is exact except for the rounding of that division.
 
   Raises:
     ValueError: unless 0 <= correct <= n and 1 <= k <= n.
@@ -167,6 +167,6 @@ def pass_at(n: int, correct: int, k: int) -> float:
 
 
 def _numbered(clusters: Sequence[Hashable]) -> np.ndarray:
-  """Clusters as numbers from 0, in the order in which they come."""
+  """Clusters as numbers from 0, in the order of their first appearance."""
   numbers = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
   return np.asarray([numbers[name] for name in clusters], int)

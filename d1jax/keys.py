@@ -1,9 +1,9 @@
-"""Counter-based randomness: every key is a fold of what the draw is for, never of where it is computed.
+"""Counter-based randomness: every key depends on the purpose of its draw, never on where the draw is computed.
 
 A key is `fold_in` of (run seed, purpose, step, sample id, ...). Nothing depends on a batch position, a canvas position,
 a device or a process, so that prompts, masks and uniforms are bit-identical on any mesh. `seeded` names the generator,
-JAX's partitionable threefry, under which element i of a draw depends on the key and on i alone; what the environment
-says of generators changes nothing.
+JAX's partitionable threefry: element i of a draw depends only on the key and on i. Environment variables that choose
+another generator have no effect.
 """
 
 import enum
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, UInt32
 
 
 class Purpose(enum.IntEnum):
-  """What a draw is for; the second counter of every key. Numbers are part of a run's identity: never reuse one."""
+  """The purpose of a draw, the second counter of every key. Numbers are part of a run's identity: never reuse one."""
 
   INITIALISATION = 0
   CORRUPTION = 1
@@ -27,10 +27,10 @@ class Purpose(enum.IntEnum):
 
 
 def seeded(seed: int) -> Key[Array, ""]:
-  """The key of a seed, from which all others are folded.
+  """The key of a seed, from which all other keys are folded.
 
   Raises:
-    ValueError: JAX would drop a part of the seed, or draws would depend on how arrays are cut.
+    ValueError: JAX would drop a part of the seed, or draws would depend on how arrays are sharded.
   """
   if not -(2**31) <= seed < 2**32:
     raise ValueError(f"the seed {seed} has more than 32 bits, of which the rest would be dropped: give a smaller one")
@@ -40,12 +40,12 @@ def seeded(seed: int) -> Key[Array, ""]:
 
 
 def purpose_key(key: Key[Array, ""], purpose: Purpose, step: Int[Array, ""] | int = 0) -> Key[Array, ""]:
-  """The key of one purpose at one step of the run whose key is given."""
+  """The key of one purpose at one step; `key` is the run's key."""
   return jax.random.fold_in(jax.random.fold_in(key, int(purpose)), step)
 
 
 def sample_keys(key: Key[Array, ""], sample_id: Int[Array, "B"]) -> Key[Array, "B"]:
-  """One key a sample, a function of its id alone."""
+  """One key per sample; it depends only on the sample's id."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(sample_id)
 
 
@@ -55,11 +55,11 @@ def fold(keys: Key[Array, "B"], counter: Int[Array, ""] | int) -> Key[Array, "B"
 
 
 def token_keys(key: Key[Array, ""], sample_id: Int[Array, "B"], place: UInt32[Array, "L"]) -> Key[Array, "B L"]:
-  """One key a token, a function of its sample's id and its place alone."""
+  """One key per token; it depends only on the sample's id and the token's place."""
   one = lambda sample_key: jax.vmap(lambda i: jax.random.fold_in(sample_key, i))(place)
   return jax.vmap(one)(sample_keys(key, sample_id))
 
 
 def uniforms(keys: Key[Array, "B"], length: int) -> Float[Array, "B length"]:
-  """Uniforms in [0, 1): element (b, i) depends on `keys[b]` and i alone, whatever the length."""
+  """Uniforms in [0, 1): element (b, i) depends only on `keys[b]` and i, not on the length."""
   return jax.vmap(lambda k: jax.random.uniform(k, (length,), jnp.float32))(keys)

@@ -1,4 +1,4 @@
-"""`python -m d1jax.main --config=configs/grpo.py`: reads the configuration and hands over to the mode that it names."""
+"""`python -m d1jax.main --config=configs/grpo.py`: reads the configuration and runs the mode that it names."""
 
 import contextlib
 import logging
@@ -21,7 +21,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, w
 
 
 def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
-  """The function that runs a mode; imported late, so that a mistyped flag is answered at once."""
+  """The function that runs a mode. It is imported late, so that a mistyped flag is answered at once."""
   if config.mode in ("grpo", "sft"):
     with errors.extra("train"):
       from d1jax import recipe
@@ -48,7 +48,7 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
 
 
 def _meet(config: ConfigDict) -> None:
-  """Finds the other processes of the run."""
+  """Connects to the other processes of the run."""
   if "distributed" in config:
     multihost.initialize(config.workdir if "workdir" in config else config.mode, **config.distributed)
   else:
@@ -63,13 +63,13 @@ def _run(argv: Sequence[str]) -> None:
   config = _CONFIG.value
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.redirect_stderr(cast(TextIO, Output(sys.stderr))))
-    if config.mode != "generate":  # whose text is the result: it ends where nobody reads it
+    if config.mode != "generate":  # the text of `generate` is its result, so it ends when nobody reads it
       stack.enter_context(contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout, errors.harmless))))
     _start(config, stack)
 
 
 def _start(config: ConfigDict, stack: contextlib.ExitStack) -> None:
-  # What fails in a thread that writes surfaces where it is waited for.
+  # A failure in a writing thread is raised where that thread is waited for.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
   threading.excepthook = lambda failure: logging.debug("in %s: %s", failure.thread, failure.exc_value)
   logging.basicConfig(level=logging.WARNING, force=True)
@@ -78,7 +78,7 @@ def _start(config: ConfigDict, stack: contextlib.ExitStack) -> None:
   _meet(config)
   multihost.prepare(config.cpu_devices)
   with errors.explained(config.mode, "smaller batches"):
-    if not multihost.is_main():  # all would say the same
+    if not multihost.is_main():  # all processes would print the same
       nowhere = stack.enter_context(_nowhere())
       stack.enter_context(contextlib.redirect_stdout(nowhere))
       logging.getLogger().setLevel(logging.ERROR)
@@ -87,7 +87,7 @@ def _start(config: ConfigDict, stack: contextlib.ExitStack) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Parses the flags; whatever is wrong with them is one line."""
+  """Parses the flags; an error in them is one line."""
   for path in (arg.partition("=")[2].partition(":")[0] for arg in argv if arg.startswith("--config=")):
     if not Path(path).is_file():
       raise errors.RunError(f"--config={path}: no such file; the configurations are in {presets.shown()}")
@@ -108,16 +108,16 @@ def _parse(argv: list[str]) -> list[str]:
     reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("\"'").split())
     raise errors.RunError(f"unknown field '{reason}") from error
   except (flags.Error, TypeError, ValueError) as error:
-    # A configuration's own exception arrives with its traceback; the last line says what is wrong.
+    # An exception of the configuration file arrives with its traceback; the last line has the message.
     reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
     raise errors.RunError(f"wrong flag: {reason.removeprefix('ValueError: ')}") from error
 
 
 class Formatter(logging.Formatter):
-  """Log lines that cannot steer a terminal: they name files, which others may have named."""
+  """Log lines that cannot steer a terminal: they may contain file names that others chose."""
 
   def format(self, record: logging.LogRecord) -> str:
-    """The line."""
+    """Formats one record."""
     return errors.harmless(super().format(record))
 
 
@@ -126,34 +126,34 @@ def _nowhere() -> TextIO:
 
 
 class Output:
-  """A standard stream that nobody may read any more: what cannot be written is dropped, and the run goes on.
+  """A standard stream whose reader may be gone: output that cannot be written is dropped, and the run continues.
 
-  `... | head -1` ends after a line, a terminal hangs up, code of a task closes the stream: none of it is a reason to
-  lose a run, whose numbers are in its work directory.
+  For example, `... | head -1` ends after a line, a terminal is closed, or a task's code closes the stream. A run must
+  not be lost for this, since its numbers are in its work directory.
   """
 
   def __init__(self, stream: TextIO | None, shown: Callable[[str], str] = str):
-    """Writes to a stream; `shown` makes of a text what is written, such as `errors.harmless`."""
-    self._stream = stream or _nowhere()  # a program may be started without one
+    """Writes to a stream; `shown` converts each text before it is written, such as `errors.harmless`."""
+    self._stream = stream or _nowhere()  # a program may be started without this stream
     self._shown = shown
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
 
   def write(self, text: str) -> int:
-    """Writes, if somebody reads; characters that the stream's encoding lacks become escapes."""
+    """Writes if there is a reader; characters that the stream's encoding lacks become escapes."""
     with self._lasting():
       encoding = self._stream.encoding or "utf-8"
       self._stream.write(self._shown(text).encode(encoding, "backslashreplace").decode(encoding))
     return len(text)
 
   def flush(self) -> None:
-    """Flushes, if somebody reads."""
+    """Flushes if there is a reader."""
     with self._lasting():
       self._stream.flush()
 
   def close(self) -> None:
-    """Stays open: others write too."""
+    """Does nothing: the stream stays open, because others write to it too."""
 
   @contextlib.contextmanager
   def _lasting(self) -> Iterator[None]:
@@ -162,13 +162,13 @@ class Output:
     except (OSError, ValueError):
       nowhere = _nowhere()
       with contextlib.suppress(OSError, ValueError):
-        # What is left in its buffer would fail once more when Python ends.
+        # The rest of its buffer would fail again when Python ends.
         os.dup2(nowhere.fileno(), self._stream.fileno())
       self._stream = nowhere
 
 
 def _say(message: str) -> None:
-  """What standard error says last; it may hold names that others chose."""
+  """Writes the last line of standard error, which may contain names that others chose."""
   with contextlib.suppress(OSError, ValueError):
     print(errors.harmless(message), file=sys.stderr, flush=True)
 
@@ -187,7 +187,7 @@ def main() -> None:
       _say(f"d1jax: {message}")
     multihost.leave(code, message, together=not lost)
     if isinstance(error, errors.StorageError):
-      # Writers would try once more at exit, on a disk that takes nothing, and bury the line above.
+      # At exit, writers would try again on the full disk, and their errors would hide the line above.
       os._exit(code)
     sys.exit(code)
   except KeyboardInterrupt:

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-  """[B, ...] -> [parts, B / parts, ...]; part m holds rows m, m + parts, ..., so that each device keeps a share of
-  every part.
-  """
+  """[B, ...] -> [parts, B / parts, ...]; part m has rows m, m + parts, ..., so each device has a share of each part."""
 
   def split(x: jax.Array) -> jax.Array:
     if x.shape[0] % parts:
@@ -21,7 +19,7 @@ def split_rows(tree: Any, parts: int) -> Any:
 
 
 def sum_over_parts(function: Callable[[Any], Any], parts: Any) -> Any:
-  """The sum of `function` over the leading axis of `parts`, one part in memory at a time."""
+  """The sum of `function` over the leading axis of `parts`, with one part in memory at a time."""
   first = jax.tree.map(lambda x: x[0], parts)
   if jax.tree.leaves(parts)[0].shape[0] == 1:
     return function(first)

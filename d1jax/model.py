@@ -27,14 +27,14 @@ from d1jax.weights import Weights
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """A network as diffusion sees it, its tokenizer, and its weights on a mesh, which are read when they are first used.
+  """A denoiser, its tokenizer and its weights on a mesh; the weights are read when they are first used.
 
   Attributes:
-    denoiser: pure functions of the parameters, on the placements of updates.
-    rollout_denoiser: the same on the placements of rollouts; `denoiser` itself where these are equal.
-    tokenizer: text to ids; None where a folder has none.
-    weights: which are trained, which are not, and where they live.
-    programs: what was compiled for it (`Completer.of`), so that it goes when the model goes.
+    denoiser: pure functions of the parameters, for the placements of updates.
+    rollout_denoiser: the same for the placements of rollouts; `denoiser` itself if these are equal.
+    tokenizer: text to ids; None if the folder has none.
+    weights: the trained and the frozen weights, and their placements.
+    programs: the programs compiled for this model (`Completer.of`); they are freed with it.
   """
 
   denoiser: Denoiser
@@ -50,17 +50,17 @@ class Model:
 
   @property
   def ways(self) -> int:
-    """Over how many devices a batch is split."""
+    """The number of devices over which a batch is split."""
     return meshes.batch_ways(self.weights.mesh, self.weights.rules)
 
   @property
   def rollout_ways(self) -> int:
-    """The same in rollouts."""
+    """The number of devices over which a batch is split in rollouts."""
     return meshes.batch_ways(self.weights.mesh, self.weights.rollout_rules)
 
   @property
   def length_ways(self) -> int:
-    """Over how many devices the positions of a canvas are split."""
+    """The number of devices over which the positions of a canvas are split."""
     return meshes.ways(self.weights.mesh, self.weights.rules, "length")
 
   @property
@@ -70,32 +70,32 @@ class Model:
 
   @property
   def by_row(self) -> NamedSharding:
-    """The placement of a batch: rows over the batch axis."""
+    """The placement of a batch: rows are split over the batch axis."""
     return meshes.sharding(self.weights.mesh, self.weights.rules, "batch")
 
   @property
   def rollout_by_row(self) -> NamedSharding:
-    """The same in rollouts."""
+    """The placement of a batch in rollouts."""
     return meshes.sharding(self.weights.mesh, self.weights.rollout_rules, "batch")
 
   @functools.cached_property
   def publisher(self) -> Publisher:
-    """From the weights that are trained to those that rollouts take."""
+    """Converts trained weights into the form that rollouts take."""
     return Publisher(self.weights, self.weights.abstract_trainable)
 
   @functools.cached_property
   def params(self) -> Params:
-    """The weights as the model starts, ready to sample with; read or drawn when they are first asked for, and kept."""
+    """The weights with which the model starts, ready for sampling; read or drawn at the first use, and kept."""
     weights = self.weights
-    if weights.source is not None and not weights.has_base:  # as they are sampled with: no float32 copy of all of them
+    if weights.source is not None and not weights.has_base:  # read in the dtype of sampling, without a float32 copy
       return load.read(weights.source.folder, weights.network, weights.base_dtype, self.publisher.placement)
     return self.publisher(weights.start(), weights.frozen.base)
 
   @property
   def frozen(self) -> Frozen:
-    """What no update changes: the base under adapters, empty where everything is trained.
+    """The weights that no update changes: the base under adapters; empty if everything is trained.
 
-    A loss that needs the reference takes it from here: with adapters it is the base; otherwise say
+    A loss that needs the reference policy takes it from here. With adapters it is the base; without adapters, pass
     `model.frozen._replace(reference=model.weights.start())`.
     """
     return self.weights.frozen
@@ -104,8 +104,8 @@ class Model:
     """A state at step 0, in float32.
 
     Args:
-      optimizer: of the updates.
-      trainable: weights to start from, which are copied; None: those of the folder, or drawn ones.
+      optimizer: the optimiser of the updates.
+      trainable: weights to start from, which are copied; None: the weights of the folder, or drawn ones.
 
     Raises:
       ValueError: the weights are quantised and there are no adapters to train.
@@ -115,9 +115,9 @@ class Model:
     return self.weights.state_from(trainable, optimizer)
 
   def publish(self, state: TrainState) -> Params:
-    """The weights of a state as rollouts take them: merged, cast, and on their placements.
+    """The weights of a state in the form that rollouts take: merged, cast, and on the placements of rollouts.
 
-    Arrays that need none of that are those of the state, which an update donates: publish anew after each update.
+    Arrays that need no change are shared with the state, which an update donates: publish again after each update.
     """
     return self.publisher(state.trainable, self.frozen.base)
 
@@ -144,11 +144,11 @@ def build_denoiser(
 
   Args:
     network: pure functions.
-    mask_id: of the mask.
-    stop_ids: each ends a completion.
-    known_ids: of the tokenizer.
+    mask_id: the id of the mask token.
+    stop_ids: ids that end a completion.
+    known_ids: the number of ids that the tokenizer has.
     shift: see `families.Description`.
-    vocab_shards: over how many devices the vocabulary is cut.
+    vocab_shards: the number of devices over which the vocabulary is sharded.
   """
   return Denoiser(
     encode=network.encode,
@@ -179,21 +179,21 @@ def build(
   remat: bool = False,
   unroll: int = 1,
 ) -> Model:
-  """A model of a network's sizes.
+  """Builds a model from the sizes of its network.
 
   Args:
-    size: of the network.
-    tokenizer: text to ids; None takes the ids that `source` names.
-    source: the folder that the weights come from; None draws them.
+    size: the sizes of the network.
+    tokenizer: text to ids; None: the ids that `source` names are used.
+    source: the folder of the weights; None: they are drawn.
     mesh: the devices.
-    rules: where logical axes live on them.
-    rollout_rules: the same in rollouts; None: as `rules`.
-    dtype: of matrix products, and of a base that is not trained.
-    seed: of all draws.
-    lora: the adapters that are trained; None trains everything.
+    rules: maps logical axes to mesh axes.
+    rollout_rules: the same in rollouts; None: `rules`.
+    dtype: the dtype of matrix products, and of a frozen base.
+    seed: the seed of all draws.
+    lora: the adapters to train; None: everything is trained.
     quantize: `int8` or `nf4` stores the projections in few bits.
-    remat: computes the activations of each layer again in the backward pass.
-    unroll: layers that are compiled one after the other, instead of as a loop.
+    remat: whether the backward pass recomputes the activations of each layer.
+    unroll: the number of layers that are compiled one after the other, instead of as a loop.
 
   Raises:
     ValueError: the mesh does not divide a weight, or the folder lacks one.
@@ -230,7 +230,7 @@ def build(
 
 
 def _defaults(mesh: Mesh | None, dtype: DTypeLike | None) -> tuple[Mesh, DTypeLike]:
-  """The first device alone, and the dtype that it is quick at."""
+  """The default mesh, the first device, and the dtype in which it is fast."""
   if mesh is None:
     mesh = meshes.make_mesh(dict.fromkeys(meshes.MESH_AXES, 1), meshes.first_device())
   return mesh, compute_dtype("auto", mesh.devices.flat[0].platform) if dtype is None else dtype
@@ -248,22 +248,22 @@ def from_pretrained(
   remat: bool = False,
   seed: int = 0,
 ) -> Model:
-  """A downloaded LLaDA or Dream, or a causal Llama or Qwen2 as the start of a diffusion model.
+  """Loads a downloaded LLaDA or Dream, or a causal Llama or Qwen2 as the start of a diffusion model.
 
-  A causal model gets attention both ways, shifted logits and, where it has none, a mask token whose embedding is the
-  mean of the others. The weights are read when they are first asked for.
+  A causal model gets bidirectional attention, shifted logits and, if it has none, a mask token whose embedding is the
+  mean of the others. The weights are read when they are first used.
 
   Args:
-    folder: with config.json, safetensors and, as a rule, a tokenizer.
-    dtype: of weights to sample with and of matrix products; None: bfloat16, and float32 on a CPU. What is trained is
-      float32 always.
-    lora: adapters to train, `Lora(rank=64, alpha=128)`; None: a `train_state` holds all weights.
-    quantize: `int8` or `nf4` stores the projections in few bits: to sample with, or under adapters.
-    mesh: over which the weights are sharded; None: the first device.
-    rules: where logical axes live on it.
-    rollout_rules: the same in rollouts; None: as `rules`.
-    remat: computes the activations of each layer again in the backward pass, which takes less memory.
-    seed: of all draws.
+    folder: a folder with config.json, safetensors and usually a tokenizer.
+    dtype: the dtype of sampling weights and of matrix products; None: bfloat16, or float32 on a CPU. Trained weights
+      are always float32.
+    lora: the adapters to train, such as `Lora(rank=64, alpha=128)`; None: a `train_state` holds all weights.
+    quantize: `int8` or `nf4` stores the projections in few bits, for sampling or under adapters.
+    mesh: the devices over which the weights are sharded; None: the first device.
+    rules: maps logical axes to mesh axes.
+    rollout_rules: the same in rollouts; None: `rules`.
+    remat: whether the backward pass recomputes the activations of each layer, which saves memory.
+    seed: the seed of all draws.
 
   Raises:
     ValueError: a file, a tensor or a value of the configuration is missing, wrong or not supported; the message names
@@ -297,17 +297,17 @@ def from_scratch(
   remat: bool = False,
   seed: int = 0,
 ) -> Model:
-  """A model of random weights.
+  """Makes a model with random weights.
 
   Args:
-    size: of the network, or the name of a preset, such as `tiny`; its vocabulary grows to hold the tokenizer's.
+    size: the sizes of the network, or a preset's name, such as `tiny`; the vocabulary grows to the tokenizer's size.
     tokenizer: text to ids.
-    dtype: as for `from_pretrained`, and so are the others.
+    dtype: this and the following arguments are those of `from_pretrained`.
     mesh: the devices.
-    rules: where logical axes live on them.
+    rules: maps logical axes to mesh axes.
     rollout_rules: the same in rollouts.
-    remat: computes activations again.
-    seed: of the weights and all other draws.
+    remat: whether the backward pass recomputes activations.
+    seed: the seed of the weights and of all other draws.
 
   Raises:
     ValueError: the size is unknown, or the mesh does not divide a weight.
@@ -327,10 +327,10 @@ def from_scratch(
 
 
 def scaled_to(size: TransformerSize | str, known_ids: int, **changes: Any) -> TransformerSize:
-  """A network's sizes for a tokenizer: its vocabulary or more, rounded up so that a tensor axis divides it.
+  """Sizes whose vocabulary holds the tokenizer's ids, rounded up to a multiple of 8 so that a tensor axis divides it.
 
   Raises:
-    ValueError: a name that is no preset.
+    ValueError: no preset has this name.
   """
   if isinstance(size, str):
     if size not in PRESETS:

@@ -1,4 +1,4 @@
-"""AdamW with a warm-up, a decay and a clip, as the d1 runs use it; and an average of the weights, if one is wanted."""
+"""AdamW with warm-up, decay and gradient clipping, as in d1, and optionally an average of the weights."""
 
 import logging
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def decayed(params: Params) -> Params:
-  """True for the weights that decay: all but the norms' scales and the biases, which are not weights of a product."""
+  """True for the weights with weight decay: all except scales of norms and biases, which are not in a product."""
 
   def decays(path: Any, _: Any) -> bool:
     name = jax.tree_util.keystr(path)
@@ -36,20 +36,20 @@ def schedule(learning_rate: float, steps: int, warmup_steps: int, decay: str) ->
 
 
 def rates(learning_rate: float, steps: int, warmup_steps: int, decay: str) -> Float[np.ndarray, "steps"]:
-  """The learning rate of each optimiser step, to be logged; see `schedule`."""
+  """The learning rate of each optimiser step, for the log; see `schedule`."""
   return np.asarray(schedule(learning_rate, steps, warmup_steps, decay)(np.arange(steps)))
 
 
 class AverageState(NamedTuple):
-  """An exponential moving average of the weights: it is kept, saved and placed as the moments are."""
+  """An exponential moving average of the weights; it is saved and placed like the optimiser's moments."""
 
   average: Params
 
 
 def averaging(decay: float) -> optax.GradientTransformation:
-  """Changes no update, and keeps `average = decay * average + (1 - decay) * weights`, which starts at the weights.
+  """Keeps `average = decay * average + (1 - decay) * weights`, starting at the weights; it changes no update.
 
-  It stands behind everything that changes updates: what it is given is what is added to the weights.
+  It must be the last transformation of the chain, because its input must be the update that is added to the weights.
   """
 
   def init(params: Params) -> AverageState:
@@ -64,7 +64,7 @@ def averaging(decay: float) -> optax.GradientTransformation:
 
 
 def evaluated(state: TrainState) -> Params:
-  """What is validated, evaluated and exported of a state: the average of the weights if one is kept, or the weights."""
+  """The weights that are validated, evaluated and exported: their average if a state has one, or the weights."""
   average = optax.tree.get(state.opt_state, "average")
   return state.trainable if average is None else average
 
@@ -81,18 +81,18 @@ def adamw(
   max_grad_norm: float = 1.0,
   ema_decay: float | None = None,
 ) -> optax.GradientTransformation:
-  """AdamW (moments in float32) behind a clip by global norm.
+  """AdamW (moments in float32) after gradient clipping by global norm.
 
   Args:
-    learning_rate: at the end of the warm-up.
-    steps: of the whole run, in optimiser steps.
-    warmup_steps: of the linear warm-up.
+    learning_rate: the rate at the end of the warm-up.
+    steps: the optimiser steps of the whole run.
+    warmup_steps: the length of the linear warm-up.
     decay: see `schedule`.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    weight_decay: decoupled, on everything but norms and biases.
-    max_grad_norm: gradients are scaled down to this global norm.
-    ema_decay: of the average of the weights, see `averaging`; None: none is kept.
+    b1: the decay of the first moment.
+    b2: the decay of the second moment.
+    weight_decay: decoupled, on everything except norms and biases.
+    max_grad_norm: the global norm to which larger gradients are scaled down.
+    ema_decay: the decay of the average of the weights, see `averaging`; None: there is no average.
   """
   averaged = () if ema_decay is None else (averaging(ema_decay),)
   return optax.chain(
@@ -109,7 +109,7 @@ def adamw(
 
 
 def warn_of_warm_up(stage: str, *, learning_rate: float, steps: int, warmup_steps: int) -> None:
-  """Warns where more than half of a stage's optimiser steps are its warm-up."""
+  """Warns if more than half of a stage's optimiser steps are its warm-up."""
   if 2 * warmup_steps > steps:
     log.warning(
       "%s.warmup_steps=%d is more than half of the run's %d optimiser steps, so that most have less than"

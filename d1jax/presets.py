@@ -23,13 +23,13 @@ def folder() -> Path:
 
 
 def shown() -> str:
-  """The folder as it can be typed in the current one: `configs/` in a clone."""
+  """The folder relative to the current one, for messages: `configs/` in a clone."""
   there, here = folder().resolve(), Path.cwd()
   return f"{there.relative_to(here) if there.is_relative_to(here) else there}/"
 
 
 def _loaded(name: str) -> dict[str, Any]:
-  """What the file of a preset defines."""
+  """The names that the file of a preset defines."""
   known = sorted(path.stem for path in folder().glob("*.py") if path.stem != "methods")
   if name not in known:
     raise errors.RunError(f"unknown preset {name!r}; known: {', '.join(known)}, and words behind a colon")
@@ -37,7 +37,7 @@ def _loaded(name: str) -> dict[str, Any]:
 
 
 def words(name: str) -> Mapping[str, Sequence[str]]:
-  """The words that a preset takes behind a colon, by what they choose; empty: none."""
+  """The words that a preset takes after a colon, by the kind of choice; empty if it takes none."""
   return _loaded(name).get("WORDS", {})
 
 
@@ -45,12 +45,12 @@ def load(preset: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   """The configuration of a preset.
 
   Args:
-    preset: the name of a file of `configs/`, and its words behind a colon: `grpo:tiny,countdown`.
-    overrides: fields that differ, by their dotted names: `{"grpo.steps": 5}`.
+    preset: the name of a file in `configs/`, and its words after a colon: `grpo:tiny,countdown`.
+    overrides: new values of fields by dotted name: `{"grpo.steps": 5}`.
 
   Raises:
-    RunError: there is no such preset, word or field, or a value of another type; the message names it and what is
-      known.
+    RunError: a preset, word or field does not exist, or a value has another type; the message names it and the known
+      ones.
   """
   name, _, chosen = preset.partition(":")
   found = _loaded(name)
@@ -62,7 +62,7 @@ def load(preset: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
 
 
 def _changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-  """The configuration with other values, and closed to fields that it does not have."""
+  """The configuration with new values; fields that do not exist cannot be added."""
   fields.complete(config)
   config.lock()
   if overrides:
@@ -84,7 +84,7 @@ def _changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 
 def _set(config: ConfigDict, field: str, value: Any) -> None:
-  """Sets a field, or the whole of a section, by its dotted name."""
+  """Sets a field or a whole section, by its dotted name."""
   section, path, last = config, "", field
   while "." in last and isinstance(section.get(last.partition(".")[0]), ConfigDict):
     name, _, last = last.partition(".")
@@ -101,21 +101,21 @@ def _set(config: ConfigDict, field: str, value: Any) -> None:
 
 
 def train(config: ConfigDict | str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """Trains as `d1jax train` does: runs the job in its work directory, or goes on with it, and prints its table.
+  """Trains like `d1jax train`: runs or resumes the job in its work directory, and prints its table.
 
-  `d1jax.train("grpo:tiny,countdown", {"grpo.steps": 5, "workdir": "runs/mine"})`. Call it before the first array is
-  made: where JAX has its devices already, the CPU is not split into `cpu_devices`. Several processes call
-  `jax.distributed.initialize` before.
+  `d1jax.train("grpo:tiny,countdown", {"grpo.steps": 5, "workdir": "runs/mine"})`. Call it before you make the first
+  array: once JAX has its devices, the CPU is not split into `cpu_devices`. With several processes, call
+  `jax.distributed.initialize` first.
 
   Args:
-    config: a configuration of `configs/grpo.py` or `configs/sft.py`, which stays as it is; or the name of a preset.
-    overrides: fields that differ, by their dotted names.
+    config: a configuration of `configs/grpo.py` or `configs/sft.py`, which is not changed; or the name of a preset.
+    overrides: new values of fields by dotted name.
 
   Returns:
-    What `results.json` in the work directory holds; `after` has the numbers of the held-out split.
+    The content of `results.json` in the work directory; `after` has the numbers of the held-out split.
 
   Raises:
-    RunError: something is wrong with the settings, or the run was stopped; the message says how to go on.
+    RunError: the settings are wrong, or the run was stopped; the message says how to continue.
   """
   if isinstance(config, str):
     config = load(config, overrides)
@@ -127,6 +127,6 @@ def train(config: ConfigDict | str, overrides: Mapping[str, Any] | None = None) 
     from d1jax import recipe
   from d1jax.parallel import multihost
 
-  with contextlib.suppress(RuntimeError):  # of JAX, which has its devices already
+  with contextlib.suppress(RuntimeError):  # JAX raises it if it already has its devices
     multihost.prepare(config.cpu_devices)
   return recipe.run(config)

@@ -1,4 +1,4 @@
-"""From the weights that updates train to those that rollouts take: merged, cast and moved by one compiled program."""
+"""Publishes weights: one compiled program merges, casts and moves the trained weights for rollouts."""
 
 from typing import Any
 
@@ -14,25 +14,26 @@ from d1jax.weights import Weights
 
 
 class Publisher:
-  """The one place where placements of updates and of rollouts meet.
+  """Converts the weights of updates into those of rollouts; only this class knows both placements.
 
-  Adapters are added into a float base and stay beside a quantised one. Every leaf is cast to the dtype of the network's
-  products, which would cast it in every forward pass. All of that happens where updates have the weights, so that what
-  moves is neither wider nor apart. What rollouts take as it is costs nothing; what moves does so each time, a frozen
-  base too: a copy of it that stays would take room from updates.
+  Adapters are added into a float base, and stay separate from a quantised one. Every leaf is cast to the dtype of the
+  network's products, which would otherwise cast it in every forward pass. Both happen on the placement of updates,
+  before anything moves: a merged bfloat16 leaf has half the bytes of the float32 one, and no adapters move with it.
+  A leaf that rollouts take unchanged costs nothing. All other leaves move each time, also those of a frozen base: a
+  second copy of it would need memory during updates.
 
   Attributes:
-    placement: of what rollouts take.
-    abstract: its shapes, types and placements.
-    received_bytes: that a device receives when it moves; the most of any device.
+    placement: the placements of published weights.
+    abstract: their shapes, types and placements.
+    received_bytes: the bytes that a device receives in a publication; the largest number of any device.
   """
 
   def __init__(self, weights: Weights, trainable: Params):
-    """Prepares the program; nothing is compiled yet.
+    """Defines the program; nothing is compiled yet.
 
     Args:
-      weights: of the run.
-      trainable: shapes, types and placements of what is trained.
+      weights: the weights of the run.
+      trainable: shapes, types and placements of the trained weights.
 
     Raises:
       ValueError: the mesh does not divide a weight or the heads under `rollout_rules`.
@@ -51,6 +52,9 @@ class Publisher:
     self.placement = jax.tree.map(same, shapes, before, after)
     self.abstract = meshes.with_placements(shapes, self.placement)
 
+    # An argument that is returned unchanged is one variable of the trace, input and output: `_kept` holds its place
+    # among the inputs, so that the array itself can be returned. With inputs (a, b, c) and outputs (a, cast(b), c),
+    # `_kept` is [0, None, 2], and the compiled program computes only cast(b).
     traced = jax.make_jaxpr(self._publish)(*self._arguments).jaxpr
     places = {id(variable): place for place, variable in enumerate(traced.invars)}
     self._kept = [places.get(id(variable)) for variable in traced.outvars]
@@ -71,7 +75,7 @@ class Publisher:
     return meshes.moved(self._merged(trainable, base), self._before, self.placement)
 
   def _new(self, tree: Any) -> list[Any]:
-    """The leaves of what is published that are not arguments as they are: XLA would copy those."""
+    """The published leaves that are computed. The others are arguments, which XLA would copy if it returned them."""
     return [leaf for leaf, place in zip(jax.tree.leaves(tree), self._kept, strict=True) if place is None]
 
   def _made(self, trainable: Params, base: Params) -> list[jax.Array]:
@@ -87,7 +91,7 @@ class Publisher:
       self._compiled = self.trace().lower().compile()
 
   def __call__(self, trainable: Params, base: Params) -> Params:
-    """What rollouts take; some of its arrays may be arguments themselves."""
+    """The published weights; some of the arrays may be arguments themselves."""
     self.compile()
     given, made = jax.tree.leaves((trainable, base)), iter(self._compiled(trainable, base))
     leaves = [next(made) if place is None else given[place] for place in self._kept]

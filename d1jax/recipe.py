@@ -1,4 +1,4 @@
-"""d1's whole recipe: masked SFT, then diffu-GRPO, then one look at the held-out split. Also SFT alone."""
+"""d1's whole recipe: masked SFT, then diffu-GRPO, then one evaluation on the held-out split. Also SFT alone."""
 
 import functools
 import time
@@ -35,19 +35,19 @@ from d1jax.training.held_out_loss import HeldOutLoss
 from d1jax.weights import check_base
 
 VALIDATION_METRIC = "solved"
-"""What checkpoints are chosen by, on the validation split."""
+"""The metric on the validation split by which checkpoints are chosen."""
 
 Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
-"""From the iteration to start at to one iteration of a stage."""
+"""Takes the iteration to start at, and returns the function that runs one iteration of a stage."""
 
 
 class Validation(NamedTuple):
-  """What scores weights while they are trained.
+  """The validation of a stage.
 
   Attributes:
-    compile: compiles all that `score` needs.
-    score: of some weights, higher is better.
-    remedy: what to try when device memory runs out.
+    compile: compiles everything that `score` needs.
+    score: scores weights; higher is better.
+    remedy: advice for the case that device memory runs out.
   """
 
   compile: Callable[[], None]
@@ -59,7 +59,7 @@ class Recipe:
   """The stages of one work directory."""
 
   def __init__(self, config: ConfigDict, workdir: Folder, interrupts: Interrupts):
-    """Builds everything that can be found wrong; nothing is written or trained yet."""
+    """Builds and checks everything that may be wrong; nothing is written or trained yet."""
     multihost.check_same("the configuration", config.to_dict() | {"distributed": {}})
     self._held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
     self.experiment = experiments.build(config, run_tokenizer.kept_in(workdir) if self._held else None)
@@ -95,7 +95,7 @@ class Recipe:
     return self.experiment.optimizer(section, steps)
 
   def splits(self) -> dict[str, Any]:
-    """How many questions each split in use has, and a hash of their records."""
+    """The number of questions in each split in use, and a hash of their records."""
     task = self.experiment.task
     names = ["test", "validation", *(["train"] if self.config.mode == "grpo" else [])]
     if self.config.sft.steps and not self.config.sft.data:
@@ -106,13 +106,13 @@ class Recipe:
     return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
 
   def _evaluator(self, prompts: Prompts) -> Evaluator:
-    """A greedy evaluation of what is trained, together with its frozen base; exact, also where rollouts are cached."""
+    """A greedy evaluation under published weights; it uses no cache, even if rollouts do."""
     sampler = self.experiment.sampler.greedy()
     return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size)
 
   @property
   def _smaller_batches(self) -> str:
-    """What to try when an evaluation does not fit."""
+    """Advice for an evaluation that does not fit into memory."""
     return smaller_batches("evaluation.batch_size", self.config.evaluation.batch_size)
 
   def _by_accuracy(self) -> Validation:
@@ -129,21 +129,21 @@ class Recipe:
     return Validation(loss.compile, lambda trainable: loss(trainable, self.experiment.model.weights.frozen), remedy)
 
   def _published(self, trainable: Params) -> Params:
-    """As rollouts take them."""
+    """Trained weights in the form that rollouts take."""
     return self._model.publisher(trainable, self._model.frozen.base)
 
   def _smaller_parts(self, stage: str) -> str:
-    """What to try when training does not fit."""
+    """Advice for training that does not fit into memory."""
     return experiments.smaller_parts(self.config, stage, self._model.ways)
 
   def read_base(self) -> None:
-    """Reads what adapters stand on, before the folder belongs to this run: a smaller base makes another run."""
+    """Reads the base of the adapters before this run claims the folder: with a smaller base it is another run."""
     smaller = self.config.lora.rank and self.config.model.quantize != "nf4" and not self._held
     with explained("reading the base", "--config.model.quantize=nf4, or more devices" if smaller else "more devices"):
       _ = self.experiment.model.weights.base_fingerprint
 
   def compile(self) -> None:
-    """Compiles what validations and the final evaluation need, so that nothing of it fails after hours of training."""
+    """Compiles validations and the final evaluation, so that their compilation cannot fail after hours of training."""
     for name, validation in self._validations.items():
       with explained(f"{name}: validation", validation.remedy):
         validation.compile()
@@ -160,7 +160,7 @@ class Recipe:
     shown: tuple[str, ...],
     checkpoints: Checkpoints,
   ) -> None:
-    """Runs a stage to its end, from its last good checkpoint on; the state is gone from memory afterwards."""
+    """Runs a stage from its last good checkpoint to its end; afterwards the state is no longer in memory."""
     weights, validation, optimizer = self.experiment.model.weights, self._validations[name], self._optimizers[name]
     began, abstract = time.perf_counter(), weights.abstract_state(optimizer)
     start = checkpoints.restore_latest(abstract)
@@ -171,7 +171,7 @@ class Recipe:
       return
     start = start or Restored(0, fresh(), {})
     for tree in (start.state, start.state.trainable):
-      fingerprint(tree)  # compiles what each checkpoint needs
+      fingerprint(tree)  # compiles the program that each checkpoint uses
     finite = jax.jit(all_finite, in_shardings=(weights.state_placement(optimizer),), out_shardings=weights.replicated)
 
     def validate(trainable: Params) -> float:
@@ -202,26 +202,26 @@ class Recipe:
     advancer: Advancer,
     shown: tuple[str, ...],
   ) -> Outcome:
-    """Runs or resumes a stage; nothing is computed twice, and of a finished one its best weights alone are read."""
+    """Runs or resumes a stage. Nothing is computed twice; from a finished stage only the best weights are read."""
     home, weights = self.workdir / "checkpoints" / name, self.experiment.model.weights
     checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
 
     def last() -> tuple[int, bool]:
-      """The last step, and whether the stage ended with it."""
+      """The last saved step, and whether the stage ended with it."""
       step = max(checkpoints.steps(), default=0)
       return step, step > 0 and loop.is_over(step, checkpoints.metadata(step), section.steps, section.patience)
 
     found = lambda: multihost.from_main(last)
     with explained(name, self._smaller_parts(name)):
       step: int | None = None
-      while step is None or not found()[1]:  # a damaged one is set aside by then, and made again
+      while step is None or not found()[1]:  # a damaged last checkpoint has been set aside and is made again
         if not found()[1]:
           self._train_stage(name, section, fresh, advancer, shown, checkpoints)
         best = checkpoints.best_evaluated(abstract)
         if best is None:
           raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
         step = best[0]
-        del best  # the weights are good, and are read again when they are needed
+        del best  # this read only proved that the weights are good; they are read again when needed
       with input_checked():
         check_base(weights, checkpoints.metadata(step))
       end = checkpoints.metadata(found()[0])
@@ -230,7 +230,7 @@ class Recipe:
     return Outcome(step, trained, float(end["seconds"]), home / str(step))
 
   def best(self, name: str) -> Params:
-    """The best weights of a stage that was run."""
+    """The best weights of a finished stage."""
     checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
     found = checkpoints.best_evaluated(self.experiment.model.weights.abstract_state(self._optimizers[name]))
     checkpoints.close()
@@ -256,7 +256,7 @@ class Recipe:
     return self._run_stage("sft", self.config.sft, fresh, advancer, ("loss", "masked_ce"))
 
   def grpo(self, start: Callable[[], Params]) -> Outcome:
-    """diffu-GRPO from the weights that `start` reads, which stay the reference where one is scored."""
+    """diffu-GRPO from the weights that `start` reads; they are the reference policy, if there is one."""
     experiment, optimizer = self.experiment, self._optimizers["grpo"]
     stays = self._programs.method.scores_reference and experiment.model.weights.lora is None
     start = functools.cache(start) if stays else start
@@ -283,7 +283,7 @@ class Recipe:
       return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN)
 
   def _evaluate(self, read: Callable[[], Params]) -> Evaluation:
-    """The final evaluation of the weights that `read` reads; they are gone from memory afterwards."""
+    """The final evaluation of the weights that `read` reads; afterwards they are no longer in memory."""
 
     def pause() -> None:
       if self._interrupts.pending():
@@ -293,10 +293,10 @@ class Recipe:
       return self._test(self._published(read()), pause)
 
   def run(self) -> tuple[dict[str, Outcome], dict[str, Evaluation]]:
-    """Runs the stages, then looks at the held-out split once.
+    """Runs the stages, then evaluates once on the held-out split.
 
     Returns:
-      The stages' outcomes, and the evaluations `before` diffu-GRPO (of the start where there is no SFT) and `after`.
+      The stages' outcomes, and the evaluations `before` diffu-GRPO (without SFT: of the start) and `after` it.
     """
     self.compile()
     outcomes: dict[str, Outcome] = {}
@@ -312,10 +312,10 @@ class Recipe:
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-  """Runs the job that the configuration describes, or goes on with it, or reprints its table when it is finished.
+  """Runs or resumes the job of a configuration; if it is finished, prints its table again.
 
   Returns:
-    What `results.json` holds: `before` and `after` (with `grpo`) or `after` alone, `task`, `baseline`,
+    The content of `results.json`: `before` and `after` (with `grpo`) or only `after`, `task`, `baseline`,
     `params_fingerprint`, `seconds` by stage, `cost` (see `ledger.total`), `splits`, `config`, `versions`, `revision`,
     `checkpoint`.
   """
@@ -333,7 +333,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     multihost.check_same("the data", splits)
     recipe.read_base()
     multihost.from_main(lambda: _claim(recipe, splits))
-    if finished:  # its tokenizer was damaged, and is whole again
+    if finished:  # only its tokenizer was damaged, and has been repaired
       return report.reprint(finished, workdir)
     outcomes, evaluations = recipe.run()
     fingerprints = {

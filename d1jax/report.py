@@ -1,4 +1,4 @@
-"""What a run says at its end: a table, sample completions, a picture of the learning curves."""
+"""The closing report of a run: a table, sample completions, a picture of the learning curves."""
 
 import io
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from d1jax.run.workdir import Folder, write_atomically
 from d1jax.telemetry import ledger
 
 SMOOTHING = 20
-"""Iterations over which training curves are averaged."""
+"""The number of iterations over which training curves are averaged."""
 
 
 def samples(evaluation: Evaluation, count: int = 5) -> list[dict[str, Any]]:
@@ -31,7 +31,7 @@ def samples(evaluation: Evaluation, count: int = 5) -> list[dict[str, Any]]:
 
 
 def summary(results: Mapping[str, Any], workdir: Folder) -> str:
-  """The closing words of a run."""
+  """The text of the closing report."""
   rows = {"constant answer": results["baseline"]}
   stages = [name for name in ("SFT", "diffu-GRPO") if name.removeprefix("diffu-").lower() in results["seconds"]]
   if "before" in results:
@@ -63,7 +63,7 @@ def summary(results: Mapping[str, Any], workdir: Folder) -> str:
 
 
 def reprint(results: dict[str, Any], workdir: Folder) -> dict[str, Any]:
-  """Prints the closing words of a run that ended before, and returns its results."""
+  """Prints the closing report of a finished run again, and returns its results."""
   print(f"{workdir} is finished; this is its result again.\n")
   print(summary(results, workdir))
   return results
@@ -78,11 +78,11 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def plot_learning_curves(workdir: Folder) -> Folder:
-  """Draws `learning_curves.png` from `metrics.jsonl`: one panel a stage."""
+  """Draws `learning_curves.png` from `metrics.jsonl`, with one panel per stage."""
   records = read_records(workdir / "metrics.jsonl")
   stages = list(dict.fromkeys(r["stage"] for r in records))
   figure = Figure(figsize=(5.5 * max(len(stages), 1), 3.8), layout="constrained")
-  axes = figure.subplots(1, max(len(stages), 1), squeeze=False)  # of records that were lost nothing is drawn
+  axes = figure.subplots(1, max(len(stages), 1), squeeze=False)  # without records, one empty panel is drawn
   curves = {"sft": [("loss", "loss"), ("validation", "validation: solved")]}
   curves["grpo"] = [
     ("reward", "reward"),
@@ -96,7 +96,7 @@ def plot_learning_curves(workdir: Folder) -> Folder:
       points = np.asarray([(r["iteration"], r[name]) for r in own if name in r], float).reshape(-1, 2)
       is_validation = name == "validation"
       values = points[:, 1] if is_validation else smoothed(points[:, 1], SMOOTHING)
-      if is_validation and np.any(values < 0):  # fine-tuning on a file is validated by its held-out loss
+      if is_validation and np.any(values < 0):  # after fine-tuning on a file, this is minus the held-out loss
         values, label = -values, "held-out loss"
       axis.plot(points[:, 0], values, marker="o" if is_validation else None, markersize=4, label=label)
     axis.set(title=titles[stage], xlabel="iteration", ylim=(0, None))

@@ -1,4 +1,4 @@
-"""The results of a finished run: its table, completions and curves, and the file that says it is finished."""
+"""The results of a finished run: its table, completions and curves, and `results.json`, which marks it as finished."""
 
 import dataclasses
 import json
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What a stage leaves behind.
+  """The result of a stage.
 
-  Weights are on disk and no longer in memory: `Recipe.best` reads them when they are needed.
+  The weights are on disk, no longer in memory: `Recipe.best` reads them when they are needed.
 
   Attributes:
     best_step: the iteration with the best validation.
-    fingerprint: of the weights at the end.
-    seconds: that the stage took, earlier attempts included.
+    fingerprint: the fingerprint of the last weights.
+    seconds: the time that the stage took, including earlier attempts.
     checkpoint: the folder of the best weights.
   """
 
@@ -42,10 +42,10 @@ class Outcome:
 
 
 def finished_results(workdir: Folder, config: ConfigDict) -> dict[str, Any] | None:
-  """The results of the run in a folder, None where it is not finished or where they are damaged, which is said.
+  """The results of the run in a folder; None if it is not finished, or if they are damaged, which is logged.
 
   Raises:
-    RunError: a folder is in the place of the file, or the folder holds a run of another configuration.
+    RunError: `results.json` is a folder, or the work directory holds a run of another configuration.
   """
   path = workdir / "results.json"
   if not holds_run(workdir, config.to_dict()) or not path.exists():
@@ -76,15 +76,15 @@ def write_results(
   began: float,
   rest: dict[str, Any],
 ) -> dict[str, Any]:
-  """Collects the results and writes them, the completions and the learning curves.
+  """Collects the results, and writes them together with completions and learning curves.
 
   Args:
-    experiment: of the run.
-    workdir: of the run.
-    outcomes: by stage.
-    evaluated: `before` and `after`.
-    began: when this attempt began (`time.monotonic`).
-    rest: what else the results say.
+    experiment: the run's experiment.
+    workdir: the run's folder.
+    outcomes: the outcome of each stage.
+    evaluated: the evaluations `before` and `after`.
+    began: the start of this attempt (`time.monotonic`).
+    rest: further fields of the results.
   """
   config = experiment.config
   final = outcomes[config.mode]

@@ -1,4 +1,4 @@
-"""A downloaded folder before its weights are read: what it says of its network and of its tokens."""
+"""A downloaded folder before its weights are read: the description of its network and of its tokens."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,13 +11,13 @@ from d1jax.models.families import Description
 
 
 class Source(NamedTuple):
-  """What `inspect` reads.
+  """The result of `inspect`.
 
   Attributes:
-    folder: in the form of Hugging Face.
-    description: of its network.
-    tokenizer: text to ids, None where the folder has none.
-    ids: of mask, stops and padding.
+    folder: a folder in Hugging Face's format.
+    description: the description of its network.
+    tokenizer: text to ids; None if the folder has none.
+    ids: the ids of mask, stop and padding tokens.
   """
 
   folder: Path
@@ -27,24 +27,24 @@ class Source(NamedTuple):
 
   @property
   def size(self) -> transformer.TransformerSize:
-    """The network's sizes, with a row for the mask where a causal model gets one."""
+    """The network's sizes, with one more row of the vocabulary if a causal model gets a mask token."""
     return families.with_rows(self.description.size, self.ids.mask_id + 1)
 
 
 def inspect(folder: Path) -> Source:
-  """Reads everything but the values of the weights.
+  """Reads everything except the values of the weights.
 
   Raises:
-    ValueError: a file is missing, broken, claims more than another holds or says something that is not supported.
+    ValueError: a file is missing or broken, contradicts another one, or contains something that is not supported.
   """
   description = load.describe(folder)
   tokenizer = tokenizers.load(folder)
-  if tokenizer is None:  # the ids that config.json names, and no meaning for any other
+  if tokenizer is None:  # only the ids that config.json names have a meaning
     ids = folders.special_ids(folders.read(folder), {}, size=description.size.vocab)
   else:
     ids = folders.SpecialIds(tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id, None, tokenizer.vocab)
   source = Source(folder, description, tokenizer, ids)
-  most = description.size.vocab + families.ROWS  # a few added tokens and a mask are as many rows as it may grow by
+  most = description.size.vocab + families.ROWS  # the vocabulary may grow by a few added tokens and a mask
   if ids.vocab > min(most, source.size.vocab):
     raise ValueError(
       f"{folder}: the tokenizer has {ids.vocab} ids, the embedding {description.size.vocab} rows:"

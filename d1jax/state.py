@@ -1,4 +1,4 @@
-"""The homes of weights, and the one place that applies an optimiser."""
+"""The containers of weights, and the only function that applies an optimiser."""
 
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ Params = Any
 
 
 class TrainState(NamedTuple):
-  """All that a step reads and writes; donated to each step, and what a checkpoint holds.
+  """Everything that a step reads and writes. It is donated to each step, and saved in checkpoints.
 
   Attributes:
-    step: optimiser steps taken.
-    trainable: float32 weights that the optimiser changes: all of them, or adapters.
-    opt_state: its moments.
-    key: the run's key; never changes, every draw is folded from it.
+    step: the number of optimiser steps taken.
+    trainable: the float32 weights that the optimiser changes: all weights, or adapters.
+    opt_state: the optimiser's moments.
+    key: the run's key, which never changes; the key of every draw is folded from it.
   """
 
   step: Int[Array, ""]
@@ -29,12 +29,12 @@ class TrainState(NamedTuple):
 
 
 class Frozen(NamedTuple):
-  """Weights that no step changes or donates.
+  """The weights that no step changes or donates.
 
   Attributes:
-    base: what adapters are added to; empty in full fine-tuning.
-    reference: the policy at the start of reinforcement learning, towards which the KL term pulls; empty with adapters,
-      where the base is the reference, and where no KL is wanted.
+    base: the weights to which adapters are added; empty in full fine-tuning.
+    reference: the policy at the start of reinforcement learning, for the KL term. It is empty without a KL term, and
+      with adapters, because then the base is the reference.
   """
 
   base: Params
@@ -47,19 +47,19 @@ def merge(trainable: Params, frozen: Frozen) -> Params:
 
 
 def merge_for_rollout(trainable: Params, frozen: Frozen) -> Params:
-  """The same with adapters added into a float base, in float32 and cast once; on a quantised base they stay apart."""
+  """Like `merge`, with adapters added into a float base (in float32, cast once); a quantised base stays separate."""
   return lora.merged(merge(trainable, frozen))
 
 
 def reference(frozen: Frozen) -> Params:
-  """The reference policy's parameters: with adapters, the base without them."""
+  """The parameters of the reference policy; with adapters, this is the base without them."""
   return frozen.base or frozen.reference
 
 
 def create(
   init: Any, optimizer: optax.GradientTransformation, key: Key[Array, ""], init_key: Key[Array, ""]
 ) -> TrainState:
-  """A fresh state at step 0, its weights drawn by `init(init_key)`."""
+  """A new state at step 0, whose weights are drawn by `init(init_key)`."""
   trainable = init(init_key)
   return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable), key)
 
@@ -70,7 +70,7 @@ def apply_gradients(
   optimizer: optax.GradientTransformation,
   finite: Bool[Array, ""],
 ) -> TrainState:
-  """One optimiser step; the state stays as it was, step count included, where `finite` is false."""
+  """Takes one optimiser step; if `finite` is false, the state does not change, not even its step count."""
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
   new = state._replace(
     step=state.step + 1,

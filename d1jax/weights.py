@@ -1,4 +1,4 @@
-"""Which weights a run has, which of them it trains, where they live, and how they start."""
+"""The weights of a run: which of them are trained, how they are placed, and how they start."""
 
 import dataclasses
 import functools
@@ -22,18 +22,18 @@ from d1jax.state import Frozen, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """The weights of a model: all of them trained in float32, or adapters on a frozen base, or a quantised base alone.
+  """The weights of a model: all trained in float32, or adapters on a frozen base, or only a quantised base.
 
   Attributes:
     network: the pure functions of the model.
     mesh: the devices.
-    rules: where logical axes live on them.
+    rules: maps logical axes to mesh axes in updates.
     rollout_rules: the same in rollouts.
-    seed: of random starts.
-    source: the folder that the weights come from; None draws them.
-    lora: the adapters; None trains everything.
-    quantized: how the base is kept: `int8`, `nf4` or None. Without adapters nothing is trained then.
-    base_dtype: of the network's products, of a base that is not quantised, and of its other leaves.
+    seed: the seed of random weights.
+    source: the folder of the weights; None: they are drawn.
+    lora: the adapters; None: everything is trained.
+    quantized: the storage of the base: `int8`, `nf4` or None. If quantised and without adapters, nothing is trained.
+    base_dtype: the dtype of the network's products, of a base that is not quantised, and of its other leaves.
   """
 
   network: Network
@@ -48,12 +48,12 @@ class Weights:
 
   @property
   def has_base(self) -> bool:
-    """Whether there is a base that is not trained."""
+    """Whether there is a frozen base."""
     return self.lora is not None or self.quantized is not None
 
   @property
   def key(self) -> jax.Array:
-    """The run's key, in a buffer of its own: a state that holds it is donated."""
+    """The run's key, in a new buffer each time, because a state that contains it is donated."""
     return keys.seeded(self.seed)
 
   @property
@@ -63,26 +63,26 @@ class Weights:
 
   @functools.cached_property
   def trainable_axes(self) -> Params:
-    """The logical axes of what is trained."""
+    """The logical axes of the trained weights."""
     if self.lora:
       return lora.axes(self.lora, self.network.axes)
     return {} if self.has_base else self.network.axes
 
   @functools.cached_property
   def trainable_placement(self) -> Params:
-    """The placement of what is trained."""
+    """The placements of the trained weights."""
     return meshes.shardings(self.mesh, self.rules, self.trainable_axes)
 
   @functools.cached_property
   def base_placement(self) -> Params:
-    """The placement of the frozen base; empty where everything is trained."""
+    """The placements of the frozen base; empty if everything is trained."""
     if not self.has_base:
       return {}
     axes = lora.quantized_axes(self.network.axes) if self.quantized else self.network.axes
     return meshes.shardings(self.mesh, self.rules, axes)
 
   def check(self) -> None:
-    """Raises a ValueError when the mesh does not divide some weight or some head, or the folder lacks a weight."""
+    """Raises a ValueError if the mesh does not divide a weight or a head, or if the folder lacks a weight."""
     if self.source is not None:
       load.check(self.source.folder, self.network)
     meshes.check_divides(self._initial, self.trainable_placement)
@@ -91,7 +91,7 @@ class Weights:
     self._check_heads()
 
   def _check_heads(self) -> None:
-    """A device that held a part of a head would have to ask others for the rest, at every layer."""
+    """Checks that no head is split: its device would need the rest of the head from others in every layer."""
     for field, rules in (("rules", self.rules), ("rollout_rules", self.rollout_rules)):
       sizes = {"heads": self.network.size.heads, "kv_heads": self.network.size.key_value_heads}
       for axis, size in sizes.items():
@@ -103,11 +103,11 @@ class Weights:
           )
 
   def frozen_placement(self, *, with_reference: bool = False) -> Frozen:
-    """The placements of what is not trained; a reference beside the base exists in full fine-tuning only."""
+    """The placements of the frozen weights; a separate reference exists only in full fine-tuning."""
     return Frozen(self.base_placement, self.trainable_placement if with_reference and not self.has_base else {})
 
   def abstract_frozen(self, *, with_reference: bool = False) -> Frozen:
-    """Shapes, types and placements of what is not trained, without memory."""
+    """Shapes, types and placements of the frozen weights; no memory is allocated."""
     base: Params = {}
     if self.has_base:
       base = load.abstract(self.network, self.base_dtype, self.quantized)
@@ -116,7 +116,7 @@ class Weights:
 
   @functools.cached_property
   def frozen(self) -> Frozen:
-    """The base, read or drawn; empty where everything is trained."""
+    """The base, read or drawn; empty if everything is trained."""
     if not self.has_base:
       return Frozen({}, {})
     if self.source is not None:
@@ -131,7 +131,7 @@ class Weights:
 
   @functools.cached_property
   def base_fingerprint(self) -> str | None:
-    """Identifies the base that adapters belong to; None where everything is trained."""
+    """The fingerprint of the base to which adapters belong; None if everything is trained."""
     return fingerprint(self.frozen.base) if self.has_base else None
 
   @property
@@ -145,12 +145,12 @@ class Weights:
 
   @functools.cached_property
   def _initial(self) -> Params:
-    """Shapes and types of what is trained."""
+    """Shapes and types of the trained weights."""
     return jax.eval_shape(self._init, self.key)
 
   @functools.cached_property
   def _abstract_states(self) -> dict[optax.GradientTransformation, TrainState]:
-    """Those that `abstract_state` has made; to trace a network takes a while."""
+    """A cache for `abstract_state`, because tracing a network takes time."""
     return {}
 
   def _purpose_key(self, purpose: keys.Purpose) -> jax.Array:
@@ -162,7 +162,7 @@ class Weights:
     return load.read(self.source.folder, self.network, dtype, placement, quantized=quantized)
 
   def _init(self, key: jax.Array) -> Params:
-    """What is trained, at its start; not for weights that are read."""
+    """Draws the first trained weights; not used for weights that are read."""
     if self.lora:
       return lora.init(key, self.lora, self._shapes)
     return {} if self.has_base else self.network.init(key)
@@ -173,11 +173,11 @@ class Weights:
 
   @functools.cached_property
   def abstract_trainable(self) -> Params:
-    """Shapes, types and placements of what is trained, without memory."""
+    """Shapes, types and placements of the trained weights; no memory is allocated."""
     return meshes.with_placements(self._initial, self.trainable_placement)
 
   def abstract_state(self, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, types and placements of a TrainState, without memory."""
+    """Shapes, types and placements of a TrainState; no memory is allocated."""
     if optimizer not in self._abstract_states:
       begin = lambda trainable, key: state.create(lambda _: trainable, optimizer, key, key)
       abstract = jax.eval_shape(begin, self._initial, self.key)
@@ -186,9 +186,9 @@ class Weights:
     return self._abstract_states[optimizer]
 
   def start(self, dtype: Any = jnp.float32) -> Params:
-    """What is trained, before any training: read from the folder, drawn, or fresh adapters.
+    """The first trained weights: read from the folder, drawn, or new adapters.
 
-    Training wants float32; a whole model that is only to be evaluated may be read in another dtype.
+    Training needs float32; a whole model that is only evaluated may be read in another dtype.
     """
     if self.source is not None and not self.has_base:
       return self._read(dtype, self.trainable_placement, None)
@@ -203,10 +203,10 @@ class Weights:
   def state_from(
     self, trainable: Params, optimizer: optax.GradientTransformation, *, donate: bool = False
   ) -> TrainState:
-    """A state at step 0 that starts from given weights, a copy of them unless they are donated.
+    """A state at step 0 with given weights, which are copied unless they are donated.
 
     Raises:
-      ValueError: nothing is trained.
+      ValueError: no weights are trained.
     """
     if self.has_base and not self.lora:
       raise ValueError(
@@ -225,7 +225,7 @@ class Weights:
 
 
 def check_base(weights: Weights, metadata: Mapping[str, Any]) -> None:
-  """Raises a ValueError when a checkpoint's adapters belong to another base than the one at hand."""
+  """Raises a ValueError if a checkpoint's adapters belong to another base than that of `weights`."""
   if metadata.get("base") != weights.base_fingerprint:
     where = weights.source.folder if weights.source else "the random base of this seed"
     raise ValueError(f"the checkpoint's adapters were trained on other weights than {where}: give model.pretrained")

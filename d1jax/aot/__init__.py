@@ -1,1 +1,1 @@
-"""What a job needs on chips that are not at hand: its programs compiled ahead of time, and read."""
+"""Estimates a job's memory and time on absent chips: compiles its programs ahead of time and analyses them."""

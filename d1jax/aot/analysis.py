@@ -1,4 +1,4 @@
-"""Compiles the programs of a diffu-GRPO iteration for chips that are not at hand, and says what each takes."""
+"""Compiles the programs of a diffu-GRPO iteration for absent chips, and reports memory, work and time of each."""
 
 import time
 from typing import Any
@@ -16,20 +16,20 @@ from d1jax.telemetry.cost import Work
 from d1jax.training.programs import Programs
 
 MOVES = ("all-gather", "all-to-all", "collective-permute")
-"""The kinds of collectives that bring a device what another holds, unlike those that add."""
+"""The kinds of collectives that move data between devices without adding it."""
 
 
 class Analysis:
-  """What the programs of an iteration take on the chips of the experiment's mesh."""
+  """The memory, work and time of an iteration's programs on the chips of the experiment's mesh."""
 
   def __init__(self, experiment: Experiment, programs: Programs, chip: Chip, width: int):
-    """Prepares; nothing is compiled yet.
+    """Stores the arguments; nothing is compiled yet.
 
     Args:
-      experiment: built on these chips.
-      programs: of an iteration.
-      chip: what they are.
-      width: of the prompts.
+      experiment: an experiment that was built on these chips.
+      programs: the programs of an iteration.
+      chip: the kind of the chips.
+      width: the length of the prompts.
     """
     self._chip, self._devices = chip, list(experiment.model.weights.mesh.devices.flat)
     self.experiment, self._width = experiment, width
@@ -39,7 +39,7 @@ class Analysis:
     self._frozen = weights.abstract_frozen(with_reference=programs.method.scores_reference)
 
   def placements(self) -> dict[str, str]:
-    """Where each array lives that is trained, frozen or published: its path, and how it is cut."""
+    """The sharding of each trained, frozen or published array, by its path."""
     trees = {"trained": self._state.trainable, "frozen": self._frozen, "made": self.tracing["publish"]().out_info}
     return {
       name + jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)} {x.sharding.spec}"
@@ -51,11 +51,11 @@ class Analysis:
     """Compiles one program.
 
     Returns:
-      `compile_seconds` and `fits`. What does not fit has `needed`, `available` (bytes of a device) and `largest`
-      (buffers). What the compiler has accepted has `memory` (see `memory.Memory`), `flops` and `repeated` of all
-      devices, `traffic` (bytes of a device's HBM), `collectives`, `largest_in_loops`, `weights_in_loop` (collectives
-      that move the same weights again in each pass of a loop), `open_loops` (whose length is not known and counts as
-      one), `seconds` (see `roofline.Roofline`) and `bound`.
+      `compile_seconds` and `fits`. A program that does not fit has `needed`, `available` (bytes of a device) and
+      `largest` (buffers). One that the compiler accepts has `memory` (see `memory.Memory`), `flops` and `repeated` of
+      all devices, `traffic` (bytes of a device's HBM), `collectives`, `largest_in_loops`, `weights_in_loop`
+      (collectives that move the same weights again in each pass of a loop), `open_loops` (loops of unknown length,
+      which count as one pass), `seconds` (see `roofline.Roofline`) and `bound`.
     """
     began = time.perf_counter()
     traced = self.tracing[name]()
@@ -64,10 +64,10 @@ class Analysis:
     return found | (refused or self._read(name, compiled, traced))
 
   def evaluation(self) -> dict[str, Any]:
-    """Compiles the largest batch of a validation, which the weights of rollouts complete greedily and without a cache.
+    """Compiles the largest batch of a validation: greedy, without a cache, with the published weights.
 
     Returns:
-      `rows`, `width` of the prompts, `fits`; and `memory`, or what `program` says of a program that does not fit.
+      `rows`, `width` of the prompts, `fits`; and `memory`, or the fields of `program` for a program that does not fit.
     """
     experiment, model = self.experiment, self.experiment.model
     section, ways = experiment.config.evaluation, model.rollout_ways
@@ -83,9 +83,9 @@ class Analysis:
     return found if fits else found | {"needed": taken.total, "available": self._chip.hbm_bytes}
 
   def work(self, name: str, traced: jax.stages.Traced) -> Work:
-    """What one run of a program computes, on all devices together.
+    """The computation of one run of a program, on all devices together.
 
-    Rollouts take every step: where confidence or stop ids end them early, this is the most that they can take.
+    It assumes that rollouts take every step. If confidence or stop ids end them early, this is an upper limit.
     """
     counted = flops.count(traced)
     if name != "rollout":
@@ -124,9 +124,9 @@ class Analysis:
     return found
 
   def _held(self, name: str, compiled: Any) -> tuple[dict[str, int], int]:
-    """Bytes of a program's arguments by what they are, and of what the run holds beside them.
+    """The bytes of a program's arguments by kind, and the bytes of other arrays that the run holds meanwhile.
 
-    Published weights that nothing had to change are the run's own arrays: they count once.
+    Published weights that are shared with the state count once.
     """
     arguments = list(zip(compiled.args_info[0], compiled.input_shardings[0], strict=True))
     owned = bytes_a_device((self._state.trainable, self._state.opt_state, self._frozen))
@@ -149,7 +149,7 @@ class Analysis:
 
 
 def _compiled(lowered: Any) -> tuple[Any, dict[str, Any]]:
-  """The compiled program; or, where the compiler refuses it, None and what it says."""
+  """The compiled program; or None and the error, if the compiler rejects it."""
   try:
     return lowered.compile(), {}
   except jax.errors.JaxRuntimeError as error:
@@ -158,10 +158,10 @@ def _compiled(lowered: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def iteration(programs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-  """The least seconds of an iteration, and the share of them in which the chips multiply.
+  """The shortest possible time of an iteration in seconds, and the share in which the chips multiply matrices.
 
   Args:
-    programs: `Analysis.program` of each, and its `runs` in an iteration.
+    programs: the result of `Analysis.program` for each program, and its `runs` in an iteration.
   """
   lines = [roofline.Roofline(**found["seconds"]).times(found["runs"]) for found in programs.values()]
   share = roofline.efficiency(lines)

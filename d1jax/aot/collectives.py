@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, and the bytes that each device receives by them."""
+"""The collectives of a compiled program, and the bytes that each device receives from them."""
 
 import dataclasses
 import math
@@ -21,13 +21,13 @@ class Collective:
   """One collective of a program.
 
   Attributes:
-    name: of the instruction.
+    name: the name of the instruction.
     kind: one of `KINDS`.
-    shapes: of its results on a device.
-    bytes: that a device receives each time, by the ring algorithm of the kind.
-    groups: devices that take part together, by their position in the mesh; of a permutation the pairs.
+    shapes: the shapes of its results on a device.
+    bytes: the bytes that a device receives each time, with the ring algorithm of this kind.
+    groups: the groups of devices that exchange data, by their position in the mesh; for a permutation, the pairs.
     times: how often it runs in one run of the program.
-    in_loop: whether it stands in a loop.
+    in_loop: whether it is inside a loop.
   """
 
   name: str
@@ -40,7 +40,7 @@ class Collective:
 
 
 def find(program: Program, devices: int) -> list[Collective]:
-  """The collectives of a program over `devices` devices, those of fusions included."""
+  """The collectives of a program over `devices` devices, including those inside fusions."""
   return list(_find(program, devices))
 
 
@@ -57,10 +57,10 @@ def _find(program: Program, devices: int) -> Iterator[Collective]:
 
 
 def inside(program: Program, instruction: Instruction) -> Iterator[Instruction]:
-  """The instruction itself, or those of a fusion.
+  """The instruction itself, or the instructions inside a fusion.
 
-  The TPU's compiler spreads a gather over the fusions of other work (a `chain_id`) and repeats it in each; that of the
-  first counts.
+  The TPU compiler spreads a gather over the fusions of other work (a `chain_id`) and repeats it in each; only the first
+  one counts.
   """
   if instruction.opcode != "fusion":
     yield instruction
@@ -74,7 +74,7 @@ def inside(program: Program, instruction: Instruction) -> Iterator[Instruction]:
 
 
 def _results(instruction: Instruction) -> tuple[Shape, ...]:
-  """The results alone; what starts a transfer also lists what it reads, and counters."""
+  """Only the results; the start of a transfer also lists its inputs and counters."""
   shapes = instruction.shapes
   if instruction.opcode in ("all-gather-start", "collective-permute-start"):
     operands = len(instruction.operands)
@@ -83,10 +83,10 @@ def _results(instruction: Instruction) -> tuple[Shape, ...]:
 
 
 def received_bytes(kind: str, result: int, group: int) -> int:
-  """Bytes that a device receives, in rings over a group, for a result of so many bytes a device.
+  """The bytes that a device receives with ring algorithms over a group, for a result of `result` = r bytes per device.
 
-  all-gather r (n - 1) / n, reduce-scatter r (n - 1), all-reduce 2 r (n - 1) / n (the one, then the other), all-to-all
-  r (n - 1) / n, collective-permute r.
+  For n devices: all-gather r (n - 1) / n, reduce-scatter r (n - 1), all-reduce 2 r (n - 1) / n (a reduce-scatter, then
+  an all-gather), all-to-all r (n - 1) / n, collective-permute r.
   """
   if kind == "collective-permute":
     return result
@@ -96,9 +96,9 @@ def received_bytes(kind: str, result: int, group: int) -> int:
 
 
 def groups_of(attributes: str, devices: int) -> tuple[Group, ...]:
-  """The groups that an instruction names; where it names none, one of all devices.
+  """The groups in an instruction's attributes; if there are none, one group of all devices.
 
-  They are listed, or numbered as `[groups,size]<=[shape]T(order)`, or named as axes of a mesh,
+  They are written as a list, as numbers `[groups,size]<=[shape]T(order)`, or as axes of a mesh,
   `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`.
   """
   if found := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
@@ -126,7 +126,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _numbered(devices: int, shape: str | None, order: str | None) -> np.ndarray:
-  """Devices in order; or laid out in a shape, and its axes transposed."""
+  """Devices in order; if a shape is given, reshaped to it, with its axes transposed by `order`."""
   ids = np.arange(devices)
   ids = ids.reshape(_integers(shape)) if shape else ids
   return ids.transpose(_integers(order)) if order else ids

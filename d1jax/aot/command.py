@@ -1,6 +1,6 @@
 """Compiles diffu-GRPO for a TPU topology without a TPU: `--config=configs/aot.py:lora --config.topology=v5e:2x4`.
 
-docs/scaling.md says what the numbers mean.
+docs/scaling.md explains the numbers.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ from d1jax.training import configured
 from d1jax.training.programs import Programs
 
 LLADA_IDS = {"vocab_size": 126464, "mask_token_id": 126336, "eos_token_id": [126081, 126348], "pad_token_id": 126081}
-"""Of LLaDA-8B-Instruct (its config.json and tokenizer files)."""
+"""The ids of LLaDA-8B-Instruct, from its config.json and tokenizer files."""
 
 REMEDIES = {
   "publish": "cut the weights over more chips: a larger topology, config.mesh, config.rollout_rules",
@@ -35,16 +35,16 @@ REMEDIES = {
 
 
 class DoesNotFitError(RunError):
-  """The programs take more memory than the chips have."""
+  """The programs need more memory than the chips have."""
 
   exit_code = 1
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-  """Compiles and reads every program; prints tables and a line of JSON, and writes `config.output`.
+  """Compiles and analyses every program; prints tables and a line of JSON, and writes `config.output`.
 
   Raises:
-    DoesNotFitError: after all is printed.
+    DoesNotFitError: a program does not fit; it is raised after everything is printed.
     RunError: the topology or the configuration is wrong.
   """
   if config.topology is None:
@@ -84,7 +84,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
 
 
 def build(config: ConfigDict) -> tuple[Experiment, Programs, int]:
-  """The run that the configuration stands for, on the topology's chips, and the width of its prompts.
+  """The run that the configuration describes, on the topology's chips, and the length of its prompts.
 
   Raises:
     RunError: there is no such topology.
@@ -106,9 +106,9 @@ def build(config: ConfigDict) -> tuple[Experiment, Programs, int]:
 
 
 def stand_in_tokenizer(size: str) -> Tokenizer:
-  """A tokenizer of digits in the place of one that is not at hand, with LLaDA's special ids and size for `llada_8b`.
+  """A tokenizer of digits that replaces an absent one; for `llada_8b` it has LLaDA's special ids and size.
 
-  No text is read, so that nothing but these numbers matters.
+  No text is tokenised, so only these numbers matter.
   """
   model = tokenizers.train_sentencepiece(["0123456789"], model_type="char", vocab_size=32)
   files = {"tokenizer.model": model}
@@ -117,12 +117,12 @@ def stand_in_tokenizer(size: str) -> Tokenizer:
 
 
 def compiler() -> str:
-  """The version of the TPU's compiler."""
+  """The version of the TPU compiler."""
   return importlib.metadata.version("libtpu")
 
 
 def described(experiment: Experiment, width: int, config: ConfigDict) -> dict[str, Any]:
-  """What is compiled, for what, and with what."""
+  """A description of the programs, of the chips and of the software versions."""
   weights, section = experiment.model.weights, config.grpo
   return {
     "jax": jax.__version__,

@@ -1,4 +1,4 @@
-"""Reads the text of an optimised XLA program: its instructions, and how often each of them runs."""
+"""Parses the text of an optimised XLA program: its instructions, and how often each one runs."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
-"""Of a number in memory, where its type's name does not say."""
+"""The bits of a number in memory, for types whose name does not contain them."""
 
 _SHAPE = re.compile(r"([a-z]+[0-9a-z]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
@@ -20,9 +20,9 @@ class Shape(NamedTuple):
   """An array.
 
   Attributes:
-    dtype: as XLA writes it, e.g. `bf16`.
-    dims: its lengths.
-    on_chip: whether it lives in the core's own memory (a layout with `S(1)`), not in HBM.
+    dtype: XLA's name, e.g. `bf16`.
+    dims: the lengths of its axes.
+    on_chip: whether it is in the core's own memory (a layout with `S(1)`), not in HBM.
   """
 
   dtype: str
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
   @property
   def bytes(self) -> int:
-    """Without the padding of tiles."""
+    """The size in bytes, without the padding of tiles."""
     digits = re.match(r"[a-z]+(\d+)", self.dtype)
     bits = BITS[self.dtype] if self.dtype in BITS else int(digits[1]) if digits else 0
     return -(-math.prod(self.dims) * bits // 8)
@@ -43,9 +43,9 @@ class Instruction:
 
   Attributes:
     name: unique in the program.
-    opcode: e.g. `all-gather-start`.
-    shapes: of the result; several for a tuple.
-    arguments: what stands in the parentheses.
+    opcode: the operation, e.g. `all-gather-start`.
+    shapes: the shape of the result; several for a tuple.
+    arguments: the text in the parentheses.
     attributes: the rest of the line.
   """
 
@@ -57,7 +57,7 @@ class Instruction:
 
   @functools.cached_property
   def operands(self) -> tuple[str, ...]:
-    """Names of instructions of the same computation."""
+    """The names of its operands, which are instructions of the same computation."""
     return tuple(re.findall(r"%([\w.\-]+)", self.arguments))
 
   def called(self, attribute: str) -> tuple[str, ...]:
@@ -67,12 +67,12 @@ class Instruction:
 
 
 class Run(NamedTuple):
-  """An instruction of the running program.
+  """An instruction in a run of the program.
 
   Attributes:
     instruction: the line.
-    computation: where it stands.
-    times: how often it runs; a branch of n counts 1/n.
+    computation: the computation that contains it.
+    times: how often it runs; each of n branches counts 1/n.
     in_loop: whether it runs inside a loop.
   """
 
@@ -88,14 +88,14 @@ class Program:
 
   Attributes:
     computations: by name.
-    entry: the name of the one that runs first.
+    entry: the name of the computation that runs first.
   """
 
   computations: Mapping[str, Mapping[str, Instruction]]
   entry: str
 
   def runs(self) -> Iterator[Run]:
-    """Every instruction that runs, those of loops, calls and branches included; fusions are one instruction."""
+    """Yields every instruction that runs, also in loops, calls and branches; a fusion is one instruction."""
     yield from self._runs(self.entry, 1.0, False)
 
   def _runs(self, computation: str, times: float, in_loop: bool) -> Iterator[Run]:
@@ -115,16 +115,16 @@ class Program:
           yield from self._runs(inner, times, in_loop)
 
   def open_loops(self) -> int:
-    """Loops whose length cannot be told, because data ends them; `runs` takes them for one pass."""
+    """The number of loops of unknown length, because data ends them; `runs` counts one pass of each."""
     loops = [run for run in self.runs() if run.instruction.opcode == "while"]
     return sum(trip_count(self, run.computation, run.instruction) is None for run in loops)
 
 
 def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
-  """How often the body of a `while` runs; None where that cannot be told.
+  """How often the body of a `while` runs; None if that is unknown.
 
-  Compilers for CPUs and GPUs write it down, that for TPUs does not: there it follows from a counter that starts at a
-  constant, grows by a constant and is compared with a constant.
+  Compilers for CPUs and GPUs state this number. The TPU compiler does not; there it follows from a counter that starts
+  at a constant, grows by a constant and is compared with a constant.
   """
   if found := _TRIPS.search(loop.attributes):
     return int(found[1])
@@ -152,21 +152,21 @@ def _root(computation: Mapping[str, Instruction]) -> Instruction:
 
 
 def _uncopied(computation: Mapping[str, Instruction], name: str) -> Instruction:
-  """What a value is a copy of."""
+  """The original of a value that is a copy."""
   while computation[name].opcode == "copy":
     name = computation[name].operands[0]
   return computation[name]
 
 
 def _constant(computation: Mapping[str, Instruction], name: str) -> int | None:
-  """The value of an integer constant, or of a copy of one."""
+  """The value of an integer constant or of its copy; None for anything else."""
   instruction = _uncopied(computation, name)
   is_integer = instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments)
   return int(instruction.arguments) if is_integer else None
 
 
 def parse(text: str) -> Program:
-  """Reads a program as `jax.stages.Compiled.as_text` writes it.
+  """Parses the text of `jax.stages.Compiled.as_text`.
 
   Raises:
     ValueError: there is no entry computation.
@@ -195,7 +195,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-  """The position behind the parenthesis that closes the first one."""
+  """The position after the parenthesis that closes the first one."""
   depth = 0
   for position, character in enumerate(text):
     depth += (character == "(") - (character == ")")
@@ -205,6 +205,6 @@ def _closing(text: str) -> int:
 
 
 def shapes_of(text: str) -> Iterator[Shape]:
-  """The arrays that a type names."""
+  """The arrays of a type."""
   for dtype, dims, layout in _SHAPE.findall(text):
     yield Shape(dtype, tuple(int(n) for n in dims.split(",") if n), "S(" in layout)

@@ -1,4 +1,4 @@
-"""Which collectives a loop repeats with the same data: those of weights, in a rollout."""
+"""Finds collectives that a loop repeats with the same data, such as those of weights in a rollout."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,19 +7,19 @@ from d1jax.aot.hlo import Instruction, Program
 
 _VALUES = ("constant", "iota")
 _SAME = ("copy", "copy-start", "copy-done", "bitcast", "reshape")
-"""Results that are the operand."""
+"""Operations whose result equals their operand."""
 
 
 def repeated(program: Program) -> set[str]:
   """The names of collectives inside loops whose data no pass of the outermost loop changes.
 
-  What they exchange, or parts of it chosen by the loop's counter, comes into the loop and leaves it as it was.
+  The data that they exchange (or from which the loop's counter chooses a part) enters and leaves the loop unchanged.
   """
   return set(_search(program, program.entry, None))
 
 
 def _search(program: Program, name: str, fixed: set[int] | None) -> Iterator[str]:
-  """Searches a computation; `fixed` are the elements of its argument that never change, None outside of loops."""
+  """Searches a computation; `fixed` holds the elements of its argument that never change, None outside of loops."""
   lines = program.computations[name]
   known: dict[str, bool] = {}
   for line in lines.values():
@@ -47,7 +47,7 @@ def _is_fixed(
     return False
   if line.opcode in _VALUES:
     return True
-  # Numbers only choose, such as the layer whose weights are taken.
+  # Scalars only choose a part, such as the layer whose weights are taken.
   arrays = [name for name in line.operands if any(shape.dims for shape in lines[name].shapes)]
   return bool(arrays) and all(known[name] for name in arrays)
 
@@ -57,7 +57,7 @@ def _index(line: Instruction) -> int:
 
 
 def _kept(program: Program, loop: Instruction) -> set[int]:
-  """The elements of a loop's state that its body hands on as they were."""
+  """The elements of a loop's state that its body returns unchanged."""
   body = program.computations[loop.called("body")[0]]
   root = list(body.values())[-1]
   handed = enumerate(root.operands if root.opcode == "tuple" else ())
@@ -65,7 +65,7 @@ def _kept(program: Program, loop: Instruction) -> set[int]:
 
 
 def _origin(program: Program, lines: Mapping[str, Instruction], line: Instruction) -> int | None:
-  """The element of a computation's argument that a value is, also by way of copies, and of loops that keep it."""
+  """The element of a computation's argument that a value equals, also through copies and loops that keep it."""
   while True:
     source = lines[line.operands[0]] if line.operands else line
     if line.opcode in _SAME:

@@ -1,4 +1,4 @@
-"""What a compiled program takes of a device's memory, and what a refusal of the compiler says."""
+"""The device memory of a compiled program, and the compiler's message if it does not fit."""
 
 import math
 import re
@@ -13,21 +13,21 @@ from d1jax.aot.traffic import FREE
 
 GIB = 2**30
 SHOWN = 5
-"""Buffers that a refusal names."""
+"""The number of buffers in a report of a program that does not fit."""
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 _BITS = {"i1": 8, "i2": 2, "i4": 4, "ui2": 2, "ui4": 4}
 
 
 class Memory(NamedTuple):
-  """Bytes of a device.
+  """The memory of a device in bytes.
 
   Attributes:
-    arguments: by what they are; `rest` is the batch and the padding of tiles.
-    outputs: that do not take the place of arguments.
-    temporaries: of the program.
+    arguments: the arguments by kind; `rest` is the batch and the padding of tiles.
+    outputs: the outputs that do not reuse memory of arguments.
+    temporaries: the temporaries of the program.
     code: the program itself.
-    elsewhere: what the run holds meanwhile and the program does not take.
+    elsewhere: other arrays that the run holds meanwhile.
   """
 
   arguments: Mapping[str, int]
@@ -38,17 +38,17 @@ class Memory(NamedTuple):
 
   @property
   def program(self) -> int:
-    """What the compiler counts."""
+    """The sum of the compiler's numbers."""
     return sum(self.arguments.values()) + self.outputs + self.temporaries + self.code
 
   @property
   def total(self) -> int:
-    """With what is held elsewhere."""
+    """The sum, including `elsewhere`."""
     return self.program + self.elsewhere
 
 
 class Buffer(NamedTuple):
-  """A large array: its bytes, its shape and where it comes from."""
+  """A large array: its bytes, its shape and its origin."""
 
   bytes: int
   shape: str
@@ -56,12 +56,12 @@ class Buffer(NamedTuple):
 
 
 def bytes_a_device(tree: Any) -> int:
-  """Bytes of a device's share of arrays, from their shapes and placements; without the padding of tiles."""
+  """The bytes of a device's share of arrays, from their shapes and placements, without the padding of tiles."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def bytes_placed(shapes: Any, placements: Any) -> int:
-  """The same of shapes whose placements stand in a tree of their own; None is an array that nothing reads."""
+  """Like `bytes_a_device`, with the placements in a separate tree; None stands for an array that nothing reads."""
   pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(placements, is_leaf=lambda x: x is None), strict=True)
   return sum(math.prod(p.shard_shape(x.shape)) * x.dtype.itemsize for x, p in pairs if p is not None)
 
@@ -70,9 +70,9 @@ def memory(compiled: Any, named: Mapping[str, int], elsewhere: int) -> Memory:
   """The memory of a compiled program.
 
   Args:
-    compiled: of `jax.stages`.
-    named: bytes of its arguments by what they are, as far as known.
-    elsewhere: bytes that the run holds beside them.
+    compiled: a compiled program of `jax.stages`.
+    named: the bytes of its arguments by kind, as far as they are known.
+    elsewhere: the bytes of other arrays that the run holds.
   """
   found = compiled.memory_analysis()
   arguments = dict(named) | {"rest": found.argument_size_in_bytes - sum(named.values())}
@@ -81,12 +81,12 @@ def memory(compiled: Any, named: Mapping[str, int], elsewhere: int) -> Memory:
 
 
 class Refusal(NamedTuple):
-  """A program that the compiler finds no room for.
+  """The compiler's report of a program that does not fit.
 
   Attributes:
-    needed: bytes; of temporaries alone, or of all.
-    available: bytes.
-    largest: buffers, the largest first.
+    needed: bytes of only the temporaries, or of everything.
+    available: the available bytes.
+    largest: the largest buffers, in descending order.
   """
 
   needed: int
@@ -95,13 +95,13 @@ class Refusal(NamedTuple):
 
 
 def refusal(message: str, lowered: str) -> Refusal:
-  """Reads the compiler's message.
+  """Parses the compiler's message.
 
-  It lists the largest buffers, or gives up before it has any: then they are the largest arrays of the program as it was
-  lowered, not yet divided over devices.
+  The message lists the largest buffers, unless the compiler gave up before it allocated any. In that case, the largest
+  arrays of the lowered program are used, which are not yet divided over devices.
 
   Args:
-    message: of the exception.
+    message: the text of the exception.
     lowered: the program's StableHLO.
 
   Raises:
@@ -117,7 +117,7 @@ def refusal(message: str, lowered: str) -> Refusal:
 
 
 def largest(program: Program, taken: Memory) -> list[Buffer]:
-  """What takes most memory: arrays that a program makes, its arguments by kind, and what is held elsewhere."""
+  """The largest users of memory: arrays that a program makes, its arguments by kind, and arrays held elsewhere."""
   sizes: dict[str, Buffer] = {}
   for run in program.runs():
     line = run.instruction
@@ -132,12 +132,12 @@ def largest(program: Program, taken: Memory) -> list[Buffer]:
 
 
 def _bytes(text: str) -> int:
-  """Reads `15.75G`."""
+  """Converts a text like `15.75G` into bytes."""
   return round(float(text[:-1]) * _UNITS[text[-1]])
 
 
 def _largest(lowered: str) -> list[Buffer]:
-  """The largest arrays of a program in StableHLO, whole."""
+  """The largest arrays of a program in StableHLO, before they are divided over devices."""
   sizes: Counter[str] = Counter()
   for shape, dtype in sorted(set(re.findall(r"tensor<((?:\d+x)+)([a-z]\w*)>", lowered))):
     dims = shape.rstrip("x").split("x")

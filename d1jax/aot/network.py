@@ -1,4 +1,4 @@
-"""The time of collectives on the links of a torus, and what they move."""
+"""The time of collectives on the links of a torus, and the bytes that they move."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from d1jax.parallel.chips import Chip
 
 
 def seconds(collective: Collective, chip: Chip, devices: Sequence[Any]) -> float:
-  """Seconds of one run of a collective, if nothing else uses the links.
+  """The seconds of one run of a collective, if nothing else uses the links.
 
-  On a torus a group has, along each axis that it spans, both links of a chip where it goes round a closed axis, one
-  where it ends; groups whose members are k chips apart share these with k - 1 others. Of bytes that cross slices, the
-  chips of a slice each take a part.
+  On a torus, a group uses links along each axis that it spans: both links of a chip if the axis is closed, and one if
+  it is open. If the members of a group are k chips apart, it shares these links with k - 1 other groups. The chips of
+  a slice share the bytes that cross slices.
 
   Args:
-    collective: of a program over these devices.
-    chip: what they are.
-    devices: in the order of the mesh, with `coords` and `slice_index` on TPUs.
+    collective: a collective of a program over these devices.
+    chip: the kind of the devices.
+    devices: the devices in the order of the mesh, with `coords` and `slice_index` on TPUs.
   """
-  others = [group for group in collective.groups if len(set(group)) > 1]  # a permutation may leave some where they are
+  others = [group for group in collective.groups if len(set(group)) > 1]  # a permutation may map devices to themselves
   if not others:
     return 0.0
   if chip.torus is None:
@@ -38,7 +38,7 @@ def seconds(collective: Collective, chip: Chip, devices: Sequence[Any]) -> float
 
 
 def links(chip: Chip, members: Sequence[Any], devices: Sequence[Any]) -> float:
-  """How many of its links a chip has for a group of chips of one slice."""
+  """The number of links that a chip can use for a group of chips in one slice."""
   assert chip.torus is not None
   shape = [len({device.coords[axis] for device in devices}) for axis in range(chip.torus.axes)]
   rings = [size % chip.torus.ring == 0 for size in shape]
@@ -54,10 +54,10 @@ def links(chip: Chip, members: Sequence[Any], devices: Sequence[Any]) -> float:
 
 
 def summary(exchanged: Sequence[Collective], chip: Chip, devices: Sequence[Any]) -> list[dict[str, Any]]:
-  """Collectives by kind, inside of loops and outside: how often, bytes that a device receives, seconds; of one run.
+  """The collectives of one run by kind, inside and outside of loops: number, bytes that a device receives, seconds.
 
-  One follows the other, but permutations the one way round share no link with those the other way: XLA makes both at a
-  time where it gathers weights piece by piece between products.
+  Collectives run one after the other. Only permutations in opposite directions share no link, and XLA runs both at the
+  same time when it gathers weights piece by piece between products.
   """
   found = []
   for kind, in_loop in itertools.product(KINDS, (True, False)):
@@ -79,15 +79,15 @@ def summary(exchanged: Sequence[Collective], chip: Chip, devices: Sequence[Any])
 
 
 def _is_backward(collective: Collective) -> bool:
-  """Whether a permutation mostly goes to devices of lower numbers."""
+  """Whether a permutation mostly sends to devices with lower numbers."""
   pairs = collective.groups if collective.kind == "collective-permute" else ()
   return sum(target < source for source, target in pairs) > len(pairs) / 2
 
 
 def largest_in_loops(exchanged: Sequence[Collective]) -> list[dict[str, Any]]:
-  """The largest array that a collective makes in the loops of each length, the longest first.
+  """The largest array that a collective makes in loops of each length, in descending order of length.
 
-  The layers of a rollout run most often: in its passes over the canvas, or, with a cache, in those over a window.
+  The layers of a rollout run most often: in its passes over the canvas or, with a cache, over a window.
   """
   found: dict[float, tuple[Shape, str]] = {}
   for each in exchanged:

@@ -1,4 +1,4 @@
-"""How long a program takes at least: its arithmetic, its memory and its network, each at the chip's full speed."""
+"""The shortest possible time of a program: its arithmetic, memory and network, each at the chip's full speed."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ from d1jax.parallel.chips import Chip
 
 
 class Roofline(NamedTuple):
-  """Seconds of one run of a program on a device.
+  """The seconds of one run of a program on a device.
 
   Attributes:
-    compute: of matrix products.
-    memory: of what is read and written in HBM.
-    network: of collectives, one after the other.
+    compute: the time of matrix products.
+    memory: the time of reads and writes in HBM.
+    network: the time of collectives, one after the other.
   """
 
   compute: float
@@ -20,21 +20,21 @@ class Roofline(NamedTuple):
 
   @property
   def seconds(self) -> float:
-    """If the three overlap without a gap: the longest."""
+    """The time if the three overlap perfectly, which is the longest of them."""
     return max(self)
 
   @property
   def apart(self) -> float:
-    """If nothing hides the network: products and memory overlap, collectives come on top."""
+    """The time if products and memory overlap, but collectives overlap with nothing."""
     return max(self.compute, self.memory) + self.network
 
   @property
   def bound(self) -> str:
-    """What is the longest."""
+    """The name of the longest of the three."""
     return self._fields[self.index(self.seconds)]
 
   def times(self, count: int) -> "Roofline":
-    """Of so many runs."""
+    """The times of `count` runs."""
     return Roofline(*(count * each for each in self))
 
 
@@ -43,19 +43,19 @@ def roofline(chip: Chip, flops: float, memory_bytes: float, network_seconds: flo
 
   Args:
     chip: the device.
-    flops: of the device's share.
-    memory_bytes: that it reads and writes.
-    network_seconds: of its collectives, see `d1jax.aot.collectives.seconds`.
+    flops: the FLOPs of the device's share.
+    memory_bytes: the bytes that it reads and writes.
+    network_seconds: the seconds of its collectives, see `d1jax.aot.network.seconds`.
   """
   return Roofline(flops / chip.flops, memory_bytes / chip.hbm_bandwidth, network_seconds)
 
 
 class Efficiency(NamedTuple):
-  """The share of the time in which the chips multiply: of an iteration, or of one program.
+  """The share of time in which the chips multiply matrices, in an iteration or in one program.
 
   Attributes:
-    overlapped: if programs overlap their arithmetic, memory and network without a gap.
-    apart: if nothing hides the network.
+    overlapped: the share if arithmetic, memory and network overlap perfectly.
+    apart: the share if collectives overlap with nothing.
   """
 
   overlapped: float

@@ -7,7 +7,7 @@ GIB = 2**30
 ARGUMENTS = ("trained", "moments", "base", "reference", "weights", "rest")
 
 SHOWN = 3
-"""Loops whose largest collective is named."""
+"""The number of loops whose largest collective is shown."""
 
 
 def tables(result: Mapping[str, Any]) -> str:
@@ -24,7 +24,7 @@ def tables(result: Mapping[str, Any]) -> str:
 
 
 def overview(results: Sequence[Mapping[str, Any]]) -> str:
-  """One row a result: what each program needs of a chip's memory, and the time of an iteration."""
+  """One row per result: the memory of each program on a chip, and the time of an iteration."""
   rows = []
   for result in results:
     needs = [_needed(found) for found in result["programs"].values()]
@@ -77,7 +77,7 @@ def _times(programs: Mapping[str, Any]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A table; all columns but the first are numbers."""
+  """A Markdown table; all columns except the first are numbers."""
   lines = [" | ".join(map(str, cells)) for cells in (head, *rows)]
   return "\n".join([f"| {lines[0]} |", f"|---|{'--:|' * (len(head) - 1)}", *(f"| {line} |" for line in lines[1:])])
 

@@ -1,4 +1,4 @@
-"""TPUs to compile for, by name, on a machine without any (`jax.experimental.topologies` and the compiler in libtpu)."""
+"""TPU topologies by name, for compilation without TPUs (`jax.experimental.topologies` and the compiler in libtpu)."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ from jax.experimental import topologies
 
 from d1jax.errors import RunError
 
-_ALONE = {  # there is no machine to ask what it is, and nothing runs on a chip, so that processes need not take turns
+_ALONE = {  # no TPU machine can be queried; nothing runs on a chip, so processes need no lock
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -21,7 +21,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
 
   Args:
     name: the generation and the chips along each axis, e.g. `v5e:2x4`, `v5p:2x2x4`.
-    slices: how many such slices.
+    slices: the number of such slices.
 
   Raises:
     RunError: the compiler is not installed, or has no such topology.

@@ -1,7 +1,7 @@
 """Bytes that a compiled program reads from a device's memory and writes to it.
 
-Every instruction reads its operands and writes its results once, except where they live in the core's own memory.
-What a fusion only slices is read as far as it is sliced, what it updates in place is written as far as it is updated.
+Every instruction reads its operands and writes its results once, unless they are in the core's own memory. If a fusion
+only slices an operand, it reads only the slice; if it updates one in place, it writes only the update.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ FREE = frozenset(
   {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
   | {"after-all", "partition-id", "replica-id", "opt-barrier"}
 )
-"""What moves nothing itself; loops, calls and branches do inside."""
+"""Instructions that move no bytes themselves; the bodies of loops, calls and branches do."""
 
 _SLICES = ("dynamic-slice", "slice", "gather")
 _VIEWS = ("bitcast", "reshape", "get-tuple-element", "opt-barrier")
@@ -20,7 +20,7 @@ _CHAIN = ("AsyncCollectiveStart", "AsyncCollectiveDone")
 
 
 def traffic(program: Program) -> int:
-  """Bytes of one run of the program, of one device."""
+  """The bytes that one run of the program moves on one device."""
   return round(sum(run.times * _moved(program, run.computation, run.instruction) for run in program.runs()))
 
 
@@ -31,9 +31,9 @@ def _moved(program: Program, computation: str, instruction: Instruction) -> int:
   if opcode == "fusion":
     return _of_fusion(program, computation, instruction)
   shapes = [shape for name in instruction.operands for shape in lines[name].shapes]
-  if opcode == "copy-start":  # to, from, and a counter
+  if opcode == "copy-start":  # target, source and a counter
     return _in_memory(instruction.shapes[0]) + (0 if shapes[0].on_chip else instruction.shapes[0].bytes)
-  if opcode in ("slice-start", "dynamic-slice-start"):  # from, to, and a counter
+  if opcode in ("slice-start", "dynamic-slice-start"):  # source, target and a counter
     target = instruction.shapes[1]
     return _in_memory(target) + (0 if shapes[0].on_chip else target.bytes)
   if opcode in _SLICES:
@@ -66,7 +66,7 @@ def _of_fusion(program: Program, computation: str, fusion: Instruction) -> int:
 
 
 def _read(program: Program, inner: Mapping[str, Instruction], name: str) -> int:
-  """Bytes of a value inside a fusion that its users read."""
+  """The bytes of a value inside a fusion that its users read."""
   found = 0
   for user in inner.values():
     if name not in user.operands:
@@ -91,7 +91,7 @@ def _parameter(inner: Mapping[str, Instruction], place: int) -> str:
 
 
 def _passes(user: Instruction) -> bool:
-  """Whether it is a link of a gather that is spread over several fusions, whose first one counts."""
+  """Whether it is a later part of a gather that is spread over several fusions, of which only the first counts."""
   repeated = "chain_id=" in user.attributes and '"flag_start":"-1"' not in user.attributes
   return repeated or any(name in user.attributes for name in _CHAIN)
 

@@ -45,7 +45,8 @@ def build(files: Mapping[str, bytes]) -> Tokenizer:
   """Builds the tokenizer of a folder: from tokenizer.json, or from vocab.json and merges.txt.
 
   The tokens that tokenizer_config.json (`added_tokens_decoder`) and added_tokens.json list are added under the ids
-  that they have there, and those that have a role are special. Nothing is cut or padded, whatever tokenizer.json says.
+  that they have there, and tokens with a role are special. Nothing is truncated or padded, even if tokenizer.json asks
+  for it.
 
   Raises:
     ValueError: a file is broken or absent, or two files give a token different ids.

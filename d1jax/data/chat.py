@@ -125,7 +125,7 @@ class ChatTemplate:
     Args:
       source: the template.
       tokens: the special tokens that it may write (`bos_token`, ...); None and absent ones are written as nothing.
-      name: of the file it is in, for errors.
+      name: the name of its file, for errors.
       date: what it takes for today, at midnight.
 
     Raises:

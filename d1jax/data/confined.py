@@ -20,14 +20,14 @@ PROGRAM = Path(__file__).with_name("confined_process.py")
 
 
 class TokenizerError(RunError, ValueError):
-  """A tokenizer or its chat template cannot do what it is asked; the message is one line that names its file."""
+  """A tokenizer or its chat template fails; the message is one line that names its file."""
 
 
 _helper = Helper(
   PROGRAM, {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "RUST_BACKTRACE": "0"}
 )
 _numbers = itertools.count()
-_gone: list[int] = []  # Numbers of tokenizers that nobody holds any more and the process may forget.
+_gone: list[int] = []  # Numbers of unused tokenizers, which the process may delete.
 
 
 class ConfinedTokenizer:
@@ -36,9 +36,9 @@ class ConfinedTokenizer:
   Attributes:
     files: the content of the files that make this tokenizer, by name.
     vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
-    mask_id: of the mask; if the folder names none, the first id after the tokenizer's own.
+    mask_id: the id of the mask; if the folder names none, the first id after the tokenizer's own.
     stop_ids: each ends a completion.
-    pad_id: of padding.
+    pad_id: the id of padding.
   """
 
   def __init__(self, files: Mapping[str, bytes]):
@@ -78,7 +78,7 @@ class ConfinedTokenizer:
     return ids
 
   def completion(self, text: str) -> list[int]:
-    """The ids of an answer: the text, what the template writes behind an answer, and the end of sequence.
+    """The ids of an answer: the text, the text that the template writes after an answer, and the end of sequence.
 
     Raises:
       ValueError: the text becomes the mask, or takes too much time or memory.

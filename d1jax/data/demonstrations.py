@@ -39,9 +39,9 @@ class Demonstration(NamedTuple):
 
 
 class _Schema(NamedTuple):
-  """A kind of row: any of `markers` tells it, all of `fields` are needed; `convert` gives None to leave a row out.
+  """A kind of row: any of `markers` identifies it, all of `fields` are required; `convert` returns None to skip a row.
 
-  `others` are traces of other models, which stand beside those that are read.
+  `others` are fields with traces of other models, which are not read.
   """
 
   name: str

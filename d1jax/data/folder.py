@@ -29,10 +29,10 @@ class SpecialIds:
   """What the ids of a tokenizer mean.
 
   Attributes:
-    mask_id: of the mask.
+    mask_id: the id of the mask.
     stop_ids: each ends a completion; the first is the end of sequence.
-    pad_id: of padding.
-    bos_id: of the start of a text; None if the folder names none.
+    pad_id: the id of padding.
+    bos_id: the id of the start of a text; None if the folder names none.
     vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
   """
 
@@ -93,7 +93,7 @@ def _content(name: str, key: str, value: Any) -> str:
 
 
 def named_tokens(files: Mapping[str, bytes]) -> dict[str, str | None]:
-  """The texts of the special tokens by role (`bos_token`, ...), for the chat template and for the ids behind them.
+  """The texts of the special tokens by role (`bos_token`, ...), for the chat template and for their ids.
 
   tokenizer_config.json wins over special_tokens_map.json, which transformers reads for old folders only; a null in it
   means that there is no such token. A role that neither file has is absent.
@@ -146,10 +146,10 @@ def special_ids(files: Mapping[str, bytes], own: Mapping[str, int | None], *, si
   behind the tokenizer's own. Where nothing names a padding, it is the first stop id.
 
   Args:
-    files: of the folder.
+    files: the files of the folder.
     own: what the tokenizer's own files say, by the key that config.json has for it (`eos_token_id`, ...). A
       `bos_token_id` of None means that there is none.
-    size: of the tokenizer: one more than its highest id.
+    size: the size of the tokenizer, one more than its highest id.
 
   Raises:
     ValueError: no file names a stop id, an id is neither the tokenizer's nor the model's, or the mask doubles as

@@ -9,7 +9,7 @@ from d1jax.data import backend, characters, chat, folder
 
 
 def own_files(files: Mapping[str, bytes]) -> dict[str, bytes]:
-  """The files that make a tokenizer, of those of its folder.
+  """The files of a folder that make its tokenizer.
 
   If the chat template writes the date and there is no file of the date yet, a file with today's date is added: so
   prompts do not change while the files do not.
@@ -36,10 +36,10 @@ class HuggingFaceTokenizer:
   Attributes:
     files: the content of the files that make this tokenizer, by name.
     vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
-    mask_id: of the mask; if the folder names none, the first id after the tokenizer's own.
+    mask_id: the id of the mask; if the folder names none, the first id after the tokenizer's own.
     stop_ids: each ends a completion.
-    pad_id: of padding.
-    unk_id: of a character without a token; None if the folder names none.
+    pad_id: the id of padding.
+    unk_id: the id of a character without a token; None if the folder names none.
   """
 
   def __init__(self, files: Mapping[str, bytes]):
@@ -115,9 +115,9 @@ class HuggingFaceTokenizer:
     return ids
 
   def completion(self, text: str) -> list[int]:
-    """The ids of an answer: the text, what the template writes behind an answer, and the end of sequence.
+    """The ids of an answer: the text, the text that the template writes after it, and the end of sequence.
 
-    What the template writes behind an answer ends with its first special token (LLaDA `<|eot_id|>`, Dream
+    The text that the template writes after an answer ends with its first special token (LLaDA `<|eot_id|>`, Dream
     `<|im_end|>`). Where that is a stop id itself, no other follows.
 
     Raises:
@@ -178,7 +178,7 @@ class HuggingFaceTokenizer:
 
   @functools.cached_property
   def _written_end(self) -> str:
-    """The text that the template writes behind an answer, up to its first special token; empty without one."""
+    """The text that the template writes after an answer, up to its first special token; empty without one."""
     if self._template is None:
       return ""
     answer = "TheAnswerOfTheAssistant"

@@ -91,7 +91,7 @@ def prompt_batch(
 
 
 def import_grain() -> ModuleType:
-  """Grain, imported where a stream begins: whoever only samples or evaluates needs none of it.
+  """Imports Grain when a stream begins, because sampling and evaluation do not need it.
 
   Raises:
     RunError: it is not installed; the message names the extra that brings it.
@@ -138,7 +138,7 @@ def prompt_batches(
 
   Args:
     prompts: token ids of every record.
-    seed: of the order.
+    seed: the seed of the order.
     prompts_per_batch: groups a batch.
     num_generations: completions a group.
     buckets: allowed prompt lengths.

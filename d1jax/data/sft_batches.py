@@ -90,7 +90,7 @@ def sft_batches(
   Args:
     prompts: token ids of every record.
     completions: token ids of the answers, stop id included; padded with `pad_id` to their bucket.
-    seed: of the order.
+    seed: the seed of the order.
     batch_size: rows a batch.
     buckets: allowed prompt lengths.
     completion_buckets: allowed completion lengths, ascending.

@@ -23,9 +23,9 @@ class Tokenizer(Protocol):
 
   Attributes:
     vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
-    mask_id: of the mask; no text becomes it.
+    mask_id: the id of the mask; no text is encoded to it.
     stop_ids: each ends a completion; the first is the end of sequence.
-    pad_id: of padding.
+    pad_id: the id of padding.
     files: names and contents of files; `load` makes the same tokenizer from a folder that holds just these.
   """
 

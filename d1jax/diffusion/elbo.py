@@ -104,7 +104,7 @@ def elbo(
     params: its parameters.
     rollout: prompts and completions.
     spec: not read.
-    key: of the masks.
+    key: the key of the masks.
     samples: masks.
     masking: `bernoulli`, t ~ U(0.001, 1) and each token with probability t, weight 1 / t (d1); `count`, l ~ U{1..n} of
       the n tokens up to the stop id, weight n / l (LLaDA), which varies less.

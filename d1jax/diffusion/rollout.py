@@ -143,7 +143,7 @@ class Rollout(NamedTuple):
     prompt: left-padded token ids.
     prompt_valid: false at padding.
     completion: token ids.
-    completion_mask: true up to and including the first stop id; tokens behind it are neither graded nor trained.
+    completion_mask: true up to and including the first stop id; tokens after it are neither graded nor trained.
     reveal_step: the denoising step, from 0, at which the token replaced its mask.
     reveal_logp: its log-probability under the guided, tempered distribution that it was drawn from.
   """

@@ -46,7 +46,7 @@ def sandwich(
     params: its parameters.
     rollout: prompts and completions.
     spec: only its block length is read.
-    key: of the masks.
+    key: the key of the masks.
     samples: masks.
     exponent: b.
     p_mask_prompt: probability that a prompt token is masked.

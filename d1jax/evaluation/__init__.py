@@ -1,1 +1,1 @@
-"""Evaluation: completions of held-out questions, graded and counted, with intervals and a page to read."""
+"""Evaluation: completes held-out questions, grades them, computes intervals and writes a report."""

@@ -1,4 +1,4 @@
-"""`--config=configs/eval.py`: completes and grades, goes on where it stopped, writes items, numbers and a page."""
+"""`--config=configs/eval.py`: completes and grades (or resumes), and writes items, numbers and a report."""
 
 import dataclasses
 import functools
@@ -32,19 +32,19 @@ ELSEWHERE = (
   *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),
   *("mesh", "cpu_devices", "distributed", "batch_size"),
 )
-"""Fields that do not decide what is completed or how it is graded, or that the fingerprints stand for."""
+"""Fields that affect neither completions nor grades, or whose content the fingerprints identify."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-  """One row of the table: a task at one length and temperature.
+  """One row of the table: a task with one length and temperature.
 
   Attributes:
-    name: of its file of items.
+    name: the name of its file of items.
     prompts: the questions.
-    style: of the prompts.
-    sampler: how they are completed.
-    draws: (seed, sample) pairs; one when greedy.
+    style: the prompt style.
+    sampler: the sampler.
+    draws: (seed, sample) pairs; a greedy arm has one.
   """
 
   name: str
@@ -55,15 +55,15 @@ class Arm:
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-  """Evaluates, or grades `config.generations`; prints a table and JSON lines, writes the output folder.
+  """Evaluates a model, or grades `config.generations`; prints a table and JSON lines, and writes the output folder.
 
   Returns:
-    What `results.json` holds; see docs/evaluation.md.
+    The content of `results.json`; see docs/evaluation.md.
   """
   with input_checked():
     limits.check(config)
     check_choice("protocol", config.protocol, tasks.PROTOCOLS)
-    multihost.from_main(lambda: output.compared_with(config))  # before anything is computed
+    multihost.from_main(lambda: output.compared_with(config))  # an error here comes before any computation
     if config.generations is not None:
       return multihost.from_main(lambda: generations.run(config))
     if config.protocol == "d1" and config.early_exit:
@@ -100,7 +100,7 @@ def _row(arm: Arm, folder: Folder) -> output.Row:
 
 
 def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Folder, interrupts: Interrupts) -> None:
-  """Runs every batch whose items are not all there yet; each process grades its rows, process 0 writes all."""
+  """Runs every batch with missing items; each process grades its rows, and process 0 writes all items."""
   completer, params = Completer.of(found.experiment.model, keys.Purpose.EVALUATION), found.params()
   for arm in arms:
     done = set(map(tuple, multihost.from_main(functools.partial(_done, folder, arm))))
@@ -158,7 +158,7 @@ def _done(folder: Folder, arm: Arm) -> list[tuple[int, int, int]]:
 
 
 def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
-  """Every task at every length and temperature."""
+  """Yields one arm for each task, length and temperature."""
   trained = found.experiment.config
   for task in _tasks(config, trained):
     own = ConfigDict(trained.to_dict())
@@ -177,13 +177,13 @@ def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
 
 
 def samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
-  """The samplers of the lengths and temperatures; what is not set is as in the rollouts, `trained`."""
+  """The samplers of the lengths and temperatures; fields that are not set are those of the rollouts, `trained`."""
   early_exit = config.protocol == "strict" if config.early_exit is None else config.early_exit
   trained = trained.with_cache(config.cache or trained.cache)
   for length in config.lengths or (trained.completion_length,):
     block = config.block_length or trained.block_length
     per_step = config.tokens_per_step or trained.completion_length / trained.diffusion_steps
-    steps = length // block * max(1, round(block / per_step))  # as many tokens a step, whatever the length
+    steps = length // block * max(1, round(block / per_step))  # the same number of tokens per step for every length
     if config.tokens_per_step and block % config.tokens_per_step:
       steps = length // config.tokens_per_step
     if length % block == 0 and steps % (length // block):
@@ -206,7 +206,7 @@ def samplers(config: ConfigDict, trained: SamplerSpec) -> Iterator[SamplerSpec]:
 
 
 def _tasks(config: ConfigDict, trained: ConfigDict) -> Iterator[Task]:
-  """The tasks that are asked for, or those of the checkpoint, which come with its sizes and options."""
+  """The tasks in the configuration, or else the checkpoint's tasks with their sizes and options."""
   section, options = trained.task, trained.task.options.to_dict()
   root = config.data_root or trained.data.root
   if root is not None and config.data_root is None and multihost.is_main():
@@ -236,7 +236,7 @@ def _tasks(config: ConfigDict, trained: ConfigDict) -> Iterator[Task]:
 
 
 def _identity(config: ConfigDict, found: Subject, arms: Sequence[Arm]) -> dict[str, Any]:
-  """Everything that decides the completions and their grades."""
+  """Everything that affects completions and grades."""
   fields = {name: value for name, value in config.to_dict().items() if name not in ELSEWHERE}
   return {
     "subject": found.name,
@@ -249,7 +249,7 @@ def _identity(config: ConfigDict, found: Subject, arms: Sequence[Arm]) -> dict[s
 
 
 def question_hashes(arm: Arm) -> Mapping[str, Any]:
-  """How many questions an arm has, and hashes over their records, prompts (token ids) and prefills."""
+  """The number of an arm's questions, and hashes over their records, prompts (token ids) and prefills."""
   prompts = arm.prompts
   asked = json.dumps([prompts.ids, prompts.prefills])
   return {

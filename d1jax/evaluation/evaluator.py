@@ -1,4 +1,4 @@
-"""Completions of a fixed list of prompts under any weights, and their grades."""
+"""Completes and grades a fixed list of prompts under given weights."""
 
 import dataclasses
 import json
@@ -27,14 +27,14 @@ from d1jax.tasks.base import Grade
 
 
 class Completed(NamedTuple):
-  """The rows of one batch of completions that this process holds, on the host.
+  """The rows of one batch of completions that belong to this process, on the host.
 
   Attributes:
-    rows: places in the list of prompts, one a row; repeats that only fill the batch are gone.
+    rows: the index in the list of prompts of each row; repeats that only fill the batch are removed.
     completion: token ids.
     mask: true up to and including the first stop id.
-    forward_passes: of the network for the batch, over the whole canvas or a window of it.
-    seconds: that the compiled program took.
+    forward_passes: the network's forward passes for the batch, over the whole canvas or a window of it.
+    seconds: the time of the compiled program.
   """
 
   rows: Int[np.ndarray, "B"]
@@ -49,9 +49,9 @@ class Evaluation:
   """Graded completions of one split.
 
   Attributes:
-    records: one a completion.
+    records: one record per completion.
     graded: texts and grades.
-    clusters: what is not independent.
+    clusters: one per completion; completions of the same cluster are not independent.
   """
 
   records: Sequence[Record]
@@ -59,14 +59,14 @@ class Evaluation:
   clusters: Sequence[str]
 
   def share(self, metric: str) -> Share:
-    """One metric pooled over the split, with its interval; completions without it are left out."""
+    """One metric pooled over the split, with its interval; completions without the metric are left out."""
     found = [
       (*g.metrics[metric], c) for g, c in zip(self.graded.grades, self.clusters, strict=True) if metric in g.metrics
     ]
     return clustered(*zip(*found, strict=True))
 
   def summary(self) -> dict[str, Any]:
-    """All metrics as JSON: `NAME`, `NAME_interval`, and `n`; `NAME_n` where not all completions count."""
+    """All metrics as JSON: `NAME`, `NAME_interval` and `n`; also `NAME_n` if not all completions count."""
     summary: dict[str, Any] = {}
     for name in dict.fromkeys(name for grade in self.graded.grades for name in grade.metrics):
       share = self.share(name)
@@ -76,7 +76,7 @@ class Evaluation:
     return summary | {"n": len(self.records)}
 
   def write(self, path: Folder) -> None:
-    """One JSON line a completion."""
+    """Writes one JSON line per completion."""
     lines = [
       json.dumps({"record": dict(record), "text": text, "reward": g.reward, "metrics": dict(g.metrics)})
       for record, text, g in zip(self.records, self.graded.texts, self.graded.grades, strict=True)
@@ -92,7 +92,7 @@ def evaluation(task: Task, records: Sequence[Record], texts: list[str], grades: 
 
 
 def baseline(task: Task, records: Sequence[Record], style: str, protocol: str = "strict") -> Evaluation:
-  """What a completion without a model earns: the task's constant answer."""
+  """The grades of the task's constant answer, which needs no model."""
   texts = [task.baseline(record, style) for record in records]
   return evaluation(
     task, records, texts, [checked.grade(task, t, r, protocol) for t, r in zip(texts, records, strict=True)]
@@ -108,14 +108,14 @@ def grade_completions(
   mask: Bool[np.ndarray, "B C"],
   protocol: str,
 ) -> tuple[list[str], list[Grade]]:
-  """The texts that were graded, and their grades.
+  """Grades completions; returns the texts that were graded and their grades.
 
-  `strict` reads the prefill and the text up to the first stop id. `d1` reads all tokens, special ones spelled out,
-  without the prefill, as d1's evaluation does; its grades have the metrics of `strict` too. All processes call this
+  `strict` reads the prefill and the text up to the first stop id. `d1` reads all tokens, also special ones as text,
+  without the prefill, like d1's evaluation; its grades also have the metrics of `strict`. All processes must call this
   together, each with its own rows.
 
   Raises:
-    TaskError: the task does not keep its contract, on any process; it is raised on all.
+    TaskError: the task breaks its contract on some process; the error is raised on all.
   """
   shown = [a + b for a, b in zip(prefills, decode(tokenizer, completion, mask), strict=True)]
   texts = shown if protocol == "strict" else tokenizer.decode_raw([row.tolist() for row in completion])
@@ -131,14 +131,14 @@ def grade_completions(
 
 
 def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) -> Grade:
-  """The grade of one completion; under another protocol than `strict` it has the metrics of `strict` too.
+  """The grade of one completion; with a protocol other than `strict`, it also has the metrics of `strict`.
 
   Args:
     task: the grader.
-    record: what was asked.
-    shown: what `strict` reads: prefill and text up to the stop.
-    raw: what other protocols read.
-    protocol: of the grade.
+    record: the question.
+    shown: the text that `strict` reads, which is the prefill and the text up to the stop.
+    raw: the text that other protocols read.
+    protocol: the protocol of the grade.
   """
   strict = checked.grade(task, shown, record)
   if protocol == "strict":
@@ -148,17 +148,17 @@ def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) 
 
 
 class Evaluator:
-  """Completes and grades a fixed list of prompts under any weights."""
+  """Completes and grades a fixed list of prompts under given weights."""
 
   def __init__(self, completer: Completer, prompts: Prompts, sampler: SamplerSpec, batch_size: int):
     """Prepares the batches.
 
     Args:
-      completer: the programs; evaluators of one model share them.
+      completer: the compiled programs, which evaluators of one model share.
       prompts: the split.
-      sampler: how to complete; temperature 0 is greedy.
-      batch_size: rows a batch. Prompts of one bucket share batches; the last one of a bucket is filled up with repeats
-        that are not graded. `batches` lists the places of each batch's rows.
+      sampler: the sampler; temperature 0 is greedy.
+      batch_size: the rows of a batch. Prompts of one bucket share batches; the last batch of a bucket is filled up with
+        repeats that are not graded. `batches` lists the prompt indices of each batch.
     """
     self._completer, self.prompts, self._sampler = completer, prompts, sampler
     self._model = completer.model
@@ -182,19 +182,21 @@ class Evaluator:
       self._size += [size] * len(parts)
 
   def compile(self) -> None:
-    """Compiles all that an evaluation needs, so that nothing is left to compile when it begins."""
+    """Compiles everything that an evaluation needs."""
     for rows, width in zip(self._size, self._width, strict=True):
       self._completer.program(self._sampler, rows, width)
 
   def complete(self, batch: int, params: Params, *, seed: int = 0, sample: int = 0) -> Completed:
-    """Completes one batch under published weights; a row's draws depend on seed, sample and its place in the list."""
+    """Completes one batch under published weights; a row's draws depend on seed, sample and its prompt's index."""
     own, model, ids = self.batches[batch], self._model, self.prompts.ids
     asked = [own[i % len(own)] for i in range(self._size[batch])]
     tokens, valid = pad_left([ids[i] for i in asked], self._width[batch], self.prompts.tokenizer.pad_id)
     places = np.asarray(asked, np.int32)
     placed = place((tokens, valid, places, places), model.rollout_by_row)
     key, step = place((keys.seeded(seed), np.int32(sample)), model.replicated)
-    self._completer.program(self._sampler, self._size[batch], self._width[batch])  # whose compilation is no sampling
+    self._completer.program(
+      self._sampler, self._size[batch], self._width[batch]
+    )  # compilation is not measured as sampling
     began = time.perf_counter()
     rollout = self._completer(self._sampler, params, placed, key, step)
     rows, (completion, mask) = multihost.local_rows((rollout.completion, rollout.completion_mask))
@@ -204,11 +206,11 @@ class Evaluator:
     return Completed(np.asarray(own)[rows[keep]], completion[keep], mask[keep], passes, seconds)
 
   def __call__(self, params: Params, pause: Callable[[], None] | None = None) -> Evaluation:
-    """Evaluates published weights strictly; the same weights always give the same completions.
+    """Evaluates published weights with the protocol `strict`; equal weights always give equal completions.
 
     Args:
-      params: of `Model.publish` or `Model.params`.
-      pause: called between two batches, and may raise where a stop was asked for.
+      params: the weights, from `Model.publish` or `Model.params`.
+      pause: a function that is called between two batches, and may raise an exception to stop.
     """
     task, records = self.prompts.task, self.prompts.records
     places, found = [], []
@@ -233,27 +235,27 @@ def evaluate(
   params: Params | None = None,
   batch_size: int = 64,
 ) -> Evaluation:
-  """Completes and grades a split under a model's weights, as a run does it.
+  """Completes and grades a split under a model's weights, in the same way as a run.
 
   Args:
     model: network and mesh.
-    prompts: the split, as `Prompts.of(task, model.tokenizer, "test")` has it.
-    sampler: how to complete; `sampler.greedy()` takes the most probable tokens.
-    params: of `Model.publish`; None: the weights that the model starts with.
-    batch_size: completions at a time.
+    prompts: the split, from `Prompts.of(task, model.tokenizer, "test")`.
+    sampler: the sampler; `sampler.greedy()` takes the most probable tokens.
+    params: the weights, from `Model.publish`; None: the weights with which the model starts.
+    batch_size: the number of completions per batch.
 
   Returns:
-    The graded completions; `.share("solved")` is a metric with its 95% interval, `.summary()` all of them.
+    The graded completions; `.share("solved")` is a metric with its 95% interval, `.summary()` has all metrics.
 
   Raises:
-    TaskError: the task does not keep its contract.
+    TaskError: the task breaks its contract.
   """
   completer = Completer.of(model, keys.Purpose.EVALUATION)
   return Evaluator(completer, prompts, sampler, batch_size)(model.params if params is None else params)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-  """Shares in percent with their 95% intervals, one row an arm."""
+  """A table of shares in percent with their 95% intervals, one row per arm."""
   metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in next(iter(rows.values()))]
   head = f"{'':<18}" + "".join(f"{name.replace('_', ' '):>14}{'95% interval':>17}" for name in metrics) + f"{'n':>7}"
   lines = [head, "-" * len(head)]
@@ -267,7 +269,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def tables(rows: Mapping[str, Mapping[str, Any]]) -> str:
-  """The table of a task; of several that were mixed, the table of each."""
+  """The table of a task, or of each task of a mix."""
   first = next(iter(rows.values()))
   tasks = dict.fromkeys(name.rpartition("/")[0] for name in first if "/" in name)
   if not tasks:

@@ -1,9 +1,9 @@
-"""Completions in files, graded without a model: `--config.generations=PATH`.
+"""Grades completions in files, without a model: `--config.generations=PATH`.
 
-Layouts, each also gzipped: d1's JSON (`{"generations": [{"question", "generations", "ground_truth"}, ...],
-"gen_length", ...}`; a folder with one such file a process counts as one), the same rows as JSON lines, and JSON lines
-`{"record": {...}, "text": "..."}`, as evaluations write them (`seed`, `sample`, `length`, `temperature` may stand
-beside).
+Three layouts are read, also gzipped: d1's JSON (`{"generations": [{"question", "generations", "ground_truth"}, ...],
+"gen_length", ...}`; a folder with one such file per process counts as one file), the same rows as JSON lines, and the
+JSON lines of evaluations, `{"record": {...}, "text": "..."}` (optionally with `seed`, `sample`, `length`,
+`temperature`).
 """
 
 import collections
@@ -31,18 +31,18 @@ from d1jax.tasks.common import PREFILL
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 STOPS = ("<|endoftext|>", "<|eot_id|>", "<|im_end|>", "</s>")
-"""How the stop tokens of LLaDA, Dream and Llama are spelled; what lies behind the first is not seen by `strict`."""
+"""The stop tokens of LLaDA, Dream and Llama as text; `strict` does not read beyond the first one."""
 
 STYLE = "d1_eval"
-"""Of the prompts behind d1's files, and of the constant answer that stands beside them."""
+"""The prompt style of d1's files, and of the constant answer that is compared with them."""
 
 LONGEST_LINE = 64 << 20
-"""Bytes of a line, and of a whole file in d1's layout."""
+"""The largest size in bytes of a line, and of a whole file in d1's layout."""
 
 MOST_LINES = 10_000_000
 
 MOST = 2**53
-"""The largest length, seed and number of a sample: JSON of other programs knows no larger ones exactly."""
+"""The largest length, seed and sample number; other programs may not read larger numbers of JSON exactly."""
 
 _BLOCK = 1 << 20
 _FIRST_STOP = re.compile("|".join(map(re.escape, STOPS)))
@@ -54,14 +54,14 @@ class Generation:
   """One completion of a file.
 
   Attributes:
-    setup: what must be the same for completions that are counted together: the model and its settings.
-    record: what was asked.
-    raw: the text as it was written, special tokens included.
-    shown: the text up to the first stop, without special tokens, after its prefill.
-    length: completion tokens; 0 where that is not known.
-    temperature: of the draws.
-    seed: of the draws.
-    sample: which of the samples of its question.
+    setup: the model and its settings, which must be equal for completions that are counted together.
+    record: the question.
+    raw: the text in the file, including special tokens.
+    shown: the prefill, and the text up to the first stop without special tokens.
+    length: completion tokens; 0 if unknown.
+    temperature: the sampling temperature.
+    seed: the seed of the draws.
+    sample: the number of this sample of its question.
     place: file and line, for messages.
   """
 
@@ -77,10 +77,10 @@ class Generation:
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-  """Grades the completions of `config.generations`; prints a table and, last, one JSON line.
+  """Grades the completions of `config.generations`; prints a table, then one JSON line.
 
   Raises:
-    ValueError: the path holds no completions, or they are not of one task; the message names file and line.
+    ValueError: the path has no completions, or they belong to different tasks; the message names file and line.
   """
   names = [*config.tasks, *([config.module] if config.module else [])]
   if len(names) != 1:
@@ -137,7 +137,7 @@ def read(path: Path, task: str) -> list[Generation]:
 
 
 def cut(text: str) -> str:
-  """What is behind the first stop token, and special tokens before it, taken off."""
+  """The text before the first stop token, without special tokens."""
   stop = _FIRST_STOP.search(text)
   return _SPECIAL.sub("", text[: stop.start()] if stop else text)
 
@@ -169,7 +169,7 @@ def _read_file(path: Path, task: str) -> Iterator[Generation]:
 
 
 def _whole(path: Path, line: str, lines: Iterator[tuple[int, str]], error: FileError) -> Any:
-  """What a file says that is one JSON over several lines, of which the first is no JSON."""
+  """The value of a file that is one JSON text over several lines, so that its first line alone is not JSON."""
   parts, size = [line], 0
   for _, part in lines:
     parts.append(part)
@@ -183,15 +183,15 @@ def _whole(path: Path, line: str, lines: Iterator[tuple[int, str]], error: FileE
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-  """The lines of a file that are not blank, with their numbers; they are unpacked as they are asked for.
+  """Yields (number, line) for each line of a file that is not blank; a gzipped file is unpacked on the way.
 
   Raises:
-    DataError: there is no such file, it cannot be unpacked, or is larger than a file of completions may be.
+    DataError: the file does not exist, cannot be unpacked, or is too large.
   """
   if not path.is_file():
     raise DataError(f"{path}: is no regular file; name a file of completions, or a folder of them")
   number, size = 0, 0
-  parts: list[bytes] = []  # of a line that has not ended yet
+  parts: list[bytes] = []  # pieces of a line that is not complete yet
   with contextlib.ExitStack() as stack:
     try:
       file: Any = stack.enter_context(path.open("rb"))
@@ -228,7 +228,7 @@ def _is_count(value: object) -> bool:
 
 
 def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Generation:
-  """Checks one row and reads it by the layout that its fields tell."""
+  """Checks one row, and reads it in the layout that its fields show."""
   if isinstance(row, dict) and isinstance(row.get("generations"), str):
     try:
       record = d1_evaluation.record(task, row)
@@ -263,7 +263,7 @@ def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Gen
 
 
 def _items(task: Task, arm: Sequence[Generation], protocol: str) -> Iterator[Item]:
-  # The same question again is another sample where the file says so, and otherwise another item.
+  # A repeated question is another sample if the file says so, and another item otherwise.
   places: dict[tuple[str, int], int] = {}
   seen: collections.Counter[tuple[str, int, int]] = collections.Counter()
   for generation in arm:
@@ -273,10 +273,10 @@ def _items(task: Task, arm: Sequence[Generation], protocol: str) -> Iterator[Ite
     index = places.setdefault((question, seen[draw]), len(places))
     seen[draw] += 1
     try:
-      output.check_accuracy(task, record, STYLE, protocol)  # asks more of a record than an empty completion does
+      output.check_accuracy(task, record, STYLE, protocol)  # this checks more of a record than grading an empty text
       found = grade_text(task, record, generation.shown, generation.raw, protocol)
       cluster = task.cluster(record)
-    except TaskError as error:  # of the task, whatever the record is
+    except TaskError as error:  # the error is the task's, not the record's
       raise TaskError(f"{generation.place}: {error}") from None
     except (LookupError, TypeError, AttributeError, ValueError) as error:
       shown = json.dumps(record)[:80]

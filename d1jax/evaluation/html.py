@@ -1,7 +1,7 @@
-"""An evaluation as one page: tables, plots and completions to browse, in one file that asks the network for nothing.
+"""The report of an evaluation: tables, plots and completions in one HTML file that makes no network requests.
 
-Completions are hostile text. They are in the page as JSON without a `<`, shown as text nodes alone, and the policy of
-the page lets no script run but its own.
+Completions may be hostile text. The page contains them as JSON without a `<`, shows them only as text nodes, and its
+content security policy allows no script but its own.
 """
 
 import base64
@@ -22,25 +22,25 @@ from d1jax.evaluation.summary import columns, verdict
 from d1jax.tasks.common import ACCURACY
 
 LIMIT = 500
-"""Completions of one arm that a page holds."""
+"""The largest number of completions of one arm on a page."""
 
 _HERE = Path(__file__).parent
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 _APART = ("arms", "compare", "config", "questions")
-"""Fields of the results that have a place of their own on the page."""
+"""Fields of the results that have their own place on the page."""
 
 
 def render(results: Mapping[str, Any], items: Sequence[Item]) -> str:
-  """The page; the same bytes for the same input.
+  """The text of the page; equal inputs give equal bytes.
 
   Args:
-    results: what `results.json` holds: `protocol`, `arms` (rows as in `summary.columns`), and optionally `compare`
+    results: the content of `results.json`: `protocol`, `arms` (rows as in `summary.columns`), and optionally `compare`
       ({"with": name, "arms": {name: pairs of `summary.compare`}}), `questions` (hashes by arm), `config`, and other
-      fields, which are shown as they are.
+      fields, which are shown unchanged.
     items: the graded completions of the arms.
 
   Returns:
-    HTML that can be encoded in UTF-8 whatever the items hold.
+    HTML that can be encoded in UTF-8, whatever the items contain.
   """
   accuracy, arms = ACCURACY[results["protocol"]], results["arms"]
   environment = jinja2.Environment(
@@ -68,13 +68,13 @@ def render(results: Mapping[str, Any], items: Sequence[Item]) -> str:
 
 
 def embedded(value: Any) -> str:
-  """JSON that can stand in a `<script>` element: ASCII, without `<`, `>` and `&`, and it reads back exactly."""
+  """JSON for a `<script>` element: ASCII, without `<`, `>` and `&`; it reads back exactly."""
   text = json.dumps(value, allow_nan=False, separators=(",", ":"))
   return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def chosen(items: Sequence[Item], accuracy: str, limit: int = LIMIT) -> list[Item]:
-  """At most `limit` items: as many solved as others where there are enough, each evenly spread, in their order."""
+  """At most `limit` items in their order: half of them solved if there are enough, each half evenly spread."""
   right = [number for number, item in enumerate(items) if verdict(item, accuracy)]
   other = [number for number, item in enumerate(items) if not verdict(item, accuracy)]
   room = max(limit // 2, limit - len(other))
@@ -88,7 +88,7 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
 
 
 def _samples(arms: Sequence[Mapping[str, Any]], items: Sequence[Item], accuracy: str) -> dict[str, Any]:
-  """What the page's script browses."""
+  """The completions for the page's script."""
   by_arm: dict[tuple[str, int, float], list[Item]] = {}
   for item in items:
     by_arm.setdefault((item.task, item.length, item.temperature), []).append(item)
@@ -126,7 +126,7 @@ def _outcome(item: Item, accuracy: str) -> str:
 
 
 def _about(results: Mapping[str, Any], accuracy: str) -> dict[str, str]:
-  """What was evaluated, for a table of two columns."""
+  """A description of the evaluation, for a table of two columns."""
   seeds = sorted({seed for arm in results["arms"] for seed in arm["summary"]["seeds"]})
   hashes = dict.fromkeys(asked.get("prompts_sha256", "")[:16] for asked in results.get("questions", {}).values())
   rows = {name: value for name, value in results.items() if name not in _APART}
@@ -135,7 +135,7 @@ def _about(results: Mapping[str, Any], accuracy: str) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-  """A value of JSON as text to read; whole numbers keep all their digits."""
+  """A JSON value as readable text; whole numbers keep all digits."""
   if isinstance(value, str):
     return value
   if isinstance(value, Mapping) and value and all(isinstance(inner, str) for inner in value.values()):
@@ -146,7 +146,7 @@ def _plain(value: Any) -> str:
 
 
 def _drawn(arm: Mapping[str, Any]) -> dict[str, float | None]:
-  """An arm's accuracy, interval and constant answer in percent, to be drawn; None without an accuracy."""
+  """An arm's accuracy, interval and constant answer in percent, for a drawing; None without an accuracy."""
   summary = arm["summary"]
   low, high = summary["accuracy_interval"] or (None, None)
   baseline = arm["baseline"]["value"] if arm["baseline"] else None

@@ -1,4 +1,4 @@
-"""One graded completion as a line of JSON: what an evaluation writes, and what its numbers are computed from."""
+"""One graded completion as a line of JSON: evaluations write these lines and compute their numbers from them."""
 
 import dataclasses
 import hashlib
@@ -20,20 +20,20 @@ class Item:
 
   Attributes:
     task: the task's name.
-    length: completion tokens that were generated; 0 where that is not known.
-    temperature: of the draws, 0 is greedy.
-    seed: of the draws.
-    sample: which of the samples of this question under this seed, counted from 0.
-    index: the question's place in its split.
+    length: the number of generated completion tokens; 0 if unknown.
+    temperature: the sampling temperature; 0 is greedy.
+    seed: the seed of the draws.
+    sample: the number of this sample of its question and seed, counted from 0.
+    index: the question's index in its split.
     question: a hash of the record, by which evaluations are paired.
-    cluster: items that share one are not independent.
-    record: what was asked and what is right.
-    text: the completion as it was graded.
-    answer: what the grader read from it, in a normal form; None without an answer.
+    cluster: the cluster; items of the same cluster are not independent.
+    record: the question and its right answer.
+    text: the graded text.
+    answer: the answer that the grader found in it, in a normal form; None without an answer.
     reward: the sum of the grade's components.
     metrics: named (numerator, denominator) pairs; a denominator of 0 leaves the item out.
-    tokens: effective tokens, up to and including the first stop id; None where that is not known.
-    forward_passes: of the network for this completion's batch.
+    tokens: effective tokens, up to and including the first stop id; None if unknown.
+    forward_passes: the network's forward passes for this completion's batch.
     seconds: this completion's share of its batch's time.
   """
 
@@ -55,12 +55,12 @@ class Item:
   seconds: float | None = None
 
   def line(self) -> str:
-    """The item as one line of JSON (ASCII: lone surrogates survive), without a line break."""
+    """The item as one line of JSON without a line break (in ASCII, so that lone surrogates survive)."""
     return json.dumps(dataclasses.asdict(self))
 
 
 def question_id(record: Mapping[str, Any]) -> str:
-  """A hash of a record: the same wherever and in whatever order it is asked."""
+  """A hash of a record, which does not depend on the order of questions."""
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -73,14 +73,14 @@ _KINDS: Mapping[str, Any] = {
   "answer": str | None,
   "seconds": int | float | None,
 }
-"""The types of an item's fields, as JSON has them."""
+"""The JSON types of an item's fields."""
 
 
 def parse(line: str) -> Item:
-  """The item of a line that `Item.line` wrote.
+  """Reads a line that `Item.line` wrote.
 
   Raises:
-    FileError: it is none.
+    FileError: the line is not an item.
   """
   fields = parse_json(line, "an item", dict)
   required = {field.name for field in dataclasses.fields(Item) if field.default is dataclasses.MISSING}
@@ -96,7 +96,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _sorted_out(path: Folder) -> tuple[list[Item], list[bytes], list[bytes]]:
-  """The items of a file, their lines, and the lines that are none; a last line that a kill cut off is nowhere."""
+  """The items of a file, their lines, and the damaged lines; a last line that a kill cut off is left out."""
   found: list[Item] = []
   lines: list[bytes] = []
   damaged: list[bytes] = []
@@ -110,12 +110,12 @@ def _sorted_out(path: Folder) -> tuple[list[Item], list[bytes], list[bytes]]:
 
 
 def read(path: Folder) -> list[Item]:
-  """The items of a file; lines that are none are left out."""
+  """The items of a file; damaged lines are left out."""
   return _sorted_out(path)[0]
 
 
 def mend(path: Folder) -> None:
-  """Leaves nothing but items in a file, so that others can follow; what was damaged is kept beside it."""
+  """Removes damaged lines from a file, so that items can be added; they are kept in a file beside it."""
   _, lines, damaged = _sorted_out(path)
   if damaged:
     beside = path.with_name(path.name + ".damaged")
@@ -127,13 +127,13 @@ def mend(path: Folder) -> None:
 
 
 def append(path: Folder, items: Iterable[Item]) -> None:
-  """Adds items to a file, creating it."""
+  """Adds items to a file, which is made if it is missing."""
   path.parent.mkdir(parents=True, exist_ok=True)
   _extend(path, [item.line().encode("ascii") for item in items])
 
 
 def _extend(path: Folder, lines: Sequence[bytes]) -> None:
-  """Adds lines to a file; in a bucket, where a file can only be written whole, by writing it anew."""
+  """Adds lines to a file; in a bucket, the whole file is written again."""
   content = b"".join(line + b"\n" for line in lines)
   if isinstance(path, Path):
     with path.open("ab") as file:

@@ -1,9 +1,9 @@
-"""What an evaluation leaves in its folder, and what it prints.
+"""The output folder of an evaluation, and its printed table.
 
 ```
 FOLDER/
-  evaluation.json    what was evaluated, how, on which questions: the folder's identity
-  items/ARM.jsonl    one line a graded completion
+  evaluation.json    the identity: model, settings and questions
+  items/ARM.jsonl    one line per graded completion
   results.json       the identity and all numbers
   report.html        the same as a page, with plots and samples
 ```
@@ -35,13 +35,13 @@ class Row:
   """One row of the table.
 
   Attributes:
-    name: of the file of items.
-    task: its grader.
+    name: the name of its file of items.
+    task: the task, which grades.
     records: the questions.
-    style: of their prompts.
-    sampler: how they were completed; None where that is not known.
-    length: completion tokens; 0 where that is not known.
-    temperature: of the draws.
+    style: the prompt style.
+    sampler: the sampler; None if unknown.
+    length: completion tokens; 0 if unknown.
+    temperature: the sampling temperature.
     items: the graded completions.
   """
 
@@ -57,10 +57,10 @@ class Row:
 
 @input_checked()
 def claim(folder: Folder | None, home: Folder, identity: Mapping[str, Any]) -> Folder:
-  """Makes a folder this evaluation's own, or finds that it is already; without a name, one that is named by content.
+  """Claims the output folder for this evaluation, unless it already belongs to it, and returns its path.
 
   Raises:
-    RunError: the folder holds another evaluation, or nothing tells which.
+    RunError: the folder holds another evaluation, or one that cannot be identified.
   """
   content = json.dumps(identity, sort_keys=True)
   folder = folder or home / hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -81,10 +81,10 @@ def claim(folder: Folder | None, home: Folder, identity: Mapping[str, Any]) -> F
 
 
 def _identity_of(folder: Folder, names: Iterable[str]) -> dict[str, Any] | None:
-  """What a folder evaluates: evaluation.json, or the copy of it in results.json; None where nothing has begun.
+  """The identity in a folder, from evaluation.json or its copy in results.json; None if no evaluation has begun.
 
   Raises:
-    RunError: it holds items of an evaluation that cannot be told.
+    RunError: it holds items of an evaluation that cannot be identified.
   """
   wrong: str | None = None
   try:
@@ -111,7 +111,7 @@ def _identity_of(folder: Folder, names: Iterable[str]) -> dict[str, Any] | None:
 
 
 def check_accuracy(task: Task, record: Record, style: str, protocol: str) -> None:
-  """Raises a ValueError when a task has no such protocol, or no accuracy under it."""
+  """Raises a ValueError if a task lacks the protocol, or has no accuracy in it."""
   grade = task.grade(task.baseline(record, style), record, protocol)
   if ACCURACY[protocol] not in grade.metrics:
     raise ValueError(
@@ -127,14 +127,14 @@ def items_path(folder: Folder, arm: str) -> Folder:
 
 @input_checked()
 def read_items(folder: Folder, arm: str) -> list[Item]:
-  """The items of one arm in the order of the questions; none where it has not begun."""
+  """The items of one arm in the order of the questions; empty if the arm has not begun."""
   path = items_path(folder, arm)
   found = items.read(path) if path.exists() else []
   return sorted(found, key=lambda item: (item.seed, item.sample, item.index))
 
 
 def finish(config: ConfigDict, folder: Folder, identity: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-  """Computes all numbers, writes `results.json` and `report.html`, and prints the table and a JSON line a row."""
+  """Computes all numbers, writes `results.json` and `report.html`, and prints the table and one JSON line per row."""
   accuracy = ACCURACY[config.protocol]
   arms: list[dict[str, Any]] = []
   for row in rows:
@@ -189,10 +189,10 @@ def _summary(row: Row, accuracy: str) -> dict[str, Any]:
 
 
 def compared_with(config: ConfigDict) -> dict[str, Any] | None:
-  """The results of the earlier evaluation that this one is compared with, if any.
+  """The results of the earlier evaluation with which this one is compared, if any.
 
   Raises:
-    RunError: there are none, or they are of another protocol.
+    RunError: there are no results, or they have another protocol.
   """
   if not config.compare:
     return None
@@ -214,7 +214,7 @@ def compared_with(config: ConfigDict) -> dict[str, Any] | None:
 
 
 def _compare(config: ConfigDict, rows: Sequence[Row], accuracy: str) -> dict[str, Any] | None:
-  """Every arm beside the arm of the same name of an earlier evaluation, which is the first of each pair."""
+  """Compares every arm with the arm of the same name in an earlier evaluation, which is the first of each pair."""
   old = compared_with(config)
   if old is None:
     return None

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation as SVG for a page: drawn by matplotlib, coloured by the page's style sheet."""
+"""Plots of an evaluation as SVG for the report: drawn by matplotlib, coloured by the page's style sheet."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from d1jax.evaluation.summary import verdict
 
 INK = {"ink": "#010101", "muted": "#020202", "rule": "#030303", "right": "#040404", "wrong": "#050505"}
 INK |= {f"line{i}": f"#06060{i}" for i in range(6)}
-"""Colours by name, each a value that stands in the SVG for the style sheet's `var(--NAME)`."""
+"""Colours by name; each is a placeholder in the SVG for the style sheet's `var(--NAME)`."""
 
 MARKERS = "os^Dvp"
 
@@ -45,10 +45,10 @@ STYLE: dict[Any, Any] = {
 
 
 class Plot(NamedTuple):
-  """One picture.
+  """One plot.
 
   Attributes:
-    title: what it shows.
+    title: the title.
     svg: an `<svg>` element without outside references; its colours are `var(--NAME)` of the names in `INK`.
   """
 
@@ -57,7 +57,7 @@ class Plot(NamedTuple):
 
 
 def plots(arms: Sequence[Mapping[str, Any]], items: Sequence[Item], accuracy: str) -> list[Plot]:
-  """The pictures of every task; those that the evaluation has no numbers for are left out.
+  """The plots of every task; a plot without numbers is left out.
 
   Args:
     arms: as in `summary.columns`.
@@ -77,7 +77,7 @@ def plots(arms: Sequence[Mapping[str, Any]], items: Sequence[Item], accuracy: st
 
 
 def _by_length(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
-  """Accuracy against generation length, one line a temperature, the constant answer dashed."""
+  """Accuracy against generation length, with one line per temperature; the constant answer is dashed."""
   lengths = sorted({arm["length"] for arm in arms})
   if len(lengths) < 2:
     return
@@ -85,7 +85,7 @@ def _by_length(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
   temperatures = sorted({arm["temperature"] for arm in arms})
   for number, temperature in enumerate(temperatures):
     line = sorted((arm for arm in arms if arm["temperature"] == temperature), key=lambda arm: arm["length"])
-    shift = 0.1 * (number - (len(temperatures) - 1) / 2)  # intervals side by side do not cover one another
+    shift = 0.1 * (number - (len(temperatures) - 1) / 2)  # shifted, so that intervals do not cover one another
     places = [lengths.index(arm["length"]) + shift for arm in line]
     shares = [(arm["summary"]["accuracy"], *arm["summary"]["accuracy_interval"]) for arm in line]
     _line(axes, number, places, shares, f"temperature {temperature:g}")
@@ -100,7 +100,7 @@ def _by_length(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
 
 
 def _by_k(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
-  """Pass@k against k, one line an arm."""
+  """Pass@k against k, with one line per arm."""
   if not arms:
     return
   figure, axes = _figure()
@@ -144,7 +144,7 @@ def _by_tokens(task: str, arms: Sequence[Mapping[str, Any]], items: Sequence[Ite
 
 
 def _name(arm: Mapping[str, Any]) -> str:
-  """An arm among those of its task."""
+  """The name of an arm among the arms of its task."""
   return ", ".join([*([f"length {arm['length']}"] if arm["length"] else []), f"temp. {arm['temperature']:g}"])
 
 
@@ -182,16 +182,16 @@ def _stay_in_percent(axes: Axes) -> None:
 
 
 def _finish(figure: Figure, axes: Axes, title: str) -> Plot:
-  """The picture as an element of a page: the same bytes for the same numbers, ids of its own, text as text."""
+  """The plot as an element of a page: equal numbers give equal bytes, ids are unique, and text stays text."""
   axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
   buffer = io.StringIO()
-  # Ids are hashes with this salt; no date, no version, no outside names.
+  # Ids are hashes with this salt; the file contains no date, no version and no references to outside.
   with matplotlib.rc_context({"svg.hashsalt": title}):
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
   text = buffer.getvalue()
   box = re.findall(r'viewBox="[^"]*"', text)[0]
   body = text[text.index(">", text.index("<svg")) + 1 :].strip()
-  body = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", body)  # names of groups, the same in every picture
+  body = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", body)  # names of groups, which are the same in every plot
   body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
   body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
   for name, color in INK.items():

@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint of a run, or a model's folder as it was downloaded or exported."""
+"""The evaluated model: a checkpoint of a run, or a model folder that was downloaded or exported."""
 
 import dataclasses
 import sys
@@ -24,15 +24,15 @@ from d1jax.weights import check_base
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """Weights and what they were made with.
+  """The evaluated weights, with their experiment.
 
   Attributes:
-    name: the folder they came from.
-    home: where evaluations go by default.
-    experiment: network, tokenizer, mesh, and the task they were trained on.
-    trainable: what was trained.
-    frozen: its base.
-    fingerprint: of `trainable`.
+    name: the folder of the weights.
+    home: the default folder of evaluations.
+    experiment: network, tokenizer, mesh, and the task of training.
+    trainable: the trained weights.
+    frozen: their base.
+    fingerprint: the fingerprint of `trainable`.
   """
 
   name: str
@@ -43,7 +43,7 @@ class Subject:
   fingerprint: str
 
   def params(self) -> Params:
-    """The weights as rollouts take them; to be asked for once: a float base becomes the sum of it and its adapters."""
+    """The published weights. Call this only once, because the merge of adapters donates a float base."""
     weights = self.experiment.model.weights
     if not weights.merges:
       shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.trainable)
@@ -57,12 +57,12 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """A checkpoint that can be read.
+  """A readable checkpoint.
 
   Attributes:
-    home: its folder; the folder of another checkpoint of the stage may serve in its place, unless it was named.
-    checkpoints: of the stage.
-    named: whether this one was asked for, and no other.
+    home: its folder; if it was not named and is damaged, another checkpoint of the stage is used instead.
+    checkpoints: the checkpoints of its stage.
+    named: whether the user named exactly this checkpoint.
   """
 
   home: Folder
@@ -71,19 +71,19 @@ class Found:
 
   @property
   def metadata(self) -> dict[str, Any]:
-    """What its run said beside it."""
+    """The metadata of the checkpoint."""
     return self.checkpoints.metadata(int(self.home.name))
 
   @property
   def workdir(self) -> Folder:
-    """Of its run."""
+    """The work directory of its run."""
     return self.home.parent.parent.parent
 
   def trainable(self, abstract: TrainState) -> tuple[Folder, Params]:
-    """The checkpoint that served, and its weights.
+    """The checkpoint that was read, and its weights.
 
     Raises:
-      RunError: none could be read.
+      RunError: no checkpoint could be read.
     """
     if self.named:
       return self.home, self.checkpoints.restore_evaluated(int(self.home.name), abstract)
@@ -94,12 +94,12 @@ class Found:
 
 
 def find_checkpoint(path: Folder) -> Found:
-  """One checkpoint: `path` itself, or the best of the last stage of the work directory `path`.
+  """Finds a checkpoint: `path` itself, or the best one of the last stage in the work directory `path`.
 
-  Nothing is written, and a work directory is known by what it holds, whatever its name is.
+  Nothing is written. A work directory is recognised by its content, not by its name.
 
   Raises:
-    RunError: there is none, or all are damaged.
+    RunError: there is no checkpoint, or all are damaged.
   """
   stage, step, named = multihost.from_main(lambda: _choose(path))
   home = path.parent if named else path / "checkpoints" / stage
@@ -107,7 +107,7 @@ def find_checkpoint(path: Folder) -> Found:
 
 
 def _choose(path: Folder) -> tuple[str, int, bool]:
-  """Stage and step, and whether they were named."""
+  """The stage, the step, and whether the user named them."""
   if is_workdir(path):
     for stage in STAGES:
       checkpoints = Checkpoints(path / "checkpoints" / stage)
@@ -124,13 +124,13 @@ def _choose(path: Folder) -> tuple[str, int, bool]:
 
 
 def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Params]:
-  """The checkpoint that served, what its run worked with, and its weights.
+  """The checkpoint that was read, the experiment of its run, and its weights.
 
-  Nothing that a checkpoint names is run: the task is left out. A folder that it names is opened, and said.
+  No code that a checkpoint names is run: the task is left out. A folder that it names is opened, and this is logged.
 
   Args:
     found: the checkpoint.
-    config: of the command: `pretrained`, `mesh`, `cpu_devices`.
+    config: the command's configuration with `pretrained`, `mesh`, `cpu_devices`.
 
   Raises:
     RunError: something is damaged, or the checkpoint belongs to other weights.
@@ -154,11 +154,11 @@ def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Para
 
 
 def load(config: ConfigDict) -> Subject:
-  """Reads what `config.checkpoint`, or else `config.pretrained`, names.
+  """Reads the checkpoint `config.checkpoint`, or else the folder `config.pretrained`.
 
   Raises:
-    RunError: nothing is named, it cannot be read, or a checkpoint that validation did not choose would meet the test
-      split.
+    RunError: no model is named, it cannot be read, or a checkpoint that validation did not choose would be evaluated
+      on the test split.
   """
   if config.checkpoint is not None:
     return _checkpoint(find_checkpoint(folder(config.checkpoint)), config)

@@ -1,4 +1,4 @@
-"""From graded completions to numbers: the summary of one arm, the comparison of two, a table of many."""
+"""Computes numbers from graded completions: the summary of one arm, the comparison of two, a table of many."""
 
 import functools
 from collections import Counter
@@ -14,8 +14,8 @@ class Column(NamedTuple):
 
   Attributes:
     head: its short name, for a terminal.
-    title: its name in full.
-    cells: one text a row; empty where a row has no such value.
+    title: its full name.
+    cells: one text per row; empty if the row has no such value.
   """
 
   head: str
@@ -24,30 +24,30 @@ class Column(NamedTuple):
 
 
 def verdict(item: Item, accuracy: str) -> bool | None:
-  """Whether an item earned the whole of the metric `accuracy`; None where nobody knows what is right."""
+  """Whether an item has the full value of the metric `accuracy`; None if the right answer is unknown."""
   numerator, denominator = item.metrics[accuracy]
   return numerator == denominator if denominator > 0 else None
 
 
 def summarise(items: Sequence[Item], accuracy: str) -> dict[str, Any]:
-  """The numbers of one arm: items of one task, length and temperature.
+  """The numbers of one arm, which is a task with one length and temperature.
 
-  Intervals are 95% intervals over clusters of questions; `over_seeds` alone is over seeds. Items of unknown answer
-  (denominator 0) are left out of a metric, and a metric that has no others is left out.
+  Intervals are 95% intervals over clusters of questions; only that of `over_seeds` is over seeds. Items with an unknown
+  answer (denominator 0) are left out of a metric, and a metric without other items is left out.
 
   Args:
     items: one for each question, seed and sample, in any order.
     accuracy: the name of the metric that is the accuracy.
 
   Returns:
-    `n` questions, `samples` a seed and question, `seeds`, `metrics` {name: {value, interval}}, `accuracy` and
-    `accuracy_interval` (None without a known answer), mean `reward`; None where not known: mean `tokens`, mean
+    `n` questions, `samples` per seed and question, `seeds`, `metrics` {name: {value, interval}}, `accuracy` and
+    `accuracy_interval` (None without a known answer), mean `reward`; None if unknown: mean `tokens`, mean
     `forward_passes`, `tokens_per_second`. With several seeds: `over_seeds` {values, mean, interval}. With several
-    completions a question and an accuracy of 0 or 1 an item: `pass_at` {k: {value, interval}} and `majority` {value,
+    completions per question and an accuracy of 0 or 1 per item: `pass_at` {k: {value, interval}} and `majority` {value,
     interval} of all of them.
 
   Raises:
-    ValueError: the items are not of one arm, some are missing or doubled, or `accuracy` is none of their metrics.
+    ValueError: the items belong to several arms, some are missing or repeated, or they lack the metric `accuracy`.
   """
   questions = _by_question(items, accuracy)
   seeds = sorted({item.seed for item in items})
@@ -86,16 +86,16 @@ def compare(first: Sequence[Item], second: Sequence[Item], accuracy: str) -> dic
 
   Args:
     first: the items of one arm.
-    second: those of another, in any order.
-    accuracy: the name of a metric that is 0 or 1 an item; pairs of unknown answer are left out.
+    second: the items of another arm, in any order.
+    accuracy: the name of a metric that is 0 or 1 per item; pairs with an unknown answer are left out.
 
   Returns:
-    `n` pairs in so many `clusters`; how many `both`, `only_first`, `only_second` and `neither` have right; `p`, of
-    McNemar's exact test; `difference` of the accuracies, second minus first, with its `interval` over clusters; a
-    `note` where pairs share clusters, which McNemar's test does not know.
+    `n` pairs and the number of `clusters`; how many pairs `both`, `only_first`, `only_second` and `neither` answer
+    correctly; `p` of McNemar's exact test; `difference` of the accuracies, second minus first, with its `interval` over
+    clusters; a `note` if pairs share clusters, which McNemar's test ignores.
 
   Raises:
-    ValueError: they did not answer the same questions, or the accuracy is not 0 or 1.
+    ValueError: the questions differ, or the accuracy is not 0 or 1.
   """
   one, other = _by_draw(first, accuracy), _by_draw(second, accuracy)
   if one.keys() != other.keys():
@@ -134,11 +134,11 @@ def compare(first: Sequence[Item], second: Sequence[Item], accuracy: str) -> dic
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-  """The columns of a table of arms, shares in percent; one without any value is left out.
+  """The columns of a table of arms, with shares in percent; a column without any value is left out.
 
   Args:
     rows: {"task", "length", "temperature", "summary", "baseline", "sampler"}: a summary of `summarise`, the accuracy of
-      the task's constant answer as {"value", "interval"}, or None, and the fields of the sampler, or None where it is
+      the task's constant answer as {"value", "interval"}, or None, and the fields of the sampler, or None if it is
       not known. Its cache and schedule are shown where they are not d1's, `none` and `static`.
   """
   every: list[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = [
@@ -167,8 +167,8 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A plain table of arms for the terminal, see `columns`; of at most 120 characters a line for short task names and a
-  static schedule.
+  """A plain table of arms for the terminal, see `columns`; lines have at most 120 characters for short task names and
+  a static schedule.
   """
   shown = columns(rows)
   widths = [max(map(len, (column.head, *column.cells))) for column in shown]
@@ -190,7 +190,7 @@ def _check_arm(items: Sequence[Item], accuracy: str) -> None:
 
 
 def _by_question(items: Sequence[Item], accuracy: str) -> list[list[Item]]:
-  """The items of each question in the order in which they were drawn; as many for each."""
+  """The items of each question in the order in which they were drawn; every question has the same number."""
   _check_arm(items, accuracy)
   drawn = {(item.index, item.seed, item.sample): item for item in items}
   indices, seeds, samples = (sorted(set(part)) for part in zip(*drawn, strict=True))
@@ -203,7 +203,7 @@ def _by_question(items: Sequence[Item], accuracy: str) -> list[list[Item]]:
 
 
 def _by_draw(items: Sequence[Item], accuracy: str) -> dict[tuple[str, int, int, int], Item]:
-  """Items by question, seed, sample and, for questions that a split repeats, which of the repeats it is."""
+  """Items by question, seed, sample and, for questions that a split repeats, the number of the repeat."""
   _check_arm(items, accuracy)
   found: dict[tuple[str, int, int, int], Item] = {}
   repeats: Counter[tuple[str, int, int]] = Counter()
@@ -219,11 +219,11 @@ def _is_binary(items: Iterable[Item], accuracy: str) -> bool:
 
 
 def _majority(question: Sequence[Item], accuracy: str) -> bool:
-  """Whether the most frequent answer is right; of equally frequent ones the one that was drawn first."""
+  """Whether the most frequent answer is right; of equally frequent answers, the one drawn first counts."""
   votes = Counter(item.answer for item in question if item.answer is not None)
   if not votes:
     return False
-  winner = max(votes, key=votes.__getitem__)  # a Counter keeps the order in which answers first came
+  winner = max(votes, key=votes.__getitem__)  # a Counter keeps the order of first appearance
   return bool(verdict(next(item for item in question if item.answer == winner), accuracy))
 
 
@@ -257,7 +257,7 @@ def _sampler(sampler: Mapping[str, Any] | None) -> str:
 
 
 def _samples(row: Mapping[str, Any]) -> int:
-  """Completions a question, where they vote; else 0."""
+  """The number of completions per question if they vote, otherwise 0."""
   return max(map(int, row["summary"].get("pass_at", {})), default=0)
 
 

@@ -1,1 +1,1 @@
-"""Texts for people: completions of prompts, and what the canvas looked like on the way to them."""
+"""Generates texts: completes prompts, and shows the canvas after each denoising step."""

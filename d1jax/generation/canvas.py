@@ -1,6 +1,6 @@
-"""The canvas as a grid of characters: which token each belongs to, and which step revealed it.
+"""The canvas as a grid of characters, each with its token and the step that unmasked it.
 
-A hidden token takes as much room as what it will be, so that nothing moves while the canvas fills.
+A masked token takes as much space as its final text, so that nothing moves while the canvas fills.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from d1jax.errors import steers
 from d1jax.generation.generate import Generation
 
 HIDDEN, NEW_LINE, END, BEHIND, SILENT, UNPRINTABLE = "░", "↵", "∎", "·", "◦", "\ufffd"
-"""A token not revealed yet; a line break; the stop; a token behind it; one without text; a control character."""
+"""Signs of a masked token, a line break, the stop, a token after it, a token without text, a control character."""
 
 _HANGING = (" ", NEW_LINE)
 
@@ -25,20 +25,20 @@ SCALE = (33, 69, 99, 135, 134, 169, 168, 167, 166, 172)
 """From early to late: blue, violet, red, orange. Numbers of xterm's 256 colours, readable on black and on white."""
 
 GIVEN = -1
-"""The step of a token that was given, not revealed."""
+"""The step of a token that was given in the prefill."""
 
 NEVER = int(np.iinfo(np.int32).max)
-"""The step of a token that no step revealed."""
+"""The step of a token that no step unmasked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Glyph:
-  """A character on the grid; marks that combine with it included.
+  """A character on the grid, including combining marks.
 
   Attributes:
-    text: what is drawn.
-    columns: how wide it is: 1, or 2.
-    token: the place of its token.
+    text: the characters to draw.
+    columns: the width: 1 or 2.
+    token: the index of its token.
   """
 
   text: str
@@ -48,12 +48,12 @@ class Glyph:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Canvas:
-  """A completion and how it came about.
+  """A completion and the steps that unmasked it.
 
   Attributes:
-    prompt: what was asked.
-    texts: of each token, to be shown.
-    steps: that revealed each, counted from 0 without gaps; `GIVEN` and `NEVER` besides.
+    prompt: the prompt.
+    texts: the visible text of each token.
+    steps: the step that unmasked each token, counted from 0 without gaps; or `GIVEN` or `NEVER`.
   """
 
   prompt: str
@@ -62,16 +62,16 @@ class Canvas:
 
   @functools.cached_property
   def total(self) -> int:
-    """How many steps revealed something."""
+    """The number of steps that unmasked a token."""
     return int(self.steps[self.steps < NEVER].max()) + 1
 
   def progress(self, step: int) -> tuple[str, str]:
-    """How far a step is, and how many tokens are revealed after it."""
+    """Two texts: the number of a step, and the number of tokens that are unmasked after it."""
     own = self.steps > GIVEN
     return f"step {step + 1} of {self.total}", f"{int((own & (self.steps <= step)).sum())} of {int(own.sum())} tokens"
 
   def shade(self, token: int) -> int:
-    """A token's colour, a place in `SCALE`."""
+    """The colour of a token, as an index in `SCALE`."""
     return round(int(self.steps[token]) / max(self.total - 1, 1) * (len(SCALE) - 1))
 
 
@@ -80,7 +80,7 @@ def of(generation: Generation, tokenizer: Tokenizer) -> Canvas:
 
   Args:
     generation: the completion.
-    tokenizer: that made it.
+    tokenizer: the model's tokenizer.
   """
   ids = generation.tokens.tolist()
   ended = ids[generation.length - 1] in tokenizer.stop_ids
@@ -95,7 +95,7 @@ def of(generation: Generation, tokenizer: Tokenizer) -> Canvas:
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-  """What each token adds to the text; together they are the text.
+  """The part of the text that each token adds; joined, the parts are the text.
 
   A character of several tokens belongs to the last of them.
   """
@@ -107,20 +107,20 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def _shared(text: str, other: str) -> int:
-  """How many characters two texts begin with alike."""
+  """The length of the common beginning of two texts."""
   if other.startswith(text):
     return len(text)
   return next(place for place, pair in enumerate(zip(text, other + "\0", strict=False)) if pair[0] != pair[1])
 
 
 def layout(texts: Sequence[str], columns: int) -> list[list[Glyph]]:
-  """Lays texts out in lines: at their line breaks, between words, and within words longer than a line.
+  """Breaks texts into lines: at line breaks, between words, and inside words that are longer than a line.
 
-  A space or the sign of a line break stays on the line of its word, where it may stand out by a column.
+  A space or the sign of a line break stays on the line of its word, and may exceed the line by one column.
 
   Args:
-    texts: of tokens.
-    columns: of a line.
+    texts: the texts of the tokens.
+    columns: the width of a line.
   """
   lines: list[list[Glyph]] = [[]]
   used = 0
@@ -140,7 +140,7 @@ def layout(texts: Sequence[str], columns: int) -> list[list[Glyph]]:
 
 
 def _words(texts: Sequence[str]) -> list[list[Glyph]]:
-  """Glyphs in words, each with the space or line break that ends it."""
+  """Groups glyphs into words; each word includes the space or line break that ends it."""
   words: list[list[Glyph]] = [[]]
   for token, text in enumerate(texts):
     for char in text:
@@ -156,20 +156,20 @@ def _words(texts: Sequence[str]) -> list[list[Glyph]]:
 
 
 def visible(char: str) -> str:
-  """The character, or another where it would move the cursor, vanish or change the direction of what follows."""
+  """The character; or a substitute, if it would move the cursor, be invisible or change the direction of the text."""
   if char == "\n":
     return NEW_LINE
   return UNPRINTABLE if steers(char) else char
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:
-  """At most so many of the steps, evenly spaced, the last among them."""
+  """At most `most` of the steps, evenly spaced, including the last one."""
   if len(steps) <= most:
     return list(steps)
   return [steps[round(place)] for place in np.linspace(len(steps) / most, len(steps), most) - 1]
 
 
 def rgb(shade: int) -> tuple[int, int, int]:
-  """Red, green and blue of a place in `SCALE`, from 0 to 255."""
+  """Red, green and blue (0 to 255) of an index in `SCALE`."""
   levels, number = (0, 95, 135, 175, 215, 255), SCALE[shade] - 16
   return levels[number // 36], levels[number // 6 % 6], levels[number % 6]

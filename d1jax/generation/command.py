@@ -1,4 +1,4 @@
-"""`--config=configs/generate.py`: completes prompts, prints the texts and, if asked, how they came about."""
+"""`--config=configs/generate.py`: completes prompts, prints the texts and, on request, the denoising steps."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ from d1jax.generation.generate import Generation, stream
 from d1jax.run import limits
 
 WIDEST = 100
-"""Columns of a canvas, on a wider terminal too."""
+"""The largest width of a canvas in columns, even on a wider terminal."""
 
 
 def run(config: ConfigDict) -> list[Generation]:
@@ -80,10 +80,10 @@ def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[G
 
 
 def _film_path(config: ConfigDict, prompts: int) -> Path | None:
-  """Where the film goes, if there is one; a RunError where it cannot."""
+  """The path of the film, if there is one; a RunError if it cannot be written there."""
   if config.film is None:
     return None
-  with extra("eval"):  # pictures need packages that texts do not
+  with extra("eval"):  # only films need these packages
     from d1jax.generation import film
   path = Path(config.film)
   with input_checked():
@@ -97,7 +97,7 @@ def _film_path(config: ConfigDict, prompts: int) -> Path | None:
 
 
 def _prompts(config: ConfigDict) -> list[str]:
-  """The prompts: the one of the configuration, or those of standard input."""
+  """The prompt of the configuration, or the prompts on standard input."""
   if config.prompt is not None:
     if not config.prompt.strip():
       raise RunError("config.prompt is empty; write something")
@@ -106,7 +106,7 @@ def _prompts(config: ConfigDict) -> list[str]:
     raise RunError("no prompt: set config.prompt, or send prompts to standard input, one a line")
   with input_checked():
     text = files.decode(sys.stdin.buffer.read(), "standard input")
-  # A line ends at a line feed alone: whatever else Unicode ends lines with is part of the prompt.
+  # A line ends only at a line feed; other line ends of Unicode are part of the prompt.
   prompts = [line for line in (line.removesuffix("\r") for line in text.split("\n")) if line.strip()]
   if not prompts:
     raise RunError("no prompt: standard input is empty; send prompts, one a line, or set config.prompt")
@@ -114,7 +114,7 @@ def _prompts(config: ConfigDict) -> list[str]:
 
 
 def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
-  """How answers are drawn; what is not set is as in the rollouts, the tokens a step among it."""
+  """The sampler of answers; fields that are not set are those of the rollouts, including the tokens per step."""
   length = trained.completion_length if config.length is None else config.length
   block = min(trained.block_length, length) if config.block_length is None else config.block_length
   per_step = config.tokens_per_step or trained.completion_length / trained.diffusion_steps
@@ -136,7 +136,7 @@ def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
 def _printed(
   generations: Iterator[Generation], config: ConfigDict, tokenizer: Tokenizer, *, several: bool
 ) -> Iterator[Generation]:
-  """Prints each completion and passes it on."""
+  """Prints each completion and yields it."""
   terminals = sys.stdout.isatty()
   colored = terminals and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
   columns = min(WIDEST, shutil.get_terminal_size().columns - 1)
@@ -154,7 +154,11 @@ def _printed(
 
 
 def _write(text: str) -> None:
-  """Writes to standard output, what its encoding lacks as question marks; a StorageError where nobody reads it."""
+  """Writes to standard output; characters that its encoding lacks become question marks.
+
+  Raises:
+    StorageError: nobody reads standard output.
+  """
   encoding = sys.stdout.encoding or "utf-8"
   try:
     sys.stdout.write(text.encode(encoding, "replace").decode(encoding))

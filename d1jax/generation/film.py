@@ -1,4 +1,4 @@
-"""The canvas as an animated picture, a GIF."""
+"""The film of a canvas: an animated GIF."""
 
 import io
 import itertools
@@ -17,23 +17,23 @@ from d1jax.run.workdir import write_atomically
 
 MOST_FRAMES = 240
 PILL = (45, 49, 58)
-"""The colour of a hidden token."""
+"""The colour of a masked token."""
 
 MOST_CANVASES = 8
-"""Completions of a film, which are shown one after the other."""
+"""The largest number of completions in a film; they are shown one after the other."""
 
 _SIZE, _CELL, _LINE, _MARGIN = 18, 11, 29, 28  # pixels: letters, their grid, the border
 _PROMPT_LINES = 5
 _FIRST, _SHORTEST, _LONGEST, _LAST = 700, 40, 500, 3000  # milliseconds
-_WHOLE = 8000  # milliseconds that the steps take together, if that is not too fast or too slow
+_WHOLE = 8000  # milliseconds of all steps together, if that is neither too fast nor too slow
 _BACKGROUND, _DIM, _BRIGHT, _WHITE = (21, 23, 28), (125, 132, 145), (222, 226, 232), (255, 255, 255)
-_GRID = ImageFont.Layout.BASIC  # whole pixels a letter
+_GRID = ImageFont.Layout.BASIC  # every letter has a whole number of pixels
 
 _Color = tuple[int, int, int]
 
 
 def check(path: Path) -> None:
-  """Raises a ValueError unless a film can be written to the path; nothing is left there."""
+  """Raises a ValueError unless a film can be written to the path; no file is left there."""
   if path.suffix.lower() != ".gif":
     raise ValueError(f"film={str(path)!r} does not end in .gif, the one format that is written")
   if path.is_dir():
@@ -46,10 +46,10 @@ def check(path: Path) -> None:
 
 
 def save(path: Path, canvases: Sequence[Canvas]) -> None:
-  """Writes a film of completions, one after the other; it starts again at its end.
+  """Writes a film of completions, one after the other, in an endless loop.
 
   Args:
-    path: of the file.
+    path: the path of the file.
     canvases: the completions.
 
   Raises:
@@ -68,7 +68,7 @@ def save(path: Path, canvases: Sequence[Canvas]) -> None:
     for image, milliseconds in scene.frames((width, height), MOST_FRAMES // len(scenes)):
       frames.append(image)
       durations.append(milliseconds)
-  # One palette for all, so that nothing flickers.
+  # All frames share one palette, so that colours do not flicker.
   some = evenly(range(len(frames)), 12)
   sheet = Image.new("RGB", (width, height * len(some)))
   for place, frame in enumerate(some):
@@ -81,7 +81,7 @@ def save(path: Path, canvases: Sequence[Canvas]) -> None:
 
 
 class _Run(NamedTuple):
-  """The part of a token that stands on one line: its glyphs, and the corner where they start."""
+  """The part of a token on one line: its glyphs, and the corner where they start."""
 
   left: int
   top: int
@@ -89,7 +89,7 @@ class _Run(NamedTuple):
 
 
 class _Scene:
-  """One completion: where everything stands, and its pictures."""
+  """One completion: its layout and its frames."""
 
   def __init__(self, canvas: Canvas, columns: int):
     self._canvas = canvas
@@ -112,7 +112,7 @@ class _Scene:
     self.height = top + 2 * _LINE + _MARGIN
 
   def frames(self, size: tuple[int, int], most: int) -> Iterator[tuple[Image.Image, int]]:
-    """Pictures and how long each is shown, in milliseconds."""
+    """Yields the frames, each with its duration in milliseconds."""
     canvas = self._canvas
     base = Image.new("RGB", size, _BACKGROUND)
     drawn = ImageDraw.Draw(base)
@@ -136,7 +136,7 @@ class _Scene:
     yield self._with_progress(base, steps[-1]), _LAST
 
   def _draw(self, draw: ImageDraw.ImageDraw, token: int, pill: _Color, letters: _Color | None) -> None:
-    """Draws a token over what was there; without a colour of letters it is hidden."""
+    """Draws a token over the picture; without a colour for letters, the token is masked."""
     for left, top, glyphs in self._runs.get(token, []):
       right = left + sum(glyph.columns for glyph in glyphs) * _CELL
       draw.rectangle((left, top - 2, right - 1, top + _SIZE + 4), _BACKGROUND)
@@ -146,7 +146,7 @@ class _Scene:
         left += glyph.columns * _CELL
 
   def _with_progress(self, picture: Image.Image, step: int) -> Image.Image:
-    """A copy with a bar in the colours of the scale, and what it says in numbers."""
+    """A copy of the picture with a progress bar in the colours of the scale, and its numbers."""
     canvas, image = self._canvas, picture.copy()
     draw, (width, height) = ImageDraw.Draw(image), image.size
     top, left, right = height - _MARGIN - _LINE, _MARGIN, width - _MARGIN
@@ -163,6 +163,6 @@ class _Scene:
 
 
 def _mixed(color: _Color, ground: _Color, share: float) -> _Color:
-  """A share of a colour over another."""
+  """Mixes a share of one colour into another."""
   red, green, blue = (round(share * c + (1 - share) * g) for c, g in zip(color, ground, strict=True))
   return red, green, blue

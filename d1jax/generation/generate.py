@@ -20,16 +20,16 @@ from d1jax.tasks.base import Message
 from d1jax.tasks.common import check_integer
 
 Prompt = str | Sequence[Message]
-"""What a user says, or a conversation."""
+"""A user's message, or a conversation."""
 
 GREEDY = SamplerSpec(completion_length=128, diffusion_steps=64, block_length=32, temperature=0.0, early_exit=True)
-"""Two tokens a step, the most probable ones."""
+"""Unmasks the two most probable tokens in each step."""
 
 PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
-"""Prompt lengths that are compiled."""
+"""The prompt lengths that are compiled."""
 
 MOST_SEEDS = 1 << 32
-"""JAX takes 32 bits of a seed and drops the others without a word."""
+"""The number of seeds: JAX uses 32 bits of a seed and silently drops the others."""
 
 _STRIDE = 1 << 20
 
@@ -39,14 +39,14 @@ class Generation:
   """One completion of one prompt.
 
   Attributes:
-    prompt: what the user said last.
-    index: the prompt's place in the list.
-    sample: which of its completions this is, from 0.
+    prompt: the last message of the user.
+    index: the prompt's index in the list.
+    sample: the number of this completion of the prompt, from 0.
     prefill: the given start of the answer.
     text: the answer: the prefill, and the completion up to the first stop id.
-    tokens: ids of the completion, what lies behind the stop included.
-    length: tokens up to and including the first stop id; all of them where there is none.
-    reveal_step: the denoising step, from 0, that revealed each token; -1 where the row had ended before.
+    tokens: the ids of the completion, including those after the stop.
+    length: the number of tokens up to and including the first stop id; all tokens if there is none.
+    reveal_step: the denoising step, from 0, that unmasked each token; -1 if the row had ended before.
   """
 
   prompt: str
@@ -63,7 +63,7 @@ def generate(model: Model, prompts: Sequence[Prompt], **options: Any) -> list[Ge
   """Completes prompts; the options are those of `stream`.
 
   Returns:
-    One `Generation` a sample: those of the first prompt, then those of the second, and so on.
+    One `Generation` per sample: first those of the first prompt, then those of the second, and so on.
 
   Raises:
     ValueError: a prompt or an option cannot be used.
@@ -83,24 +83,24 @@ def stream(
   batch_size: int = 16,
   prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
 ) -> Iterator[Generation]:
-  """Completes prompts batch by batch, and yields each as its batch is done.
+  """Completes prompts batch by batch, and yields each completion when its batch is done.
 
-  One program is compiled for each sampler and shape of a batch. A draw depends on the seed, the prompt's place in the
-  list and the sample's number alone.
+  One program is compiled for each sampler and shape of a batch. A draw depends only on the seed, the prompt's index in
+  the list and the sample's number.
 
   Args:
     model: network, tokenizer and mesh.
     prompts: texts or conversations, which the tokenizer's chat template writes.
-    params: of `Model.publish`; None: the weights that the model starts with.
+    params: the weights, from `Model.publish`; None: the weights with which the model starts.
     spec: the sampler.
-    prefill: how each answer starts.
-    samples: completions of each prompt.
-    seed: of the draws.
-    batch_size: completions at a time.
-    prompt_buckets: prompt lengths that are compiled; a batch is padded to the smallest that holds it.
+    prefill: the start of each answer.
+    samples: the number of completions of each prompt.
+    seed: the seed of the draws.
+    batch_size: the number of completions per batch.
+    prompt_buckets: the prompt lengths that are compiled; a batch is padded to the smallest one that holds it.
 
   Raises:
-    ValueError: a prompt or an option cannot be used; before anything is computed.
+    ValueError: a prompt or an option cannot be used; it is raised before anything is computed.
   """
   for name, value, least in (("samples", samples, 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
     check_integer(name, value, least)
@@ -150,7 +150,7 @@ def stream(
 
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longest: int) -> list[list[int]]:
-  """The ids of prompts; a ValueError where one is empty, too long or has characters without a token."""
+  """The ids of prompts; a ValueError if one is empty, too long or has characters without a token."""
   if isinstance(prompts, str):
     raise ValueError(f"prompts is one text, {prompts[:40]!r}; give a list of texts")
   if not prompts:
@@ -177,6 +177,6 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longe
 
 
 def _revealed(reveal_step: Int[np.ndarray, "C"], block_length: int) -> Int[np.ndarray, "C"]:
-  """The recorded steps, with -1 where no step came: step 0 reveals tokens of the first block alone."""
+  """The recorded steps, with -1 for blocks that were not computed: step 0 unmasks only tokens of the first block."""
   behind = np.arange(reveal_step.size) >= block_length
   return np.where(behind & (reveal_step == 0), -1, reveal_step)

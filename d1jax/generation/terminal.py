@@ -1,4 +1,4 @@
-"""The canvas on a terminal, step by step, each token in the colour of the step that revealed it."""
+"""Shows the canvas on a terminal, step by step; each token has the colour of the step that unmasked it."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from d1jax.generation import canvas as canvases
 from d1jax.generation.canvas import GIVEN, SCALE, Canvas, Glyph, evenly, layout
 
 MOST = 20
-"""Steps that are shown of a longer film."""
+"""The largest number of steps to show."""
 
 LEGEND = (
   f"{canvases.HIDDEN} hidden   {canvases.NEW_LINE} line break   {canvases.END} end   {canvases.BEHIND} behind the end"
@@ -15,12 +15,12 @@ LEGEND = (
 
 
 def show(canvas: Canvas, *, columns: int, colored: bool) -> str:
-  """The canvas after each step (after evenly spaced ones where there are many), and a legend.
+  """The canvas after each step (after evenly spaced steps if there are many), and a legend.
 
   Args:
     canvas: the completion.
-    columns: of the terminal.
-    colored: whether it understands colours; without them a revealed token is told from a hidden one all the same.
+    columns: the width of the terminal.
+    colored: whether the terminal supports colours; unmasked and masked tokens also differ without them.
   """
   lines = layout(canvas.texts, columns)
   before = GIVEN
@@ -35,7 +35,7 @@ def show(canvas: Canvas, *, columns: int, colored: bool) -> str:
 
 
 def _line(canvas: Canvas, line: list[Glyph], step: int, before: int, colored: bool) -> Iterator[str]:
-  """A line in runs of one colour; what the step revealed is bold."""
+  """Yields the parts of a line, each in one colour; tokens that this step unmasked are bold."""
 
   def style(glyph: Glyph) -> tuple[str, bool]:
     own = canvas.steps[glyph.token]

@@ -1,1 +1,1 @@
-"""Networks. They know nothing of diffusion, reinforcement learning or meshes."""
+"""Networks. They do not depend on diffusion, reinforcement learning or meshes."""

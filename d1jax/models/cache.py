@@ -1,8 +1,8 @@
-"""Keys and values of every layer and position, kept from one pass of a rollout to the next.
+"""The KV cache: keys and values of every layer and position, kept from one forward pass of a rollout to the next.
 
-Neighbouring denoising steps differ in a few tokens. A window of the canvas is computed anew and attends to what the
-other positions had when they were last computed (the dual cache of Fast-dLLM, arXiv 2505.22618). The cache is carried
-through loops and written in place.
+Two successive denoising steps differ in only a few tokens. So only a window of the canvas is computed again; it attends
+to the keys and values that the other positions had when they were last computed (the dual cache of Fast-dLLM,
+arXiv 2505.22618). The cache is carried through loops and written in place.
 """
 
 from typing import NamedTuple
@@ -15,15 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 from d1jax.models.layers import Constrain
 
 AXES = ("layers", "batch", None, "kv_heads", None)
-"""Of keys and values. The canvas is never cut: a window may start anywhere."""
+"""The logical axes of keys and values. The canvas is never sharded, because a window may start anywhere."""
 
 
 class Cache(NamedTuple):
-  """What a window attends to. Shapes: B batch, L canvas, K key-value heads, H head size.
+  """The keys and values to which a window attends. Shapes: B batch, L canvas, K key-value heads, H head size.
 
   Attributes:
-    key: behind the rotary turn, in the compute dtype.
-    value: in the compute dtype.
+    key: keys after the rotary embedding, in the compute dtype.
+    value: values, in the compute dtype.
     valid: false at padding.
   """
 
@@ -39,11 +39,11 @@ def empty(
 
   Args:
     valid: false at padding.
-    layers: of the network.
+    layers: the number of layers.
     kv_heads: K.
     head_size: H.
-    dtype: of the products.
-    constrain: where it lives.
+    dtype: the compute dtype.
+    constrain: sets the placement of the cache.
   """
   zeros = jnp.zeros((layers, *valid.shape, kv_heads, head_size), dtype)
   return Cache(constrain(zeros, AXES), constrain(zeros, AXES), constrain(valid, ("batch", None)))
@@ -57,15 +57,15 @@ def renewed(
   v: Float[Array, "B W K H"],
   constrain: Constrain,
 ) -> tuple[Cache, Float[Array, "B L K H"], Float[Array, "B L K H"]]:
-  """Writes a window of one layer, and reads that layer.
+  """Writes the window of one layer into the cache, and reads that layer.
 
   Args:
-    cache: is not used any more.
-    layer: its index.
-    start: position of the window's first row, at most L - W.
-    k: keys of the window.
-    v: values of the window.
-    constrain: where the cache lives.
+    cache: the old cache, which must not be used afterwards.
+    layer: the index of the layer.
+    start: the position of the window's first row, at most L - W.
+    k: the keys of the window.
+    v: the values of the window.
+    constrain: sets the placement of the cache.
 
   Returns:
     The cache, and the layer's keys and values of the whole canvas.
@@ -75,7 +75,7 @@ def renewed(
     return constrain(jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, start, 0, 0)), AXES)
 
   cache = cache._replace(key=write(cache.key, k), value=write(cache.value, v))
-  if k.shape[1] == cache.valid.shape[1]:  # a refresh: what was written is all there is to read
+  if k.shape[1] == cache.valid.shape[1]:  # a refresh: the window is the whole canvas, so nothing else must be read
     return cache, k, v
   read = lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
   return cache, read(cache.key), read(cache.value)

@@ -1,6 +1,6 @@
-"""What a family of models is to d1jax, and the readers of config.json that families share.
+"""The description of a model family, and the readers of config.json that families share.
 
-A family is one file of `d1jax/models/families`, whose `FAMILY` holds all that is particular to it.
+A family is one file of `d1jax/models/families`; its `FAMILY` holds everything specific to it.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ Config = Mapping[str, Any]
 
 shown = reprlib.Repr()
 shown.maxstring = shown.maxother = 80
-"""Writes a value of a file into a message, shortened where it is long or deep."""
+"""Formats a value of a file for a message; long or deep values are shortened."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """A kind of model, as its folders describe it.
+  """A kind of model, and the format of its folders.
 
   Attributes:
-    model_type: what config.json calls it, in lower case.
-    shift: how many positions before a token stands the state that predicts it: 0 (LLaDA) or 1.
-    read: the sizes of a config.json, in which `defaults` are filled in and `fixed` are checked.
-    size_keys: the keys of config.json for a size, by the field of `TransformerSize`; the first that has a value counts.
-    tied_key: the key that says whether the head is the embedding.
-    schemes: the names of tensors that its files may have; a folder's are those that name its embedding.
-    defaults: what a key that config.json lacks means: the defaults of the configuration's class.
-    fixed: options, and the only value of each that the network implements. They may be left out.
-    presets: sizes of well-known models, by the names that `config.model.size` has for them.
+    model_type: its name in config.json, in lower case.
+    shift: how many positions before a token the hidden state stands that predicts it: 0 (LLaDA) or 1.
+    read: reads the sizes from a config.json whose `defaults` are filled in and whose `fixed` options are checked.
+    size_keys: the keys of config.json for each field of `TransformerSize`; the first key with a value counts.
+    tied_key: the key that tells whether the head is the embedding.
+    schemes: the tensor names that its files may have; a folder's scheme is the one that contains its embedding.
+    defaults: the values of keys that config.json lacks, from the model's configuration class.
+    fixed: options with the only value that the network implements; config.json may leave them out.
+    presets: sizes of well-known models by their names in `config.model.size`.
   """
 
   model_type: str
@@ -46,7 +46,7 @@ class Family:
   presets: Mapping[str, TransformerSize] = dataclasses.field(default_factory=dict)
 
   def size(self, config: Config) -> TransformerSize:
-    """The sizes that a config.json states.
+    """The sizes in a config.json.
 
     Raises:
       KeyError: a key is missing.
@@ -60,12 +60,12 @@ class Family:
     return self.read(config)
 
   def scheme_of(self, tensors: Collection[str]) -> Scheme:
-    """The names that these tensors have; the first scheme where they fit none."""
+    """The scheme of these tensor names; the first scheme if they fit none."""
     return next((scheme for scheme in self.schemes if scheme[("embedding",)] in tensors), self.schemes[0])
 
 
 def sizes(config: Config, size_keys: Mapping[str, tuple[str, ...]], **others: Any) -> TransformerSize:
-  """The sizes under `size_keys`, and other fields that are known already."""
+  """The sizes under `size_keys`, and `others`, which are known already."""
   stated = lambda keys: next((key for key in keys if config.get(key) is not None), keys[-1])
   counts = {name: count(config, stated(keys)) for name, keys in size_keys.items() if name not in others}
   return TransformerSize(**{**counts, **others})
@@ -88,7 +88,7 @@ def count(config: Config, name: str) -> int:
 
 
 def flag(config: Config, name: str) -> bool:
-  """True or false; null is false."""
+  """A boolean; null means false."""
   value = config[name] or False
   if not isinstance(value, bool):
     raise ValueError(f"{name}={shown.repr(value)} is neither true nor false")

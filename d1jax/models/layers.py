@@ -1,9 +1,9 @@
 """The pieces of a LLaDA block: RMSNorm, rotary embedding, attention, gated MLP.
 
 Shapes: B batch, L length, T queries, S keys, D embed, N heads, K key-value heads, H head size, F MLP width. Weights are
-stored [in, out], each with its logical axes beside it; they are cast to the compute dtype where they are used. A weight
-of a product may come in another form than an array: quantised (`d1jax.models.quantize`) or with a low-rank addition
-(`d1jax.models.lora`); `project` is the one place where that matters.
+stored [in, out], each with its logical axes; they are cast to the compute dtype where they are used. Instead of an
+array, the weight of a product may be quantised (`d1jax.models.quantize`) or have a low-rank addition
+(`d1jax.models.lora`); only `project` distinguishes these forms.
 """
 
 import dataclasses
@@ -19,20 +19,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
-"""States where an activation with these logical axes lives; the identity without a mesh."""
+"""Sets the placement of an activation with these logical axes; without a mesh, it is the identity."""
 
 
 class Visible(NamedTuple):
-  """Who sees whom: a query sees a key that is valid, and that stands no later than itself in the order.
+  """The attention mask: a query sees a key if the key is valid and its order is not larger than the query's.
 
-  Without an order attention goes both ways. With `i` as the order of position i it is causal, with `i // 4` it is
-  block-causal: both ways inside a block of four, and backwards across blocks. The order is the same in every row. What
-  a query that sees no key gets is finite, and means nothing.
+  Without an order, attention is bidirectional. If the order of position i is `i`, attention is causal; if it is
+  `i // 4`, attention is block-causal: bidirectional inside a block of four, and only backwards across blocks. All rows
+  have the same order. A query that sees no key gets a finite result without meaning.
 
   Attributes:
     valid: false at padding.
-    q_order: of the queries; None where there is no order.
-    k_order: of the keys; None where there is no order.
+    q_order: the order of the queries; None: no order.
+    k_order: the order of the keys; None: no order.
   """
 
   valid: Bool[Array, "B S"]
@@ -44,18 +44,18 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array, Visible], jax.Array]
 """`(q[B T N H], k[B S K H], v[B S K H], visible) -> [B T N H]`: every query attends to the keys it sees; T <= S."""
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""`(q[B L N H], k[B L K H], v[B L K H]) -> (mixed[B L N H], kept)`: what a layer does with the queries, keys and values
-of its input. `kept` is handed through: the cache with the keys and values in it, or None."""
+"""`(q[B L N H], k[B L K H], v[B L K H]) -> (mixed[B L N H], kept)`: the attention of a layer on the queries, keys and
+values of its input. `kept` is the updated KV cache, or None."""
 
 DropoutKeys = Key[Array, "B L"] | None
-"""One key a token, or None where nothing is dropped (wherever log-probabilities meet)."""
+"""One key per token; or None without dropout, as wherever log-probabilities are compared."""
 
 Project = Callable[..., jax.Array]
 """`project`, or `project_by_row`."""
 
 
 def no_constraint(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-  """The constraint of a model without a mesh: none."""
+  """The constraint of a model without a mesh: returns `x`."""
   del axes
   return x
 
@@ -66,7 +66,7 @@ def plain_attention(
   v: Float[Array, "B S K H"],
   visible: Visible,
 ) -> Float[Array, "B T N H"]:
-  """Attention by an explicit mask, softmax in float32; N / K queries share a key-value head."""
+  """Attention with an explicit mask and a softmax in float32; N / K query heads share a key-value head."""
   seen = visible.valid[:, None, None, :]
   if visible.q_order is not None and visible.k_order is not None:
     seen = seen & (visible.k_order <= visible.q_order[:, None])
@@ -74,7 +74,7 @@ def plain_attention(
 
 
 def weight(key: jax.Array, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-  """A float32 weight that carries its logical axes and no placement."""
+  """A float32 weight with its logical axes, but without a placement."""
   return nnx.Param(init(key, shape, jnp.float32), out_sharding=axes, eager_sharding=False)
 
 
@@ -85,15 +85,15 @@ def look_up(
   """The rows of a table, cast to `dtype`; the gradient of a row is summed in the table's own type.
 
   Half of all positions may hold one id, the mask. Its gradient is then a sum of thousands of rows, and a sum in
-  bfloat16 stops growing once it is 256 times as large as what is added to it: 4,096 ones come to 256.
+  bfloat16 stops growing once it is 256 times as large as each addend: in bfloat16, the sum of 4,096 ones is 256.
 
   Args:
-    table: the embedding, as it is stored.
-    tokens: which rows.
-    dtype: of the result.
-    constrain: where the table and its gradient live.
+    table: the embedding as it is stored.
+    tokens: the indices of the rows.
+    dtype: the dtype of the result.
+    constrain: sets the placement of the table and its gradient.
   """
-  # The table is gathered over its embed axis first; otherwise XLA replicates the result of the look-up.
+  # The table is gathered over its embed axis first; otherwise XLA would replicate the result of the look-up.
   return constrain(table.astype(dtype), ("vocab", None))[tokens]
 
 
@@ -106,12 +106,12 @@ def _look_up(
 def _look_up_back(
   dtype: DTypeLike, constrain: Constrain, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, None]:
-  """The sum of the gradients of each row.
+  """Sums the gradients of each row.
 
-  Before they are summed, the gradients change places: a device gives away columns of its own positions, in the type of
-  the activations, for those columns of others' positions that its part of the table has. On eight devices that share
-  the batch and the columns, each receives 7/8 of [B / 8, L, D] numbers; to add up whole tables afterwards it would be
-  twice [V, D]. For LLaDA-8B at d1's lengths that is 40 MB instead of 2 GB.
+  Before the sum, devices exchange gradients in the dtype of the activations: each device ends up with all positions,
+  but only the columns of its part of the table. If eight devices share the batch and the columns, each one receives 7/8
+  of [B / 8, L, D] numbers. To sum whole tables across devices instead, each would receive twice [V, D] numbers. For
+  LLaDA-8B at d1's lengths that is 40 MB instead of 2 GB.
   """
   del dtype
   table, tokens = kept
@@ -125,21 +125,21 @@ look_up.defvjp(_look_up, _look_up_back)
 
 @functools.singledispatch
 def project(w: Any, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None) -> jax.Array:
-  """`x[B L in] @ w[in out]` in `dtype`, for every form of a weight; this one is for arrays.
+  """`x[B L in] @ w[in out]` in `dtype`; each form of a weight registers its own version, and this one is for arrays.
 
   Args:
     w: the weight.
     x: activations.
-    dtype: of the product.
-    dropout: keys for what the weight's form drops in training; arrays drop nothing.
+    dtype: the dtype of the product.
+    dropout: keys for dropout in training, if the form of the weight has it; arrays have none.
   """
   del dropout
   return dense(x, w.astype(dtype))
 
 
 def project_by_row(w: Any, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None) -> jax.Array:
-  """The same as `project`, of activations that devices share by position: rows of the batch are not folded into one
-  axis with positions, which would be gathered for it.
+  """Like `project`, for activations that are sharded by position: folding batch and positions into one axis, as
+  `project` does, would gather them.
   """
   if dropout is None:
     return jax.vmap(lambda x: project(w, x[None], dtype)[0])(x)
@@ -149,8 +149,8 @@ def project_by_row(w: Any, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys 
 def dense(x: Float[Array, "*B in"], w: Float[Array, "in out"]) -> Float[Array, "*B out"]:
   """`x @ w` as one product of two matrices.
 
-  With two or more leading axes, XLA for CPUs transposes the cotangents to form the gradient of `w`; with one it does
-  not, and the backward pass of a network is faster by a quarter.
+  With two or more leading axes, XLA for CPUs transposes the cotangents to compute the gradient of `w`. With one axis it
+  does not, and the backward pass of a network is a quarter faster.
   """
   return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
 
@@ -162,13 +162,13 @@ def fold_tokens(keys: DropoutKeys, counter: Any) -> DropoutKeys:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """Llama 3's stretch of the rotary frequencies (transformers' `rope_type: llama3`).
+  """Llama 3's scaling of the rotary frequencies (transformers' `rope_type: llama3`).
 
   Attributes:
-    factor: by which the longest waves are stretched.
-    low_freq_factor: waves longer than `original_length / low_freq_factor` positions are stretched whole.
-    high_freq_factor: waves shorter than `original_length / high_freq_factor` are left; linear in between.
-    original_length: positions before the stretch.
+    factor: the factor by which the longest wavelengths are stretched.
+    low_freq_factor: wavelengths above `original_length / low_freq_factor` positions are stretched by the whole factor.
+    high_freq_factor: wavelengths below `original_length / high_freq_factor` are unchanged; between, it is linear.
+    original_length: the context length before scaling.
   """
 
   factor: float
@@ -178,7 +178,7 @@ class RopeScaling:
 
 
 def rotary_frequencies(half: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, "half"]:
-  """Radians a position of each pair of coordinates: `theta^(-i / half)`, stretched by `scaling`."""
+  """Radians per position for each pair of coordinates: `theta^(-i / half)`, with `scaling`."""
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   if scaling is None:
     return frequency
@@ -197,8 +197,8 @@ def rotary(
 
   Args:
     x: queries or keys.
-    frequency: radians a position.
-    start: position of the first row.
+    frequency: radians per position.
+    start: the position of the first row.
   """
   positions = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
   angle = positions[None, :, None, None] * frequency[None, None, None]
@@ -222,7 +222,7 @@ class RMSNorm(nnx.Module):
 
 
 class GatedMlp(nnx.Module):
-  """SwiGLU: `down(silu(gate(x)) * up(x))`, no biases."""
+  """SwiGLU: `down(silu(gate(x)) * up(x))`, without biases."""
 
   def __init__(self, embed: int, mlp: int, *, dtype: DTypeLike, project: Project = project, rngs: nnx.Rngs):
     init = nnx.initializers.lecun_normal()
@@ -259,23 +259,23 @@ class SelfAttention(nnx.Module):
       self.value_bias = weight(rngs.params(), zeros, (shared,), ("kv_heads",))
 
   def before_rotary(self, name: str, heads: Float[Array, "B L N H"]) -> Float[Array, "B L N H"]:
-    """The heads of `query` or `key` as they go into the rotary embedding; a family's own layer may change them."""
+    """The heads of `query` or `key` before the rotary embedding; a family's own layer may change them."""
     del name
     return heads
 
   def __call__(
     self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None
   ) -> tuple[Float[Array, "B L D"], Any]:
-    """Mixes positions.
+    """Applies attention over positions.
 
     Args:
-      x: input at positions `start`, `start + 1`, ...
-      start: position of the first row.
-      attend: see `Attend`.
-      dropout: keys of what the projections drop.
+      x: the input at positions `start`, `start + 1`, ...
+      start: the position of the first row.
+      attend: the attention, see `Attend`.
+      dropout: keys for the projections' dropout.
 
     Returns:
-      The output, and what `attend` kept.
+      The output, and the `kept` of `attend`.
     """
 
     def heads(index: int, name: str) -> jax.Array:
@@ -296,22 +296,22 @@ class SelfAttention(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TransformerSize:
-  """The sizes of a network, and what its layers are; `d1jax.models.families.PRESETS` names some.
+  """The sizes of a network and the kind of its layers; `d1jax.models.families.PRESETS` has some by name.
 
   Attributes:
-    vocab: rows of the embedding.
+    vocab: the rows of the embedding.
     embed: D.
     heads: N.
     mlp: F.
-    layers: blocks.
-    rope_theta: base of the rotary wavelengths.
-    norm_eps: of the norms.
-    kv_heads: K, a divisor of N; None is N.
-    head_dim: H; None is D / N.
+    layers: the number of blocks.
+    rope_theta: the base of the rotary wavelengths.
+    norm_eps: the epsilon of the norms.
+    kv_heads: K, a divisor of N; None means N.
+    head_dim: H; None means D / N.
     qkv_bias: whether q, k and v have biases (Qwen2).
     tied: whether the head is the transposed embedding.
-    rope_scaling: Llama 3's.
-    attention_layer: `SelfAttention`, or a family's own kind of it.
+    rope_scaling: Llama 3's scaling of the rotary frequencies; None: no scaling.
+    attention_layer: `SelfAttention`, or a family's own subclass.
   """
 
   vocab: int

@@ -1,8 +1,8 @@
-"""Reads the weights of a Hugging Face folder into place, a slice at a time.
+"""Reads the weights of a Hugging Face folder onto devices, one slice at a time.
 
-Each device fills its own part of each parameter: the stack of all layers is made once and written layer by layer
-through donated updates, in pieces of a few MiB, so that the host never holds more than a piece of a tensor. Matrices
-are transposed, cast or quantised on the way.
+Each device fills its own part of each parameter. A buffer for all layers is allocated once and written layer by layer
+with donated updates, in pieces of a few MiB, so that the host never holds more than one piece of a tensor. Matrices are
+transposed, cast or quantised on the way.
 """
 
 import functools
@@ -23,7 +23,7 @@ from d1jax.models.tensor_files import TensorFiles
 from d1jax.models.transformer import Network, Params
 
 PIECE = 8 * 2**20
-"""Bytes read at a time."""
+"""The number of bytes to read at a time."""
 
 
 class Loaded(NamedTuple):
@@ -37,13 +37,13 @@ class Loaded(NamedTuple):
 def load(
   folder: Path, dtype: DTypeLike = jnp.bfloat16, *, quantized: str | None = None, rows: int | None = None
 ) -> Loaded:
-  """Reads a folder whole onto the first device; `read` does the same onto any placement.
+  """Reads a whole folder onto the first device; `read` does the same for any placement.
 
   Args:
-    folder: with config.json and safetensors.
-    dtype: of weights and matrix products.
+    folder: a folder with config.json and safetensors.
+    dtype: the dtype of weights and matrix products.
     quantized: `int8` or `nf4` stores the projections in few bits.
-    rows: the least vocabulary; see `read`.
+    rows: the smallest vocabulary; see `read`.
   """
   description = describe(folder)
   network = transformer.build(families.with_rows(description.size, rows), dtype=dtype)
@@ -53,7 +53,7 @@ def load(
 
 
 def describe(folder: Path) -> families.Description:
-  """What config.json says, once the headers of the weights' files have shown that they can hold networks of its sizes.
+  """The content of config.json, after the headers of the weight files have confirmed that its sizes are possible.
 
   Raises:
     ValueError: see `families.describe`, `TensorFiles` and `families.check_claims`.
@@ -64,7 +64,7 @@ def describe(folder: Path) -> families.Description:
 
 
 def abstract(network: Network, dtype: DTypeLike, quantized: str | None = None) -> Params:
-  """Shapes and types of the parameters in the form in which they are kept."""
+  """Shapes and types of the parameters in their stored form."""
 
   def make(key: jax.Array) -> Params:
     params = jax.tree.map(lambda w: w.astype(dtype), network.init(key))
@@ -76,15 +76,15 @@ def abstract(network: Network, dtype: DTypeLike, quantized: str | None = None) -
 def read(
   folder: Path, network: Network, dtype: DTypeLike, placements: Params, *, quantized: str | None = None
 ) -> Params:
-  """Reads the weights of a folder, each slice straight to the devices that keep it.
+  """Reads the weights of a folder, each slice directly onto its devices.
 
-  A vocabulary of the network that is larger than the folder's gets new rows, the mean of the others (a mask token for a
-  causal model).
+  If the network's vocabulary is larger than the folder's (a causal model gets a mask token), each new row is the mean
+  of the stored ones.
 
   Args:
-    folder: with safetensors in the names of its family.
-    network: of the folder's sizes (`families.describe`).
-    dtype: in which weights are kept.
+    folder: a folder with safetensors whose names are those of its family.
+    network: a network of the folder's sizes (`families.describe`).
+    dtype: the dtype of the stored weights.
     placements: a sharding for each leaf of `abstract(network, dtype, quantized)`.
     quantized: `int8`, `nf4` or None.
 
@@ -124,10 +124,10 @@ def _set(tree: Params, path: names.Path, leaf: Any) -> Params:
 
 
 def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Path, str], int]:
-  """Compares a folder's tensors with what a network needs, from the headers of its files.
+  """Checks, from the headers of a folder's files, that it has exactly the tensors that a network needs.
 
   Returns:
-    The files, the name of each parameter's tensor (`{}` for the layer), and the rows of the stored vocabulary.
+    The files, the tensor name of each parameter (`{}` for the layer), and the rows of the stored vocabulary.
 
   Raises:
     ValueError: a tensor is missing, unknown, misshaped or truncated; the message names it.
@@ -145,7 +145,7 @@ def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Pa
       expected[name] = shape[::-1] if names.is_transposed(path) else shape
   vocabulary = [known[path] for path in (("embedding",), ("head",)) if path in known]
   head = scheme[("head",)]
-  if network.size.tied and head in files.shapes:  # many tied models store their head all the same; `read` compares it
+  if network.size.tied and head in files.shapes:  # many tied models store a head nevertheless; `read` compares it
     expected[head] = expected[scheme[("embedding",)]]
     vocabulary.append(head)
   missing = [name for name in expected if name not in files.shapes]
@@ -169,7 +169,7 @@ def check(folder: Path, network: Network) -> tuple[TensorFiles, Mapping[names.Pa
 
 
 def _check_tied(files: TensorFiles, description: families.Description) -> None:
-  """Raises a ValueError when a head is stored and is not the embedding, which would be taken for it."""
+  """Raises a ValueError if a tied model stores a head that is not the embedding, since that head would be ignored."""
   scheme = description.family.scheme_of(files.shapes)
   table, head = scheme[("embedding",)], scheme[("head",)]
   if head not in files.shapes:
@@ -185,14 +185,19 @@ def _check_tied(files: TensorFiles, description: families.Description) -> None:
 
 
 def _rows(files: TensorFiles, name: str) -> Iterator[slice]:
-  """The rows of a table in pieces of at most `PIECE` bytes as float64."""
+  """The rows of a table, in pieces that have at most `PIECE` bytes as float64."""
   rows, width = files.shapes[name]
   step = max(1, PIECE // (8 * width))
   return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
 def _fill(files: TensorFiles, tensors: list[str], path: names.Path, leaf: Any, placement: Any, quantized: str) -> Any:
-  """One parameter, an array or `Quantized`, made of its tensors on every device that this process has."""
+  """Makes one parameter, an array or `Quantized`, from its tensors on every device of this process."""
+  # For each device: allocate its part of the parameter, read only that part of the files, piece by piece, and write
+  # each piece at its place. Example: w[32, 4096, 4096] (layers, in, out), with `out` split over two devices. The second
+  # one allocates [32, 4096, 2048]. The files hold 32 tensors [out, in], so it reads rows 2048 to 4095 of each in pieces
+  # of 512 rows (8 MiB as float32), and writes the third piece of layer 5 at (5, 0, 1024). `Quantized` has two leaves,
+  # codes and scale, which one write fills together.
   leaves, structure = jax.tree.flatten(leaf)
   shardings: list[Sharding] = jax.tree.leaves(placement)
   indices = [s.addressable_devices_indices_map(x.shape) for s, x in zip(shardings, leaves, strict=True)]
@@ -215,7 +220,7 @@ def _fill(files: TensorFiles, tensors: list[str], path: names.Path, leaf: Any, p
 
 
 Spans = list[tuple[int, int]]
-"""First and last index (exclusive) along each axis."""
+"""The first index and the last one (exclusive) along each axis."""
 
 
 def _spans(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Spans:
@@ -229,7 +234,7 @@ def _empty(x: Any, spans: Spans, device: Any) -> jax.Array:
 def _pieces(
   files: TensorFiles, name: str, spans: Spans, transposed: bool, quantized: bool
 ) -> Iterator[tuple[np.ndarray, int]]:
-  """A device's part of a tensor in pieces of stored rows, turned our way, with their place along its axis."""
+  """Yields a device's part of a tensor in pieces of stored rows, in our layout, and the first row of each piece."""
   if quantized:  # [blocks, bytes, out]
     blocks, _, outer = spans
     spans = [(blocks[0] * quantize.BLOCK, blocks[1] * quantize.BLOCK), outer]
@@ -247,7 +252,7 @@ def _pieces(
 
 @functools.cache
 def _writer(device: Any, stacked: bool, transposed: bool, quantized: str) -> Any:
-  """`(buffers, piece, (layer, start)) -> buffers`, donated; parameters of one shape share a program."""
+  """The program `(buffers, piece, (layer, start)) -> buffers`, which donates them; equal shapes share a program."""
   here = SingleDeviceSharding(device)
 
   def write(buffers: Any, piece: jax.Array, at: jax.Array) -> Any:
@@ -266,7 +271,7 @@ def _writer(device: Any, stacked: bool, transposed: bool, quantized: str) -> Any
 
 
 def _mean_row(files: TensorFiles, name: str) -> np.ndarray:
-  """The mean of a tensor's rows, summed on the host in the order of the file: the same bits whatever the devices."""
+  """The mean of a tensor's rows, summed on the host in the file's order, so that its bits do not depend on devices."""
   total = sum(files.read(name, rows).astype(np.float64).sum(0) for rows in _rows(files, name))
   return np.asarray(total / files.shapes[name][0], np.float32)
 

@@ -1,7 +1,7 @@
 """Low-rank adapters on the projections of a frozen network (LoRA, arXiv 2106.09685).
 
-A projection with an adapter computes `x @ w + scale * (x @ a) @ b`, with the scale alpha / rank. `b` starts at zero, so
-that a fresh adapter changes nothing, and the network without its adapter is the reference policy.
+A projection with an adapter computes `x @ w + scale * (x @ a) @ b` with scale = alpha / rank. `b` starts at zero, so a
+new adapter changes nothing; the network without its adapter is the reference policy.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ PROJECTIONS: Mapping[str, tuple[str, str]] = {
   "up_proj": ("mlp", "up"),
   "down_proj": ("mlp", "down"),
 }
-"""The projections of a block by the names that Llama gave them, and their places in a block's parameters."""
+"""The projections of a block by Llama's names, and their paths in a block's parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-  """What adapters are made.
+  """The settings of adapters.
 
   Attributes:
     rank: r.
     alpha: the addition is scaled by alpha / rank.
-    dropout: share of an adapter's inputs that supervised fine-tuning drops.
-    targets: names of `PROJECTIONS`.
-    rslora: it is scaled by alpha / sqrt(rank) instead, so that a large rank learns as fast as a small one
+    dropout: the share of an adapter's inputs that supervised fine-tuning drops.
+    targets: names in `PROJECTIONS`.
+    rslora: True scales by alpha / sqrt(rank) instead, so that a large rank learns as fast as a small one
       (rank-stabilised LoRA, arXiv 2312.03732).
   """
 
@@ -53,7 +53,7 @@ class LoraSpec:
 
   @property
   def scale(self) -> float:
-    """By what the addition is multiplied."""
+    """The factor of the addition."""
     return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
   def __post_init__(self) -> None:
@@ -75,10 +75,10 @@ class Adapter:
   """The addition to one projection of every layer.
 
   Attributes:
-    a: down to the rank, float32 [layers in rank].
-    b: up from it, float32 [layers rank out].
-    scale: of the addition, see `LoraSpec`.
-    dropout: share of the inputs that are dropped in supervised fine-tuning.
+    a: the down projection to the rank, float32 [layers in rank].
+    b: the up projection, float32 [layers rank out].
+    scale: the factor of the addition, see `LoraSpec`.
+    dropout: the share of the inputs that supervised fine-tuning drops.
   """
 
   a: Any
@@ -90,7 +90,7 @@ class Adapter:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-  """A weight, an array or `Quantized`, and its adapter."""
+  """A weight (an array or `Quantized`) and its adapter."""
 
   base: Any
   adapter: Adapter
@@ -106,7 +106,7 @@ def _(w: Adapted, x: jax.Array, dtype: DTypeLike, dropout: DropoutKeys = None) -
 
 
 def _each_target(spec: LoraSpec, blocks: Params, make: Callable[[Any, int], Adapter]) -> Params:
-  """`{"blocks": {part: {weight: make(the block's own leaf, index)}}}` for the targets."""
+  """`{"blocks": {part: {weight: make(leaf of the block, index)}}}` for the targets."""
   made: dict[str, dict[str, Adapter]] = {}
   for index, (name, (part, weight)) in enumerate(PROJECTIONS.items()):
     if name in spec.targets:
@@ -115,12 +115,12 @@ def _each_target(spec: LoraSpec, blocks: Params, make: Callable[[Any, int], Adap
 
 
 def init(key: Key[Array, ""], spec: LoraSpec, shapes: Params) -> Params:
-  """A fresh adapter tree: `a` uniform in +-1/sqrt(in) (PEFT's), `b` zero.
+  """Draws a new adapter tree: `a` is uniform in +-1/sqrt(in) as in PEFT, `b` is zero.
 
   Args:
-    key: of the draws.
-    spec: the adapters.
-    shapes: the network's parameters or their shapes, a dense leaf for each.
+    key: the key of the draws.
+    spec: the settings.
+    shapes: the network's parameters or their shapes; every leaf is dense.
   """
 
   def make(w: Any, index: int) -> Adapter:
@@ -133,7 +133,7 @@ def init(key: Key[Array, ""], spec: LoraSpec, shapes: Params) -> Params:
 
 
 def axes(spec: LoraSpec, network_axes: Params) -> Params:
-  """The logical axes of an adapter tree: each side is cut along its long axis, `embed` or `adapter`."""
+  """The logical axes of an adapter tree: `a` and `b` are sharded along their long axis, `embed` or `adapter`."""
 
   def make(named: tuple[str, str, str], _: int) -> Adapter:
     layers, inner, outer = (name if name in ("layers", "embed") else "adapter" for name in named)
@@ -143,10 +143,10 @@ def axes(spec: LoraSpec, network_axes: Params) -> Params:
 
 
 def overlay(params: Params, adapter: Params) -> Params:
-  """The parameters with each adapter beside its weight, computed unmerged.
+  """The parameters with each adapter beside its weight; products are computed unmerged.
 
   Raises:
-    ValueError: the adapter tree has a place that the parameters lack.
+    ValueError: the adapter tree has a path that the parameters lack.
   """
   if isinstance(adapter, Adapter) and not isinstance(params, Mapping):
     return Adapted(params, adapter)
@@ -158,7 +158,7 @@ def overlay(params: Params, adapter: Params) -> Params:
 
 
 def merged(params: Params) -> Params:
-  """Adds the adapters of `overlay` into their weights, in float32, and casts once; a quantised base stays unmerged."""
+  """Adds the adapters of `overlay` to their weights in float32 and casts once; a quantised base stays unmerged."""
 
   def one(leaf: Any) -> Any:
     if not isinstance(leaf, Adapted) or isinstance(leaf.base, Quantized):
@@ -170,7 +170,7 @@ def merged(params: Params) -> Params:
 
 
 def quantized(params: Params, kind: str) -> Params:
-  """The parameters with every projection stored in few bits; other leaves as they are."""
+  """The parameters with every projection stored in few bits; other leaves are unchanged."""
   return _replace_projections(params, lambda w: quantize.quantize(w, kind))
 
 

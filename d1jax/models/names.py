@@ -1,4 +1,4 @@
-"""Where parameters stand in the files of a Hugging Face folder.
+"""The names of parameters in the files of a Hugging Face folder.
 
 The files store matrices [out, in]; ours are [in, out], with all layers of a weight in one stack.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 Path = tuple[str, ...]
 
 Scheme = Mapping[Path, str]
-"""The name of each parameter's tensor, with `{}` for the layer."""
+"""The tensor name of each parameter, with `{}` for the layer."""
 
 BUFFERS = (
   "inv_freq",
@@ -21,19 +21,19 @@ BUFFERS = (
   "attn_mask",
   "masked_bias",
 )
-"""Last words of the names of buffers: rotary tables, positions and masks, which follow from the configuration."""
+"""Endings of the names of buffers: rotary tables, positions and masks, which follow from the configuration."""
 
 
 def is_buffer(tensor: str) -> bool:
-  """Whether a tensor is one that some files carry and no network needs."""
+  """Whether a tensor is a buffer, which some files hold and no network needs."""
   return tensor.rpartition(".")[2] in BUFFERS
 
 
 def is_transposed(path: Path) -> bool:
-  """Whether the files hold the transpose of a parameter: all matrices but the embedding."""
+  """Whether the files hold the transpose of a parameter; this is so for all matrices except the embedding."""
   return path == ("head",) or (path[0] == "blocks" and path[-1] != "scale" and not path[-1].endswith("_bias"))
 
 
 def tensors_of(path: Path, template: str, layers: int) -> list[str]:
-  """The tensors that make up a parameter, one a layer or one in all."""
+  """The tensors of a parameter: one per layer, or only one outside of the blocks."""
   return [template.format(i) for i in range(layers)] if path[0] == "blocks" else [template]

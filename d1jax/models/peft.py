@@ -1,4 +1,4 @@
-"""Adapters as folders of the PEFT library: adapter_config.json and adapter_model.safetensors, in both directions."""
+"""Reads and writes adapter folders of the PEFT library: adapter_config.json and adapter_model.safetensors."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from d1jax.models.tensor_files import TensorFiles, write
 from d1jax.models.transformer import Network, Params
 
 LARGEST_SCALE = 1e6
-"""Of lora_alpha / r, or lora_alpha / sqrt(r); in use are 0.01 to 100, and float32 ends at 3e38."""
+"""The limit of lora_alpha / r, or lora_alpha / sqrt(r). Usual values are 0.01 to 100; float32 ends at 3e38."""
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -39,7 +39,7 @@ FIXED: Mapping[str, Any] = {
   "trainable_token_indices": None,
   "use_dora": False,
 }
-"""The values of PEFT's options that an adapter here can have."""
+"""The supported values of PEFT's options."""
 
 
 OTHERS: Mapping[str, Any] = {
@@ -52,29 +52,29 @@ OTHERS: Mapping[str, Any] = {
   "use_qalora": False,
   "velora_config": None,
 }
-"""The same for options of its newer versions, which older ones do not know."""
+"""The supported values of options that only newer versions of PEFT have."""
 
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base as it was; the others (pissa, olora, ...) take away from it."""
+"""Values of `init_lora_weights` that do not change the base; the others (pissa, olora, ...) subtract from it."""
 
 
 def _module(scheme: Scheme, target: str) -> str:
-  """The module name of a projection with `{}` for the layer, without `.weight`."""
+  """The module name of a projection, with `{}` for the layer and without `.weight`."""
   return scheme[("blocks", *PROJECTIONS[target])].removesuffix(".weight")
 
 
 def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
-  """Reads an adapter folder, in the names of any family.
+  """Reads an adapter folder with the names of any family.
 
-  Which projections it has is told by its tensors, not by `target_modules`: PEFT silently leaves out the names that
+  The tensors determine which projections it has, not `target_modules`, because PEFT silently skips names there that
   match nothing.
 
   Args:
-    folder: with adapter_config.json and adapter_model.safetensors.
-    network: of the base.
+    folder: a folder with adapter_config.json and adapter_model.safetensors.
+    network: the network of the base.
 
   Returns:
-    The adapters' description, and the adapter tree in float32.
+    The adapters' settings, and the adapter tree in float32.
 
   Raises:
     ValueError: an option is not supported, or a tensor is missing, unknown or misshaped; the message names it.
@@ -118,14 +118,14 @@ def load(folder: Path, network: Network) -> tuple[LoraSpec, Params]:
 
 
 def _scheme_of(tensors: Collection[str]) -> Scheme:
-  """The names of the family whose layers these tensors name; the first family's where they name none."""
+  """The scheme of the family that these tensor names belong to; the first family's scheme if they belong to none."""
   schemes = [scheme for family in FAMILIES.values() for scheme in family.schemes]
   layers = lambda scheme: _module(scheme, "q_proj").partition("{}")[0]
   return next((scheme for scheme in schemes if any(layers(scheme) in name for name in tensors)), schemes[0])
 
 
 def _options(path: Path) -> LoraSpec:
-  """What an adapter_config.json says but for the targets; its other options are those that an adapter here can have."""
+  """The settings in an adapter_config.json, without the targets; raises an error for unsupported options."""
   try:
     config = read_json(path, dict)
   except FileError as error:
@@ -167,14 +167,14 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Sc
   """Writes an adapter folder that PEFT loads.
 
   Args:
-    folder: made.
+    folder: the folder, which is made.
     adapter: the adapter tree.
-    spec: what it was made from.
-    base: name or folder of the model that it belongs to.
+    spec: its settings.
+    base: the name or folder of the base model.
     scheme: the names of the base's tensors.
 
   Raises:
-    ValueError: the folder, or one that it would lie in, is a file.
+    ValueError: the folder, or a parent of it, is a file.
   """
   write_check(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Sc
 
 
 def _target_modules(scheme: Scheme, modules: list[str]) -> list[str] | str:
-  """The modules' last names; a pattern where another module ends in the same one, as LLaDA's head does (`ff_out`)."""
+  """The modules' last names; or a pattern, if another module has the same last name, like LLaDA's head (`ff_out`)."""
   last = lambda module: module.rpartition(".")[2]
   others = {last(module) for name in scheme.values() if (module := name.removesuffix(".weight")) not in modules}
   leaves = [last(module) for module in modules]

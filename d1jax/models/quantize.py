@@ -1,9 +1,11 @@
-"""Storage of a frozen base in 8 or 4 bits a weight, dequantised where a layer uses it.
+"""Stores a frozen base in 8 or 4 bits per weight; each layer dequantises its weights when it uses them.
 
-Weights are cut into blocks of 64 along their input axis; each block of a column has one scale, its largest magnitude.
+Weights are divided into blocks of 64 along their input axis; each block of a column has one scale, its largest
+magnitude.
 `int8` stores rounded multiples of scale / 127. `nf4` stores the nearest of 16 quantiles of a normal distribution
-(QLoRA, arXiv 2305.14314, appendix E), two to a byte. Blocks never cross a layer, a column or a device, so that a matrix
-quantised shard by shard is the matrix quantised whole. Embedding, head and norms stay as they are, as in d1.
+(QLoRA, arXiv 2305.14314, appendix E), two per byte. Blocks never cross a layer, a column or a device, so that
+quantising a matrix shard by shard gives the same as quantising it whole. Embedding, head and norms are not quantised,
+as in d1.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float, UInt8
 from d1jax.models.layers import DropoutKeys, dense, project
 
 BLOCK = 64
-"""Weights that share a scale."""
+"""The number of weights that share a scale."""
 
 KINDS = ("int8", "nf4")
 
@@ -49,7 +51,7 @@ NF4 = np.asarray(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-  """A matrix, or a stack of them, in few bits.
+  """A matrix, or a stack of matrices, in few bits.
 
   Attributes:
     codes: `int8`: int8 [... in/64 64 out]; `nf4`: uint8 [... in/64 32 out], row r of a block in the low four bits of
@@ -65,7 +67,7 @@ def quantize(w: Float[Array, "*layers in out"], kind: str) -> Quantized:
   """Stores a matrix in few bits.
 
   Args:
-    w: its input axis is a multiple of 64.
+    w: the matrix; its input axis is a multiple of 64.
     kind: `int8` or `nf4`.
   """
   if kind not in KINDS:
@@ -84,7 +86,7 @@ def quantize(w: Float[Array, "*layers in out"], kind: str) -> Quantized:
 
 
 def _nf4_values(codes: UInt8[Array, "*S"]) -> Float[Array, "*S"]:
-  """The values of four-bit codes, by a tree of selections: a look-up table would be a gather, slow on a TPU."""
+  """The values of four-bit codes. A tree of selections is used, because a look-up table is a gather, slow on a TPU."""
   values = [jnp.float32(v) for v in NF4]
   for bit in range(4):
     is_set = (codes >> bit) & 1 == 1
@@ -93,7 +95,7 @@ def _nf4_values(codes: UInt8[Array, "*S"]) -> Float[Array, "*S"]:
 
 
 def dequantize(w: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "*layers in out"]:
-  """The matrix that the codes stand for, computed in float32."""
+  """The matrix of the codes, computed in float32."""
   if w.codes.dtype == jnp.int8:
     unit = w.codes.astype(jnp.float32) / 127
   else:

@@ -1,7 +1,7 @@
-"""Writes a Hugging Face folder that the original PyTorch code loads: the inverse of `pretrained`.
+"""Writes a Hugging Face folder that the original PyTorch code loads: the inverse of `load`.
 
-Weights go out in the names and the dtype of the folder that they came from; one that was never changed has the same
-bits as there. A network that came from no folder is written as a LLaDA.
+Weights keep the names and dtypes of the folder that they came from, and an unchanged weight keeps its bits. A network
+without a folder is written as a LLaDA.
 """
 
 import json
@@ -25,13 +25,13 @@ from d1jax.models.tensor_files import INDEX, SINGLE, TensorFiles, write
 from d1jax.models.transformer import Params, TransformerSize
 
 SHARD = 2 * 2**30
-"""Bytes of a file, unless one tensor is larger."""
+"""The largest size of a file in bytes, unless one tensor is larger."""
 
 DTYPES: Mapping[str, Any] = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 
 
 def widest(files: TensorFiles) -> Any:
-  """The dtype in which every tensor of a folder is held without loss."""
+  """The dtype that holds every tensor of a folder without loss."""
   found = set(files.dtypes.values())
   return DTYPES[found.pop()] if len(found) == 1 else np.float32
 
@@ -47,21 +47,21 @@ def export(
 ) -> list[str]:
   """Writes weights, config.json and, from `source`, every other file that is not weights.
 
-  Everything is written into a new folder beside the one that is asked for, and moved there when it is complete.
+  Everything is written into a temporary folder beside the target, which is renamed when it is complete.
 
   Args:
-    folder: made; must not exist, or be empty.
-    params: dense.
-    size: of the network.
+    folder: the target, which must not exist or must be empty.
+    params: the weights, without adapters or quantisation.
+    size: the sizes of the network.
     source: the folder that the weights came from; None writes a LLaDA in float32.
-    token_ids: `mask_token_id`, `eos_token_id`, `pad_token_id`; written where the source's config.json lacks them.
-    shard_bytes: the most bytes of a file.
+    token_ids: `mask_token_id`, `eos_token_id`, `pad_token_id`; written if the source's config.json lacks them.
+    shard_bytes: the largest size of a file in bytes.
 
   Returns:
-    The names of the source's files that were not copied, because they are links out of it.
+    The names of files that were not copied, because they are links to outside of the source.
 
   Raises:
-    ValueError: the folder is in use or cannot be one, or a weight is quantised.
+    ValueError: the folder is not empty or cannot be made, or a weight is quantised.
   """
   write_check(folder)
   if folder.exists() and any(folder.iterdir()):
@@ -73,10 +73,10 @@ def export(
     raise ValueError("quantised weights cannot be exported; read the base again in bfloat16 or float32")
   if is_kept(Adapted):
     raise ValueError("weights with adapters beside them cannot be exported; merge them first")
-  folder = folder.resolve()  # a link to an empty folder stays one
+  folder = folder.resolve()  # a link to an empty folder stays a link
   folder.parent.mkdir(parents=True, exist_ok=True)
   draft = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.tmp")
-  draft.mkdir()  # fails rather than take a folder that another process has made
+  draft.mkdir()  # fails if another process has made this folder
   try:
     left_out: list[str] = []
     if source is None:
@@ -101,10 +101,10 @@ def export(
 
 
 def _copy_all_but_weights(source: Path, target: Path) -> list[str]:
-  """Copies files, but no link to anything but another file of the source, and returns the names of those links.
+  """Copies files, except links to anything outside of the source; returns the names of those links.
 
-  A link in a downloaded folder may point to any file of this machine, and an export is made to be given away. In the
-  hub's cache all files are links, from `snapshots/REVISION` to `blobs` beside it.
+  A link in a downloaded folder may point to any file of this machine, and exports are often given away. In the hub's
+  cache all files are links, from `snapshots/REVISION` to `blobs` beside it.
   """
   home = source.resolve()
   inside = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -122,7 +122,7 @@ def _copy_all_but_weights(source: Path, target: Path) -> list[str]:
 def _tensors(
   params: Params, scheme: names.Scheme, layers: int, dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor in turn, on the host one at a time, in the dtype that it had or in float32."""
+  """Yields the tensors, one at a time on the host, in their original dtype or in float32."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     where = tuple(entry.key for entry in path)
     for layer, name in enumerate(names.tensors_of(where, scheme[where], layers)):
@@ -132,7 +132,7 @@ def _tensors(
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
-  """One file, or several and their index; a file's tensors are in memory together."""
+  """Writes one file, or several and their index; all tensors of a file are in memory together."""
   written: list[tuple[Path, list[str]]] = []
   held: dict[str, np.ndarray] = {}
   total = 0

@@ -1,4 +1,4 @@
-"""The safetensors of a folder: one `model.safetensors`, or shards behind `model.safetensors.index.json`."""
+"""The safetensors of a folder: one `model.safetensors`, or shards that `model.safetensors.index.json` lists."""
 
 import contextlib
 import os
@@ -19,27 +19,27 @@ FLOATS: Mapping[str, tuple[type, int, int]] = {
   "BF16": (np.uint16, 0x7FFF, 0x7F80),
   "F16": (np.uint16, 0x7FFF, 0x7C00),
 }
-"""What can be read: the bits of a number as a whole one, those behind its sign, and infinity's; NaNs are above it."""
+"""The supported dtypes: the type of their bits, the mask without the sign, and infinity's bits (NaNs exceed it)."""
 LONGEST_HEADER = 100_000_000
-"""Bytes of a header that the library safetensors reads at most."""
+"""The largest header, in bytes, that the library safetensors reads."""
 
 
 class TensorFiles:
-  """The tensors of a folder by name; values are read a slice at a time, and no file stays open.
+  """The tensors of a folder by name; values are read one slice at a time, and no file stays open.
 
-  Buffers (`names.is_buffer`) are left out: files of old models carry some, and no network needs them.
+  Buffers (`names.is_buffer`) are left out: files of old models hold some, and no network needs them.
 
   Attributes:
-    shapes: of each tensor.
-    dtypes: as the files name them, e.g. `BF16`.
+    shapes: the shape of each tensor.
+    dtypes: the dtype of each tensor by its name in the files, e.g. `BF16`.
   """
 
   def __init__(self, folder: Path, index: str = INDEX, single: str = SINGLE):
     """Reads the headers of all files.
 
     Raises:
-      ValueError: a file is missing, truncated or no safetensors file, index and files disagree, or the index names a
-        file outside of the folder; named.
+      ValueError: a file is missing, truncated or not a safetensors file, index and files disagree, or the index names a
+        file outside of the folder; the message names it.
     """
     self._files: dict[str, Path] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
@@ -74,10 +74,10 @@ class TensorFiles:
     return self._files[name]
 
   def read(self, name: str, *index: slice) -> np.ndarray:
-    """A slice of a tensor, as it is stored.
+    """A slice of a tensor in its stored dtype and layout.
 
     Raises:
-      ValueError: the file is damaged by now, or the slice holds a NaN or an infinity.
+      ValueError: the file has been damaged since, or the slice holds a NaN or an infinity.
     """
     path = self._files[name]
     with _opened(path) as file:
@@ -89,8 +89,8 @@ class TensorFiles:
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-  """Writes a file that PyTorch's side reads, with the permissions of any new file: the library's own files can be read
-  by their owner alone, whatever the umask.
+  """Writes a file that PyTorch can read, with the usual permissions of a new file; the library would make it readable
+  only by its owner, whatever the umask.
   """
   path.touch()
   mode = path.stat().st_mode
@@ -119,7 +119,7 @@ def _weight_map(path: Path) -> Mapping[str, str]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-  """An open file; a pipe would be waited for and a device read for ever, so that only regular files are opened."""
+  """Opens a regular file. Others are errors: a pipe would block, and a device might never end."""
   try:
     if path.exists() and not path.is_file():
       raise ValueError(f"{path} cannot be read (it is no regular file); fetch it again")

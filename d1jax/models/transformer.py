@@ -1,7 +1,7 @@
 """The mask predictor p(x_0 | x_t), a transformer over the canvas (Nie et al. 2025, arXiv 2502.09992).
 
 The layers are one stacked block under `jax.lax.scan`, so that compile time does not grow with depth. Flax NNX modules
-define the network; everything else sees pure functions of a nested dict of arrays.
+define the network; all other code uses pure functions of a nested dict of arrays.
 """
 
 import functools
@@ -36,7 +36,7 @@ Params = dict[str, Any]
 
 
 class Transformer(nnx.Module):
-  """Mask predictor; `encode` and the head are apart, so that logits are computed only where they are wanted."""
+  """The mask predictor. `encode` and the head are separate, so that logits are computed only where they are needed."""
 
   def __init__(
     self,
@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
     dropout: DropoutKeys = None,
     order: Int[Array, "L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    """The last hidden states, normalised; see `Network`."""
+    """The last hidden states after the final norm; see `Network`."""
     visible = Visible(valid, order, order)
 
     def attend(kept: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
@@ -89,13 +89,13 @@ class Transformer(nnx.Module):
     cache: Cache,
     order: Int[Array, "L"] | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:
-    """The last hidden states of a window, whose keys and values are renewed in the cache.
+    """The last hidden states of a window; its keys and values are updated in the cache.
 
     Args:
-      tokens: of the window.
-      start: its position; one beyond L - W is taken for L - W, one below 0 for 0.
-      cache: is not used any more.
-      order: of the canvas, see `Network`.
+      tokens: the tokens of the window.
+      start: the position of the window; it is clipped to 0 .. L - W.
+      cache: the old cache, which must not be used afterwards.
+      order: the order of the canvas, see `Network`.
     """
     start = jnp.clip(start, 0, cache.valid.shape[1] - tokens.shape[1])
     own = None if order is None else jax.lax.dynamic_slice_in_dim(order, start, tokens.shape[1])
@@ -114,7 +114,7 @@ class Transformer(nnx.Module):
     kept: Any,
     dropout: DropoutKeys = None,
   ) -> tuple[jax.Array, Any]:
-    """Embedding, blocks, final norm; `kept` goes from layer to layer through `attend(kept, layer, q, k, v)`."""
+    """Embedding, blocks, final norm; `attend(kept, layer, q, k, v)` passes `kept` from layer to layer."""
     residual = ("batch", "length", None)
     x = self.constrain(look_up(self.embedding[...], tokens, self.dtype, self.constrain), residual)
     block, weights = nnx.split(self.blocks)
@@ -125,7 +125,7 @@ class Transformer(nnx.Module):
       x, kept = nnx.merge(block, weights)(x, start, mix, fold_tokens(dropout, index))
       return (self.constrain(x, residual), kept), None
 
-    if self.remat:  # prevent_cse=False is right only inside a scan
+    if self.remat:  # prevent_cse=False is correct only inside a scan
       body = jax.checkpoint(body, prevent_cse=False)
     (x, kept), _ = jax.lax.scan(body, (x, kept), (weights, jnp.arange(self.layers)), unroll=self.unroll)
     return self.final_norm(x), kept
@@ -138,18 +138,18 @@ class Transformer(nnx.Module):
 class Network(NamedTuple):
   """A transformer as pure functions of its parameters, a nested dict.
 
-  Its leaves are arrays; a weight of a block's product may also be `Quantized` or `Adapted`.
+  The leaves are arrays; the weight of a block's product may also be `Quantized` or `Adapted`.
 
   Attributes:
     init: `key -> params`, all float32.
-    encode: `(params, tokens[B L], valid[B L], dropout=None, order=None) -> hidden[B L D]`; `dropout` are keys, one a
-      token; `order[L]` says who sees whom: a position sees those that stand no later in the order (`layers.Visible`).
-    head: `params -> weight[D V]`, as stored; logits are `hidden @ head`.
-    init_cache: `valid[B L] -> cache`, empty: the first window covers the canvas.
-    encode_window: `(params, tokens[B W], start, cache, order=None) -> (hidden[B W D], cache)`: the positions from
-      `start` on, which attend to what they see of the cache; their own keys and values are renewed in it first. A start
-      beyond L - W is taken for L - W. The window that covers the canvas equals `encode`. `order` is the canvas's.
-    axes: the tree of logical axes, a tuple of names a parameter.
+    encode: `(params, tokens[B L], valid[B L], dropout=None, order=None) -> hidden[B L D]`; `dropout` holds one key per
+      token; `order[L]` is the attention mask: a position sees positions of equal or lower order (`layers.Visible`).
+    head: `params -> weight[D V]` in its stored dtype; logits are `hidden @ head`.
+    init_cache: `valid[B L] -> cache`, an empty cache: the first window must cover the canvas.
+    encode_window: `(params, tokens[B W], start, cache, order=None) -> (hidden[B W D], cache)` computes W positions from
+      `start` on. First their keys and values are updated in the cache, then they attend to the cache. A start beyond
+      L - W becomes L - W. For a window that covers the canvas, the result equals `encode`. `order` is the canvas's.
+    axes: the tree of logical axes, with one tuple of names per parameter.
     size: the sizes.
   """
 
@@ -176,12 +176,12 @@ def build(
 
   Args:
     size: the sizes, e.g. `families.PRESETS["tiny"]`.
-    dtype: of the matrix products; weights, norms, softmax and logits are float32 anyway.
-    remat: recompute each block in the backward pass instead of keeping its activations.
-    unroll: how many layers the scan unrolls; unrolling helps small models on a CPU.
-    constrain: where activations live (see `d1jax.parallel.mesh`).
+    dtype: the dtype of matrix products; weights, norms, softmax and logits are always float32.
+    remat: whether the backward pass recomputes each block instead of storing its activations.
+    unroll: how many layers the scan unrolls; this helps small models on a CPU.
+    constrain: sets the placement of activations (see `d1jax.parallel.mesh`).
     attention: the attention kernel.
-    cut_length: whether `constrain` cuts activations along their length.
+    cut_length: whether `constrain` shards activations along their length.
   """
 
   def module(key: Key[Array, ""]) -> Transformer:
@@ -234,5 +234,5 @@ def build(
 
 
 def parameter_count(network: Network) -> int:
-  """The number of parameters, traced without memory."""
+  """The number of parameters, from a trace that allocates no memory."""
   return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))

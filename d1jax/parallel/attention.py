@@ -118,7 +118,7 @@ def cudnn_attention(
     return attend(q, k, v, mask=jnp.broadcast_to(valid[:, None, None], (len(q), 1, q.shape[1], k.shape[1])))
   order = jnp.argsort(~valid, axis=1, stable=True)
   front = jax.vmap(lambda x, order: x.at[order].get(unique_indices=True, mode="promise_in_bounds"))
-  # Whatever the kernel leaves in the gradients of the keys behind the last valid one, `where` drops it.
+  # After the last valid key, the kernel may leave any values in the gradients; `where` drops them.
   moved = [front(jnp.where(valid[:, :, None, None], x, 0), order) for x in (k, v)]
   count = jnp.maximum(1, valid.sum(axis=1, dtype=jnp.int32))  # a row without valid keys stays finite
   return attend(q, *moved, key_value_seq_lengths=count)

@@ -36,7 +36,7 @@ class Chip:
     flops: floating-point operations a second of bfloat16 matrix products.
     hbm_bandwidth: bytes/s between memory and cores.
     link_bandwidth: bytes/s of all links to other chips together, one way.
-    torus: the wiring; None where a switch joins all chips of a host.
+    torus: the wiring; None if a switch connects all chips of a host.
   """
 
   name: str

@@ -279,7 +279,7 @@ def per_device(
   """A function of global arrays in which each device computes its part of the result from its parts of the arguments.
 
   Args:
-    function: of the parts; no device needs a part of another.
+    function: a function of the parts; no device needs a part of another.
     mesh: the devices.
     rules: placement of logical axes.
     arguments: logical axes of each argument.

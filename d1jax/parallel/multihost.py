@@ -176,7 +176,7 @@ _kept: list[Any] = []
 
 @functools.cache
 def _stderr() -> int:
-  """Standard error as it was at the start."""
+  """Standard error at the start of the process."""
   return os.dup(2)
 
 
@@ -311,7 +311,7 @@ def gather_rows(rows: Int[np.ndarray, "R"], values: Sequence[Any]) -> list[Any]:
 
   Args:
     rows: the rows whose values this process has.
-    values: one a row.
+    values: one value per row.
   """
   if alone():
     return [values[i] for i in np.argsort(rows)]

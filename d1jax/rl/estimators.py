@@ -24,10 +24,10 @@ class Estimator:
     function: of denoiser, parameters, rollout, sampler and key, which draws its masks from the key of each sample; its
       keywords are its options.
     recorded: whether it scores states that the rollout recorded, and needs `reveal_step`.
-    redraws: whether it draws anew at each inner step; where not, old and reference are scored once an update.
+    redraws: whether it draws new masks at each inner step; if not, old and reference are scored once per update.
     upper: whether it gives an upper bound too.
     per_sequence: whether its estimate is of the sequence, and the parts of tokens mean nothing alone.
-    bound: options by name; those that are not here have the function's defaults.
+    bound: options by name; all others have the function's defaults.
   """
 
   function: Callable[..., Scores]

@@ -56,11 +56,11 @@ def graded_texts(
   """The texts that a protocol's rewards read: each prefill and the completion that follows it.
 
   Args:
-    tokenizer: of the ids.
+    tokenizer: the tokenizer of the ids.
     prefills: the given start of each answer, which is graded too.
     completion: token ids.
     mask: true up to and including the stop id.
-    protocol: `d1` sees what lies behind the stop id too, as d1's rewards do.
+    protocol: `d1` also reads the text after the stop id, as d1's rewards do.
   """
   seen = np.ones_like(mask) if protocol == "d1" else mask
   return [prefill + text for prefill, text in zip(prefills, decode(tokenizer, completion, seen), strict=True)]
@@ -114,8 +114,8 @@ class Grader:
 
     Args:
       texts: completions.
-      records: one a text.
-      protocol: of the task's grader.
+      records: one record per text.
+      protocol: the protocol of the task's grader.
 
     Returns:
       A function that waits for the grades. If a worker dies, all workers are started again and the batch is graded once

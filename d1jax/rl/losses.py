@@ -59,11 +59,11 @@ class Terms(NamedTuple):
   Attributes:
     scores: of the policy; `weight` scales each token's term, so that an estimator that scores a sample of the tokens
       has the sum of all in the mean.
-    old_logp: of the policy that made the rollout; a constant, None if the loss does not need it.
-    ref_logp: of the reference; a constant, None if it is not scored.
-    advantages: one a sequence.
-    weights: of each token in the loss, see `token_weights`; 0 where masked out.
-    share: of each token in the figures beside it: 1 / tokens in the batch; 0 where masked out.
+    old_logp: log p of the policy that made the rollout; a constant, None if the loss does not need it.
+    ref_logp: log p of the reference; a constant, None if it is not scored.
+    advantages: one per sequence.
+    weights: the weight of each token in the loss, see `token_weights`; 0 where masked out.
+    share: the weight of each token in the figures: 1 / tokens in the batch; 0 where masked out.
   """
 
   scores: Scores
@@ -78,7 +78,7 @@ class Ratios(NamedTuple):
   """A figure of many ratios to the old policy: a run logs their effective sample size and their quantiles.
 
   Attributes:
-    sums: of the ratios, of their squares, and of 1; each has its share.
+    sums: the sums of the ratios, of their squares, and of 1, each weighted by its share.
     below: share of them whose logarithm is at most each of `RATIO_EDGES`.
   """
 
@@ -240,7 +240,7 @@ class ClippedToken(ClippedLoss):
     """See `Loss`."""
     logp, old = terms.scores.logp, _given(terms.old_logp, "old_logp")
     weights, share = terms.weights * terms.scores.weight, terms.share * terms.scores.weight
-    # Tokens behind the stop id have weight 0. Their ratio is set to 1: an infinite ratio times 0 would not be a number.
+    # Tokens after the stop id have weight 0. Their ratio is set to 1: an infinite ratio times 0 would not be a number.
     used = weights > 0
     log_ratio = jnp.where(used, logp - old, 0.0)
     loss, figures = self._clipped(log_ratio, terms.advantages[:, None], share)

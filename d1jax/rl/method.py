@@ -12,9 +12,9 @@ class Method:
   """The method of an update; static under jit. Options that d1 has too have d1's names.
 
   Attributes:
-    estimator: of log p, with its options.
+    estimator: the estimator of log p, with its options.
     loss: the number to minimise, with its options.
-    advantage: of each completion, from the rewards of its group.
+    advantage: the advantage of each completion, from the rewards of its group.
     num_iterations: mu, optimiser steps an update.
     accumulation: micro-batches a step.
     aggregation: `token`, `sequence` or `fixed`, see `token_weights`.

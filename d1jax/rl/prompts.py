@@ -20,12 +20,12 @@ class Prompts:
 
   Attributes:
     task: asks and grades.
-    tokenizer: of the ids.
+    tokenizer: the tokenizer of the ids.
     records: those whose prompts fit a bucket.
-    ids: of each prompt.
+    ids: the ids of each prompt.
     prefills: the given start of each answer.
     buckets: the lengths that batches are padded to.
-    style: of the prompts.
+    style: the prompt style.
     left_out: how many records fit none.
   """
 
@@ -53,9 +53,9 @@ class Prompts:
 
     Args:
       task: `d1jax.tasks.build("sudoku")`, or an object of yours that keeps the contract of `d1jax.tasks.Task`.
-      tokenizer: of the model.
-      split: of the task's `splits`.
-      style: of the prompts, one of the task's: `d1`, or `terse`.
+      tokenizer: the tokenizer of the model.
+      split: one of the task's `splits`.
+      style: the prompt style, one of the task's: `d1`, or `terse`.
       buckets: the lengths that batches are padded to, each of which is compiled; none: the longest prompt's.
       prefill: how answers start; None: as the style has it.
 
@@ -91,7 +91,7 @@ class Prompts:
     Args:
       prompts: groups a batch.
       num_generations: completions of each prompt, which are consecutive rows.
-      seed: of the order.
+      seed: the seed of the order.
       position: the batch to start at.
     """
     parts = [pipeline.Part(*part) for part in self.task.parts(self.records)] if isinstance(self.task, Mixture) else []
@@ -112,7 +112,7 @@ class Prompts:
 
     Args:
       batch_size: demonstrations a batch.
-      seed: of the order.
+      seed: the seed of the order.
       position: the batch to start at.
     """
     answers = [self.tokenizer.completion(self.task.demonstration(record, self.style)) for record in self.records]

@@ -14,7 +14,7 @@ class Shaping:
   """How grades become rewards; evaluations do not use it.
 
   Attributes:
-    weights: of components, by name; those that are not named have weight 1.
+    weights: the weights of components by name; a component that is not named has weight 1.
     overlong: the component `overlong` falls linearly from 0 to -1 over this number of last tokens of the longest
       possible completion (soft overlong punishment, DAPO, arXiv 2503.14476, eq. 13); 0: no such component.
     answered: the reward `answered` of a text from which an answer can be read; 0: no such component.
@@ -51,7 +51,7 @@ class Shaping:
     """The grade with the components and weights of training.
 
     Args:
-      grade: of the task.
+      grade: the grade of the task.
       length: tokens up to and including the stop id.
       completion_length: C, the most there can be.
     """

@@ -1,1 +1,1 @@
-"""What a run leaves on disk and says while it runs: its folder, checkpoints, metrics, trackers and interrupts."""
+"""A run's state on disk and its reports: work directory, checkpoints, metrics, trackers and interrupts."""

@@ -1,11 +1,11 @@
 """Checkpoints of a stage with Orbax: asynchronous, sharded, verified on the way back in.
 
-A checkpoint holds the TrainState and, as metadata, all that is needed to go on or to evaluate: data position, config,
-seconds spent, and a fingerprint of every array. A checkpoint whose metadata, metrics or arrays cannot be read, or whose
-fingerprint differs, is passed over, loudly, for another; the run that writes the folder also moves it out of the way.
-Whoever only reads changes nothing: an unfinished checkpoint that is there belongs to a run that is writing it.
-All processes save and read together, from a folder that all see; what is there, and what was good, is what process 0
-finds and what all find good.
+A checkpoint holds the TrainState and, as metadata, everything needed to resume or to evaluate: data position, config,
+seconds spent, and a fingerprint of every array. A checkpoint is damaged if its metadata, metrics or arrays cannot be
+read, or if its fingerprint differs. It is then skipped with a warning, and another one is used; the run that writes the
+folder also moves it to `corrupt`. A reader changes nothing: an unfinished checkpoint may be one that a run is writing.
+All processes save and read together, from a shared folder. Process 0 lists the checkpoints, and one is good only if all
+processes can read it.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 METRIC = "validation"
 KNOWN: Mapping[str, Any] = {"fingerprint": str, "config": dict, "seconds": int | float}
-"""What the metadata of every checkpoint holds, and of which type."""
+"""The names that the metadata of every checkpoint has, and their types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Checkpoints:
     """Opens the folder.
 
     Args:
-      folder: of one stage.
-      writes: whether this is the run that writes it: the folder is made, what a kill left half written is deleted, and
-        damaged checkpoints are moved to `corrupt`. Otherwise nothing is changed, and `save` is not allowed.
+      folder: the folder of one stage.
+      writes: True for the run that writes the folder: the folder is made, checkpoints that a kill left half written are
+        deleted, and damaged ones are moved to `corrupt`. If False, nothing is changed, and `save` is not allowed.
 
     Raises:
-      RunError: the folder is to be written, and something else is in its place.
+      RunError: `writes` is True, and the path is not a folder.
     """
     self.folder = folder
     self._absolute = folder.absolute() if isinstance(folder, Path) else folder
@@ -70,7 +70,7 @@ class Checkpoints:
     with input_checked():
       if isinstance(folder, Path):
         write_check(folder)
-    for step, reason in multihost.from_main(self._damaged):  # before Orbax, which cannot bear them, reads them
+    for step, reason in multihost.from_main(self._damaged):  # moved first, because Orbax fails when it reads them
       log.warning("%s; falling back to another", reason)
       self._set_aside(step)
     policies = ocp.training.preservation_policies
@@ -88,16 +88,16 @@ class Checkpoints:
     )
 
   def steps(self) -> list[int]:
-    """The steps that are on disk, ascending, but those with damaged metadata, which are named in a warning."""
+    """The steps on disk, ascending, without those with damaged metadata, which a warning names."""
     for step, reason in self._damaged():
       log.warning("%s; it is passed over", reason)
       self._passed.add(step)
     return self._on_disk()
 
   def _on_disk(self) -> list[int]:
-    """The steps that were written to their end, ascending, but those that are passed over.
+    """The steps of completely written checkpoints, ascending, without the skipped ones.
 
-    On a disk Orbax gives a checkpoint its name at the end; in a bucket, which cannot rename, it adds a file then.
+    On a disk, Orbax renames a checkpoint when it is complete; a bucket cannot rename, so there it adds a file.
     """
     if not self.folder.is_dir():
       return []
@@ -107,7 +107,7 @@ class Checkpoints:
     return sorted({int(path.name) for path in found} - self._passed)
 
   def _damaged(self) -> list[list[Any]]:
-    """[step, what is wrong] of those whose metadata or metrics cannot be read."""
+    """[step, reason] of each checkpoint whose metadata or metrics cannot be read."""
     found: list[list[Any]] = []
     for step in self._on_disk():
       try:
@@ -118,10 +118,10 @@ class Checkpoints:
     return found
 
   def _score(self, step: int) -> float | None:
-    """The validation of one checkpoint, None where it was saved without.
+    """The validation score of one checkpoint; None if it was saved without one.
 
     Raises:
-      RunError: it was saved with one, which cannot be read.
+      RunError: it has a score that cannot be read.
     """
     with self._reading(step):
       if "metrics" not in read_json(self.folder / str(step) / "_CHECKPOINT_METADATA", dict).get("item_handlers", {}):
@@ -134,7 +134,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _reading(self, step: int) -> Iterator[None]:
-    """Turns what is wrong with a file into a RunError that names the checkpoint."""
+    """Turns errors in a file into a RunError that names the checkpoint."""
     try:
       yield
     except (ValueError, AttributeError, TypeError) as error:
@@ -142,33 +142,35 @@ class Checkpoints:
 
   @property
   def passed(self) -> bool:
-    """Whether a damaged checkpoint was met."""
+    """Whether a damaged checkpoint was found."""
     return bool(self._passed)
 
   def _scored(self, steps: list[int]) -> list[tuple[float, int]]:
-    """(validation, step) of those that have one."""
+    """(validation score, step) of the checkpoints that have a score."""
     scored = []
     for step in steps:
-      with contextlib.suppress(RunError):  # the run that writes the folder has just deleted it
+      with contextlib.suppress(RunError):  # its writer may just have deleted it
         score = self._score(step)
         scored += [] if score is None or math.isnan(score) else [(score, step)]
     return scored
 
   def best_step(self) -> int | None:
-    """The step with the best validation, the later of equals; the last one where nothing was validated."""
+    """The step with the best validation score, the later one of equals; the last step if none has a score."""
+    # Tuples compare by score first, then by step: of (60.0, 50), (62.5, 100) and (62.5, 150), `max` takes step 150. If
+    # scores are equal, the later checkpoint has trained longer. A NaN score counts as no score.
     steps = self.steps()
     scored = self._scored(steps)
     return max(scored)[1] if scored else max(steps, default=None)
 
   def best_score(self) -> float | None:
-    """The best validation, None where nothing was validated; the same on all processes."""
+    """The best validation score, the same on all processes; None if no checkpoint has one."""
     return multihost.from_main(lambda: max((score for score, _ in self._scored(self.steps())), default=None))
 
   def metadata(self, step: int) -> dict[str, Any]:
-    """What was said beside the state of one checkpoint.
+    """The metadata of one checkpoint.
 
     Raises:
-      RunError: it cannot be read, or is not what a run says.
+      RunError: it cannot be read, or lacks something that every run writes.
     """
     with self._reading(step):
       path = self.folder / str(step) / "_CHECKPOINT_METADATA"
@@ -179,25 +181,25 @@ class Checkpoints:
       return found
 
   def newest(self) -> int | None:
-    """The newest step whose metadata is sound; None where there is none. Nothing is warned."""
+    """The newest step with readable metadata; None if there is none. No warning is given."""
     damaged = {step for step, _ in self._damaged()}
     return max((step for step in self._on_disk() if step not in damaged), default=None)
 
   def newest_metadata(self) -> dict[str, Any] | None:
-    """What was said beside that one."""
+    """The metadata of the `newest` checkpoint."""
     step = self.newest()
     return None if step is None else self.metadata(step)
 
   def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
-    """Starts to write a checkpoint; the arrays are copied before this returns, so `state` may be donated."""
+    """Starts to write a checkpoint. Arrays are copied before this returns, so `state` may be donated."""
     said = {**metadata, "fingerprint": fingerprint(state), "trainable": fingerprint(state.trainable)}
     if evaluated(state) is not state.trainable:
       said["evaluated"] = fingerprint(evaluated(state))
-    self._passed.discard(step)  # a damaged one of this step was moved away, and this is another
+    self._passed.discard(step)  # a damaged checkpoint of this step was moved away; this is a new one
     self._writer.save_checkpointables_async(
       step,
       {"state": state},
-      force=True,  # when to save is decided by the loop
+      force=True,  # the loop decides when to save
       overwrite=True,
       metrics=None if score is None else {METRIC: score},
       custom_metadata=said,
@@ -210,32 +212,30 @@ class Checkpoints:
     return self._orbax
 
   def wait(self) -> None:
-    """Blocks until all is on disk; an error while writing surfaces here."""
+    """Blocks until everything is on disk; an error of the writer is raised here."""
     self._writer.wait()
-    self._writer.reload()  # metrics of the newest checkpoint are read from disk
+    self._writer.reload()  # so that the metrics of the newest checkpoint are read from disk
 
   def close(self) -> None:
-    """Waits and lets go of the folder."""
+    """Waits for the writer and closes the folder."""
     if self._orbax is not None:
       self._orbax.close()
 
   def restore(self, step: int, abstract: TrainState) -> Restored:
-    """Reads one checkpoint onto the placements of `abstract`, any mesh.
+    """Reads one checkpoint onto the placements of `abstract`; the mesh may differ from that of the writer.
 
     Raises:
-      RunError: it cannot be read, by any process, or is not what was written.
+      RunError: some process cannot read it, or its arrays are not those that were written.
     """
     state, metadata = self._read(step, abstract)
     self._compare(step, state, metadata["fingerprint"])
     return Restored(step, state, metadata)
 
   def restore_evaluated(self, step: int, abstract: TrainState) -> Params:
-    """Reads what is evaluated of a state (`optimizer.evaluated`) alone, without the memory of the optimiser's moments;
-    otherwise as `restore`.
-    """
+    """Like `restore`, but reads only the evaluated weights (`optimizer.evaluated`), not the optimiser's moments."""
     name = "trainable" if evaluated(abstract) is abstract.trainable else "evaluated"
     if not isinstance(multihost.from_main(lambda: self.metadata(step).get(name)), str):
-      return evaluated(self.restore(step, abstract).state)  # it was written before this was said apart
+      return evaluated(self.restore(step, abstract).state)  # an older release wrote no separate fingerprint
     wanted = set(map(id, jax.tree.leaves(evaluated(abstract))))
     state, metadata = self._read(step, jax.tree.map(lambda x: x if id(x) in wanted else ocp.PLACEHOLDER, abstract))
     self._compare(step, evaluated(state), metadata[name])
@@ -261,7 +261,7 @@ class Checkpoints:
       raise RunError(f"checkpoint {self.folder}/{step} is corrupt: its arrays are not those that were written")
 
   def _set_aside(self, step: int) -> None:
-    """Moves a bad checkpoint out of the way, in case someone wants to look at it; it is passed over from now on."""
+    """Moves a damaged checkpoint to `corrupt`, where it can be inspected; it is skipped from now on."""
     self._passed.add(step)
     if multihost.is_main():
       target = self.folder.parent / "corrupt" / f"{self.folder.name}-{step}"
@@ -272,7 +272,7 @@ class Checkpoints:
     multihost.barrier("set aside")
 
   def _first_good(self, choose: Callable[[], int | None], read: Callable[[int], T]) -> T | None:
-    """What `read` makes of the checkpoint that `choose` names; a bad one is reported, and the choice is made again."""
+    """Reads the checkpoint that `choose` names; if it is damaged, warns and chooses again among the others."""
     failure: RunError | None = None
     while (step := multihost.from_main(choose)) is not None:
       try:
@@ -296,28 +296,28 @@ class Checkpoints:
     return None
 
   def restore_latest(self, abstract: TrainState) -> Restored | None:
-    """The last good checkpoint, None where there is none.
+    """The last good checkpoint; None if there are no checkpoints.
 
     Raises:
-      RunError: there are checkpoints and none of them is good.
+      RunError: there are checkpoints, but none of them is good.
     """
     return self._first_good(lambda: max(self.steps(), default=None), lambda step: self.restore(step, abstract))
 
   def restore_best(self, abstract: TrainState) -> Restored | None:
-    """The good checkpoint with the best validation, None where there is none."""
+    """The good checkpoint with the best validation score; None if there are no checkpoints."""
     return self._first_good(self.best_step, lambda step: self.restore(step, abstract))
 
   def best_evaluated(self, abstract: TrainState) -> tuple[int, Params] | None:
-    """Its step and what is evaluated of it, without the memory of the optimiser's moments; None where there is none."""
+    """Like `restore_best`, but returns the step and only the evaluated weights, without the optimiser's moments."""
     return self._first_good(self.best_step, lambda step: (step, self.restore_evaluated(step, abstract)))
 
 
 @functools.cache
 def _silence_abandoned_reads() -> None:
-  """Says nothing of the arrays that Orbax was still reading when one of them failed.
+  """Silences the tracebacks of arrays that Orbax was still reading when one of them failed.
 
-  It leaves their coroutines behind in a closed event loop, and Python would print a traceback for each of them,
-  whenever it came to collect them or their data arrived. The read that failed says it all.
+  Orbax leaves their coroutines in a closed event loop. Python would print a traceback for each one when it collects
+  them or their data arrives, although the failed read is reported already.
   """
   warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
   print_error = sys.unraisablehook
@@ -332,10 +332,10 @@ def _silence_abandoned_reads() -> None:
 
 
 def _rank(score: float) -> float:
-  """A validation by which checkpoints are compared: one that is no number is below all others."""
+  """A validation score for comparing checkpoints; NaN is below all other scores."""
   return -math.inf if math.isnan(score) else score
 
 
 def is_step(name: str) -> bool:
-  """Whether this is the name of a checkpoint's folder: an iteration as Python writes it."""
+  """Whether this is the name of a checkpoint's folder: a whole number as Python prints it."""
   return name.isascii() and name.isdigit() and name == str(int(name))

@@ -1,7 +1,7 @@
-"""Compiled programs on disk: an attempt that goes on with a run loads what the attempt before it has compiled.
+"""Compiled programs on disk: when a run resumes, it loads the programs that the attempt before it compiled.
 
-A compiled program is code. It lies beside the work directories, in a folder of their own user, and never inside of one:
-whoever hands a run over hands over no code, and whoever reads a run loads none (SECURITY.md).
+A compiled program is code. It lies beside the work directories, in a folder that only their user can write, and never
+inside of one: a work directory that is given away contains no code, and reading a run loads none (SECURITY.md).
 """
 
 import contextlib
@@ -23,24 +23,23 @@ log = logging.getLogger(__name__)
 NAME = ".d1jax-compiled"
 """The folder of compiled programs, beside the work directories that use it."""
 LEAST_SECONDS = 1.0
-"""How long a program takes to compile that is worth two visits to a bucket; on a disk all are kept."""
+"""In a bucket, only programs that take at least this long to compile are kept; on a disk, all are."""
 
 
 class Programs(CacheInterface):
-  """Compiled programs by their keys, as JAX asks for them and hands them over.
+  """A cache of compiled programs by key, in the form that JAX needs.
 
-  JAX's own folder never replaces a file, so that half a program, which a kill left behind, would be there for ever.
-  Here each file begins with a hash of the rest: one that is damaged, or is being written, counts as absent, and is
-  written anew.
+  JAX's own cache never replaces a file, so that half a program, left by a kill, would stay for ever. Here each file
+  begins with a hash of the rest: a file that is damaged, or not yet complete, counts as absent and is written again.
   """
 
   def __init__(self, folder: Folder):
-    """Nothing is read or written yet."""
-    self._path = folder  # as JAX calls it
+    """Stores the folder; nothing is read or written yet."""
+    self._path = folder  # JAX needs this name
     self._writes = True
 
   def get(self, key: str) -> bytes | None:
-    """A compiled program; None where it is not there, or damaged."""
+    """A compiled program; None if it is absent or damaged."""
     try:
       content = (self._path / key).read_bytes()
     except OSError:
@@ -49,7 +48,7 @@ class Programs(CacheInterface):
     return program if hashlib.sha256(program).digest() == digest else None
 
   def put(self, key: str, value: bytes) -> None:
-    """Keeps a compiled program; where the disk takes none, that is said once and the run goes on."""
+    """Stores a compiled program. If that fails, one warning is given and the run continues."""
     if not self._writes:
       return
     try:
@@ -60,10 +59,10 @@ class Programs(CacheInterface):
 
 
 def _folder(workdir: Folder) -> Folder:
-  """The folder for the programs of a run, made where it is missing.
+  """The folder for the programs of a run; it is made if it is missing.
 
   Raises:
-    OSError: it cannot be made, or others than this user could write there.
+    OSError: it cannot be made, or other users could write there.
   """
   if not isinstance(workdir, Path):
     return workdir.parent / NAME  # buckets have no folders of their own
@@ -77,10 +76,10 @@ def _folder(workdir: Folder) -> Folder:
 
 @contextlib.contextmanager
 def kept(workdir: Folder) -> Iterator[None]:
-  """Within it JAX keeps what it compiles beside `workdir`, and loads from there what it finds.
+  """Within this context, JAX stores compiled programs beside `workdir` and loads them from there.
 
-  Where the user has named a folder for JAX (JAX_COMPILATION_CACHE_DIR), that one is used as JAX does it; where neither
-  is possible, that is said and everything is compiled. Of several processes all read, and the first writes.
+  If the user has set JAX_COMPILATION_CACHE_DIR, JAX's own cache in that folder is used instead. If neither works, a
+  message says so and everything is compiled. All processes read the cache, and only the first one writes.
   """
   settings = dict(jax.config.values)
   if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:

@@ -1,4 +1,4 @@
-"""From a configuration to the things that the stages work with: task, tokenizer, denoiser, weights."""
+"""Builds the objects that a configuration describes: task, tokenizer, denoiser, weights."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ from d1jax.tasks.common import check_choice
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """What a configuration describes, built once for all stages, evaluations and benchmarks.
+  """The objects of a configuration, built once for all stages, evaluations and benchmarks.
 
   Attributes:
     config: the resolved configuration.
@@ -46,16 +46,16 @@ class Experiment:
 
   @property
   def tokenizer(self) -> Tokenizer:
-    """Of the model; an experiment always has one."""
+    """The model's tokenizer; an experiment always has one."""
     return cast(Tokenizer, self.model.tokenizer)
 
   def metadata(self) -> dict[str, Any]:
-    """What every checkpoint says of its run: configuration, fingerprint of the base, hashes of the tokenizer."""
+    """The metadata of every checkpoint: configuration, fingerprint of the base, hashes of the tokenizer's files."""
     tokenizer = run_tokenizer.hashes(self.tokenizer.files)
     return {"config": self.config.to_dict(), "base": self.model.weights.base_fingerprint, "tokenizer": tokenizer}
 
   def buckets(self, split: str) -> tuple[str, tuple[int, ...]]:
-    """The prompt lengths that are compiled for a split, and the field that says so."""
+    """The prompt lengths that are compiled for a split, and the name of the field that sets them."""
     if split == "train":
       return "data.prompt_buckets", tuple(self.config.data.prompt_buckets)
     if split == "demonstrations":
@@ -63,9 +63,9 @@ class Experiment:
     return "evaluation.prompt_buckets", tuple(self.config.evaluation.prompt_buckets)
 
   def prompts(self, split: str, prefill: str | None = None) -> Prompts:
-    """The records of a split whose prompts fit a bucket; how many were left out is said.
+    """The records of a split whose prompts fit a bucket; the number of the others is logged.
 
-    Answers start as the style of the prompts has it, or with `prefill`.
+    Answers start with `prefill`; None: with the prefill of the prompt style.
     """
     if not self.task.records(split):
       raise ValueError(f"the split {split} holds no question: let task.sizes.{split} be at least 1")
@@ -80,7 +80,7 @@ class Experiment:
       count = found.left_out + len(found.records)
       print(f"{split}: left out {found.left_out} of {count} prompts longer than {max(buckets)} tokens")
     if isinstance(self.task, tasks.Mixture):
-      self.task.parts(found.records)  # each has some
+      self.task.parts(found.records)  # raises an error if a task of a mix has no records
     return found
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:
@@ -116,13 +116,13 @@ def build_task(config: ConfigDict) -> Task:
 
 
 def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
-  """A checkpoint's configuration, with the devices and the place of the pretrained folder that `config` names."""
+  """A checkpoint's configuration, with the devices and the pretrained folder of `config`."""
   restored = ConfigDict(trained)
   restored.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
-  # Whoever starts from a checkpoint samples and does not train; runs of 0.1 have no `rollout_rules`.
+  # This is for sampling, not training, so `rules` are those of rollouts; runs of 0.1 have no `rollout_rules`.
   rules = meshes.changed(meshes.RULES, trained["rules"])
   restored.rules, restored.rollout_rules = meshes.changed(rules, trained.get("rollout_rules", {})), {}
-  # What runs of 0.1 could not say yet.
+  # Fields that runs of 0.1 did not have.
   restored.task = {"module": None, "mix": {}, **restored.task.to_dict()}
   restored.lora = {"rslora": False, **restored.lora.to_dict()}
   for stage in {"sft", "grpo"} & set(restored):
@@ -133,7 +133,7 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
 
 
 def _batches(config: ConfigDict) -> list[tuple[str, int, str, int]]:
-  """Name and rows of each batch that is trained on, and into how many parts which field divides it."""
+  """Of each training batch: its name, its rows, and the field that divides it into how many parts."""
   batches: list[tuple[str, int, str, int]] = []
   if config.mode != "grpo" or config.sft.steps:
     batches.append(("sft.batch_size", config.sft.batch_size, "sft.accumulation", config.sft.accumulation))
@@ -146,7 +146,7 @@ def _batches(config: ConfigDict) -> list[tuple[str, int, str, int]]:
 
 
 def smaller_parts(config: ConfigDict, stage: str, ways: int) -> str:
-  """What to try when a stage does not fit: fields with values that `check_batches` allows, in the same folder too."""
+  """Advice for a stage that does not fit: fields that the same folder may change, with values that are allowed."""
   tried = []
   for _, rows, part, parts in _batches(config):
     more = next((n for n in range(parts + 1, rows // ways + 1) if rows % (n * ways) == 0), None)
@@ -158,7 +158,7 @@ def smaller_parts(config: ConfigDict, stage: str, ways: int) -> str:
 
 
 def check_batches(config: ConfigDict, ways: int) -> None:
-  """Raises a ValueError when a batch does not divide into parts over the devices that share it, or a stage is empty."""
+  """Raises a ValueError if parts of a batch do not divide over the devices that share it, or if a stage is empty."""
   if "grpo" in config and config.grpo.oversample < 1:
     raise ValueError(f"grpo.oversample is {config.grpo.oversample}; it must be at least 1")
   for name, rows, part, parts in _batches(config):
@@ -180,7 +180,7 @@ def check_batches(config: ConfigDict, ways: int) -> None:
 
 
 def check_lengths(config: ConfigDict, ways: int) -> None:
-  """Raises a ValueError when devices that share the positions of a canvas cannot share those of some bucket evenly."""
+  """Raises a ValueError if the canvas of some bucket does not divide over the devices that share its positions."""
   found = []
   if config.mode == "grpo":
     completion = ("rollout.completion_length", config.rollout.completion_length)
@@ -197,9 +197,7 @@ def check_lengths(config: ConfigDict, ways: int) -> None:
 
 
 def check_start(config: ConfigDict) -> None:
-  """Raises a ValueError when nothing could be learned, surely by oversight: from a large network of random weights, or
-  from groups of equal answers.
-  """
+  """Raises a ValueError if nothing can be learned: from a large random network, or from groups of equal answers."""
   if config.mode == "grpo" and config.rollout.temperature == 0 and config.rollout.remasking != "random":
     raise ValueError(
       "rollout.temperature=0 gives every prompt the same answer each time, so that the rewards of a group are equal and"
@@ -220,7 +218,7 @@ def _lora_spec(config: ConfigDict) -> LoraSpec | None:
 
 
 def _size(config: ConfigDict, source: Source | None, known_ids: int) -> TransformerSize:
-  """The network's sizes: those of the folder, or the preset's with the overrides."""
+  """The network's sizes: from the folder, or from the preset with the overrides."""
   overrides = {k: v for k, v in config.model.overrides.items() if v is not None}
   if source is None:
     return scaled_to(config.model.size, known_ids, **overrides)
@@ -230,7 +228,7 @@ def _size(config: ConfigDict, source: Source | None, known_ids: int) -> Transfor
 
 
 def _tokenizer(config: ConfigDict, run: Kept | None, source: Source | None, task: Task | None) -> Tokenizer:
-  """The tokenizer that a run keeps, or that its model's folder or its task gives; without a task none is trained."""
+  """The tokenizer that a run keeps, or one from the model folder, or one trained on the task's texts."""
 
   def make() -> Tokenizer:
     if source is not None and source.tokenizer is None:
@@ -246,7 +244,7 @@ def _tokenizer(config: ConfigDict, run: Kept | None, source: Source | None, task
 
 
 class _NoTask:
-  """Stands for the task of a checkpoint, which may be a Python file of its author: nothing of it is run."""
+  """Stands for the task of a checkpoint, which may be a Python file of somebody else: its code is not run."""
 
   name, splits = "none", ()
 
@@ -266,15 +264,15 @@ def build(
   """Builds an experiment; nothing is written and no weights are read.
 
   Args:
-    config: resolved.
-    tokenizer: what a run keeps of it, or one at hand; None takes that of the pretrained folder, or trains one on the
+    config: a resolved configuration.
+    tokenizer: the one that a run keeps, or a tokenizer; None: the one of the pretrained folder, or one trained on the
       task's texts.
-    devices: default: all of them.
-    with_task: False leaves the task out, for what somebody else may have written: `config.task.module` is not run.
+    devices: the devices; None: all.
+    with_task: False leaves the task out, so that `config.task.module` of somebody else is not run.
 
   Raises:
     ValueError: a field or a file is wrong.
-    RunError: a path lies in a bucket and cannot.
+    RunError: a path must not lie in a bucket, but does.
   """
   config = ConfigDict(config.to_dict())
   fields.complete(config)

@@ -1,6 +1,6 @@
-"""Fields that few people set: they are not in the files of `configs/`, and have their values here until somebody does.
+"""Fields that few people set: they are not in the files of `configs/`, and have the default values given here.
 
-`--config.grpo.save_every=10` sets one like any other field. What a run records of its configuration holds all of them.
+`--config.grpo.save_every=10` sets one like any other field. The configuration that a run records holds all of them.
 """
 
 import ast
@@ -14,11 +14,11 @@ STAGES = ("sft", "grpo")
 
 
 class Field(NamedTuple):
-  """A field that is there when it is set.
+  """A field that exists in a configuration once it is set.
 
   Attributes:
-    default: its value until then.
-    about: what it does.
+    default: its value if it is not set.
+    about: its meaning.
   """
 
   default: Any
@@ -63,17 +63,17 @@ OPTIONAL: Mapping[str, Field] = {
   "grpo.drift_limit": Field(None, "nats a token beyond which the cache goes off; None: the drift is only logged"),
   **{f"{stage}.{name}": field for stage in STAGES for name, field in _STAGE.items()},
 }
-"""By dotted name. A field of a section that a configuration has not (`sft`, `rollout`) is not there either."""
+"""The fields by dotted name. If a configuration lacks the section (`sft`, `rollout`), it lacks the field too."""
 
 OPEN = ("rules", "rollout_rules", "task.options", "task.mix", "grpo.reward_weights")
-"""Sections whose fields have names of their own: axes, options of a task, tasks, components of a reward. One flag may
-set several: `--config.grpo.reward_weights="{'correct': 1.0, 'format': 0.2}"`, or `correct=1.0,format=0.2`."""
+"""Sections with fields of any name: axes, options of a task, tasks, components of a reward. One flag may set several
+fields: `--config.grpo.reward_weights="{'correct': 1.0, 'format': 0.2}"`, or `correct=1.0,format=0.2`."""
 _WHERE = {"": STAGES, "distributed": (*STAGES, "eval")}
-"""The modes of the configurations that have a section, or fields in none."""
+"""The modes whose configurations have a section; `""` stands for fields outside of sections."""
 
 
 def _section(config: ConfigDict, name: str) -> ConfigDict | None:
-  """Where a field stands; None where the configuration has no such part."""
+  """The section of a field; None if the configuration does not have it."""
   first, *rest = name.split(".")[:-1] or [""]
   if first in _WHERE:
     if config.get("mode") not in _WHERE[first]:
@@ -91,7 +91,7 @@ def _section(config: ConfigDict, name: str) -> ConfigDict | None:
 
 
 def complete(config: ConfigDict) -> None:
-  """Gives every field that was not set its value."""
+  """Sets every field that is not set yet to its default."""
   with config.unlocked():
     for name, field in OPTIONAL.items():
       section = _section(config, name)
@@ -100,12 +100,12 @@ def complete(config: ConfigDict) -> None:
 
 
 def is_open(name: str) -> bool:
-  """Whether a field is, or stands in, a section of `OPEN`."""
+  """Whether a field is a section of `OPEN`, or is inside of one."""
   return any(f"{name}.".startswith(section + ".") for section in OPEN)
 
 
 def take_flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-  """The arguments of a command line that set fields of this file or of `OPEN`: name and text; and the others."""
+  """Splits a command line: (name, text) of arguments that set fields of this file or of `OPEN`, and all others."""
   found, others, rest = [], [], iter(arguments)
   for argument in rest:
     flag, equals, text = argument.partition("=")
@@ -120,10 +120,10 @@ def take_flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[st
 
 
 def _value(name: str, text: str) -> Any:
-  """The value that a text stands for, of the type of the field's default.
+  """Converts a text into a value of the type of the field's default.
 
   Raises:
-    ValueError: it is of another type.
+    ValueError: the text stands for another type.
   """
   try:
     value = ast.literal_eval(text)
@@ -138,7 +138,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _single(name: str, text: str) -> list[tuple[str, str]]:
-  """The flags of single fields that a flag of an open section stands for."""
+  """Splits a flag of an open section into flags of single fields."""
   if name not in OPEN:
     return [(name, text)]
   try:
@@ -155,7 +155,7 @@ def choose(config: ConfigDict, flags: Sequence[tuple[str, str]]) -> None:
   """Sets fields.
 
   Raises:
-    ValueError: the configuration has no such part, or a value is of another type.
+    ValueError: the configuration lacks the section, or a value has another type.
   """
   with config.unlocked():
     for name, text in [one for flag in flags for one in _single(*flag)]:

@@ -1,4 +1,4 @@
-"""Whether a folder holds this run: what each field of the configuration is to it, and which questions it began with."""
+"""Decides whether a folder holds this run, from the kind of each field that differs and from the questions."""
 
 import json
 import logging
@@ -15,32 +15,32 @@ from d1jax.run.workdir import Folder, write_atomically
 log = logging.getLogger(__name__)
 
 KINDS: Mapping[str, tuple[str, ...]] = {
-  # On which devices, and in how many parts: results differ by rounding alone.
+  # Devices and sizes of parts: results differ only by rounding.
   "placement": (
     *("mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
     *("sft.accumulation", "grpo.accumulation", "grpo.rollout_chunks", "grpo.grading_workers"),
     *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
   ),
-  # What is written beside the weights.
+  # Output besides the weights.
   "logging": ("profile_steps", "trackers", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
-  # How long, and what ends a stage earlier.
+  # The length of a stage, and conditions that end it earlier.
   "total": tuple(f"{stage}.{name}" for stage in ("sft", "grpo") for name in ("steps", "patience", "max_skipped_steps")),
-  # Where something lies: fingerprints say whether it is the same.
+  # Paths: fingerprints tell whether the content is the same.
   "place": ("workdir", "data.root", "sft.data", "model.pretrained"),
-  # What may have to change for a run to go on at all; the change is recorded in changes.jsonl.
+  # Fields that a user may have to change so that a run can continue; changes.jsonl records each change.
   "recorded": ("sft.learning_rate", "sft.max_grad_norm", "grpo.learning_rate", "grpo.max_grad_norm"),
 }
-"""What a field is; one that is not here is part of the run's identity, and another value makes another run."""
+"""The fields of each kind. Every other field is part of the run's identity: another value makes it another run."""
 CHANGEABLE = tuple(name for names in KINDS.values() for name in names)
 SETTLED = ("sft.steps", "sft.patience", "sft.learning_rate", "sft.max_grad_norm")
-"""Fields of the start of diffu-GRPO, which is fixed once that has begun."""
+"""Fields that determine the start of diffu-GRPO; they are fixed once it has begun."""
 FREE = ("task.options", "task.mix", "grpo.reward_weights", "grpo.estimator", "grpo.loss", "grpo.advantage")
-"""Sections without fields of their own: what is not in them is not there."""
+"""Sections without a fixed set of fields: a field that is not in them has no value."""
 STAGES = ("grpo", "sft")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested dictionaries as one with dotted names."""
+  """Nested dictionaries as one dictionary with dotted names."""
   flat: dict[str, Any] = {}
   for name, value in tree.items():
     flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -52,14 +52,14 @@ def _is_of(name: str, group: tuple[str, ...]) -> bool:
 
 
 def kind(name: str) -> str:
-  """What a field (dotted) is: a key of `KINDS`, or `identity`."""
+  """The kind of a field (dotted name): a key of `KINDS`, or `identity`."""
   return next((kind for kind, names in KINDS.items() if _is_of(name, names)), "identity")
 
 
 def _stored(workdir: Folder) -> tuple[dict[str, Any] | None, str | None]:
-  """The configuration of the run in a folder, None where there is none; and what is wrong with its file.
+  """The configuration of the run in a folder, None if there is none; and the error of its file, None if it is sound.
 
-  Every checkpoint holds a copy, which serves where config.json does not.
+  Every checkpoint holds a copy, which is used if config.json is missing or damaged.
   """
   path, wrong = workdir / "config.json", None
   try:
@@ -80,7 +80,7 @@ def _stored(workdir: Folder) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _differences(workdir: Folder, old: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[str, Any, Any]]:
-  """By name: kind, old and new value of each field that differs; a field that the old run did not know is `added`."""
+  """{name: (kind, old, new)} of each field that differs; the kind is `added` if the old run did not have the field."""
   was, now = flatten(old), flatten(json.loads(json.dumps(config)))
   settled = SETTLED if (workdir / "checkpoints" / "grpo").exists() else ()
   found = {}
@@ -95,9 +95,9 @@ def _differences(workdir: Folder, old: dict[str, Any], config: dict[str, Any]) -
 
 @input_checked()
 def holds_run(workdir: Folder, config: dict[str, Any]) -> bool:
-  """Whether the folder holds this run already; nothing is written.
+  """Whether the folder already holds this run; nothing is written.
 
-  A field that an older release did not know is taken as it is now: the run goes on as if it had always been so.
+  A field that an older release did not have keeps its new value: the run continues as if it had always had it.
 
   Raises:
     RunError: it holds a run of another configuration; the message names the fields that differ.
@@ -110,7 +110,7 @@ def holds_run(workdir: Folder, config: dict[str, Any]) -> bool:
   if "model.pretrained" in differences:
     _, was, now = differences["model.pretrained"]
     if was is None or now is None or not flatten(old).get("lora.rank"):
-      other.append("model.pretrained")  # only the base of adapters has a fingerprint
+      other.append("model.pretrained")  # only a base under adapters has a fingerprint to compare
   if other:
     shown = ", ".join(f"{name} was {differences[name][1]!r}, now {differences[name][2]!r}" for name in other[:3])
     raise RunError(
@@ -122,7 +122,7 @@ def holds_run(workdir: Folder, config: dict[str, Any]) -> bool:
 
 @input_checked()
 def check_splits(workdir: Folder, config: dict[str, Any], splits: Mapping[str, Any]) -> None:
-  """Raises a RunError when a run that goes on would meet other questions than it began with."""
+  """Raises a RunError if a resumed run would get other questions than it began with."""
   path, moved = workdir / "splits.json", _moved(workdir, config)
   old: dict[str, Any] = {}
   if path.exists():
@@ -151,7 +151,7 @@ def _moved(workdir: Folder, config: dict[str, Any]) -> list[str]:
 
 @input_checked()
 def record_changes(workdir: Folder, config: dict[str, Any]) -> None:
-  """Says and records what changed although it decides results; to be called before the new configuration is written."""
+  """Logs and records changed fields that affect results; call it before the new configuration is written."""
   old, wrong = _stored(workdir)
   if wrong:
     log.warning("%s; a checkpoint holds a copy, and the file is written anew", wrong)

@@ -1,5 +1,5 @@
-"""SIGTERM, SIGHUP and Ctrl-C as requests to save and stop, answered by all processes together: between two iterations,
-and between two batches of an evaluation.
+"""SIGTERM, SIGHUP and Ctrl-C are requests to save and stop; all processes answer them together, between two iterations
+or between two batches of an evaluation.
 """
 
 import signal
@@ -10,19 +10,18 @@ from d1jax.errors import InterruptedRunError, PreemptedError, RunError
 from d1jax.parallel import multihost
 
 _RANKS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-"""The signals, the one that is answered first last: a machine that goes down does not wait for a person."""
+"""The signals by ascending priority: a machine that shuts down does not wait, so SIGTERM goes before Ctrl-C."""
 
 
 class Interrupts:
-  """Collects stop signals while it is entered. A second Ctrl-C stops at once.
+  """A context that collects stop signals. A second Ctrl-C stops at once.
 
-  SIGHUP comes from a terminal that closes. It ends a run as SIGTERM does; where it was ignored, as `nohup` does, it
-  stays so.
+  SIGHUP comes from a terminal that closes. It ends a run like SIGTERM, unless it was ignored before, as with `nohup`.
   """
 
   def __init__(self) -> None:
-    self._received = 0  # the signal's rank, from 1; 0: none
-    self._agreed = 0  # the highest that any process had when all asked
+    self._received = 0  # the signal's rank, counted from 1; 0: no signal
+    self._agreed = 0  # the highest rank of any process at the last exchange
     self._interrupted = False
     self._previous: dict[int, Any] = {}
 
@@ -45,15 +44,15 @@ class Interrupts:
     self._received = max(self._received, _RANKS.index(signal.Signals(number)) + 1)
 
   def pending(self) -> bool:
-    """Whether a stop was asked for, of any process; all ask together.
+    """Whether any process received a stop signal; all processes must call this together.
 
-    SIGTERM goes before SIGHUP, and SIGHUP before Ctrl-C.
+    SIGTERM has priority over SIGHUP, and SIGHUP over Ctrl-C.
     """
-    self._agreed = multihost.largest(self._received)  # a signal that comes meanwhile is heard the next time
+    self._agreed = multihost.largest(self._received)  # a signal during the exchange counts at the next one
     return self._agreed > 0
 
   def error(self, where: str) -> RunError:
-    """The exception to leave with, once the run is saved."""
+    """The exception to raise when the run is saved."""
     number = _RANKS[self._agreed - 1]
     kind = InterruptedRunError if number == signal.SIGINT else PreemptedError
     return kind(f"{number.name}: saved at {where}; run the same command again to go on")

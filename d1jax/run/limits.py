@@ -1,6 +1,6 @@
-"""Which values a field of the configuration may have: looked at before anything is read, compiled or trained.
+"""Allowed values of the configuration's fields, checked before anything is read, compiled or trained.
 
-One table for all modes. What depends on several fields, on the data or on the devices is checked where these are known.
+One table serves all modes. Conditions on several fields, on data or on devices are checked where these are known.
 """
 
 import math
@@ -14,16 +14,16 @@ from d1jax.run.workdir import local
 
 
 class Limit(NamedTuple):
-  """What a number, or each of several, must be.
+  """A condition on a number, or on each of several numbers.
 
   Attributes:
-    whole: an integer, or any finite number.
-    least: it may not be less.
-    most: it may not be more.
-    above: it must be more than `least`.
-    below: it must be less than `most`.
-    optional: None is a value too.
-    several: a tuple of such numbers.
+    whole: True: an integer; False: any finite number.
+    least: the lower bound.
+    most: the upper bound.
+    above: whether the lower bound itself is excluded.
+    below: whether the upper bound itself is excluded.
+    optional: whether None is allowed.
+    several: whether the value is a tuple of such numbers.
   """
 
   whole: bool
@@ -35,7 +35,7 @@ class Limit(NamedTuple):
   several: bool = False
 
   def allows(self, value: Any) -> bool:
-    """Whether this is such a number."""
+    """Whether a value meets the condition for one number."""
     if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
       return False
     if isinstance(value, float) and not math.isfinite(value):
@@ -59,7 +59,7 @@ REAL, SIZE, POSITIVE = Limit(False), Limit(False, 0), Limit(False, 0, above=True
 MAYBE_REAL, MAYBE_SIZE = Limit(False, optional=True), Limit(False, 0, optional=True)
 SHARE, DECAY = Limit(False, 0, 1), Limit(False, 0, 1, below=True)
 SEED = Limit(True, 0, 2**32 - 1)
-"""JAX would drop higher bits, and take another seed's draws."""
+"""JAX would drop higher bits, and would then draw as with another seed."""
 
 _STAGE: Mapping[str, Limit] = {
   "steps": MANY,
@@ -106,7 +106,7 @@ TABLE: Mapping[str, Limit] = {
   **{f"grpo.{name}": MAYBE_REAL for name in ("importance_cap", "drift_limit")},
   "grpo.answered": REAL,
   "evaluation.batch_size": COUNT,
-  # Of evaluations and generations.
+  # Fields of evaluations and generations.
   "data_seed": SEED._replace(optional=True),
   "seeds": SEED._replace(several=True),
   "temperature": SIZE,
@@ -123,24 +123,24 @@ TABLE: Mapping[str, Limit] = {
   "prompt_buckets": TOKENS._replace(several=True),
   "slices": COUNT,
 }
-"""The numbers of all configurations, by their dotted names."""
+"""The conditions on the numbers of all configurations, by dotted name."""
 NONE_IS_ALL = ("lengths", "prompt_buckets")
-"""Of these no number at all means those of the checkpoint."""
+"""If one of these is empty, the numbers of the checkpoint are used."""
 
 
 LOCAL = (
   *("model.pretrained", "data.root", "task.module", "sft.data"),
   *("pretrained", "adapter", "generations", "module", "data_root", "film"),
 )
-"""The paths of all configurations that cannot lie in a bucket; `output` can in an evaluation, and is checked there."""
+"""The path fields that must not be in a bucket. `output` may be, but only in an evaluation, which checks it itself."""
 
 
 def check(config: ConfigDict) -> None:
-  """Looks at every field.
+  """Checks every field.
 
   Raises:
-    ValueError: the value of a field makes no sense; the message names it, and what it must be.
-    RunError: a path lies in a bucket and cannot.
+    ValueError: a value is not allowed; the message names the field and the condition.
+    RunError: a path is in a bucket, but must not be.
   """
   for name, value in flatten(config.to_dict()).items():
     if name in LOCAL and isinstance(value, str):

@@ -1,8 +1,7 @@
-"""One run at a time in a work directory.
+"""Allows one run at a time in a work directory.
 
-Process 0 holds a lock (flock) on `WORKDIR/lock` as long as the run lives. The system takes the lock back when the
-process ends, however it ends, so that a killed run does not stand in the way of the next one. The file says who holds
-it.
+Process 0 holds a lock (flock) on `WORKDIR/lock` while the run lives. The system releases the lock whenever the process
+ends, so that a killed run does not block the next one. The file says which process holds the lock.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 NAME = "lock"
 
 _held: set[int] = set()
-"""Files of this process; a forked child closes them, or it would hold the lock after its parent's end."""
+"""Open lock files of this process. A forked child closes them, or it would hold the lock after its parent's end."""
 
 
 def _forget() -> None:
@@ -38,7 +37,7 @@ os.register_at_fork(after_in_child=_forget)
 
 @contextlib.contextmanager
 def locked(workdir: Folder) -> Iterator[None]:
-  """Holds the lock of a work directory; a folder that is made for it, and that nothing is written to, goes again.
+  """Holds the lock of a work directory. A folder that was made for the lock is removed if nothing was written to it.
 
   Raises:
     RunError: another run holds it; the message says which.
@@ -63,14 +62,14 @@ def locked(workdir: Folder) -> Iterator[None]:
       (workdir / NAME).unlink(missing_ok=True)
       _held.discard(file)
       os.close(file)
-    with contextlib.suppress(OSError):  # something was written
+    with contextlib.suppress(OSError):  # the folder is not empty
       for folder in made:
         folder.rmdir()
 
 
 @input_checked()
 def _acquire(workdir: Path, made: list[Path]) -> int | None:
-  """The open file that holds the lock, None where the file system has no locks; `made`: the folders made for it."""
+  """The open lock file; None if the file system has no locks. `made` receives the folders made for it."""
   write_check(workdir)
   absent = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
   try:
@@ -86,7 +85,7 @@ def _acquire(workdir: Path, made: list[Path]) -> int | None:
       except BlockingIOError:
         os.close(file)
         raise RunError(f"{workdir} is in use by {_holder(workdir / NAME)}; {REMEDY}") from None
-      except FileNotFoundError:  # the run that held it has just ended, and took the file with it
+      except FileNotFoundError:  # the run that held the lock has just ended and removed the file
         pass
       os.close(file)
   except OSError as error:
@@ -103,7 +102,7 @@ def _acquire(workdir: Path, made: list[Path]) -> int | None:
 
 
 def _check(path: Path) -> None:
-  """Raises a RunError where something else is in the lock's place: what a link leads to would be overwritten."""
+  """Raises a RunError if `path` is not a regular file, because the target of a link would be overwritten."""
   if path.is_symlink() or (path.exists() and not path.is_file()):
     raise RunError(f"{path} is no file but a link, a folder or the like: move it away")
 
@@ -112,7 +111,7 @@ REMEDY = "wait for its end or stop it, or use --config.workdir=... for a new run
 
 
 def _holder(path: Path) -> str:
-  """Who holds the lock, as far as the file says."""
+  """The process that holds the lock, as named in the file."""
   try:
     found = read_json(path, dict, largest=1000)
     return f"another run (process {found['pid']} on {found['host']}, since {found['since']})"

@@ -1,4 +1,4 @@
-"""The records of a run, which a resume and the readers need, and the line that a person watches."""
+"""The records of a run, which a resume and readers need, and the progress line for the user."""
 
 import json
 import logging
@@ -19,24 +19,24 @@ log = logging.getLogger(__name__)
 
 STAGES = ("sft", "grpo")
 UPLOAD_SECONDS = 60
-"""How often records go to a bucket, where a file can only be written whole; also before each checkpoint."""
+"""The seconds between uploads of the records to a bucket, which stores only whole files."""
 
 
 @input_checked()
 def read_records(path: Folder) -> list[dict[str, Any]]:
-  """The records of a JSON lines file; lines that are none are left out, an absent file is empty."""
+  """The records of a JSON-lines file; damaged lines are skipped, and an absent file has no records."""
   return _sorted_out(path)[0] if path.exists() else []
 
 
 def warn_of_lost(path: Folder, reached: Mapping[str, int]) -> None:
-  """Says in one line where a run that goes on lacks records of iterations that its checkpoints have.
+  """Warns in one line if a resumed run lacks records of iterations that its checkpoints have.
 
   Args:
-    path: the JSON lines file; it may be absent.
-    reached: by stage, the iteration of the newest checkpoint.
+    path: the JSON-lines file; it may be absent.
+    reached: the iteration of the newest checkpoint of each stage.
 
   Raises:
-    RunError: something else is in the place of the file.
+    RunError: the path is not a regular file.
   """
   found = {(record["stage"], record["iteration"]) for record in read_records(path)}
   lost = {stage: sum((stage, i + 1) not in found for i in range(last)) for stage, last in reached.items()}
@@ -51,7 +51,7 @@ def warn_of_lost(path: Folder, reached: Mapping[str, int]) -> None:
 
 
 def _sorted_out(path: Folder) -> tuple[list[dict[str, Any]], list[bytes]]:
-  """The records, and the lines that are none; a last line that was cut off by a kill is neither."""
+  """The records, and the damaged lines; a last line that a kill cut off is left out of both."""
   records, damaged = [], []
   try:
     *whole, rest = read_bytes(path).split(b"\n")
@@ -67,7 +67,7 @@ def _sorted_out(path: Folder) -> tuple[list[dict[str, Any]], list[bytes]]:
 
 
 def _record(line: str, path: Folder) -> dict[str, Any]:
-  """What a line says of an iteration; a FileError where it is no record."""
+  """The record of a line; a FileError if it is not a record."""
   found = parse_json(line.strip(), path, dict)
   values = [value for name, value in found.items() if name not in ("stage", "iteration", "alarms")]
   is_whole = isinstance(found.get("iteration"), int) and found.get("stage") in STAGES
@@ -77,10 +77,10 @@ def _record(line: str, path: Folder) -> dict[str, Any]:
 
 
 class MetricsWriter:
-  """Appends one record an iteration to `metrics.jsonl`, as a `Tracker`; nothing but on process 0."""
+  """A `Tracker` that appends one record per iteration to `metrics.jsonl`; it writes only on process 0."""
 
   def __init__(self, workdir: Folder, stage: str, start: int):
-    """Opens the file; records of this stage beyond iteration `start` are dropped, the run will make them again."""
+    """Opens the file. Records of this stage after iteration `start` are dropped, since the run makes them again."""
     self._stage = stage
     self._writes = multihost.is_main()
     if not self._writes:
@@ -106,7 +106,7 @@ class MetricsWriter:
       self._file.flush()
 
   def keep(self) -> None:
-    """Makes sure that all records are where a run that goes on finds them."""
+    """Makes sure that a resumed run will find all records."""
     if self._writes and isinstance(self._file, _Object):
       self._file.close()
 
@@ -117,10 +117,10 @@ class MetricsWriter:
 
 
 class Progress:
-  """A live bar on a terminal, plain lines elsewhere; nothing but on process 0."""
+  """A progress bar on a terminal, plain lines otherwise; only on process 0."""
 
   def __init__(self, stage: str, total: int, start: int, *, lines: int = 20):
-    """`lines`: how many plain lines a stage prints when the output is no terminal."""
+    """`lines` is the number of plain lines per stage if the output is not a terminal."""
     self._stage, self._total, self._done = stage, total, start
     self._every = max(total // lines, 1)
     self._bar: Any = None
@@ -131,7 +131,7 @@ class Progress:
       self._clock = tqdm.tqdm(total=total, initial=start, disable=False, file=_Nowhere())
 
   def update(self, iteration: int, shown: Mapping[str, float | str]) -> None:
-    """Moves to `iteration` and shows a few values."""
+    """Moves the bar to `iteration` and shows a few values."""
     text = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
     bar = self._clock if self._bar is None else self._bar
     bar.update(iteration - self._done)
@@ -149,7 +149,7 @@ class Progress:
 
 
 class _Object:
-  """A text file in a bucket that grows, by being written anew."""
+  """A growing text file in a bucket: each upload writes the whole file again."""
 
   def __init__(self, path: Folder, text: str):
     self._path, self._text, self._written = path, text, time.monotonic()
@@ -159,7 +159,7 @@ class _Object:
     self._text += text
 
   def flush(self) -> None:
-    """Uploads the text, if that was long ago."""
+    """Uploads the text if the last upload was long ago."""
     if time.monotonic() - self._written > UPLOAD_SECONDS:
       self.close()
 
@@ -170,7 +170,7 @@ class _Object:
 
 
 class _Nowhere:
-  """A file that swallows what it is given; tqdm then only keeps the time."""
+  """A file that discards its input, so that tqdm only measures time."""
 
   def write(self, text: str) -> None:
     """Drops the text."""

@@ -1,8 +1,8 @@
-"""The parts of a method in a configuration: `config.grpo.loss = {"name": "clipped_token", "epsilon": 0.5}`.
+"""Estimator, loss and advantage in a configuration: `config.grpo.loss = {"name": "clipped_token", "epsilon": 0.5}`.
 
-Estimator, loss and advantage are sections with a name and the options of what it names: a line of a table of
-`d1jax.rl`, or a Python file of a user's own, `mine.py`, which defines `loss` (or `estimator`, or `advantage`). Such a
-file is run with the rights of the run where the method is built, and nowhere else: readers of a run build none.
+Each part of a method is a section with a name and options. The name is one of a table in `d1jax.rl`, or a user's own
+Python file, `mine.py`, which defines `loss` (or `estimator`, or `advantage`). Such a file runs with the rights of the
+run, and only where the method is built for training: readers of a run do not build a method.
 """
 
 import ast
@@ -28,9 +28,9 @@ MOVED: Mapping[str, str] = {
   **dict.fromkeys(("samples", "nodes", "segments", "masking", "antithetic", "exponent", "top_entropy"), "estimator"),
   **dict.fromkeys(("epsilon", "epsilon_high", "upper_share", "beta", "kl", "kl_against"), "loss"),
 }
-"""Options that were fields of `config.grpo`, and the part that has them now."""
+"""Options that were fields of `config.grpo` before, and the part to which they belong now."""
 OF_THE_RUN = ("p_mask_prompt", "tile")
-"""Options of estimators that are fields of `config.grpo`: all estimators that have them share them."""
+"""Options that all estimators share; they are fields of `config.grpo`."""
 TYPES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a text"}
 KINDS = {"estimator": "a function or an Estimator", "loss": "a subclass of Loss", "advantage": "a function"}
 _FLAG = re.compile(rf"--?config\.grpo\.({'|'.join((*TABLES, *MOVED))})((?:\.\w+)?)(?:=(.*))?", re.DOTALL)
@@ -38,7 +38,7 @@ _FLAG = re.compile(rf"--?config\.grpo\.({'|'.join((*TABLES, *MOVED))})((?:\.\w+)
 
 @contextlib.contextmanager
 def named(kind: str, name: str) -> Iterator[None]:
-  """Says of what fails which part it is, and of a user's file the line."""
+  """Adds the name of the part to an error, and for a user's file the line."""
   try:
     yield
   except Exception as error:
@@ -50,7 +50,7 @@ def named(kind: str, name: str) -> Iterator[None]:
 
 
 def _find(kind: str, name: str) -> Any:
-  """What makes the part of its options."""
+  """The class or function that makes the part from its options."""
   if not name.endswith(".py"):
     if name not in TABLES[kind]:
       raise ValueError(
@@ -65,7 +65,7 @@ def _find(kind: str, name: str) -> Any:
 
 
 def _parameters(kind: str, part: Any) -> dict[str, inspect.Parameter]:
-  """Its options."""
+  """The options of a part."""
   parameters = inspect.signature(part.function if kind == "estimator" else part).parameters
   return {
     name: each
@@ -86,7 +86,7 @@ def _check_type(field: str, value: Any, annotation: Any) -> None:
 
 
 def _full(kind: str, part: Any, section: Mapping[str, Any]) -> dict[str, Any]:
-  """The section with all options of its part."""
+  """The section, completed with the defaults of its part."""
   known, name = _parameters(kind, part), section["name"]
   for option in section.keys() - known.keys() - {"name"}:
     having = ", ".join(known) or "none"
@@ -107,11 +107,11 @@ def build(kind: str, section: ConfigDict, **of_the_run: Any) -> Any:
 
   Args:
     kind: a key of `TABLES`.
-    section: of `config.grpo`.
-    of_the_run: the values of `OF_THE_RUN`; None is an estimator's default.
+    section: a section of `config.grpo`.
+    of_the_run: the values of `OF_THE_RUN`; None stands for the estimator's default.
 
   Raises:
-    ValueError: there is no such part, or it lacks or refuses an option; the message names it and says the remedy.
+    ValueError: the part does not exist, lacks an option or does not accept one; the message names it and the remedy.
   """
   name = section.name
   part = _find(kind, name)
@@ -128,10 +128,10 @@ def build(kind: str, section: ConfigDict, **of_the_run: Any) -> Any:
 
 @input_checked()
 def complete(config: ConfigDict) -> None:
-  """Writes all options of its parts into `config.grpo`, where there is one, so that the record of a run says them.
+  """Writes all options of the parts into `config.grpo`, if there is one, so that a run records them.
 
   Raises:
-    RunError: there is no such part, or it lacks or refuses an option.
+    RunError: a part does not exist, lacks an option or does not accept one.
   """
   for kind in TABLES if "grpo" in config else ():
     section = config.grpo[kind]
@@ -144,9 +144,9 @@ def complete(config: ConfigDict) -> None:
 
 
 def take_flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str, str]], list[str]]:
-  """The arguments of a command line that set parts: kind, option (none where it names the part), text; and the others.
+  """Splits a command line: (kind, option, text) of arguments that set parts, and all others.
 
-  Options that have become those of a part are understood by their old names too: `--config.grpo.epsilon=0.2`.
+  The option is empty if the argument names the part. Old names of options still work: `--config.grpo.epsilon=0.2`.
   """
   found, others, rest = [], [], iter(arguments)
   for argument in rest:
@@ -163,14 +163,14 @@ def take_flags(arguments: Sequence[str]) -> tuple[list[tuple[str, str, str]], li
 def choose(section: ConfigDict, flags: Sequence[tuple[str, str, str]]) -> None:
   """Sets parts of `config.grpo`, and their options.
 
-  Another part of a table keeps the options that it has too; that of a file has its own defaults.
+  If the new part is one of a table, it keeps the options that both parts have; a part of a file has its own defaults.
 
   Args:
     section: `config.grpo`.
-    flags: of `take_flags`.
+    flags: the result of `take_flags`.
 
   Raises:
-    ValueError: there is no such part.
+    ValueError: a part does not exist.
   """
   with section.unlocked():
     for kind, option, name in flags:
@@ -189,10 +189,10 @@ def choose(section: ConfigDict, flags: Sequence[tuple[str, str, str]]) -> None:
 
 
 def renewed(config: dict[str, Any]) -> dict[str, Any]:
-  """The configuration of a run as this release writes it; no file of a user's is run.
+  """Converts the configuration of a run to the form of this release; no user's file is run.
 
-  In runs of 0.1 the parts are names, and their options fields of `config.grpo`. Options that a part did not have when
-  the run began have their defaults.
+  In runs of 0.1, parts are names, and their options are fields of `config.grpo`. Options that a part did not have when
+  the run began get their defaults.
   """
   if not isinstance(config.get("grpo"), dict) or not TABLES.keys() <= config["grpo"].keys():
     return config

@@ -1,7 +1,7 @@
-"""The tokenizer of a run: it is that of the model's folder, or is trained on the task's texts, and a copy is kept.
+"""The tokenizer of a run: it comes from the model folder or is trained on the task's texts, and a copy is kept.
 
-Weights mean nothing without the tokenizer that they were trained with, so every checkpoint says the hashes of its
-files. Where the copy in the work directory is damaged, the tokenizer is made again, and must have the same hashes.
+Weights are useless without the tokenizer of their training, so every checkpoint records the hashes of its files. If the
+copy in the work directory is damaged, the tokenizer is made again, and must have the same hashes.
 """
 
 import hashlib
@@ -24,15 +24,15 @@ from d1jax.tasks import Task
 log = logging.getLogger(__name__)
 
 SAMPLE = 2000
-"""Records of each task and split whose texts train the tokenizer."""
+"""The number of records of each task and split whose texts train the tokenizer."""
 
 
 class Kept(NamedTuple):
   """The tokenizer that a run with checkpoints keeps in its work directory.
 
   Attributes:
-    workdir: of the run.
-    hashes: of its files, by name, as a checkpoint says them; None where it does not, as in older releases.
+    workdir: the work directory of the run.
+    hashes: the hashes of its files by name, from a checkpoint; None if it has none, as in older releases.
   """
 
   workdir: Folder
@@ -42,7 +42,7 @@ class Kept(NamedTuple):
     """The contents of its files by name.
 
     Raises:
-      RunError, FileError: one is missing, cannot be read or is not the one that the run wrote.
+      RunError, FileError: a file is missing, cannot be read, or is not the one that the run wrote.
     """
     found = read_tokenizer(self.workdir, self.hashes)
     now = hashes(found)
@@ -54,19 +54,19 @@ class Kept(NamedTuple):
 
 
 def hashes(files: Mapping[str, bytes]) -> dict[str, str]:
-  """SHA-256 of each file."""
+  """The SHA-256 of each file."""
   return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def kept(workdir: Folder, metadata: Mapping[str, Any]) -> Kept:
-  """The tokenizer of a run, with the hashes that the metadata of one of its checkpoints says."""
+  """The tokenizer of a run, with the hashes in the metadata of one of its checkpoints."""
   said = metadata.get("tokenizer")
   known = isinstance(said, dict) and said and all(isinstance(value, str) for value in said.values())
   return Kept(workdir, said if known else None)
 
 
 def _told(workdir: Folder) -> list[Any] | None:
-  """[the hashes that the newest checkpoint of a run says]; None where there is none."""
+  """A list with the hashes in the newest checkpoint of a run; None if there is no checkpoint."""
   for stage in STAGES:
     metadata = Checkpoints(workdir / "checkpoints" / stage).newest_metadata()
     if metadata is not None:
@@ -75,13 +75,13 @@ def _told(workdir: Folder) -> list[Any] | None:
 
 
 def kept_in(workdir: Folder) -> Kept | None:
-  """The tokenizer of the run in a work directory; None where there is no checkpoint, so that any would do."""
+  """The tokenizer of the run in a work directory; None without a checkpoint, so that any tokenizer is allowed."""
   told = multihost.from_main(lambda: _told(workdir))
   return None if told is None else Kept(workdir, told[0])
 
 
 def is_whole(workdir: Folder) -> bool:
-  """Whether nothing is known to be wrong with the tokenizer's files of a run; what this process alone sees."""
+  """Whether no damage of a run's tokenizer files is known, as far as this process sees."""
   told = _told(workdir)
   try:
     return not told or not told[0] or bool(Kept(workdir, told[0]).files())
@@ -102,16 +102,16 @@ def train(task: Task, style: str = "d1", *, model_type: str = "char", vocab_size
 
 
 def read(run: Kept, make: Callable[[], Tokenizer] | None, origin: str) -> Tokenizer:
-  """The tokenizer of a run with checkpoints, made again where its files are damaged; nothing is written.
+  """The tokenizer of a run with checkpoints. It is made again if its files are damaged; nothing is written.
 
   Args:
-    run: what is kept of it.
-    make: makes it as the run did when it began; None where only the run itself may do that.
-    origin: where `make` takes it from.
+    run: the kept tokenizer.
+    make: makes the tokenizer as the run did when it began; None if only the run itself may do so.
+    origin: what messages call the source of `make`.
 
   Raises:
-    ValueError: its files are those that the run wrote, and no tokenizer can be made of them here.
-    RunError: it is damaged, and nothing that is the same can be made.
+    ValueError: the files are intact, but cannot be read as a tokenizer here.
+    RunError: the files are damaged, and the same tokenizer cannot be made.
   """
   try:
     files = run.files()
@@ -136,7 +136,7 @@ def read(run: Kept, make: Callable[[], Tokenizer] | None, origin: str) -> Tokeni
 
 
 def _of_its_day(made: Tokenizer, run: Kept) -> Tokenizer:
-  """The tokenizer with the day that its chat template takes for today: it is the one when the run began."""
+  """The tokenizer with the date that its chat template uses as today: the day on which the run began."""
   told = (run.hashes or {}).get(folders.DATE)
   path = run.workdir / "tokenizer" / folders.DATE
   try:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk.
+"""The files of a run.
 
 ```
 WORKDIR/
@@ -6,10 +6,10 @@ WORKDIR/
   changes.jsonl        fields that decide results and changed on the way, if any
   lock                 while a run is at work here (lock.py)
   tokenizer/           the files of the tokenizer
-  splits.json          how many questions each split has, and a hash of them
+  splits.json          the number of questions in each split, and a hash of them
   checkpoints/STAGE/   Orbax checkpoints of `sft` and `grpo`
-  metrics.jsonl        one record an iteration; metrics.jsonl.damaged lines that were none
-  run_id               by which trackers know the run again; tensorboard/, wandb/ what some of them write
+  metrics.jsonl        one record an iteration; metrics.jsonl.damaged has its damaged lines
+  run_id               identifies the run for trackers; some of them write to tensorboard/ or wandb/
   rollouts/            dumped rollouts, when asked for
   completions/         every graded completion of the last evaluations
   profile/             a trace of some iterations, when asked for
@@ -37,10 +37,10 @@ from d1jax.errors import RunError, input_checked
 from d1jax.files import FileError, read_bytes, read_text
 
 Folder: TypeAlias = Path | epath.Path
-"""A path on a disk or in a bucket; of a folder or of a file in one."""
+"""A path of a folder or a file, on a disk or in a bucket."""
 
 DRAFT = ".tmp"
-"""How files that are being written end."""
+"""The suffix of files that are being written."""
 PACKAGES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "tokenizers", "numpy"),
   *("scipy", "math-verify", "sympy"),
@@ -48,10 +48,10 @@ PACKAGES = (
 
 
 def folder(name: str) -> Folder:
-  """The path of a name such as `runs/grpo`, or `gs://bucket/run`, for which gcsfs must be installed.
+  """Converts a name such as `runs/grpo` into a path; `gs://bucket/run` needs the package gcsfs.
 
   Raises:
-    RunError: the name is empty, as it is where a variable of a shell was not set; the current folder is `.`.
+    RunError: the name is empty, for example because a shell variable was not set; the current folder is `.`.
   """
   if not name.strip():
     raise RunError("the configuration names a folder with an empty name: give it one (the current folder is .)")
@@ -59,10 +59,10 @@ def folder(name: str) -> Folder:
 
 
 def local(field: str, name: str) -> Path:
-  """The path of a name in the configuration that cannot lie in a bucket.
+  """Converts the name in a field of the configuration into a path that must not be in a bucket.
 
   Raises:
-    RunError: it does.
+    RunError: it is in a bucket.
   """
   if "://" in name:
     raise RunError(f"config.{field}={name} is no path of this machine, which {field} must be: copy it, or name another")
@@ -70,12 +70,12 @@ def local(field: str, name: str) -> Path:
 
 
 def is_workdir(path: Folder) -> bool:
-  """Whether a run has begun here; its name says nothing."""
+  """Whether a run has begun in this folder; the folder's name does not matter."""
   return (path / "config.json").is_file() or (path / "checkpoints").is_dir()
 
 
 def unwritable(place: Folder, error: OSError) -> RunError | None:
-  """What to say where a folder can never be written as it is; None for other failures."""
+  """The error to raise if a folder can never be written; None for other failures."""
   never = (
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO),
@@ -89,11 +89,11 @@ def write_atomically(path: Folder, content: bytes) -> None:
   """Writes a file so that a reader, or a kill, never sees half of it.
 
   Raises:
-    RunError: a folder is in its place, or none can be written there.
+    RunError: the path is a folder, or no file can be written there.
   """
   if path.is_dir():
     raise RunError(f"{path} is a folder, expected a file: move it away")
-  if not isinstance(path, Path):  # buckets hold whole objects
+  if not isinstance(path, Path):  # a bucket replaces an object as a whole
     path.write_bytes(content)
     return
   draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}{DRAFT}")
@@ -116,7 +116,7 @@ def write_json(path: Folder, value: Any) -> None:
 
 
 def run_identity(workdir: Folder) -> str:
-  """The text of `run_id`: eight hexadecimal digits, drawn once a run; a damaged one is drawn anew."""
+  """The text of `run_id`: eight hexadecimal digits, drawn once per run; if it is damaged, it is drawn again."""
   path = workdir / "run_id"
   try:
     found = read_text(path).strip()
@@ -130,7 +130,7 @@ def run_identity(workdir: Folder) -> str:
 
 
 def read_tokenizer(workdir: Folder, names: Container[str] | None = None) -> dict[str, bytes]:
-  """The files of a run's tokenizer, or those of them that have one of some names.
+  """The files of a run's tokenizer by name; if `names` is given, only these.
 
   Raises:
     RunError: the folder is not the work directory of a run, or a file cannot be read.
@@ -149,7 +149,7 @@ def read_tokenizer(workdir: Folder, names: Container[str] | None = None) -> dict
 def claim(
   workdir: Folder, config: dict[str, Any], tokenizer_files: Mapping[str, bytes], splits: Mapping[str, Any]
 ) -> None:
-  """Makes the folder this run's own. The configuration comes last: where it is, the rest is."""
+  """Claims the folder for this run. config.json is written last: if it exists, everything else does."""
   home = workdir / "tokenizer"
   if home.exists() and not home.is_dir():
     raise RunError(f"{home} is a file, expected a folder: move it away")
@@ -164,7 +164,7 @@ def claim(
 
 
 def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that decide numbers, where they are installed."""
+  """Versions of Python and of the installed packages that affect numbers."""
   found = {"python": platform.python_version()}
   for package in PACKAGES:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -173,7 +173,7 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> dict[str, str | None]:
-  """Which code ran: a hash over the package's files, and the commit of its repository (None outside of one)."""
+  """Identifies the code: a hash over the package's files, and the commit of its repository, if there is one."""
   package = Path(__file__).parents[1]
   digest = hashlib.sha256()
   for path in sorted(p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"):
@@ -184,7 +184,7 @@ def revision() -> dict[str, str | None]:
     return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
   try:
-    git("ls-files", "--error-unmatch", "__init__.py")  # fails where another repository happens to hold the package
+    git("ls-files", "--error-unmatch", "__init__.py")  # fails if the package only lies inside of another repository
     commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
   except (OSError, subprocess.SubprocessError):
     commit = None

@@ -95,8 +95,8 @@ def build_mix(
 
   Args:
     weights: by name, positive: how often training draws from each.
-    seed: of every task.
-    root: of every task.
+    seed: the seed of every task.
+    root: the data folder of every task.
     sizes: records per split, of every task.
     options: other fields by the name of their task, such as `{"sudoku": {"clues": (8, 10)}}`.
 

@@ -30,7 +30,7 @@ def without_counts(answer: str, question: str) -> str:
 
   Args:
     answer: what a model wrote, of any length.
-    question: what counts is what stands behind `how many`, `how much` or `number of`; of words that compare, all of its
+    question: what counts is the text after `how many`, `how much` or `number of`; of words that compare, all of its
       last sentence.
   """
   if not _COUNT.search(answer) and not _COMPARED.search(answer):

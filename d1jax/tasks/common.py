@@ -162,7 +162,7 @@ def check_fields(place: str, row: object, fields: Mapping[str, str]) -> dict[str
 
 
 def split_hash(records: Sequence[Record]) -> str:
-  """Hash the content of a split: the sha256, in hex, of its records as canonical JSON, one a line.
+  """Hash the content of a split: the sha256, in hex, of its records as canonical JSON, one per line.
 
   The order of the records matters, the order of a record's fields does not.
   """

@@ -280,7 +280,7 @@ def _parse(place: str, value: object) -> dict[str, Any]:
 
 
 def _of_d1(place: str, raw: dict[str, Any]) -> dict[str, Any]:
-  """Turn a row of d1's test file into one of ours."""
+  """Convert a row of d1's test file into a record."""
   row = common.check_fields(place, raw, {"input": '"30,100,93"', "output": '"23"'})
   for field, example in (("input", "30,100,93"), ("output", "23")):
     value = str(row[field])

@@ -91,8 +91,8 @@ class Custom:
   process starts its own.
 
   Attributes:
-    name: of the task.
-    splits: of the task.
+    name: the name of the task.
+    splits: the names of its splits.
   """
 
   _process: "_Process | None"
@@ -147,7 +147,7 @@ class Custom:
     """Ask for all records and prompts, and grade a few texts, so that mistakes show before anything is compiled.
 
     Args:
-      style: of the prompts.
+      style: the prompt style.
       protocol: that training pays by; `strict` is tried in any case.
 
     Raises:
@@ -235,7 +235,7 @@ class _Process:
 
   def __init__(self, settings: Settings):
     """Starts it, and has it build the task."""
-    # This process's modules, and sets in the same order whenever the run goes on.
+    # The worker imports this process's modules, and iterates over sets in the same order in every attempt of a run.
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     ours, theirs = socket.socketpair()
     with theirs:
@@ -282,7 +282,7 @@ class _Process:
 
 
 def _end(program: subprocess.Popen[bytes], connection: Connection, owner: int) -> None:
-  """Ends a process and what it has started, if it is one of this process."""
+  """Ends a process and its children, if this process started it."""
   connection.close()
   if owner == os.getpid():
     with contextlib.suppress(ProcessLookupError, PermissionError):

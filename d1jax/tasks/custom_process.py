@@ -132,7 +132,7 @@ def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-  """Serve, and end at once when nobody asks any more: threads that the task left behind do not keep the process.
+  """Serve, and end at once when the socket closes: remaining threads of the task do not keep the process alive.
 
   The arguments are the number of the socket, and the bytes of memory that the task may take.
   """

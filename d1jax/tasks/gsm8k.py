@@ -17,7 +17,7 @@ _EVALUATION = (
   "<answer>\n\\boxed{...}\n</answer>"
 )
 SHORTEST_WORD = 2
-"""Letters of the words that may stand behind a number; single ones may be variables."""
+"""The least letters of a word that may follow a number; single letters may be variables."""
 
 _GOLD = "####"
 _OPEN_BOX = re.compile(r"\\?boxed\s*\{")
@@ -34,7 +34,7 @@ class Gsm8k:
   `test`. Prompts and grades need no files.
 
   Attributes:
-    seed: of no effect, nothing is drawn.
+    seed: it has no effect, because nothing is drawn.
     root: the data folder with `gsm8k/train.jsonl` and, for the split `test` alone, `gsm8k/test.jsonl`; Parquet, a
       clone of `openai/gsm8k` in the folder, or "hub" to download that (`tables.read`) serve as well.
     sizes: records per split, defaults for those not named: 400 for validation, else all. A file may

@@ -17,7 +17,7 @@ _INSTRUCTION = (
   "Wrap the final answer in a \\boxed{}. \n\n"
 )
 
-# Unlike d1's prompt for GSM8K: no blank behind "{}.", and at the end a quotation mark, a blank and a line break.
+# Unlike d1's prompt for GSM8K: no blank after "{}.", and at the end a quotation mark, a blank and a line break.
 _EVALUATION = (
   "You are a math expert. You will be given a question to solve. Solve it step by step. "
   "Wrap the final answer in a \\boxed{}.\n"
@@ -35,7 +35,7 @@ class HendrycksMath:
   `test`. Prompts and grades need no files.
 
   Attributes:
-    seed: of no effect, nothing is drawn.
+    seed: it has no effect, because nothing is drawn.
     root: the data folder with `math/train.jsonl`; with `math/train_extra.jsonl`, which may be missing, it is the set
       that d1 trains on. The split `test` alone reads `math/test.jsonl` (MATH-500). Parquet, clones of
       `ankner/math-500` and `HuggingFaceH4/MATH-500` in the folder, or "hub" to download these (`tables.read`) serve as

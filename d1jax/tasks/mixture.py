@@ -10,7 +10,7 @@ from d1jax.tasks.base import Grade, Message, Record, Task
 class Mixture:
   """A task made of tasks; records are `{"task": "sudoku", ...}`, else as their own task has them.
 
-  A split is the splits of the tasks, one behind the other. The weights decide how often training draws from each
+  A split contains the splits of the tasks, one after the other. The weights decide how often training draws from each
   (`parts`); supervised fine-tuning and evaluations take every record once.
 
   Attributes:

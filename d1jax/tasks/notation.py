@@ -14,7 +14,7 @@ _MOST_WRAPPERS = 8
 REMEMBERED = 64
 """Texts that a process remembers what it made of: the stages of a grader ask for the same ones again."""
 
-# What a sign is written as; the blank behind a command keeps it apart from letters.
+# The replacement of each sign; the blank after a command separates it from letters.
 _SIGNS = str.maketrans(
   dict.fromkeys("\u2212\u2010\u2011\u2013\ufe63", "-")  # Minus sign, hyphens, en dash.
   | dict.fromkeys("\u200b\u2060\ufeff", "")  # Blanks without a width.
@@ -35,7 +35,7 @@ _SIGNS = str.maketrans(
 )
 _RAISED = re.compile("[⁰¹²³\u2074-\u2079⁺⁻]+")
 _LOWERED = re.compile("[\u2080-\u2089]+")
-# A root without brackets is that of the whole number behind it; \sqrt12 would be the root of 1, times 2.
+# A root without brackets is that of the whole number after it; \sqrt12 would be the root of 1, times 2.
 _ROOT = re.compile(r"√ ?(?:\(([^()]*)\)|([0-9]+(?:\.[0-9]+)?|[A-Za-zπθ]))")
 
 _END = r"(?![A-Za-z])"
@@ -81,7 +81,7 @@ _BRACED = (r"\text{", r"\boxed{", r"\fbox{")
 _FIRST = "$*`\"'\\="  # What a layer starts with, if not with a letter.
 
 CURRENCY = r"(?:(?:US|CA|AU|NZ|HK)?\\?\$|[£€¥₹])"
-"""A pattern of the signs of money, in front of a number or behind it."""
+"""A pattern of the signs of money, before a number or after it."""
 
 WORDS = r"[A-Za-z][A-Za-z.'/-]*(?: [A-Za-z][A-Za-z.'/-]*){0,3}"
 """A pattern of up to four words."""
@@ -156,7 +156,9 @@ def unwrapped(text: str) -> str:
   """
   text = text.strip()
   for _ in range(_MOST_WRAPPERS):
-    text = text if text.endswith("..") else text.removesuffix(".").rstrip()  # `0.3...` goes on.
+    text = (
+      text if text.endswith("..") else text.removesuffix(".").rstrip()
+    )  # The dots in `0.3...` mean that digits follow.
     inside = _inside(text)
     if inside is None:
       break
@@ -165,7 +167,7 @@ def unwrapped(text: str) -> str:
 
 
 def is_unit(words: str) -> bool:
-  """Tell whether words may stand behind a number without changing it."""
+  """Tell whether words may follow a number without changing it."""
   return bool(_canonical(words, "")) or _CHANGING.search(words) is None
 
 
@@ -203,7 +205,7 @@ def unit_of_words(words: str) -> str:
 
 @functools.lru_cache(REMEMBERED)
 def unit(text: str) -> str:
-  """Name the unit of an answer, behind it or, of money, in front of it; "" for none and for an unknown one."""
+  """Name the unit of an answer, which follows it or, for money, precedes it; "" for no unit or an unknown one."""
   text = unwrapped(plain(text))
   if text.count("$") % 2 == 0:  # Mathematics, not money: `$5$ cm`.
     text = text.replace("$", "")

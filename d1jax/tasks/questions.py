@@ -13,7 +13,7 @@ EVERYTHING = 1_000_000
 
 DEFAULT_SIZES = {"demonstrations": EVERYTHING, "train": EVERYTHING, "validation": 400, "test": EVERYTHING}
 
-_VALIDATION = 20  # One question in so many.
+_VALIDATION = 20  # One question in 20.
 
 _log = logging.getLogger(__name__)
 

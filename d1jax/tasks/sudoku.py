@@ -63,7 +63,7 @@ class Sudoku:
   keeps the records of a smaller one.
 
   Attributes:
-    seed: of the draws of generated puzzles.
+    seed: the seed of generated puzzles.
     root: a data folder with `sudoku/train.csv`, or None to generate, as does "hub", where there are
       no puzzles. Rows are sorted into the splits by solution; `test` is generated when the file has
       no row with a held-out solution. Where `sudoku/test.csv` exists, such as d1's, it is the split

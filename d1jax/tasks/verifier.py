@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).with_name("verifier_process.py")
 """What the process runs."""
 
 MOST_QUESTIONS = 10_000
-"""After so many a fresh process takes over: whatever sympy remembers does not grow for days."""
+"""After this many questions a new process starts, so that the caches of sympy do not grow for days."""
 
 
 class Verifier:

@@ -1,1 +1,1 @@
-"""What a run spends: seconds, FLOPs, bytes; and the figures that ask for attention."""
+"""The cost of a run in seconds, FLOPs and bytes; and alarms about its metrics."""

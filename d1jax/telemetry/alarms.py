@@ -1,4 +1,4 @@
-"""Signs that a run goes wrong, from the recent history of its metrics."""
+"""Alarms: signs of problems in the recent metrics of a run."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """When to raise an alarm; each figure is a mean over the last `window` iterations.
+  """The limits of the alarms; each metric is a mean over the last `window` iterations.
 
   Attributes:
-    window: iterations.
-    kl: the policy is this far (nats a token) from the reference.
-    entropy: the policy's draws carry less than this many nats a token: it has stopped exploring.
-    no_signal: this share of the groups has equal rewards throughout and teaches nothing.
-    reward_drop: the reward has fallen by this share of its best mean.
+    window: the number of iterations.
+    kl: an alarm above this distance of the policy from the reference, in nats per token.
+    entropy: an alarm below this entropy of the policy's samples, in nats per token: it has stopped exploring.
+    no_signal: an alarm if more than this share of the groups has equal rewards, from which nothing is learned.
+    reward_drop: an alarm if the reward has fallen by more than this share of its best mean.
   """
 
   window: int = 50
@@ -24,7 +24,7 @@ class Limits:
 
 
 def alarms(history: Sequence[Mapping[str, float]], limits: Limits) -> dict[str, str]:
-  """A sentence for each alarm, by its name; none while the history is shorter than a window or lacks a figure."""
+  """A sentence for each alarm, by name; there are none if the history is shorter than a window or lacks a metric."""
   if len(history) < limits.window:
     return {}
 

@@ -1,8 +1,8 @@
-"""What an iteration computes: FLOPs and tokens of rollout, score and update.
+"""The computation of an iteration: FLOPs and tokens of rollout, score and update.
 
-FLOPs are those that the traced programs have (`d1jax.telemetry.flops`), times how far rollouts went. The model's FLOPs
-are those of the mathematics, on the whole canvas, padding included. What is computed twice to save memory is counted
-apart, so that a utilisation from the model's FLOPs does not grow with wasted work (PaLM, arXiv 2204.02311, appendix B).
+FLOPs are counted in the traced programs (`d1jax.telemetry.flops`) and multiplied by the steps that rollouts took. The
+model's FLOPs are those of the mathematics on the whole canvas, including padding. Work that is repeated to save memory
+is counted separately, so that it does not increase the utilisation (PaLM, arXiv 2204.02311, appendix B).
 """
 
 import functools
@@ -23,13 +23,13 @@ from d1jax.telemetry.flops import Counted, Products, total
 
 
 class Work(NamedTuple):
-  """What one part of an iteration computes, on all devices together.
+  """The computation of one part of an iteration, on all devices together.
 
   Attributes:
-    flops: of the model.
-    tokens: of completions, as often as each is generated, scored or trained on; those behind a stop id included.
-    repeated: FLOPs beyond the model's: of blocks and logits that the backward pass computes again.
-    passes: forward passes of a row, over the canvas or a window of it; what the backward pass repeats is not counted.
+    flops: the model's FLOPs.
+    tokens: completion tokens, counted each time they are generated, scored or trained on, also after a stop id.
+    repeated: further FLOPs, of blocks and logits that the backward pass computes again.
+    passes: forward passes of a row, over the canvas or a window of it, without those repeated in the backward pass.
   """
 
   flops: int
@@ -39,16 +39,16 @@ class Work(NamedTuple):
 
   @classmethod
   def of(cls, counted: Counted, tokens: int) -> "Work":
-    """The work of a program as it was traced."""
+    """The work of a traced program."""
     return cls(tokens=tokens, **total(counted.values())._asdict())
 
 
 class Reach(NamedTuple):
-  """How far the rollouts of an iteration went.
+  """The denoising steps that the rollouts of an iteration took.
 
   Attributes:
-    steps: denoising steps taken at each block.
-    rows: rows that they were computed for.
+    steps: the denoising steps taken at each block.
+    rows: the rows for which they were computed.
   """
 
   steps: Int[np.ndarray, "chunks blocks"]
@@ -56,25 +56,25 @@ class Reach(NamedTuple):
 
 
 def whole(sampler: SamplerSpec, chunks: int, rows: int) -> Reach:
-  """The reach of rollouts that take every step with every row: the static schedule's, without early exits."""
+  """The reach of rollouts that take every step for every row, with the static schedule and without early exits."""
   shape = (chunks, sampler.blocks)
   return Reach(np.full(shape, sampler.steps_per_block), np.full(shape, rows))
 
 
 def reached(sampler: SamplerSpec, chunks: Sequence[Rollout], rows: int, ways: int) -> Reach:
-  """The reach of finished rollouts; collective where it depends on what was drawn.
+  """The reach of finished rollouts. If it depends on the samples, all processes must call this together.
 
   Args:
-    sampler: that made them; `early_exit` only where the denoiser has stop ids.
-    chunks: on the host, the rows of this process.
-    rows: of one chunk, those of all processes.
-    ways: devices that share a batch.
+    sampler: their sampler; it has `early_exit` only if the denoiser has stop ids.
+    chunks: the rows of this process, on the host.
+    rows: the rows of one chunk on all processes.
+    ways: the number of devices that share a batch.
   """
   if sampler.schedule == "static" and not sampler.early_exit:
     return whole(sampler, len(chunks), rows)
   before = sampler.block_length * np.arange(sampler.blocks)
   steps = [sampler.steps_taken(np.asarray(chunk.reveal_step)) for chunk in chunks]
-  # A row whose first stop id lies before a block has ended there.
+  # A row has ended at a block if its first stop id lies before that block.
   unfinished = [np.sum(chunk.completion_mask.sum(axis=1)[:, None] > before, axis=0) for chunk in chunks]
   everyone = multihost.gather((np.asarray(steps).tolist(), np.asarray(unfinished).tolist()))
   steps_taken = np.max([found for found, _ in everyone], axis=0)
@@ -87,7 +87,7 @@ def reached(sampler: SamplerSpec, chunks: Sequence[Rollout], rows: int, ways: in
 
 @functools.lru_cache
 def _windows(sampler: SamplerSpec, canvas: int, shift: int) -> tuple[int, ...]:
-  """Positions that the passes of each block compute between two over the whole canvas."""
+  """For each block, the positions that a pass computes between two passes over the whole canvas."""
   if sampler.cache == "none":
     return (canvas,) * sampler.blocks
   starts = range(canvas - sampler.completion_length, canvas, sampler.block_length)
@@ -95,14 +95,14 @@ def _windows(sampler: SamplerSpec, canvas: int, shift: int) -> tuple[int, ...]:
 
 
 def rollout(counted: Counted, sampler: SamplerSpec, canvas: int, shift: int, reach: Reach) -> Work:
-  """A rollout of all chunks: a pass over the canvas each refresh period, passes over the window in between.
+  """The work of a rollout of all chunks: one pass over the canvas per refresh period, and window passes in between.
 
   Args:
-    counted: of the program that rolls a chunk out.
-    sampler: draws.
-    canvas: L, prompt and completion.
-    shift: of the denoiser.
-    reach: how far it went.
+    counted: the products of the rollout program of one chunk.
+    sampler: the sampler.
+    canvas: L, the length of prompt and completion.
+    shift: the denoiser's shift.
+    reach: the steps that were taken.
   """
   times = 2 if sampler.cfg_scale else 1
   flops = 0
@@ -120,14 +120,14 @@ def rollout(counted: Counted, sampler: SamplerSpec, canvas: int, shift: int, rea
 def update(
   counted: Counted, sampler: SamplerSpec, method: Method, reach: Reach, *, oversample: int = 1
 ) -> tuple[Work, Work]:
-  """The score (old and reference log-probabilities) and the optimiser steps of an update.
+  """The work of an update: of the score (old and reference log-probabilities), and of the optimiser steps.
 
   Args:
-    counted: of the program.
-    sampler: that made the rollout.
-    method: of the update.
-    reach: of the rollout.
-    oversample: groups that are drawn for each that is trained on.
+    counted: the products of the update program.
+    sampler: the sampler of the rollout.
+    method: the method of the update.
+    reach: the steps of the rollout.
+    oversample: groups drawn for each one trained on.
   """
   taken, steps = int(reach.steps.max(axis=0).sum()), sampler.blocks * sampler.steps_per_block
   parts: dict[bool, list[Products]] = {True: [], False: []}
@@ -136,7 +136,7 @@ def update(
     parts[SCORE in scopes].append(made)
   mu = method.num_iterations
   old, reference = (mu - 1) * method.scores_old, mu * method.scores_reference
-  if not method.estimator.redraws:  # the same states at each optimiser step
+  if not method.estimator.redraws:  # each optimiser step scores the same states
     old, reference = min(old, 1), min(reference, 1)
   tokens = int(reach.rows[:, 0].sum()) // oversample * sampler.completion_length
   score, update = (total(parts[scored])._asdict() for scored in (True, False))
@@ -155,18 +155,18 @@ def iteration(
   ways: int,
   shift: int,
 ) -> dict[str, Work]:
-  """The work of one iteration of diffu-GRPO: `rollout`, `score` and `update`; collective as `reached` is.
+  """The work of one iteration of diffu-GRPO: `rollout`, `score` and `update`; for processes see `reached`.
 
   Args:
-    counted: of the programs `rollout` and `update`.
-    found: the rollout on the host, the rows of this process, chunk after chunk.
-    sampler: that was used, with its cache or without.
-    method: of the update.
-    oversample: groups that are drawn for each that is trained on.
-    chunks: parts of the rollout.
-    rows: of a chunk, on all processes.
-    ways: over how many devices they are split.
-    shift: of the denoiser.
+    counted: the products of the programs `rollout` and `update`.
+    found: this process's rows of the rollout on the host, chunk by chunk.
+    sampler: the sampler that was used, with or without its cache.
+    method: the method of the update.
+    oversample: groups drawn for each one trained on.
+    chunks: the number of parts of the rollout.
+    rows: the rows of a chunk on all processes.
+    ways: the number of devices over which they are split.
+    shift: the denoiser's shift.
   """
   parts = [Rollout(*part) for part in zip(*(np.split(x, chunks) for x in found), strict=True)]
   reach = reached(sampler, parts, rows, ways)

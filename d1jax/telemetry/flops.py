@@ -1,16 +1,16 @@
-"""FLOPs of a program's matrix products, counted in its trace: a multiplication and an addition count one each.
+"""FLOPs of a program's matrix products, counted in its trace; a multiply-add counts as two.
 
-Nothing states what it costs: a new network, estimator or loss is counted as it was traced. (XLA's own count takes the
-body of a loop once.)
+No part declares its cost: a new network, estimator or loss is counted from its trace. (XLA's own count takes the body
+of a loop only once.)
 
-- A `scan` counts as often as it runs, and the costliest branch of a `cond` counts.
-- Nobody knows from a trace how often a `while_loop` runs, and its body counts once. What a sampler repeats stands in a
-  scope (see `d1jax.diffusion.blocks.pass_over`), so that it can be multiplied by the passes that were measured.
-- What the backward pass computes again to save memory is counted apart: JAX names that scope `rematted_computation`,
-  and so does a backward pass that is written by hand.
-- Products that no result needs do not count: the compiler drops them.
-- Norms, softmax, rotary turns and the look-up of embeddings are no matrix products, and neither is an inner product of
-  vectors.
+- The body of a `scan` counts as often as it runs; of a `cond`, the most expensive branch counts.
+- A trace does not say how often a `while_loop` runs, so its body counts once. The body of a sampler's loop has a named
+  scope (see `d1jax.diffusion.blocks.pass_over`), so that its count can be multiplied by the measured passes.
+- Work that the backward pass repeats to save memory is counted separately. JAX names its scope `rematted_computation`,
+  and so do our hand-written backward passes.
+- Products whose result is not used do not count, because the compiler drops them.
+- Norms, softmax, the rotary embedding, the look-up of embeddings and inner products of vectors are not matrix products,
+  and do not count.
 """
 
 import functools
@@ -31,17 +31,17 @@ from d1jax.parallel.attention import KERNEL
 _SCOPE = re.compile(r"d1jax\.\w+")
 
 _KERNELS = {"pallas_call": 1, "dot_product_attention_fwd_wrapper": 1, "dot_product_attention_bwd_wrapper": 2}
-"""Kernels by their primitives, and how often the FLOPs that their scope states count: cuDNN's backward pass is one
+"""Kernels by primitive, and how many times the FLOPs stated by their scope count: cuDNN's backward pass is one
 kernel, splash attention's are two."""
 
 
 class Products(NamedTuple):
-  """What a program computes, on all devices together.
+  """The matrix products of a program, on all devices together.
 
   Attributes:
-    flops: of the model.
-    repeated: FLOPs beyond the model's, which the backward pass computes again.
-    passes: forward passes of a row; those that the backward pass repeats are not counted.
+    flops: the model's FLOPs.
+    repeated: further FLOPs, which the backward pass computes again.
+    passes: forward passes of a row, without those repeated in the backward pass.
   """
 
   flops: int = 0
@@ -50,11 +50,11 @@ class Products(NamedTuple):
 
 
 Counted = Mapping[frozenset[str], Products]
-"""What stands in each set of scopes named `d1jax....`; the empty set has what stands in none."""
+"""The products inside each set of scopes named `d1jax....`; the empty set has those outside of all scopes."""
 
 
 def count(traced: jax.stages.Traced) -> Counted:
-  """The products of a traced program by the scopes that they stand in."""
+  """The products of a traced program by their scopes."""
   jaxpr = traced.jaxpr.jaxpr
   needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   found = +_count(needed, frozenset(), False)
@@ -64,7 +64,7 @@ def count(traced: jax.stages.Traced) -> Counted:
 
 
 def total(parts: Iterable[Products]) -> Products:
-  """The sum."""
+  """The sum of some products."""
   return Products(*map(sum, zip(*parts, strict=True)))
 
 
@@ -74,7 +74,7 @@ _Found = Counter[tuple[frozenset[str], str]]
 def _count(jaxpr: Any, scopes: frozenset[str], repeated: bool) -> _Found:
   found: _Found = Counter()
   for equation in jaxpr.eqns:
-    stack = str(equation.source_info.name_stack)  # of a loop's body: from the loop on
+    stack = str(equation.source_info.name_stack)  # inside a loop's body, the stack begins at the loop
     found.update(_equation(equation, scopes.union(_SCOPE.findall(stack)), repeated or REPEATED in stack))
   return found
 
@@ -110,19 +110,19 @@ def _dot(equation: Any) -> int:
 
 
 def _times(name: str, params: Mapping[str, Any]) -> int:
-  """How often the programs in an equation run, on all devices together."""
+  """How often the programs inside an equation run, on all devices together."""
   if name == "scan":
     return params["length"]
   if name == "pallas_call":
     return math.prod(params["grid_mapping"].grid)
-  if name == "shard_map":  # each device has a part of what comes in and of what goes out
+  if name == "shard_map":  # each device has a part of the inputs and outputs
     axes = _axes(params["in_specs"]) & _axes(params["out_specs"])
     return math.prod(params["mesh"].shape[axis] for axis in axes)
   return 1
 
 
 def _axes(specs: Iterable[Any]) -> set[str]:
-  """The axes of a mesh that arrays with these specs are cut over."""
+  """The mesh axes over which arrays with these specs are sharded."""
   entries = [entry for spec in specs for entry in spec if entry is not None]
   return {axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry)}
 

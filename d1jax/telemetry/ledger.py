@@ -1,7 +1,7 @@
-"""What a run spent: the record of an iteration, the sums over a run, and their table.
+"""The cost of a run: the record of an iteration, the sums over a run, and their table.
 
-A record says in seconds what each part of an iteration took by the clock of the main process, and how many devices it
-had; device-seconds are their product. The sums are taken over `metrics.jsonl`, so that they hold earlier attempts.
+A record holds the seconds of each part of an iteration, measured on the main process, and the number of devices;
+device-seconds are their product. The sums are taken over `metrics.jsonl`, so that they include earlier attempts.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from d1jax.parallel import chips
 from d1jax.telemetry.cost import Work
 
 PARTS = ("rollout", "grading", "score", "update", "validation", "saving", "compilation", "idle")
-"""What the time of a stage goes to; each moment belongs to one of them.
+"""The parts of a stage's time; each moment belongs to exactly one.
 
-- `rollout`: from its start until the last chunk has arrived; earlier chunks are graded meanwhile.
-- `grading`: from then until all is graded; the devices wait.
-- `score`: old and reference log-probabilities. They are part of the compiled update and cannot be timed apart: theirs
-  is the share of its seconds that they have of its FLOPs, repeated ones included.
-- `update`: the rest of it, forward and backward passes and the optimiser.
-- `validation`: on the validation split, and the looks at merged weights and at a cache's drift.
-- `saving`: while a checkpoint is copied or waited for.
-- `compilation`: of the programs, and what else comes before the first iteration of an attempt.
+- `rollout`: from its start until the last chunk has arrived; meanwhile, earlier chunks are graded.
+- `grading`: from then until everything is graded; the devices wait.
+- `score`: old and reference log-probabilities. They are part of the compiled update and cannot be timed alone, so its
+  seconds are divided in proportion to FLOPs, including repeated ones: with a quarter of the FLOPs, a quarter is theirs.
+- `update`: the rest of the update, which is forward and backward passes and the optimiser.
+- `validation`: validations, and measurements of merged weights and of a cache's drift.
+- `saving`: copying a checkpoint or waiting for it.
+- `compilation`: compilation, and everything else before the first iteration of an attempt.
 - `idle`: everything else, such as data and logging.
 """
 
@@ -34,13 +34,13 @@ SECONDS, FLOPS, TOKENS, PASSES = "cost/seconds/", "cost/flops/", "cost/tokens/",
 
 
 def entry(devices: int, kind: str, seconds: Mapping[str, float], work: Mapping[str, Work]) -> dict[str, float]:
-  """What an iteration itself knows of its cost.
+  """The part of an iteration's record that the iteration itself provides.
 
   Args:
-    devices: of all processes.
-    kind: of device, as JAX calls it.
-    seconds: by part; those of `update` are shared with `score`, where `work` has it.
-    work: by part.
+    devices: the number of devices of all processes.
+    kind: JAX's name of the device kind.
+    seconds: the seconds of each part; those of `update` are divided between `update` and `score` if `work` has a score.
+    work: the work of each part.
   """
   seconds, computed = dict(seconds), {part: each.flops + each.repeated for part, each in work.items()}
   if "score" in work:
@@ -60,20 +60,20 @@ class Clock:
   """The time of a stage, from record to record."""
 
   def __init__(self, began: float):
-    """`began`: when the stage began to be made ready (`time.perf_counter`); its loop begins now."""
+    """`began` is the start of the stage's preparation (`time.perf_counter`); its loop begins now."""
     self._marked, self._outside = began, defaultdict[str, float](float)
     self._outside["compilation"] = time.perf_counter() - began
 
   @contextlib.contextmanager
   def outside(self, part: str) -> Iterator[None]:
-    """Runs around what is part of no iteration, and names it in a profile."""
+    """A context for work outside of iterations; it also names this work in a profile."""
     began = time.perf_counter()
     with jax.profiler.TraceAnnotation(part):
       yield
     self._outside[part] += time.perf_counter() - began
 
   def close(self, entry: Mapping[str, float]) -> dict[str, float]:
-    """Ends a record, now: completes what `entry` has said of the iteration.
+    """Ends a record now, and completes the values of `entry`.
 
     Returns:
       `cost/...`: the seconds of each part, the FLOPs and tokens, `cost/mfu` where the chip is known (the model's FLOPs
@@ -95,11 +95,11 @@ class Clock:
 
 
 def total(records: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> dict[str, Any]:
-  """What the stages of a run spent.
+  """The cost of the stages of a run.
 
   Args:
-    records: of `metrics.jsonl`.
-    seconds: of each stage, earlier attempts included; what lies behind its last record went to saving.
+    records: the records of `metrics.jsonl`.
+    seconds: the seconds of each stage, including earlier attempts; the time after its last record counts as saving.
 
   Returns:
     `{stage: {part: spent}}` and `{"total": spent}` with `device_seconds`, their `share` of the whole, `flops` of the
@@ -116,7 +116,7 @@ def total(records: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) ->
 
 
 def _sums(records: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, np.ndarray]:
-  """Of each part of a stage: device-seconds, FLOPs, tokens, and the FLOPs that the devices could have computed."""
+  """For each part of a stage: device-seconds, FLOPs, tokens, and the FLOPs that the devices could have computed."""
   sums = {part: np.zeros(4) for part in PARTS}
   for record in records:
     for part in PARTS:
@@ -141,7 +141,7 @@ def _spent(sums: np.ndarray, whole: float) -> dict[str, float | None]:
 
 
 def table(spent: Mapping[str, Any]) -> str:
-  """The sums of `total` as lines, one a part of a stage."""
+  """The sums of `total` as text, one line per part of a stage."""
   rows = [
     (f"{stage} {part}", each) for stage, parts in spent.items() if stage != "total" for part, each in parts.items()
   ]

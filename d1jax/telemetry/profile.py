@@ -1,4 +1,4 @@
-"""A profile of a few iterations, to be looked at in XProf or TensorBoard (`tensorboard --logdir WORKDIR/profile`)."""
+"""Profiles a few iterations for XProf or TensorBoard (`tensorboard --logdir WORKDIR/profile`)."""
 
 import contextlib
 import re
@@ -13,14 +13,14 @@ from d1jax.run.workdir import Folder
 
 
 def iterations(steps: str | None, last: int) -> range:
-  """The iterations to profile, counted from 1 as in `metrics.jsonl`; none without `steps`.
+  """The iterations to profile, counted from 1 as in `metrics.jsonl`; empty if `steps` is None.
 
   Args:
-    steps: `FIRST:LAST`, both included.
+    steps: `FIRST:LAST`, both inclusive.
     last: the number of iterations of the stage.
 
   Raises:
-    ValueError: that names none of its iterations.
+    ValueError: `steps` contains no iteration of the stage.
   """
   if steps is None:
     return range(0)
@@ -33,15 +33,15 @@ def iterations(steps: str | None, last: int) -> range:
 
 
 class Profile:
-  """Traces some iterations of a stage. The main process alone does: its trace holds the devices that are its own."""
+  """Traces some iterations of a stage. Only the main process does so, and the trace contains only its devices."""
 
   def __init__(self, chosen: range, stage: str, folder: Folder):
-    """Keeps what is to be done.
+    """Stores the arguments.
 
     Args:
       chosen: the iterations.
-      stage: names their steps in the trace.
-      folder: where the trace goes.
+      stage: the name of their steps in the trace.
+      folder: the folder of the trace.
     """
     self._chosen = chosen if multihost.is_main() else range(0)
     self._stage, self._folder = stage, folder
@@ -49,13 +49,13 @@ class Profile:
 
   @contextlib.contextmanager
   def iteration(self, number: int) -> Iterator[None]:
-    """Runs around an iteration; one of the chosen is a step in the trace."""
+    """A context for an iteration; a chosen iteration becomes a step in the trace."""
     if number not in self._chosen:
       yield
       return
     if self._writing is None:
       options = jax.profiler.ProfileOptions()
-      options.python_tracer_level = 0  # every call of every line would bury the rest
+      options.python_tracer_level = 0  # a trace of all Python calls would hide the rest
       self._writing = tempfile.TemporaryDirectory()
       jax.profiler.start_trace(self._writing.name, profiler_options=options)
     with jax.profiler.StepTraceAnnotation(self._stage, step_num=number):
@@ -64,11 +64,11 @@ class Profile:
       self.close()
 
   def close(self) -> None:
-    """Writes the trace, if there is one that is not written."""
+    """Writes the trace if it is not written yet."""
     if self._writing is None:
       return
     jax.profiler.stop_trace()
-    with self._writing as found:  # JAX writes to disks alone, not to buckets
+    with self._writing as found:  # JAX writes only to disks, not to buckets
       for path in filter(Path.is_file, Path(found).rglob("*")):
         target = self._folder / path.relative_to(found).as_posix()
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""From a configuration to the values that the stages take: what is built here is checked before anything is compiled.
+"""Builds the values that the stages take from a configuration, and checks them before anything is compiled.
 
-Here, and in `parts`, messages name fields of the command line; `d1jax.rl` knows none.
+Messages name fields of the command line here and in `parts`; `d1jax.rl` does not know these fields.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from d1jax.training.host import Grading
 from d1jax.training.programs import Programs, Shape
 
 TAKEN = ("loss", "grad_norm", "finite", "sampling_gap", "reference_gap", "reward", "stage", "iteration", "alarms")
-"""Names of a record in `metrics.jsonl` that no figure of a loss may have."""
+"""Names in the records of `metrics.jsonl` that a figure of a loss must not have."""
 
 
 def method(section: ConfigDict, sampler: SamplerSpec) -> Method:
   """The method of `config.grpo`.
 
   Raises:
-    ValueError: see `parts.build`; parts that do not go together, see `Method`; or a part that fails when it is tried.
+    ValueError: see `parts.build` and `Method` (parts that do not fit together); or a part fails when it is tried out.
   """
   shared = {"p_mask_prompt": section.p_mask_prompt, "tile": section.logits_tile}
   estimator = parts.build("estimator", section.estimator, **shared)
@@ -58,7 +58,7 @@ def method(section: ConfigDict, sampler: SamplerSpec) -> Method:
 
 
 def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec) -> None:
-  """Traces the parts with a denoiser of one token and the mask: what they say of their options, they say here."""
+  """Traces the parts with a denoiser of one token and the mask, so that wrong options are reported now."""
   encode = lambda params, tokens, valid: jnp.zeros((*tokens.shape, 1))
   denoiser = Denoiser(encode, lambda params: jnp.zeros((1, 2)), mask_id=1, stop_ids=(), forbidden_ids=(1,), vocab=2)
   needs, rows = method.loss.needs, jnp.ones(1)
@@ -85,7 +85,7 @@ def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec) -> None:
 
 
 def _check_loss(found: Any) -> None:
-  """Raises a ValueError where what a loss returns is no loss with figures."""
+  """Raises a ValueError if a loss function returns anything but a loss with figures."""
   if not isinstance(found, tuple) or len(found) != 2 or getattr(found[0], "shape", None) != ():
     raise ValueError(f"returned {found}; it must return a number and a dictionary of figures")
   for name, figure in found[1].items():
@@ -96,10 +96,10 @@ def _check_loss(found: Any) -> None:
 
 
 def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec) -> Shaping:
-  """How `config.grpo` makes rewards of a task's grades.
+  """The conversion of a task's grades into rewards, from `config.grpo`.
 
   Raises:
-    ValueError: a weight of a component that neither the right nor the constant answer to a training question has.
+    ValueError: a weight names a component that neither the right nor the constant answer to a training question has.
   """
   with _of_grpo():
     found = Shaping(section.reward_weights.to_dict(), section.overlong, section.answered)
@@ -115,10 +115,10 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
 
 
 def grading(experiment: Experiment) -> Grading:
-  """How the completions of the training split are graded.
+  """The grading of completions of the training split.
 
   Raises:
-    ValueError: the split is empty, the task cannot be sent to workers, or see `shaping`.
+    ValueError: the split is empty, or the task cannot be sent to workers; see also `shaping`.
   """
   config, task = experiment.config, experiment.task
   shaped = shaping(config.grpo, task, config.task.protocol, experiment.sampler)
@@ -130,7 +130,7 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
   """The programs of a GRPO iteration; nothing is compiled yet.
 
   Raises:
-    ValueError: fields that do not go together.
+    ValueError: fields do not fit together.
   """
   section, sampler = experiment.config.grpo, experiment.sampler
   shape = Shape(
@@ -159,10 +159,10 @@ def fine_tuning(config: ConfigDict) -> sft.Options:
 
 
 def demonstrations(experiment: Experiment) -> tuple[sft.Demonstrations, sft.Demonstrations | None]:
-  """What is learned from: the task's own demonstrations, or a file's and what is held out of it to validate on.
+  """The demonstrations: the task's own, or those of a file with a held-out part for validation.
 
   Raises:
-    ValueError: none fits the buckets, or the file cannot be read.
+    ValueError: no demonstration fits the buckets, or the file cannot be read.
   """
   config, options = experiment.config, fine_tuning(experiment.config)
   if not config.sft.data:
@@ -173,7 +173,7 @@ def demonstrations(experiment: Experiment) -> tuple[sft.Demonstrations, sft.Demo
 
 @contextlib.contextmanager
 def _of_grpo() -> Iterator[None]:
-  """Makes fields of `config.grpo` of the names that errors of `d1jax.rl` begin with."""
+  """Puts `grpo.` before errors of `d1jax.rl`, which begin with the name of an option."""
   try:
     yield
   except ValueError as error:

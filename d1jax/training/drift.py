@@ -1,7 +1,7 @@
-"""Drift: what a cached sampler does differently from the exact one, looked at while a run goes on.
+"""Drift: the difference between a cached sampler and the exact one, measured during a run.
 
-Every so often the prompts of one chunk are completed both ways under the same weights and keys. The figures are logged,
-and beyond a limit the run goes on without its cache.
+At regular intervals, the prompts of one chunk are completed both ways with the same weights and keys. The figures are
+logged. If they exceed a limit, the run continues without its cache.
 """
 
 import dataclasses
@@ -23,15 +23,16 @@ def drift(cached: Rollout, exact: Rollout, exact_logp: Float[Array, "B C"]) -> d
   """Compares completions of the same prompts under the same keys.
 
   Args:
-    cached: of the sampler with a cache.
-    exact: of the one without.
-    exact_logp: log-probability of each token of `cached` at the state in which it was revealed, by exact forward passes
-      (`d1jax.diffusion.replay`).
+    cached: completions of the sampler with a cache.
+    exact: completions of the sampler without one.
+    exact_logp: the log-probability of each token of `cached` in the state in which it was unmasked, by exact forward
+      passes (`d1jax.diffusion.replay`).
 
   Returns:
-    `token_agreement`, the share of completion tokens that both have, of those that either has; `logp_difference` and
-    `logp_bias`, mean |d| and mean d over the tokens of `cached`, with d = reveal_logp - exact_logp in nats;
-    `effective_sample_size` of the completions, as a share, when each is weighted by exp(-sum d).
+    `token_agreement`: the share of positions with equal tokens, among positions where either completion has a token;
+    `logp_difference` and `logp_bias`: the means of |d| and of d over the tokens of `cached`, with
+    d = reveal_logp - exact_logp in nats; `effective_sample_size`: that of the completions, as a share, when each is
+    weighted by exp(-sum d).
   """
   mask = cached.completion_mask
   agree = (cached.completion == exact.completion) & mask & exact.completion_mask
@@ -48,12 +49,12 @@ def drift(cached: Rollout, exact: Rollout, exact_logp: Float[Array, "B C"]) -> d
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-  """When a run looks at its drift, and what it makes of it.
+  """When a run measures its drift, and when it gives up the cache.
 
   Attributes:
-    every: iterations between looks, the first at once; 0: never.
-    limit: of `drift/logp_difference`, in nats a token; beyond it the cache is off for the rest of the stage. None: the
-      figures are only logged.
+    every: iterations between measurements, beginning with the first iteration; 0: never.
+    limit: the limit of `drift/logp_difference` in nats per token; beyond it the cache is off for the rest of the stage.
+      None: the figures are only logged.
   """
 
   every: int
@@ -69,27 +70,27 @@ class Watch:
       )
 
   def due(self, iteration: int) -> bool:
-    """Whether to look at this iteration, counted from 0."""
+    """Whether to measure at this iteration, counted from 0."""
     return self.every > 0 and iteration % self.every == 0
 
   def beyond(self, values: Mapping[str, Any]) -> bool:
-    """Whether the figures of an iteration, if it has any, are beyond the limit; a difference that is no number is."""
+    """Whether the drift figures of an iteration, if any, exceed the limit; NaN does."""
     if self.limit is None or "drift/logp_difference" not in values:
       return False
     return not values["drift/logp_difference"] <= self.limit
 
   def trusts(self, records: Iterable[Mapping[str, Any]], position: int) -> bool:
-    """Whether a GRPO stage that goes on behind iteration `position`, counted from 1, still has its cache.
+    """Whether a GRPO stage that resumes after iteration `position`, counted from 1, still uses its cache.
 
     Args:
-      records: of the run; those of later iterations will be made again.
-      position: the last iteration of the state at hand; 0 at the start.
+      records: the records of the run; those of later iterations do not count, since they will be made again.
+      position: the last iteration of the restored state; 0 at the start.
     """
     own = (r for r in records if r["stage"] == "grpo" and r["iteration"] <= position)
     return not any(self.beyond(r) for r in own)
 
   def warn(self, iteration: int, values: Mapping[str, float], cache: str) -> None:
-    """Says that the cache goes off, and why; `iteration` is counted from 1."""
+    """Warns that the cache is turned off, and why; `iteration` is counted from 1."""
     log.warning(
       "grpo iteration %d: a token's log-probability differs by %.4f nats from the exact one, beyond grpo.drift_limit=%g"
       " (token agreement %.1f%%, reward gap %+.4f): rollouts go on without the cache %s",
@@ -103,6 +104,6 @@ class Watch:
 
 
 def named(figures: Mapping[str, jax.Array], reward_gap: float) -> dict[str, float]:
-  """The figures on the host, as a run logs them, with the reward gap: the mean reward, cached minus exact."""
+  """The figures on the host with their logged names, and the reward gap: the mean reward, cached minus exact."""
   values = {f"drift/{name}": float(value) for name, value in jax.device_get(dict(figures)).items()}
   return values | {"drift/reward_gap": reward_gap}

@@ -1,4 +1,4 @@
-"""Rollouts on disk: any iteration's completions with rewards and advantages, to be read and replayed."""
+"""Dumps of rollouts: an iteration's completions with rewards and advantages, for reading and for replay."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from d1jax.training.host import Visit
 
 
 class Dumped(NamedTuple):
-  """One iteration as it was: `rollout` and `rewards` are what an update needs to be replayed."""
+  """One iteration; `rollout` and `rewards` are enough to repeat its update."""
 
   rollout: Rollout
   rewards: Float[np.ndarray, "B"]
@@ -31,7 +31,7 @@ def path_of(folder: Folder, iteration: int) -> Folder:
 def write(
   folder: Folder, iteration: int, chunks: Sequence[Rollout], visit: Visit, advantages: Float[Array, "B"]
 ) -> None:
-  """Writes one iteration, of which every process has a part; `chunks` and `advantages` are on devices."""
+  """Writes one iteration; every process has a part of it, and `chunks` and `advantages` are on devices."""
   parts, advantages = multihost.fetch((list(chunks), advantages))
   texts = multihost.gather_rows(visit.rows, visit.graded.texts)
   if not multihost.is_main():

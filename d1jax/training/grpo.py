@@ -1,4 +1,4 @@
-"""diffu-GRPO: publish the weights, roll out, grade, update; one visit to the host an iteration, to grade."""
+"""diffu-GRPO: publish the weights, roll out, grade, update; only grading runs on the host, once per iteration."""
 
 import time
 from collections.abc import Callable
@@ -33,16 +33,16 @@ def advancer(
   gap_every: int,
   dump_every: int = 0,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
-  """One iteration of the GRPO stage.
+  """Returns the function that runs one iteration of the GRPO stage.
 
   Args:
-    programs: compiled.
-    grading: of the training prompts.
-    frozen: the base, and the reference policy.
+    programs: the compiled programs.
+    grading: the grading of the training prompts.
+    frozen: the base and the reference policy.
     position: the iteration to start at.
-    workdir: of the run; its records say whether the cache is still trusted, and rollouts are dumped there.
-    seed: of the order of prompts.
-    gap_every: iterations between looks at the difference that merging adapters makes.
+    workdir: the work directory; its records tell whether the cache is still used, and rollouts are dumped there.
+    seed: the seed of the order of prompts.
+    gap_every: iterations between measurements of the difference between merged and unmerged adapters.
     dump_every: iterations between dumps; 0: never.
   """
   prompts, shape, mesh = grading.prompts, programs.shape, programs.model.weights.mesh
@@ -61,7 +61,7 @@ def advancer(
     chunk: Rollout,
     rewards: np.ndarray,
   ) -> dict[str, float]:
-    """Completes the prompts of the first chunk without the cache too, and compares."""
+    """Completes the prompts of the first chunk also without the cache, and compares."""
     exact = programs.rollout(params, placed[:1], key, number, cached=False)
     figures = programs.drift(params, chunk, *exact)
     rows = len(chunk.sample_id)

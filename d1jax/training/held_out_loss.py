@@ -1,4 +1,4 @@
-"""The denoising loss of held-out demonstrations: what fine-tuning on a file is validated by."""
+"""The denoising loss of held-out demonstrations, which validates fine-tuning on a file."""
 
 import itertools
 from typing import Any, cast
@@ -16,19 +16,19 @@ from d1jax.state import Frozen, Params, merge
 from d1jax.training.sft import Demonstrations, Options
 
 DRAWS = 4
-"""Noise levels at which each demonstration is looked at."""
+"""The number of noise levels for each demonstration."""
 
 
 class HeldOutLoss:
-  """Minus the mean loss of some demonstrations under fixed noise, the same for any weights; higher is better."""
+  """Minus the mean loss of some demonstrations; the noise is the same for all weights, and higher is better."""
 
   def __init__(self, model: Model, found: Demonstrations, config: Options):
-    """Lays out the batches; demonstrations that fit no bucket are left out.
+    """Makes the batches; demonstrations that fit no bucket are left out.
 
     Args:
       model: network and mesh.
       found: the demonstrations.
-      config: of the fine-tuning.
+      config: the options of the fine-tuning.
     """
     pad_id = cast(Tokenizer, model.tokenizer).pad_id
     longest = max(config.completion_buckets)
@@ -41,7 +41,7 @@ class HeldOutLoss:
     self._rows = sum(map(len, by_pair.values()))
     if not self._rows:
       raise ValueError("no held-out demonstration fits the buckets of sft: raise them, or hold out more")
-    # No more rows at a time than in a micro-batch of training, so that what helps there helps here.
+    # A batch has at most the rows of a training micro-batch, so that smaller micro-batches also save memory here.
     size = config.batch_size // config.accumulation
     self._batches = []
     for (width, length), members in sorted(by_pair.items()):
@@ -85,7 +85,7 @@ class HeldOutLoss:
     self._compiled: dict[tuple[int, int], Any] = {}
 
   def compile(self) -> None:
-    """Compiles all that it needs, so that nothing is left to compile when it is asked."""
+    """Compiles everything that a call needs."""
     for batch in self._batches:
       shape = _shape(batch)
       if shape not in self._compiled:
@@ -93,13 +93,13 @@ class HeldOutLoss:
         self._compiled[shape] = self._program.lower(*given).compile()
 
   def __call__(self, trainable: Params, frozen: Frozen) -> float:
-    """The score of some weights: minus the mean over demonstrations and noise levels of the loss a token."""
+    """The score of some weights: minus the loss per token, averaged over demonstrations and noise levels."""
     self.compile()
     losses = jax.device_get([self._compiled[_shape(batch)](trainable, frozen, batch) for batch in self._batches])
     return -float(sum(losses)) / (self._rows * DRAWS)
 
 
 def _shape(batch: Any) -> tuple[int, int]:
-  """Prompt and completion length."""
+  """The prompt length and the completion length."""
   prompt, _, completion, *_ = batch
   return prompt.shape[1], completion.shape[1]

@@ -1,6 +1,6 @@
-"""What the host does between the programs of an iteration: it grades, and puts the numbers together.
+"""The host's work between the programs of an iteration: it grades, and computes the metrics.
 
-Each process grades the rows that it holds. Between processes go the rewards and a few sums.
+Each process grades its own rows. Processes exchange only the rewards and a few sums.
 """
 
 import math
@@ -23,26 +23,26 @@ from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.tasks.base import TaskError
 
 QUANTILES = (0.01, 0.5, 0.99)
-"""Of the ratios to the old policy, that a run logs."""
+"""The quantiles that a run logs of the ratios to the old policy."""
 
 ROUNDING = 1e-5
-"""By how much a sum of shares may miss."""
+"""The rounding error that a sum of shares may have."""
 
 Sums = Mapping[str, tuple[float, float]]
-"""Numerator and denominator of each figure of a batch; both add up over rows and processes."""
+"""The numerator and denominator of each figure of a batch; both are summed over rows and processes."""
 
 
 class Visit(NamedTuple):
-  """What came of a visit to the host.
+  """The result of grading on the host.
 
   Attributes:
-    rewards: of the whole batch, the same on every process.
-    sums: over the whole batch.
-    arrived: the moment (`time.perf_counter`) at which the last chunk was here.
-    rows: the places in the batch of the rows that this process graded.
+    rewards: the rewards of the whole batch, the same on every process.
+    sums: the figures of the whole batch.
+    arrived: the time (`time.perf_counter`) at which the last chunk arrived.
+    rows: the indices in the batch of the rows that this process graded.
     rollout: these rows, on the host.
-    graded: what they say and earn.
-    overlapped: seconds that this process spent on decoding and grading before the last chunk was here.
+    graded: their texts and grades.
+    overlapped: the seconds that this process spent on decoding and grading before the last chunk arrived.
   """
 
   rewards: Float[np.ndarray, "B"]
@@ -55,13 +55,13 @@ class Visit(NamedTuple):
 
 
 class Grading(NamedTuple):
-  """How the completions of a run are graded.
+  """The grading of a run's completions.
 
   Attributes:
     prompts: the training split.
-    grader: of its task, whose workers, if any, end with `with grading.grader:`.
-    protocol: of the grades.
-    shaping: makes rewards of grades.
+    grader: the grader of its task; `with grading.grader:` stops its workers at the end.
+    protocol: the protocol of the grades.
+    shaping: converts grades into rewards.
   """
 
   prompts: Prompts
@@ -74,12 +74,12 @@ def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ..
   """Grades each chunk while the next one is computed.
 
   Args:
-    grading: how.
-    record: the record of each row of the batch.
+    grading: the prompts, grader and protocol.
+    record: the index of each row's record.
     chunks: the batch, on devices.
 
   Raises:
-    RunError: the grader's workers died twice over a chunk, or the task does not keep its contract, on any process.
+    RunError: on any process, the grader's workers died twice on a chunk, or the task breaks its contract.
   """
   prompts, protocol = grading.prompts, grading.protocol
   fetched: list[Rollout] = []
@@ -129,7 +129,7 @@ def _shared(failure: str, rows: np.ndarray, rollout: Rollout, own: Graded, arriv
 
 
 def sums(rollout: Rollout, graded: Graded) -> Sums:
-  """The figures of some rows: of what was drawn, `reward/COMPONENT` over the rows that have it, the tasks' metrics."""
+  """The figures of some rows: sampling figures, `reward/COMPONENT` over the rows that have it, the tasks' metrics."""
   mask, parts = rollout.completion_mask, []
   for grade in graded.grades:
     parts.append({f"reward/{name}": (value, 1) for name, value in grade.components.items()} | dict(grade.metrics))
@@ -158,18 +158,19 @@ def summarise(
   num_generations: int,
   tasks: Sequence[str],
 ) -> dict[str, float]:
-  """Host numbers of one iteration.
+  """The metrics of one iteration, as numbers on the host.
 
   Args:
-    rewards: of the batch.
-    found: its sums.
-    metrics: of the update: means over its inner steps, `finite` of all and `sampling_gap` before the first.
-    num_generations: rows of a group.
-    tasks: the task of each row, where several are mixed; none otherwise.
+    rewards: the rewards of the batch.
+    found: the sums of the batch.
+    metrics: the update's metrics for each inner step; they are averaged, except `finite` (the minimum) and
+      `sampling_gap` (the first).
+    num_generations: the rows of a group.
+    tasks: the task of each row if several are mixed; empty otherwise.
 
   Returns:
     `reward`, and `TASK/reward` for each of several tasks; `reward/COMPONENT`, a mean over the rows that have it; the
-    tasks' metrics, pooled over the batch, but for those that no row counts for; the numbers of rollout and update.
+    tasks' metrics, pooled over the batch (without those that count no row); the metrics of rollout and update.
   """
   groups = rewards.reshape(-1, num_generations)
   values = {
@@ -189,11 +190,15 @@ def summarise(
 
 
 def ratio_quantiles(name: str, below: Float[np.ndarray, "edges"]) -> dict[str, float]:
-  """Quantiles of a figure of ratios, `NAME/p50`, from their distribution function at `RATIO_EDGES`.
+  """Quantiles of ratios, such as `NAME/p50`, from the distribution function of their logarithms at `RATIO_EDGES`.
 
-  Each is the middle of the step that it lies in, so that its logarithm is right to a third; ratios within 1e-5 of 1 are
-  1, and those beyond exp(+-10) are that.
+  The logarithm of a quantile has a relative error of at most a third. Ratios within 1e-5 of 1 are reported as 1, and
+  ratios beyond exp(+-10) as exp(+-10).
   """
+  # A quantile lies between two neighbouring edges, and their geometric mean stands for it. If 30% of the log-ratios are
+  # at most 0.1 and 80% are at most 0.178, the median lies between: the result is exp(sqrt(0.1 * 0.178)) = 1.14. Edges
+  # are a factor 1.78 apart, so the mean is within a factor 1.33 of any value between. Around 0 the edges have opposite
+  # signs, and the ratio is 1.
   least = np.concatenate([RATIO_EDGES[:1], RATIO_EDGES])
   most = np.concatenate([RATIO_EDGES, RATIO_EDGES[-1:]])
   middle = np.where(least * most > 0, np.sign(most) * np.sqrt(np.abs(least * most)), 0.0)

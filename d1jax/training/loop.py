@@ -1,6 +1,6 @@
 """The loop that every stage shares: resume, step, validate, save, report, stop.
 
-With several processes all run it side by side: what one of them alone knows, a stop signal, is asked of all.
+All processes run this loop together. A stop signal, which only one of them may see, is first shared with all.
 """
 
 import dataclasses
@@ -30,14 +30,15 @@ log = logging.getLogger(__name__)
 
 
 class Cadence(NamedTuple):
-  """When a stage validates and saves, and what ends it.
+  """When a stage validates, saves and ends.
 
   Attributes:
-    validate_every: iterations between validations; the last iteration validates too.
-    save_every: iterations between checkpoints, and the last one saves too. The state of a validation is saved between
-      them only if no checkpoint has a better score. None: every validation saves.
-    max_skipped_steps: iterations in a row whose loss or gradient may be not finite; one more ends the run.
-    patience: validations in a row without a better score that end the stage; None: it does all its iterations.
+    validate_every: iterations between validations; the last iteration also validates.
+    save_every: iterations between checkpoints; the last iteration also saves. In between, a validated state is saved
+      only if no checkpoint has a better score. None: every validation saves.
+    max_skipped_steps: the largest number of iterations in a row whose loss or gradient is not finite; one more ends
+      the run.
+    patience: the stage ends after this many validations in a row without a better score; None: it never ends early.
   """
 
   validate_every: int
@@ -46,12 +47,12 @@ class Cadence(NamedTuple):
   patience: int | None = None
 
   def saves(self, iteration: int, score: float | None, best: float | None) -> bool:
-    """Whether an iteration within the stage saves.
+    """Whether an iteration before the last one saves.
 
     Args:
       iteration: counted from 1.
-      score: of its validation; None without one.
-      best: the best score of a checkpoint; None without one.
+      score: the score of its validation; None if it does not validate.
+      best: the best score of a checkpoint; None if there is no score.
     """
     if self.save_every is None:
       return score is not None
@@ -59,12 +60,12 @@ class Cadence(NamedTuple):
 
 
 class Counts(NamedTuple):
-  """What a stage counts from one attempt to the next.
+  """Counters of a stage that checkpoints carry from one attempt to the next.
 
   Attributes:
-    skipped_in_a_row: iterations up to now whose loss or gradient was not finite.
-    skipped: such iterations in all.
-    stale: validations up to now without a better score.
+    skipped_in_a_row: the latest iterations in a row whose loss or gradient was not finite.
+    skipped: all such iterations of the stage.
+    stale: the latest validations in a row without a better score.
   """
 
   skipped_in_a_row: int = 0
@@ -72,21 +73,21 @@ class Counts(NamedTuple):
   stale: int = 0
 
   def after(self, finite: bool) -> "Counts":
-    """Those after one more iteration."""
+    """The counters after one more iteration."""
     if finite:
       return self._replace(skipped_in_a_row=0)
     return self._replace(skipped_in_a_row=self.skipped_in_a_row + 1, skipped=self.skipped + 1)
 
 
 def counts_of(metadata: Mapping[str, Any]) -> Counts:
-  """The counts in the metadata of a checkpoint; what is not there, as in older ones, is 0."""
+  """The counters in the metadata of a checkpoint; a missing one, as in older checkpoints, is 0."""
   found = metadata.get("counts")
   found = found if isinstance(found, Mapping) else {}
   return Counts(**{name: n for name, n in found.items() if name in Counts._fields and isinstance(n, int)})
 
 
 def is_over(step: int, metadata: Mapping[str, Any], iterations: int, patience: int | None) -> bool:
-  """Whether a stage has ended with a checkpoint: after all its iterations, or as its `patience` did."""
+  """Whether a stage ended with a checkpoint: after all its iterations, or because its `patience` was used up."""
   return step >= iterations or (patience is not None and counts_of(metadata).stale >= patience)
 
 
@@ -95,19 +96,19 @@ class Stage:
   """One stage of training.
 
   Attributes:
-    name: `sft` or `grpo`; names folders and records.
-    iterations: how many, in all.
-    advance: `(state, iteration) -> (state, metrics)`, one iteration; metrics are host numbers, among them `finite`,
-      `tokens` (of completions) and what `ledger.entry` says.
-    validate: `params -> score` of the weights that are evaluated, higher is better.
-    all_finite: whether every weight and moment of a state is finite; asked before a state is saved.
-    cadence: when it validates and saves.
+    name: `sft` or `grpo`; it names folders and records.
+    iterations: the number of all iterations.
+    advance: `(state, iteration) -> (state, metrics)` runs one iteration; metrics are host numbers, among them `finite`,
+      `tokens` (of completions) and those of `ledger.entry`.
+    validate: `params -> score` scores the evaluated weights; higher is better.
+    all_finite: whether every weight and moment of a state is finite; checked before a state is saved.
+    cadence: when the stage validates and saves.
     rates: the learning rate of each optimiser step.
-    trackers: where its figures go beside `metrics.jsonl`, see `trackers.named`.
+    trackers: the trackers besides `metrics.jsonl`, see `trackers.named`.
     shown: the metrics on the progress line.
-    metadata: what a checkpoint says beside the state.
-    began: when the stage began to be made ready (`time.perf_counter`).
-    profile: of some iterations.
+    metadata: the metadata of its checkpoints.
+    began: the start of the stage's preparation (`time.perf_counter`).
+    profile: the profile of some iterations.
   """
 
   name: str
@@ -125,15 +126,15 @@ class Stage:
 
 
 def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder, interrupts: Interrupts) -> float:
-  """Runs a stage from `start` to its end; every state worth keeping is in `checkpoints` afterwards.
+  """Runs a stage from `start` to its end; `checkpoints` then holds the last and the best state.
 
   Returns:
-    The seconds that the stage has taken, earlier attempts included.
+    The seconds that the stage has taken, including earlier attempts.
 
   Raises:
-    NotFiniteError: losses or gradients were not finite more often in a row than allowed, and these steps were left
-      out; the state is saved. Or a step made weights that are not finite; that state is not saved.
-    PreemptedError, InterruptedRunError: a stop was asked for; the state is saved.
+    NotFiniteError: losses or gradients were not finite in more iterations in a row than allowed; these steps were
+      skipped, and the state is saved. Or a step made weights that are not finite; that state is not saved.
+    PreemptedError, InterruptedRunError: the run received a stop signal; the state is saved.
   """
   state, began = start.state, time.monotonic() - float(start.metadata.get("seconds", 0.0))
   writer, trackers = MetricsWriter(workdir, stage.name, start.step), _trackers(stage, start.step, workdir)
@@ -147,7 +148,9 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       with stage.profile.iteration(iteration):
         state, metrics = stage.advance(state, iteration - 1)
       finite, tokens = bool(metrics.pop("finite")), metrics.pop("tokens")
-      metrics["learning_rate"] = float(stage.rates[max(int(state.step) - 1, 0)])  # of the last step that was taken
+      metrics["learning_rate"] = float(stage.rates[max(int(state.step) - 1, 0)])  # the rate of the last step taken
+      # With max_skipped_steps=2, the steps of two iterations in a row may be skipped, and a third one ends the run. It
+      # saves the last finite state with the count 0, so that the same command can try again with the next batch.
       counts = counts.after(finite)
       refused = counts.skipped_in_a_row > cadence.max_skipped_steps
       if counts.skipped:
@@ -156,7 +159,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
         _warn_of_skip(stage, iteration, counts)
       score: float | None = None
       last = iteration == stage.iterations
-      # The last weights are validated even where the last step was left out: the same command then ends the stage.
+      # The last weights are validated even if the last step was skipped, so that the same command then ends the stage.
       if last or (not refused and iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
@@ -172,6 +175,8 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       for name in raised.keys() - sounded.keys():
         log.warning("%s iteration %d: %s", stage.name, iteration, raised[name])
       sounded = raised
+      # The record comes before the checkpoint: after a kill between the two, the resumed run drops the surplus record.
+      # In the other order, iteration 100 could have a checkpoint but no record, which nothing would make again.
       writer.log(iteration, {**metrics, "alarms": list(sounded)} if sounded else metrics)
       trackers.log(iteration, metrics)
       shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
@@ -214,7 +219,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
 
 
 def _trackers(stage: Stage, start: int, workdir: Folder) -> Trackers:
-  """The trackers of a stage: all on process 0."""
+  """The trackers of a stage; only process 0 has any."""
   names = stage.trackers if multihost.is_main() else ()
   identity = run_identity(workdir) if names else ""
   return Trackers(names, Run(workdir, workdir.name, identity, stage.name, start, stage.metadata["config"]))
@@ -228,7 +233,7 @@ def _warn_of_skip(stage: Stage, iteration: int, counts: Counts) -> None:
 
 
 def _check_finite(stage: Stage, iteration: int, state: TrainState, checkpoints: Checkpoints) -> None:
-  """Raises a NotFiniteError where a step from a finite loss made weights that are not: they are never saved."""
+  """Raises a NotFiniteError if a step with a finite loss made weights that are not finite; they are never saved."""
   if not bool(stage.all_finite(state)):
     checkpoints.wait()
     raise NotFiniteError(
@@ -238,12 +243,12 @@ def _check_finite(stage: Stage, iteration: int, state: TrainState, checkpoints: 
 
 
 def _after_another(stage: Stage, checkpoints: Checkpoints) -> str:
-  """How to go on behind a step that was left out."""
+  """Advice for continuing after a skipped step."""
   return f": the same command goes on with the next batch. If it ends so again, {_remedy(stage, checkpoints)}"
 
 
 def _after_the_last(stage: Stage, checkpoints: Checkpoints) -> str:
-  """The same of the last step of a stage, behind which there is no other: nothing but going back takes it again."""
+  """Advice after the last step of a stage was skipped: only an earlier checkpoint lets the run take it again."""
   return (
     f". It was the last of {stage.name}: the same command goes on with what follows {stage.name}. To take it again,"
     f" {_earlier(checkpoints)}, and {_gentler(stage)}"
@@ -251,7 +256,7 @@ def _after_the_last(stage: Stage, checkpoints: Checkpoints) -> str:
 
 
 def _remedy(stage: Stage, checkpoints: Checkpoints) -> str:
-  """What may help when numbers are not finite; all of it works in this folder."""
+  """Advice for numbers that are not finite; all of it works in the same folder."""
   return f"{_gentler(stage)}, or {_earlier(checkpoints)}"
 
 

@@ -1,4 +1,4 @@
-"""The compiled programs of a diffu-GRPO iteration: publish the weights, roll out, update."""
+"""The compiled programs of a diffu-GRPO iteration: publish, rollout and update."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,12 +25,14 @@ from d1jax.telemetry import flops
 from d1jax.training import drift
 
 GAP_POSITIONS = 16
-"""Completion positions at which merged and unmerged logits are compared."""
+"""The number of completion positions at which merged and unmerged logits are compared."""
 
 
 class Compiled(NamedTuple):
-  """The programs of one prompt bucket beside its rollout; `gap` where adapters are merged for rollouts, `drift` where a
-  cache is watched; `counted` are the products of `rollout`, `update` and, where a cache is watched, `exact`.
+  """The programs of one prompt bucket besides its rollout.
+
+  There is a `gap` if adapters are merged for rollouts, and a `drift` if a cache is watched. `counted` are the products
+  of `rollout`, `update` and, if a cache is watched, `exact`.
   """
 
   update: Any
@@ -44,11 +46,11 @@ class Shape:
   """The shape of an iteration.
 
   Attributes:
-    prompts: groups that an update takes.
-    num_generations: completions of each prompt.
-    buckets: prompt lengths that are compiled.
-    oversample: so many times the groups are rolled out, and those with the most signal are kept.
-    chunks: parts of a rollout, of which one is graded while the next is computed.
+    prompts: the groups of an update.
+    num_generations: the completions of each prompt.
+    buckets: the prompt lengths that are compiled.
+    oversample: rollouts have this many times the groups of an update, and those with the most signal are kept.
+    chunks: the parts of a rollout; one is graded while the next is computed.
   """
 
   prompts: int
@@ -59,27 +61,27 @@ class Shape:
 
   @property
   def groups(self) -> int:
-    """PromptArrays that are rolled out."""
+    """The number of prompts in a rollout."""
     return self.oversample * self.prompts
 
   @property
   def rows(self) -> int:
-    """Completions that are rolled out."""
+    """The number of completions in a rollout."""
     return self.groups * self.num_generations
 
 
 class Programs:
-  """The programs of an iteration, compiled for every prompt bucket before the first one.
+  """The programs of an iteration, compiled for every prompt bucket before the first iteration.
 
-  Rollouts take weights that `publish` has merged, cast and moved to the placements of `rollout_rules`: the one place
-  where placements of rollouts and of updates meet. Completions come back at the placement of updates.
+  Rollouts take weights that `publish` has merged, cast and moved to the placements of `rollout_rules`. Completions are
+  returned on the placement of updates.
 
   Attributes:
     model: network and mesh.
-    sampler: of rollouts.
-    method: of updates.
-    shape: of an iteration.
-    watch: over the drift of a cached sampler; None where nothing is to be seen.
+    sampler: the sampler of rollouts.
+    method: the method of updates.
+    shape: the shape of an iteration.
+    watch: the watch over the drift of a cached sampler; None if the sampler has no cache or is not watched.
     compiled: the programs of each prompt bucket.
   """
 
@@ -92,15 +94,15 @@ class Programs:
     optimizer: optax.GradientTransformation,
     watch: drift.Watch | None = None,
   ):
-    """Prepares the programs; nothing is compiled yet.
+    """Defines the programs; nothing is compiled yet.
 
     Args:
       model: network and mesh.
-      sampler: of rollouts.
-      method: of updates.
-      shape: of an iteration.
-      optimizer: of updates.
-      watch: when to look how far a cache drifts.
+      sampler: the sampler of rollouts.
+      method: the method of updates.
+      shape: the shape of an iteration.
+      optimizer: the optimiser of updates.
+      watch: when to measure the drift of a cache.
     """
     self.model, self.sampler, self.method, self.shape = model, sampler, method, shape
     self._optimizer = optimizer
@@ -139,7 +141,7 @@ class Programs:
 
   @property
   def publish_bytes(self) -> int:
-    """Bytes that a device receives when weights are published: the most of any device."""
+    """The bytes that a device receives when weights are published; the largest number of any device."""
     return self.model.publisher.received_bytes
 
   def _update_program(
@@ -163,7 +165,7 @@ class Programs:
     return state, metrics, advantages
 
   def _gap_program(self, trainable: Any, frozen: Frozen, rollout: Rollout) -> dict[str, jax.Array]:
-    """How far the logits of the merged weights, which roll out, are from those of the unmerged, which are trained."""
+    """The difference between the logits of merged weights, used in rollouts, and of the unmerged ones in updates."""
     denoiser, spec = self.model.denoiser, self.sampler
     masks = jnp.full_like(rollout.completion, denoiser.mask_id)
     canvas = jnp.concatenate([rollout.prompt, masks], axis=1)
@@ -184,17 +186,15 @@ class Programs:
     return drift.drift(cached, exact, replay(model.rollout_denoiser, params, cached, self.sampler))
 
   def _rollout(self, width: int) -> jax.stages.Traced:
-    """The rollout of prompts of `width` tokens."""
+    """The traced rollout of prompts of `width` tokens."""
     return self._completer.traced(self.sampler, self.shape.rows // self.shape.chunks, width)
 
   def _chunk(self, width: int) -> Rollout:
-    """What it returns: shapes, types and placements."""
+    """The result of a rollout of one chunk: shapes, types and placements."""
     return meshes.with_placement(self._rollout(width).out_info, self.model.by_row)
 
   def tracing(self, width: int) -> Mapping[str, Callable[[], jax.stages.Traced]]:
-    """Functions that trace `publish`, and the `rollout` and the `update` for prompts of `width` tokens, from shapes
-    alone.
-    """
+    """Functions that trace `publish`, and `rollout` and `update` for prompts of `width` tokens, from shapes alone."""
     weights = self.model.weights
     state = weights.abstract_state(self._optimizer)
     frozen = weights.abstract_frozen(with_reference=self.method.scores_reference)
@@ -225,29 +225,30 @@ class Programs:
     self.model.publisher.compile()
 
   def place(self, prompts: pipeline.PromptBatch, iteration: int) -> tuple[list[PromptArrays], jax.Array]:
-    """Puts a batch of prompts, in chunks, and the iteration's number where the rollout takes them."""
+    """Places a batch of prompts, in chunks, and the iteration's number on the devices for a rollout."""
     chunks = zip(*(np.split(x, self.shape.chunks) for x in prompts.arrays), strict=True)
     placed = [place(chunk, self.model.rollout_by_row) for chunk in chunks]
     return placed, place(np.int32(iteration), self.model.replicated)
 
   def publish(self, state: TrainState, frozen: Frozen) -> Any:
-    """What rollouts take of the current weights; where nothing is merged, cast or moved, these arrays themselves.
+    """The current weights in the form that rollouts take; arrays that need no change are shared with the state.
 
-    An update donates the state, and with it what is shared: publish anew behind it, and keep nothing for its duration.
+    An update donates the state together with shared arrays: drop the published weights before it, and publish again
+    after it.
     """
     return self.model.publisher(state.trainable, frozen.base)
 
   def rollout(
     self, params: Any, chunks: list[PromptArrays], key: jax.Array, iteration: jax.Array, *, cached: bool = True
   ) -> tuple[Rollout, ...]:
-    """Completes placed prompts under published weights; the arrays of one chunk arrive after the other.
+    """Completes placed prompts under published weights; the arrays arrive chunk by chunk.
 
     Args:
-      params: of `publish`.
-      chunks: of `place`.
-      key: the run's.
-      iteration: of `place`.
-      cached: without, a watched sampler's cache is left aside.
+      params: the result of `publish`.
+      chunks: the chunks from `place`.
+      key: the run's key.
+      iteration: the iteration from `place`.
+      cached: False samples without the cache of a watched sampler.
     """
     sampler = self.sampler if cached else self.sampler.with_cache("none")
     return tuple(self._completer(sampler, params, chunk, key, iteration) for chunk in chunks)
@@ -255,12 +256,12 @@ class Programs:
   def update(
     self, state: TrainState, frozen: Frozen, chunks: tuple[Rollout, ...], rewards: np.ndarray
   ) -> tuple[TrainState, Metrics, jax.Array]:
-    """Takes mu optimiser steps on a graded rollout; `state` is donated. Returns the state, metrics and advantages."""
+    """Takes mu optimiser steps on a graded rollout and returns state, metrics and advantages; `state` is donated."""
     program = self.compiled[chunks[0].prompt.shape[1]].update
     return program(state, frozen, chunks, place(rewards, self.model.by_row))
 
   def merge_gap(self, state: TrainState, frozen: Frozen, chunk: Rollout) -> dict[str, float]:
-    """Mean and maximum of |merged - unmerged logits|; empty where nothing is merged."""
+    """The mean and maximum of |merged - unmerged logits|; empty if nothing is merged."""
     program = self.compiled[chunk.prompt.shape[1]].gap
     if program is None:
       return {}
@@ -268,5 +269,5 @@ class Programs:
     return {name: float(value) for name, value in jax.device_get(gap).items()}
 
   def drift(self, params: Any, cached: Rollout, exact: Rollout) -> dict[str, jax.Array]:
-    """The figures of `drift.drift` of a chunk that was completed both ways under published weights."""
+    """The figures of `drift.drift` for a chunk that was completed both ways under published weights."""
     return self.compiled[cached.prompt.shape[1]].drift(params, cached, exact)

@@ -1,4 +1,4 @@
-"""Masked supervised fine-tuning on demonstrations of a task or of a file, as LLaDA and d1 do it."""
+"""Masked supervised fine-tuning on demonstrations of a task or of a file, as in LLaDA and d1."""
 
 import dataclasses
 import itertools
@@ -40,14 +40,15 @@ def sft_step(
   logits_tile: int | None = None,
   dropout: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One optimiser step on `denoising_loss` over an `SftBatch` of device arrays; pure.
+  """Takes one optimiser step on `denoising_loss` over an `SftBatch` of device arrays; a pure function.
 
-  Every completion token of the batch weighs 1 / (B C), its end-of-sequence padding included. As all completions are
-  padded to the same length, that is both d1's mean over tokens and LLaDA's mean over sequences of means over tokens.
+  Every completion token of the batch, including end-of-sequence padding, has the weight 1 / (B C). Because all
+  completions are padded to the same length, this equals both d1's mean over tokens and LLaDA's mean over sequences of
+  means over tokens.
 
-  Each prompt token is masked with probability `p_mask_prompt`, as diffu-GRPO does when it scores: with few
-  demonstrations it keeps the network from telling them apart by their prompts. d1's own fine-tuning does not (0).
-  `dropout` turns on the adapters' dropout, here and nowhere else.
+  Each prompt token is masked with probability `p_mask_prompt`, as in the scores of diffu-GRPO. With few demonstrations,
+  this keeps the network from memorising which prompt belongs to which. d1's own fine-tuning does not do this (0).
+  `dropout` turns on the adapters' dropout, which is used only here.
   """
   key = keys.purpose_key(state.key, keys.Purpose.CORRUPTION, state.step)
   mask_key = keys.purpose_key(state.key, keys.Purpose.SFT_PROMPT_MASK, state.step)
@@ -86,7 +87,7 @@ def sft_step(
 
 
 class Demonstrations(NamedTuple):
-  """Tokenised prompts and answers, stop ids included."""
+  """Tokenised prompts and answers, including stop ids."""
 
   prompts: list[list[int]]
   completions: list[list[int]]
@@ -94,16 +95,16 @@ class Demonstrations(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How a model is fine-tuned.
+  """The options of fine-tuning.
 
   Attributes:
-    batch_size: demonstrations a step.
-    prompt_buckets: prompt lengths that are compiled.
-    completion_buckets: lengths of answers that are compiled, each with each length of prompts.
-    accumulation: micro-batches a step.
-    truncate: whether answers beyond the largest bucket are cut; otherwise they are left out.
-    p_mask_prompt: the share of a prompt's tokens that are masked.
-    logits_tile: tokens of the vocabulary whose logits exist at a time; None: all.
+    batch_size: demonstrations per step.
+    prompt_buckets: the prompt lengths that are compiled.
+    completion_buckets: the answer lengths that are compiled, each one with each prompt length.
+    accumulation: micro-batches per step.
+    truncate: whether answers longer than the largest bucket are cut; if not, they are left out.
+    p_mask_prompt: the probability that a prompt token is masked.
+    logits_tile: vocabulary ids per tile of logits; None: no tiles.
   """
 
   batch_size: int
@@ -116,7 +117,7 @@ class Options:
 
 
 def of_task(prompts: Prompts, style: str, options: Options) -> Demonstrations:
-  """The task's own demonstrations of a split; those that are too long are reported."""
+  """The task's own demonstrations; the number of those that are too long is printed."""
   answers = [prompts.task.demonstration(record, style) for record in prompts.records]
   found = Demonstrations(
     [list(ids) for ids in prompts.ids], [prompts.tokenizer.completion(answer) for answer in answers]
@@ -128,9 +129,9 @@ def of_task(prompts: Prompts, style: str, options: Options) -> Demonstrations:
 def of_file(
   path: Path, tokenizer: Tokenizer, held_out: float, options: Options
 ) -> tuple[Demonstrations, Demonstrations | None]:
-  """What is learned from a file, and what is held out of it to validate on.
+  """The demonstrations of a file for training, and those held out for validation.
 
-  Demonstrations that answer questions of the tasks' test splits are left out; those that are too long are reported.
+  Demonstrations for questions of the tasks' test splits are left out; the number of those that are too long is printed.
   """
   rows = demonstration_files.read(path)
   kept = [row for row in rows if not held_out_questions.is_listed(row.question)]
@@ -150,7 +151,7 @@ def _tokenised(tokenizer: Tokenizer, side: list[demonstration_files.Demonstratio
 
 
 def _report(config: Options, name: str, found: Demonstrations) -> tuple[int, int]:
-  """Says what is left out or cut; returns tokens, and the room for them in the buckets."""
+  """Prints how many are left out or cut; returns the number of tokens, and of places for them in the buckets."""
   longest_prompt, longest = max(config.prompt_buckets), max(config.completion_buckets)
   shut_out = sum(len(prompt) > longest_prompt for prompt in found.prompts)
   too_long = sum(len(answer) > longest for answer in found.completions)
@@ -171,7 +172,7 @@ def _report(config: Options, name: str, found: Demonstrations) -> tuple[int, int
 
 
 class Steps:
-  """The compiled SFT step of every pair of prompt and completion bucket, and its work."""
+  """The compiled SFT step for every pair of prompt and completion bucket, and its FLOPs."""
 
   def __init__(self, model: Model, options: Options, optimizer: optax.GradientTransformation):
     weights = model.weights
@@ -225,15 +226,15 @@ def advancer(
   *,
   seed: int,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
-  """One iteration of the SFT stage: next batch, one compiled step.
+  """Returns the function that runs one iteration of the SFT stage: one compiled step on the next batch.
 
   Args:
     model: network and mesh.
     found: the demonstrations.
-    options: of the stage.
-    optimizer: of the stage.
-    position: the batch to start at.
-    seed: of the order of demonstrations.
+    options: the options of the stage.
+    optimizer: the optimiser of the stage.
+    position: the index of the batch to start at.
+    seed: the seed of the order of demonstrations.
   """
   batches = sft_batches(
     found.prompts,
@@ -250,7 +251,7 @@ def advancer(
   frozen, mesh = model.weights.frozen, model.weights.mesh
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
-    del iteration  # the pipeline counts along
+    del iteration  # the pipeline itself counts batches
     batch = place(next(batches), model.by_row)
     began = time.perf_counter()
     with jax.profiler.TraceAnnotation("update"):

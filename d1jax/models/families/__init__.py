@@ -1,7 +1,6 @@
-"""The families of models that can be read, a file each, and what the config.json of a folder says.
+"""The supported model families, one file each, and the reader of a folder's config.json.
 
-A file that is put into this folder is found. Its `FAMILY` (`d1jax.models.family`) says all that is particular to the
-family.
+Every file in this folder is loaded. Its `FAMILY` (`d1jax.models.family`) holds everything specific to the family.
 """
 
 import dataclasses
@@ -18,24 +17,24 @@ FAMILIES: dict[str, Family] = {
   family.model_type: family
   for family in (importlib.import_module(f"{__name__}.{found.name}").FAMILY for found in pkgutil.iter_modules(__path__))
 }
-"""By model_type."""
+"""The families by model_type."""
 
 PRESETS: dict[str, TransformerSize] = {
   name: size for family in FAMILIES.values() for name, size in family.presets.items()
 }
-"""Sizes of networks by name. `vocab` is the least: a run takes more where its tokenizer needs it."""
+"""Sizes of networks by name. `vocab` is a minimum: it grows if the tokenizer needs more."""
 
 ROWS = 128
-"""A vocabulary that grows becomes a multiple of this many rows."""
+"""A vocabulary that grows is rounded up to a multiple of this many rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What a folder's config.json says.
+  """The content of a folder's config.json.
 
   Attributes:
-    family: the kind of model.
-    size: of the network; `vocab` counts the rows in the files.
+    family: the family of the model.
+    size: the sizes of the network; `vocab` counts the rows in the files.
     config: the whole file.
   """
 
@@ -45,12 +44,12 @@ class Description:
 
   @property
   def shift(self) -> int:
-    """How many positions before a token stands the state that predicts it."""
+    """How many positions before a token the hidden state stands that predicts it."""
     return self.family.shift
 
   @property
   def mask_id(self) -> int | None:
-    """The mask token, None in a causal model that has none yet."""
+    """The id of the mask token; None for a causal model that has none yet."""
     return self.config.get("mask_token_id")
 
 
@@ -58,8 +57,7 @@ def describe(folder: Path) -> Description:
   """Reads a folder's config.json.
 
   Raises:
-    ValueError: the file is missing or broken, or holds a value that this network does not implement; the message names
-      it.
+    ValueError: the file is missing or broken, or has a value that is not implemented; the message names it.
   """
   path = folder / "config.json"
   try:
@@ -87,15 +85,15 @@ def describe(folder: Path) -> Description:
 
 
 def check_claims(folder: Path, description: Description, shapes: Mapping[str, tuple[int, ...]]) -> None:
-  """Compares the sizes that config.json claims with the most that the weights' files can hold.
+  """Compares the sizes in config.json with the largest sizes that the weight files can hold.
 
-  For the time before anything is made of the sizes, be it a list of names: a network of 10^9 layers would take all
-  memory before the first of its tensors was found to be missing. Whether each tensor has its shape is checked later.
+  It must run before the sizes are used for anything: for 10^9 layers, a list of tensor names alone would fill the
+  memory before the first missing tensor was noticed. The shape of each tensor is checked later.
 
   Args:
-    folder: whose config.json it is.
-    description: what it says.
-    shapes: of the tensors in the files.
+    folder: the folder of config.json.
+    description: the content of config.json.
+    shapes: the shapes of the tensors in the files.
 
   Raises:
     ValueError: no tensor has an axis as long as a size, or there are fewer tensors than layers.
@@ -115,7 +113,7 @@ def check_claims(folder: Path, description: Description, shapes: Mapping[str, tu
 
 
 def with_rows(size: TransformerSize, rows: int | None) -> TransformerSize:
-  """The size with a vocabulary of at least `rows`; one that grows, grows to a multiple of `ROWS`."""
+  """The sizes with a vocabulary of at least `rows`; if it grows, it becomes a multiple of `ROWS`."""
   if rows is None or rows <= size.vocab:
     return size
   return dataclasses.replace(size, vocab=-(-rows // ROWS) * ROWS)

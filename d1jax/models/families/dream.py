@@ -1,4 +1,4 @@
-"""Dream 7B: Qwen2.5, trained on as a diffusion model; a token is still predicted one position before it."""
+"""Dream 7B is Qwen2.5 after further training as a diffusion model; position i still predicts token i + 1."""
 
 import dataclasses
 

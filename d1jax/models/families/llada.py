@@ -1,6 +1,6 @@
-"""LLaDA-8B and LLaDA 1.5 (arXiv 2502.09992): Llama's blocks under names of their own, each token predicted in place.
+"""LLaDA-8B and LLaDA 1.5 (arXiv 2502.09992): Llama's blocks with other names; position i predicts token i.
 
-A network that came from no folder is a LLaDA, too.
+A network without a folder is also a LLaDA.
 """
 
 from d1jax.models.families import llama
@@ -22,7 +22,7 @@ NAMES: Scheme = {
   ("final_norm", "scale"): "model.transformer.ln_f.weight",
   ("head",): "model.transformer.ff_out.weight",
 }
-"""`ff_out` is a block's down projection and, outside the blocks, the head."""
+"""`ff_out` is the down projection inside a block, and the head outside of the blocks."""
 
 FIXED: Config = {
   "alibi": False,
@@ -56,7 +56,7 @@ SIZE_KEYS = {
 
 
 def read(config: Config) -> TransformerSize:
-  """The sizes of a config.json; the MLP is `mlp_ratio` times as wide as the network where its width is not stated."""
+  """The sizes of a config.json; if it does not state the MLP's width, that is `mlp_ratio` times the network's."""
   if config.get("multi_query_attention"):
     value = shown.repr(config["multi_query_attention"])
     raise ValueError(f"multi_query_attention={value} is not supported; use n_kv_heads")
@@ -72,10 +72,10 @@ def read(config: Config) -> TransformerSize:
 
 
 def config_of(size: TransformerSize) -> Config:
-  """The config.json of a network that came from no folder.
+  """The config.json of a network without a folder.
 
   Raises:
-    ValueError: LLaDA has no such network.
+    ValueError: LLaDA's format cannot express this network.
   """
   if size.qkv_bias or size.rope_scaling or size.head_dim or size.attention_layer is not SelfAttention:
     raise ValueError(f"{size} is no LLaDA: it can only be exported into the names of the folder that it came from")

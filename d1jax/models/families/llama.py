@@ -1,7 +1,7 @@
-"""Llama 2, 3, 3.1 and 3.2 as the start of a diffusion model; what other families of transformers share with them.
+"""Llama 2, 3, 3.1 and 3.2 as the start of a diffusion model, and the parts that other families share with them.
 
-Like every causal model that is taken as a start, it predicts the next token: the state at position i predicts token
-i + 1, and attention sees both ways.
+Like every causal model that serves as a start, it predicts the next token: the hidden state at position i predicts
+token i + 1. Attention is bidirectional.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ SIZE_KEYS = {
 
 
 def read(config: Config, **others: Any) -> TransformerSize:
-  """The sizes of a config.json of transformers; `others` are the fields that a family always has."""
+  """The sizes of a config.json of transformers; `others` are fields with a fixed value in a family."""
   kinds = config.get("layer_types") or []
   if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
     raise ValueError(f"layer_types={shown.repr(kinds)} is not supported, only full_attention")
@@ -80,9 +80,9 @@ FAMILY = Family(
   size_keys=SIZE_KEYS,
   tied_key="tie_word_embeddings",
   schemes=(NAMES,),
-  # `LlamaConfig` of transformers 4.57.1; Llama 2's files, e.g., do not state `rope_theta`.
+  # From `LlamaConfig` of transformers 4.57.1; for example, Llama 2's files do not state `rope_theta`.
   defaults={"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
-  fixed={  # `pretraining_tp` is of no effect: it cuts the same products into parts
+  fixed={  # `pretraining_tp` has no effect: it splits the same products into parts
     "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,

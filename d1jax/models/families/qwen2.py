@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 as the start of a diffusion model: Llama, with biases of q, k and v."""
+"""Qwen2 and Qwen2.5 as the start of a diffusion model: Llama with biases in q, k and v."""
 
 import dataclasses
 import functools

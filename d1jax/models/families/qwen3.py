@@ -1,4 +1,4 @@
-"""Qwen3 as the start of a diffusion model: Llama, with the heads of q and k normalised before they are turned."""
+"""Qwen3 as the start of a diffusion model: Llama with a norm on the heads of q and k before the rotary embedding."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from d1jax.models.names import Scheme
 
 
 class NormedAttention(SelfAttention):
-  """Attention whose queries and keys have a norm of their own; its scale [H] is the same for every head."""
+  """Attention with a norm on queries and one on keys; all heads share its scale [H]."""
 
   def __init__(self, size: TransformerSize, *, rngs: nnx.Rngs, **options: Any):
     super().__init__(size, rngs=rngs, **options)

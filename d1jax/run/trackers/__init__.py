@@ -1,7 +1,7 @@
-"""Where the figures of a run go beside `metrics.jsonl`: TensorBoard, Weights & Biases, trackio, a file of your own.
+"""Sends the metrics of a run to other tools besides `metrics.jsonl`: TensorBoard, Weights & Biases, trackio, your own.
 
-A tracker is one file that defines `build(run) -> Tracker`: a file of this folder, which `trackers` names without `.py`,
-or a file of the user, which it names by its path. Process 0 alone has trackers. Readers of a run never load one.
+A tracker is one file that defines `build(run) -> Tracker`. The field `trackers` names a file of this folder without
+`.py`, or a user's file by its path. Only process 0 has trackers. Readers of a run never load one.
 """
 
 import importlib
@@ -20,24 +20,24 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-  """Takes the figures of one stage."""
+  """Receives the metrics of one stage."""
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
-    """Takes the figures of an iteration; `step` counts from 1, and is larger each time."""
+    """Receives the metrics of an iteration; `step` counts from 1 and always increases."""
 
   def close(self) -> None:
-    """Lets go of files and connections; the stage has ended, or this attempt has."""
+    """Closes files and connections, because the stage or this attempt has ended."""
 
 
 class Run(NamedTuple):
-  """What a tracker is told when it is built.
+  """The facts about a run that a tracker receives when it is built.
 
   Attributes:
     workdir: the run's folder.
-    name: of the run.
-    identity: a text that no other run has, and every attempt of this run.
+    name: the run's name.
+    identity: a text that is unique to this run, and the same in all its attempts.
     stage: `sft` or `grpo`.
-    start: iterations of the stage that were done before this attempt; what comes after them is logged again.
+    start: the iterations of the stage that earlier attempts completed; later ones are logged again.
     config: the resolved configuration.
   """
 
@@ -50,7 +50,7 @@ class Run(NamedTuple):
 
 
 def named(trackers: str) -> list[str]:
-  """The entries of the field `trackers`, which commas separate."""
+  """The entries of the field `trackers`, a list separated by commas."""
   return [name.strip() for name in trackers.split(",") if name.strip()]
 
 
@@ -58,7 +58,7 @@ def _load(name: str) -> ModuleType:
   """The module of one entry.
 
   Raises:
-    RunError: there is no such file, it does not define `build`, or a package that it needs is not installed.
+    RunError: the file does not exist or does not define `build`, or a package that it needs is not installed.
   """
   own = name.endswith(".py")
   known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
@@ -72,7 +72,7 @@ def _load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"d1jax_tracker_{Path(name).stem}", name)
     if spec is None or spec.loader is None:
       raise RunError(f"trackers: {name} is no Python file")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up there
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look up their module there
     spec.loader.exec_module(module)
   except RunError:
     raise
@@ -87,19 +87,19 @@ def _load(name: str) -> ModuleType:
 
 
 def check(trackers: str) -> None:
-  """Raises a RunError where an entry of the field `trackers` cannot be loaded; to be called on process 0."""
+  """Raises a RunError if an entry of the field `trackers` cannot be loaded; call it on process 0."""
   for name in named(trackers):
     _load(name)
 
 
 class Trackers:
-  """All trackers of a stage as one. One that fails is named in a warning and left out; the run goes on."""
+  """All trackers of a stage as one. If a tracker fails, a warning names it, and the run continues without it."""
 
   def __init__(self, names: Sequence[str], run: Run):
-    """Builds them.
+    """Builds the trackers.
 
     Raises:
-      RunError: one cannot be built, for example since nobody is logged in.
+      RunError: a tracker cannot be built, for example because the user is not logged in.
     """
     self._trackers: dict[str, Tracker] = {}
     for name in names:
@@ -112,12 +112,12 @@ class Trackers:
         raise RunError(f"trackers: {name} cannot begin ({type(error).__name__}: {line_of(error)})") from error
 
   def log(self, step: int, values: Mapping[str, Any]) -> None:
-    """Hands the numbers among `values` to each."""
+    """Passes the numbers among `values` to each tracker."""
     numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
     self._each("log", step, numbers)
 
   def close(self) -> None:
-    """Closes each."""
+    """Closes all trackers."""
     self._each("close")
     self._trackers = {}
 

@@ -12,21 +12,21 @@ from tensorboardX.proto.summary_pb2 import Summary
 from d1jax.run.trackers import Run
 
 FLUSH_SECONDS = 60
-"""How often events go to a bucket, where a file can only be written whole."""
+"""The seconds between uploads of events to a bucket, which stores only whole files."""
 
 
 class TensorBoard:
-  """One event file an attempt."""
+  """One event file per attempt."""
 
   def __init__(self, run: Run):
     """Opens the file."""
-    # Not a SummaryWriter, whose thread would die on a full disk and leave the run waiting for it.
+    # A SummaryWriter is not used: on a full disk its thread would die, and the run would wait for it for ever.
     folder = run.workdir / "tensorboard" / run.stage
     folder.mkdir(parents=True, exist_ok=True)
     self._events = EventsWriter(str(folder / "events"))
     self._every = 0 if isinstance(folder, Path) else FLUSH_SECONDS
     self._flushed = 0.0
-    self._write(run.start + 1, session_log=SessionLog(status=SessionLog.START))  # hides what is made again
+    self._write(run.start + 1, session_log=SessionLog(status=SessionLog.START))  # hides events that are logged again
 
   def _write(self, step: int, **content: Any) -> None:
     self._events.write_event(Event(wall_time=time.time(), step=step, **content))

@@ -1,4 +1,4 @@
-"""Trackio, which keeps its figures on this machine unless TRACKIO_SPACE_ID names a place for them: `trackio show`."""
+"""Trackio stores metrics on this machine, unless TRACKIO_SPACE_ID names another place; `trackio show` opens them."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ class Trackio:
   """A run of trackio; all attempts of a stage share it."""
 
   def __init__(self, run: Run):
-    """Begins it, or goes on with it."""
+    """Starts or resumes the run."""
     self._run = trackio.init(
       project=PROJECT,
       name=f"{run.name}-{run.stage}-{run.identity}",
@@ -24,11 +24,11 @@ class Trackio:
     )
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
-    """Hands figures over."""
+    """Passes metrics on."""
     self._run.log(dict(values), step=step)
 
   def close(self) -> None:
-    """Waits until all is written."""
+    """Waits until everything is written."""
     self._run.finish()
 
 

@@ -1,6 +1,6 @@
-"""Weights & Biases: one of its runs a stage, which all attempts share.
+"""Weights & Biases: one of its runs per stage, which all attempts share.
 
-Its own variables decide the rest: WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline.
+Its environment variables set the rest: WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline.
 """
 
 import os
@@ -16,7 +16,7 @@ class Wandb:
   """A run of Weights & Biases."""
 
   def __init__(self, run: Run):
-    """Begins it, or goes on with it."""
+    """Starts or resumes the run."""
     self._run = wandb.init(
       project=os.environ.get("WANDB_PROJECT", "d1jax"),
       name=f"{run.name}-{run.stage}",
@@ -29,11 +29,11 @@ class Wandb:
     )
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
-    """Hands figures over; what Weights & Biases has of an earlier attempt it keeps."""
+    """Passes metrics on; Weights & Biases keeps those of an earlier attempt."""
     self._run.log(dict(values), step=step)
 
   def close(self) -> None:
-    """Waits until all is handed over."""
+    """Waits until everything is passed on."""
     self._run.finish()
 
 
