@@ -75,7 +75,7 @@ def bytes_a_device(tree: Any) -> int:
 def count(experiment: experiments.Experiment, programs: Programs, config: ConfigDict) -> dict[str, int]:
   """Bytes a device, from shapes and placements alone."""
   weights = experiment.model.weights
-  optimizer = experiment.optimizer(config.grpo, 1)
+  optimizer = experiment.optimizer(experiment.config.grpo, 1)
   state, size = weights.abstract_state(optimizer), weights.network.size
   frozen = weights.abstract_frozen(with_reference=programs.method.scores_reference)
   tokens = ROWS_A_CHIP * (max(config.data.prompt_buckets) + config.rollout.completion_length)
@@ -117,7 +117,7 @@ def measure(chips: int, training: str) -> dict[str, Any]:
   devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices
   experiment = experiments.build(config, None, devices)
   programs = configured.programs(
-    experiment, experiment.optimizer(config.grpo, config.grpo.steps * config.grpo.num_iterations)
+    experiment, experiment.optimizer(experiment.config.grpo, config.grpo.steps * config.grpo.num_iterations)
   )
   row = {"training": training, "chips": chips, "topology": name, "counted": count(experiment, programs, config)}
   width = max(config.data.prompt_buckets)

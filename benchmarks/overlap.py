@@ -66,7 +66,7 @@ class Here:
     config.grpo.update(prompts_per_iteration=ROWS // GROUP, num_generations=GROUP, rollout_chunks=CHUNKS)
     self.name = jax.devices()[0].device_kind
     self._experiment = experiments.build(config, None)
-    optimizer = self._experiment.optimizer(config.grpo, 1)
+    optimizer = self._experiment.optimizer(self._experiment.config.grpo, 1)
     self._programs = configured.programs(self._experiment, optimizer)
     self._programs.compile()
     width = config.data.prompt_buckets[0]

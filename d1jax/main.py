@@ -99,8 +99,9 @@ def _parse(argv: list[str]) -> list[str]:
     chosen, argv[:] = parts.take_flags(argv)
   try:
     rest = flags.FLAGS(argv)
-    fields.choose(_CONFIG.value, optional)
-    fields.complete(_CONFIG.value)
+    if _CONFIG.value is not None:
+      fields.choose(_CONFIG.value, optional)
+      fields.complete(_CONFIG.value)
     if chosen:
       parts.choose(_CONFIG.value.grpo, chosen)
     return rest

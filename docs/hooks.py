@@ -12,7 +12,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md", "SECURITY.md": "SECURITY.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
+PAGES = {
+  "README.md": "index.md",
+  "SECURITY.md": "SECURITY.md",
+  "CONTRIBUTING.md": "CONTRIBUTING.md",
+  "CHANGELOG.md": "CHANGELOG.md",
+}
 LINK = re.compile(r'(\]\(|src="|href=")([^)"#\s]+)')
 
 

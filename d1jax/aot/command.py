@@ -100,7 +100,7 @@ def build(config: ConfigDict) -> tuple[Experiment, Programs, int]:
   steps = config.grpo.steps * config.grpo.num_iterations
   return (
     experiment,
-    configured.programs(experiment, experiment.optimizer(config.grpo, steps)),
+    configured.programs(experiment, experiment.optimizer(experiment.config.grpo, steps)),
     max(config.data.prompt_buckets),
   )
 

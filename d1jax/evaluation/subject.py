@@ -143,7 +143,7 @@ def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Para
         said = f"reading {trained.model.pretrained}, which the checkpoint names as its base"
         print(harmless(said), file=sys.stderr)
       experiment = experiments.build(trained, run_tokenizer.kept(found.workdir, metadata), with_task=False)
-      section = trained[found.home.parent.name]
+      section = experiment.config[found.home.parent.name]
       abstract = experiment.model.weights.abstract_state(experiment.optimizer(section, section.steps))
     except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(f"the configuration in checkpoint {found.home} is not that of a run ({error})") from error

@@ -243,6 +243,7 @@ class Checkpoints:
 
   def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
     failure: Exception | None = None
+    _silence_abandoned_reads()
     try:
       state = ocp.load_checkpointables(self._absolute / str(step), {"state": abstract})["state"]
       metadata = self.metadata(step)
@@ -250,7 +251,6 @@ class Checkpoints:
       if is_lost(error):
         raise
       failure = error
-      _silence_abandoned_reads()
     reasons = multihost.gather(failure and (str(failure).splitlines() or [type(failure).__name__])[0][:160])
     for reason in filter(None, reasons):
       raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({reason})") from failure
@@ -319,6 +319,7 @@ def _silence_abandoned_reads() -> None:
   Orbax leaves their coroutines in a closed event loop. Python would print a traceback for each one when it collects
   them or their data arrives, although the failed read is reported already.
   """
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
   print_error = sys.unraisablehook
 

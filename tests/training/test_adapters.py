@@ -236,9 +236,9 @@ def test_dropout_is_off_wherever_log_probabilities_meet(folder, tmp_path):
     programs = configured.programs(experiment, optimizer)
     programs.compile()
     state = experiment.model.weights.fresh_state(optimizer)
-    grading, count = configured.grading(experiment), lambda rollout, cached: {}
+    grading = configured.grading(experiment)
     frozen = experiment.model.frozen
-    advance = grpo.advancer(programs, grading, frozen, 0, tmp_path, seed=0, count=count, gap_every=4)
+    advance = grpo.advancer(programs, grading, frozen, 0, tmp_path, seed=0, gap_every=4)
     state, metrics = advance(state, 0)
     outcomes.append((jax.tree.leaves(jax.device_get(state.trainable)), metrics["loss"], metrics["reward"]))
   for a, b in zip(outcomes[0][0], outcomes[1][0], strict=True):
