@@ -5,15 +5,7 @@ from typing import Any
 
 import jax
 
-
-def _programs_in(value: Any) -> Iterator[Any]:
-  if hasattr(value, "jaxpr"):
-    yield value.jaxpr
-  elif hasattr(value, "eqns"):
-    yield value
-  elif isinstance(value, (tuple, list)):
-    for item in value:
-      yield from _programs_in(item)
+from d1jax.telemetry.flops import programs_in
 
 
 def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
@@ -21,7 +13,7 @@ def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
     for variable in equation.outvars:
       yield tuple(variable.aval.shape)
     for parameter in equation.params.values():
-      for inner in _programs_in(parameter):
+      for inner in programs_in(parameter):
         yield from _shapes(inner)
 
 

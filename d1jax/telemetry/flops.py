@@ -94,7 +94,7 @@ def _equation(equation: Any, scopes: frozenset[str], repeated: bool) -> _Found:
   elif name in _KERNELS and stated:
     flops = _KERNELS[name] * int(next(iter(stated)).removeprefix(KERNEL))
   else:
-    inner = [_count(program, scopes, repeated) for value in params.values() for program in _programs_in(value)]
+    inner = [_count(program, scopes, repeated) for value in params.values() for program in programs_in(value)]
     found: _Found = functools.reduce(operator.or_ if name == "cond" else operator.add, inner, Counter())
     times = _times(name, params)
     return Counter({each: times * number for each, number in found.items()})
@@ -127,11 +127,12 @@ def _axes(specs: Iterable[Any]) -> set[str]:
   return {axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry)}
 
 
-def _programs_in(value: Any) -> Iterator[Any]:
+def programs_in(value: Any) -> Iterator[Any]:
+  """The programs in a parameter of an equation: the body of a loop, the branches of a condition, a called function."""
   if hasattr(value, "jaxpr"):
     yield value.jaxpr
   elif hasattr(value, "eqns"):
     yield value
   elif isinstance(value, (tuple, list)):
     for item in value:
-      yield from _programs_in(item)
+      yield from programs_in(item)
