@@ -155,3 +155,13 @@ def test_a_mesh_changes_where_weights_live_and_nothing_else(tmp_path, quantize):
   assert 4 * held == sum(x.nbytes for x in jax.tree.leaves(here.params["blocks"]["mlp"]))
   run = lambda p: jax.jit(lambda params, t: hidden_and_logits(p.denoiser, params, t)[1])(p.params, tokens)
   np.testing.assert_allclose(run(here), run(there), atol=1e-5)
+
+
+def test_a_quantised_model_is_not_trained_without_adapters_and_is_with_them(tmp_path):
+  """The remedy that the message names works."""
+  folder = hub.write(tmp_path / "llada", dtype="float32", embed=64)
+  with pytest.raises(ValueError, match=r"quantised weights \(int8\) are not trained: give adapters, such as lora=Lora"):
+    d1jax.from_pretrained(folder, quantize="int8").train_state(d1jax.adamw(1e-3, 1))
+  model = d1jax.from_pretrained(folder, quantize="int8", lora=d1jax.Lora(64, 128))
+  state = model.train_state(d1jax.adamw(1e-3, 1))
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype("float32")}
