@@ -307,6 +307,7 @@ def build(
     seed=config.seed,
     lora=spec,
     quantize=quantized,
+    block=config.model.block if source is None else source.block_of(config.model.block),
     remat=config.model.remat,
     unroll=config.model.unroll,
   )
