@@ -3,8 +3,9 @@
 `--config=configs/grpo.py:WORDS`, words separated by commas: what is trained (`tiny`, the default; `smoke`; `lora`,
 adapters on a downloaded model; `full`, all weights of one), a task (`sudoku`, the default; `countdown`, `gsm8k`,
 `math`), or several, which are mixed, `block` for a block-causal network, and a method (`d1`, the default; `wd1`,
-`coupled`, `espo`, `gdpo`, `spg`, `stepmerge`, `tracerl`, `agrpo`, `justgrpo`; docs/methods.md). Any field can be set on
-the command line: `--config.grpo.learning_rate=1e-4`. docs/configuration.md lists more fields, which few people set.
+`coupled`, `espo`, `gdpo`, `spg`, `stepmerge`, `tracerl`, `ebpo`, `agrpo`, `justgrpo`; docs/methods.md). Any field can
+be set on the command line: `--config.grpo.learning_rate=1e-4`. docs/configuration.md lists more fields, which few
+people set.
 
 `lora` and `full` are d1's diffu-GRPO on the model that `--config.model.pretrained` names; docs/d1.md sets each of their
 values beside d1's. They take one more word: `v5e`, `v5p`, `v6e` or `h100` sets the mesh for 8 or more of these chips
@@ -201,7 +202,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   if chips:
     _lay_out(c, chips[0])
   for name in named:
-    _choose(c, METHODS[name], tasks[0])
+    _choose(c, METHODS[name], tasks[0], "block" in chosen)
   return c
 
 
@@ -217,13 +218,16 @@ def set_fields(section: config_dict.ConfigDict, fields: dict[str, Any]) -> None:
       section[field] = value
 
 
-def _choose(c: config_dict.ConfigDict, method: Any, task: str) -> None:
+def _choose(c: config_dict.ConfigDict, method: Any, task: str, block_causal: bool) -> None:
   """Sets the fields of a method and, on the large model, the paper's hyperparameters; `tiny` keeps its own rates."""
-  for section, fields in method.fields(c.rollout.to_dict()).items():
+  for section, fields in method.fields(c.rollout.to_dict(), block_causal=block_causal).items():
     set_fields(c[section], fields)
   if c.model.size == "tiny":
     return
-  given, optimiser_steps = method.paper(c.rollout.to_dict(), task), c.grpo.steps * c.grpo.num_iterations
+  given, optimiser_steps = (
+    method.paper(c.rollout.to_dict(), task, block_causal=block_causal),
+    c.grpo.steps * c.grpo.num_iterations,
+  )
   for section, fields in given.items():
     set_fields(c[section], fields)
   # The warm-up counts optimiser steps, and their number depends on mu: the warm-up keeps its share of them.
