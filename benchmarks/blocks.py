@@ -1,4 +1,4 @@
-"""What does a block-causal network learn beside one with full attention, in equal time and with equal passes?
+"""Compares what a block-causal network and one with full attention learn in equal time and with equal passes.
 
 `python -m benchmarks.blocks` trains, for each seed, the recipe on tiny Sudoku with full attention (`tiny,sudoku`) and
 with blocks (`tiny,sudoku,block`), one after the other on an otherwise idle machine. Both score their rollouts with
@@ -81,16 +81,17 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
   rows = []
   for arm, (_, name) in ARMS.items():
     own = [line for line in lines if line["arm"] == arm]
-    mean = statistics.mean
-    percent = lambda values: f"{100 * mean(values):.1f}% ({100 * min(values):.1f} to {100 * max(values):.1f})"
+    percent = lambda values: (
+      f"{100 * statistics.mean(values):.1f}% ({100 * min(values):.1f} to {100 * max(values):.1f})"
+    )
     rows.append(
       (
         name,
         percent([line["before"] for line in own]),
         percent([line["solved"] for line in own]),
-        f"{mean([line['seconds'] for line in own]):.0f}",
-        f"{mean([line['seconds_of']['rollout'] for line in own]):.0f}",
-        f"{mean([line['passes'] for line in own]) / 1e3:.0f}",
+        f"{statistics.mean([line['seconds'] for line in own]):.0f}",
+        f"{statistics.mean([line['seconds_of']['rollout'] for line in own]):.0f}",
+        f"{statistics.mean([line['passes'] for line in own]) / 1e3:.0f}",
         *(percent([best_within(line, column, limit) for line in own]) for column, limit in enumerate(limits)),
       )
     )
