@@ -282,13 +282,14 @@ def from_pretrained(
   *,
   lora: LoraSpec | None = None,
   quantize: str | None = None,
+  block: int | None = None,
   mesh: Mesh | None = None,
   rules: meshes.Rules = meshes.RULES,
   rollout_rules: meshes.Rules | None = None,
   remat: bool = False,
   seed: int = 0,
 ) -> Model:
-  """Loads a downloaded LLaDA or Dream, or a causal Llama or Qwen2 as the start of a diffusion model.
+  """Loads a downloaded diffusion model (docs/pretrained.md has the families), or a causal one as the start of one.
 
   A causal model gets bidirectional attention, shifted logits and, if it has none, a mask token whose embedding is the
   mean of the others. The weights are read when they are first used.
@@ -299,6 +300,8 @@ def from_pretrained(
       are always float32.
     lora: the adapters to train, such as `Lora(rank=64, alpha=128)`; None: a `train_state` holds all weights.
     quantize: `int8` or `nf4` stores the projections in few bits, for sampling or under adapters.
+    block: the length of the blocks inside which attention goes both ways; across them it goes backwards. None: that of
+      config.json, or full attention if it has none. Another length than config.json's grows the model to that one.
     mesh: the devices over which the weights are sharded; None: the first device.
     rules: maps logical axes to mesh axes.
     rollout_rules: the same in rollouts; None: `rules`.
@@ -322,6 +325,7 @@ def from_pretrained(
     seed=seed,
     lora=lora,
     quantize=quantize,
+    block=source.block_of(block),
     remat=remat,
   )
 
@@ -331,6 +335,7 @@ def from_scratch(
   tokenizer: Tokenizer,
   *,
   dtype: DTypeLike | None = None,
+  block: int | None = None,
   mesh: Mesh | None = None,
   rules: meshes.Rules = meshes.RULES,
   rollout_rules: meshes.Rules | None = None,
@@ -343,6 +348,7 @@ def from_scratch(
     size: the sizes of the network, or a preset's name, such as `tiny`; the vocabulary grows to the tokenizer's size.
     tokenizer: text to ids.
     dtype: this and the following arguments are those of `from_pretrained`.
+    block: the length of the blocks inside which attention goes both ways; None: full attention.
     mesh: the devices.
     rules: maps logical axes to mesh axes.
     rollout_rules: the same in rollouts.
@@ -362,6 +368,7 @@ def from_scratch(
     rollout_rules=rollout_rules,
     dtype=dtype,
     seed=seed,
+    block=block,
     remat=remat,
   )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from d1jax.run import fields, parts
+from tests import QUICK_TO_COMPILE
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -38,9 +39,6 @@ SMALL = {
   "grpo.rollout_chunks": 2,
   "evaluation.batch_size": 16,
 }
-
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
-"""Small jobs mostly compile, and are quicker where LLVM does not optimise."""
 
 START = ROOT / "tests" / "start"
 """A folder that can write answers (`tests/make_start.py`)."""

@@ -16,7 +16,7 @@ block-causal network therefore records `block` tokens more than a completion has
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from d1jax import keys
 from d1jax.diffusion.denoiser import FORWARD_PASS, Denoiser, Params
@@ -31,9 +31,11 @@ def extra(denoiser: Denoiser) -> int:
 
 
 def prompt_width(denoiser: Denoiser, width: int) -> int:
-  """The columns of a canvas before the last block of prompts of `width` tokens ends."""
+  """The width to which prompts of `width` tokens are padded: whole blocks, and no fewer than two, of which the last
+  one may get completion tokens.
+  """
   block = denoiser.block or 1
-  return max(-(-width // block) * block, extra(denoiser))
+  return max(-(-width // block) * block, 2 * extra(denoiser))
 
 
 def moved(denoiser: Denoiser, prompt_valid: Bool[Array, "B P"]) -> Int[Array, "B"]:
@@ -75,9 +77,20 @@ def lay_out(
   return jnp.take_along_axis(tokens, columns, axis=1), jnp.take_along_axis(valid, columns, axis=1)
 
 
-def active(denoiser: Denoiser, completion_length: int) -> int:
-  """The columns at the end of a canvas in which completions stand: the blocks that a sampler fills."""
-  return completion_length + extra(denoiser)
+def block_of(denoiser: Denoiser, prompt_valid: Bool[Array, "B P"], width: int, size: int) -> Int[Array, "#B W"]:
+  """The number of the block of `size` tokens, as the sampler counts them, in which each recorded token stands."""
+  if denoiser.block is None:
+    return jnp.arange(width)[None, :] // size
+  return places(denoiser, prompt_valid, width) // size
+
+
+def taken_out(
+  denoiser: Denoiser, prompt_valid: Bool[Array, "B P"], active: Shaped[Array, "B W"]
+) -> Shaped[Array, "B W"]:
+  """The values of recorded tokens from those of the last columns of a canvas, in which completions stand."""
+  if denoiser.block is None:
+    return active
+  return jnp.take_along_axis(active, places(denoiser, prompt_valid, active.shape[1]), axis=1)
 
 
 def places(denoiser: Denoiser, prompt_valid: Bool[Array, "B P"], width: int) -> Int[Array, "B W"]:
@@ -117,22 +130,26 @@ def predicting(
   """
   tokens, valid = lay_out(denoiser, prompt, prompt_valid, known)
   width, length = known.shape[1], tokens.shape[1]
-  first = length - width
+  first, block = length - width, denoiser.block
   distance = (jnp.arange(length) - first).astype(jnp.uint32)
-  if denoiser.block is None or denoiser.encode_streams is None:
+  if block is None or denoiser.encode_streams is None:
     hidden = denoiser.encode(params, tokens, valid, **_dropout(dropout_key, sample_id, distance))
     return denoiser.hidden_predicting(hidden, first + jnp.arange(width))
   everything, _ = lay_out(denoiser, prompt, prompt_valid, clean)
   dropout = _dropout(dropout_key, sample_id, jnp.concatenate([distance, distance[first:] + _NOISY]))
-  seen, noisy = denoiser.encode_streams(params, everything, tokens[:, first:], valid, first, **dropout)
-  noisy = checkpoint_name(noisy, FORWARD_PASS)
+  noisy = tokens[:, first:]
+  if denoiser.shift:
+    # The first token of a block is predicted by the last one of the block before, and is there before the block is
+    # denoised: the noisy copy always has it.
+    noisy = jnp.where((jnp.arange(width) % block == 0)[None, :], everything[:, first:], noisy)
+  seen, hidden = denoiser.encode_streams(params, everything, noisy, valid, first, **dropout)
+  hidden = checkpoint_name(hidden, FORWARD_PASS)
   at = places(denoiser, prompt_valid, width)
   take = lambda hidden, columns: jnp.take_along_axis(hidden, columns[..., None], axis=1)
   if not denoiser.shift:
-    return take(noisy, at)
-  # The first token of a block is predicted by the last one of the block before, which is clean by then.
-  own, before = take(noisy, jnp.maximum(at - 1, 0)), take(seen, first + at - 1)
-  return jnp.where((at % denoiser.block == 0)[..., None], before, own)
+    return take(hidden, at)
+  own, before = take(hidden, jnp.maximum(at - 1, 0)), take(seen, first + at - 1)
+  return jnp.where((at % block == 0)[..., None], before, own)
 
 
 def _dropout(
