@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from d1jax.run import fields, parts
 from tests import QUICK_TO_COMPILE
+from tests.forks import Fork
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -119,9 +120,9 @@ def start(
   """
   environment = os.environ | {"XLA_FLAGS": "" if optimised else QUICK_TO_COMPILE}
   environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(kept_from)
-  limited = [] if largest_file_kib is None else ["bash", "-c", f'ulimit -f {largest_file_kib}; exec "$@"', "limited"]
-  return subprocess.Popen(
-    [*limited, sys.executable, "-m", module, *arguments],
+  return Fork(
+    [sys.executable, "-m", module, *arguments],
+    largest_file=None if largest_file_kib is None else 1024 * largest_file_kib,
     cwd=ROOT,
     env=environment,
     stdout=subprocess.PIPE,
