@@ -85,7 +85,8 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
     "eos_token_id": tokenizer.stop_ids[0],
     "pad_token_id": tokenizer.pad_id,
   }
-  _say_left_out(save.export(output, params, weights.network.size, source=source, token_ids=token_ids))
+  block = experiment.model.denoiser.block
+  _say_left_out(save.export(output, params, weights.network.size, source=source, token_ids=token_ids, block=block))
   if source is None:
     for name, content in tokenizer.files.items():
       if not (output / name).exists():

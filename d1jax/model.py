@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.models import load, transformer
 from d1jax.models.families import PRESETS
+from d1jax.models.layers import DropoutKeys
 from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import Network, Params, TransformerSize
+from d1jax.models.visibility import BlockCausal, TwoStreams
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel.attention import attention
 from d1jax.publish import Publisher
@@ -138,6 +141,7 @@ def build_denoiser(
   stop_ids: tuple[int, ...],
   known_ids: int,
   shift: int = 0,
+  block: int | None = None,
   vocab_shards: int = 1,
 ) -> Denoiser:
   """The denoiser of a network; ids beyond `known_ids` have no meaning and are never drawn.
@@ -148,10 +152,16 @@ def build_denoiser(
     stop_ids: ids that end a completion.
     known_ids: the number of ids that the tokenizer has.
     shift: see `families.Description`.
+    block: the length inside which attention of a block-causal network goes both ways; None: full attention.
     vocab_shards: the number of devices over which the vocabulary is sharded.
   """
+  encode, encode_window, encode_streams = network.encode, network.encode_window, None
+  if block is not None:
+    rule = BlockCausal(block)
+    encode, encode_window = (functools.partial(function, rule=rule) for function in (encode, encode_window))
+    encode_streams = functools.partial(streams, network, block)
   return Denoiser(
-    encode=network.encode,
+    encode=encode,
     head=network.head,
     mask_id=mask_id,
     stop_ids=stop_ids,
@@ -159,9 +169,36 @@ def build_denoiser(
     vocab=network.size.vocab,
     shift=shift,
     init_cache=network.init_cache,
-    encode_window=network.encode_window,
+    encode_window=encode_window,
+    block=block,
+    encode_streams=encode_streams,
     vocab_shards=vocab_shards,
   )
+
+
+def streams(
+  network: Network,
+  block: int,
+  params: Params,
+  clean: Int[Array, "B L"],
+  noisy: Int[Array, "B A"],
+  valid: Bool[Array, "B L"],
+  first: int,
+  dropout: DropoutKeys = None,
+  segment: Int[Array, "B L"] | None = None,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B A D"]]:
+  """`Denoiser.encode_streams` of a network with blocks of this length."""
+  length = clean.shape[1]
+  behind = lambda x: jnp.concatenate([x, x[:, first : first + noisy.shape[1]]], axis=1)
+  hidden = network.encode(
+    params,
+    jnp.concatenate([clean, noisy], axis=1),
+    behind(valid),
+    dropout,
+    TwoStreams(block, length, first),
+    None if segment is None else behind(segment),
+  )
+  return hidden[:, :length], hidden[:, length:]
 
 
 def build(
@@ -176,6 +213,7 @@ def build(
   seed: int = 0,
   lora: LoraSpec | None = None,
   quantize: str | None = None,
+  block: int | None = None,
   remat: bool = False,
   unroll: int = 1,
 ) -> Model:
@@ -192,6 +230,7 @@ def build(
     seed: the seed of all draws.
     lora: the adapters to train; None: everything is trained.
     quantize: `int8` or `nf4` stores the projections in few bits.
+    block: the length inside which attention of a block-causal network goes both ways; None: full attention.
     remat: whether the backward pass recomputes the activations of each layer.
     unroll: the number of layers that are compiled one after the other, instead of as a loop.
 
@@ -219,6 +258,7 @@ def build(
       stop_ids=ids.stop_ids,
       known_ids=ids.vocab,
       shift=source.description.shift if source else 0,
+      block=block,
       vocab_shards=meshes.ways(mesh, rules, "vocab"),
     )
 
@@ -242,13 +282,14 @@ def from_pretrained(
   *,
   lora: LoraSpec | None = None,
   quantize: str | None = None,
+  block: int | None = None,
   mesh: Mesh | None = None,
   rules: meshes.Rules = meshes.RULES,
   rollout_rules: meshes.Rules | None = None,
   remat: bool = False,
   seed: int = 0,
 ) -> Model:
-  """Loads a downloaded LLaDA or Dream, or a causal Llama or Qwen2 as the start of a diffusion model.
+  """Loads a downloaded diffusion model (docs/pretrained.md has the families), or a causal one as the start of one.
 
   A causal model gets bidirectional attention, shifted logits and, if it has none, a mask token whose embedding is the
   mean of the others. The weights are read when they are first used.
@@ -259,6 +300,8 @@ def from_pretrained(
       are always float32.
     lora: the adapters to train, such as `Lora(rank=64, alpha=128)`; None: a `train_state` holds all weights.
     quantize: `int8` or `nf4` stores the projections in few bits, for sampling or under adapters.
+    block: the length of the blocks inside which attention goes both ways; across them it goes backwards. None: that of
+      config.json, or full attention if it has none. Another length than config.json's grows the model to that one.
     mesh: the devices over which the weights are sharded; None: the first device.
     rules: maps logical axes to mesh axes.
     rollout_rules: the same in rollouts; None: `rules`.
@@ -282,6 +325,7 @@ def from_pretrained(
     seed=seed,
     lora=lora,
     quantize=quantize,
+    block=source.block_of(block),
     remat=remat,
   )
 
@@ -291,6 +335,7 @@ def from_scratch(
   tokenizer: Tokenizer,
   *,
   dtype: DTypeLike | None = None,
+  block: int | None = None,
   mesh: Mesh | None = None,
   rules: meshes.Rules = meshes.RULES,
   rollout_rules: meshes.Rules | None = None,
@@ -303,6 +348,7 @@ def from_scratch(
     size: the sizes of the network, or a preset's name, such as `tiny`; the vocabulary grows to the tokenizer's size.
     tokenizer: text to ids.
     dtype: this and the following arguments are those of `from_pretrained`.
+    block: the length of the blocks inside which attention goes both ways; None: full attention.
     mesh: the devices.
     rules: maps logical axes to mesh axes.
     rollout_rules: the same in rollouts.
@@ -322,6 +368,7 @@ def from_scratch(
     rollout_rules=rollout_rules,
     dtype=dtype,
     seed=seed,
+    block=block,
     remat=remat,
   )
 

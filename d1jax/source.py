@@ -30,6 +30,26 @@ class Source(NamedTuple):
     """The network's sizes, with one more row of the vocabulary if a causal model gets a mask token."""
     return families.with_rows(self.description.size, self.ids.mask_id + 1)
 
+  def block_of(self, chosen: int | None) -> int | None:
+    """The length of the blocks inside which the network's attention goes both ways; None: full attention.
+
+    Args:
+      chosen: the user's choice, which goes before that of config.json, since a model is grown from short blocks to long
+        ones; None: config.json's.
+
+    Raises:
+      ValueError: attention is block-causal, but nobody says what the block length is.
+    """
+    family = self.description.family
+    block = self.description.block if chosen is None else chosen
+    if block is None and family.block_causal:
+      raise ValueError(
+        f"{self.folder}: the attention of a {family.model_type} is block-causal, but config.json has no"
+        f" {family.block_key}: set model.block to the block length that the model was trained with (block=... in"
+        f' Python), or write "{family.block_key}" into config.json'
+      )
+    return block
+
 
 def inspect(folder: Path) -> Source:
   """Reads everything except the values of the weights.
@@ -43,6 +63,8 @@ def inspect(folder: Path) -> Source:
     ids = folders.special_ids(folders.read(folder), {}, size=description.size.vocab)
   else:
     ids = folders.SpecialIds(tokenizer.mask_id, tokenizer.stop_ids, tokenizer.pad_id, None, tokenizer.vocab)
+  if description.family.masked:
+    _check_mask(folder, description, tokenizer, ids.mask_id)
   source = Source(folder, description, tokenizer, ids)
   most = description.size.vocab + families.ROWS  # the vocabulary may grow by a few added tokens and a mask
   if ids.vocab > min(most, source.size.vocab):
@@ -51,3 +73,18 @@ def inspect(folder: Path) -> Source:
       " these files are of two models"
     )
   return source
+
+
+def _check_mask(folder: Path, description: Description, tokenizer: Tokenizer | None, mask_id: int) -> None:
+  """Raises a ValueError if the mask that a model was trained with is not known, or has no row in its embedding."""
+  is_named = bool(folders.named_ids(folders.read(folder), "mask_token_id")[0])
+  if not is_named and (tokenizer is None or not tokenizer.decode_raw([[mask_id]])[0]):  # an id of its own has a text
+    raise ValueError(
+      f"{folder}: neither config.json nor the tokenizer names the mask with which this {description.family.model_type}"
+      " was trained; write mask_token_id into config.json"
+    )
+  if mask_id >= description.size.vocab:
+    raise ValueError(
+      f"{folder}: mask_token_id={mask_id} is beyond the {description.size.vocab} rows of the vocabulary; correct"
+      " mask_token_id in config.json, or fetch the files of one and the same model"
+    )

@@ -19,12 +19,13 @@ from tests import hub
 from tests.models import folders
 
 FAMILIES = ("llada", "dream", "qwen2", "llama")
+NEW = ("a2d_qwen3", "sdar", "fast_dllm_qwen", "illada")
 
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
   root = tmp_path_factory.mktemp("hub")
-  return {family: hub.write(root / family, family, dtype="float32") for family in FAMILIES}
+  return {family: hub.write(root / family, family, dtype="float32") for family in FAMILIES + NEW}
 
 
 def hidden_and_logits(denoiser, params, tokens):
@@ -121,6 +122,83 @@ def test_a_new_mask_far_behind_the_embedding_makes_no_vocabulary_of_its_size(tmp
   folder = hub.write(tmp_path / "other", vocab=200)
   folders.edit_config(folder, mask_token_id=ids, eos_token_id=4, pad_token_id=4, vocab_size=ids + 1)
   with pytest.raises(ValueError, match=f"{ids + 1} ids, the embedding 200 rows: these files are of two models"):
+    inspect(folder)
+
+
+@pytest.mark.parametrize(
+  ("family", "chosen", "block", "shift"),
+  [
+    ("a2d_qwen3", None, None, 0),
+    ("a2d_qwen3", 32, 32, 0),
+    ("sdar", 4, 4, 0),
+    ("fast_dllm_qwen", None, 4, 1),
+    ("fast_dllm_qwen", 8, 8, 1),  # grown
+    ("illada", None, None, 0),
+    ("qwen2", 1, 1, 1),
+    ("llada", 16, 16, 0),
+  ],
+)
+def test_the_block_length_and_the_ids_of_a_folder(folder_of, family, chosen, block, shift):
+  """The mask is token 261 of the tokenizer, and generation_config.json names two stop ids."""
+  denoiser = d1jax.from_pretrained(folder_of[family], jnp.float32, block=chosen).denoiser
+  assert (denoiser.block, denoiser.shift) == (block, shift)
+  if family in NEW:
+    assert (denoiser.mask_id, denoiser.stop_ids, denoiser.forbidden_ids) == (261, (260, 258), (261, 262, 263))
+
+
+def test_a_causal_qwen3_becomes_what_sdar_and_dllm_start_from(tmp_path):
+  """With the model_type alone: it predicts a token at its own position, and has a new mask."""
+  folder = hub.write(tmp_path / "qwen3", "qwen3")
+  folders.edit_config(folder, model_type="a2d-qwen3")
+  denoiser = d1jax.from_pretrained(folder, block=4).denoiser
+  assert (denoiser.block, denoiser.shift, denoiser.mask_id) == (4, 0, 262)
+
+
+def test_a_block_length_that_nobody_states_is_asked_for(folder_of, tmp_path):
+  """And both remedies work."""
+  message = r"sdar is block-causal, but config.json has no block_size: set model.block .*, or write \"block_size\" into"
+  with pytest.raises(ValueError, match=message):
+    d1jax.from_pretrained(folder_of["sdar"])
+  assert d1jax.from_pretrained(folder_of["sdar"], block=4).denoiser.block == 4
+  folder = hub.write(tmp_path / "sdar", "sdar")
+  folders.edit_config(folder, block_size=8)
+  assert d1jax.from_pretrained(folder).denoiser.block == 8
+  folder = hub.write(tmp_path / "fast", "fast_dllm_qwen")
+  folders.edit_config(folder, bd_size=None)
+  with pytest.raises(ValueError, match=r"fast_dllm_qwen is block-causal, but config.json has no bd_size"):
+    d1jax.from_pretrained(folder)
+  for block in (0, -4):
+    with pytest.raises(ValueError, match=f"block={block} must be at least 1"):
+      d1jax.from_pretrained(folder, block=block)
+
+
+@pytest.mark.parametrize("family", ["sdar", "fast_dllm_qwen", "illada"])
+def test_a_mask_that_nobody_names_is_asked_for(tmp_path, family):
+  """A model that was trained with a mask gets no new one; the remedy works."""
+  folder = hub.write(tmp_path / "hub", family)
+  path = folder / "tokenizer_config.json"
+  path.write_bytes(path.read_bytes().replace(hub.MASKS[family].encode(), b"<|hole|>").replace(b"mask_token", b"a"))
+  for _ in range(2):
+    with pytest.raises(ValueError, match=f"names the mask with which this {family} was trained; write mask_token_id"):
+      inspect(folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):  # the same without a tokenizer
+      (folder / name).unlink(missing_ok=True)
+  folders.edit_config(folder, mask_token_id=261)
+  assert inspect(folder).ids.mask_id == 261
+
+
+@pytest.mark.parametrize(
+  ("vocab", "changes", "message"),
+  [
+    (264, {"mask_token_id": 264}, r"mask_token_id=264 is outside the tokenizer \(262 ids\) and .*vocab_size=264"),
+    (264, {"mask_token_id": -1}, "mask_token_id=-1 is outside the tokenizer"),
+    (256, {"eos_token_id": 4, "pad_token_id": 4}, "mask_token_id=261 is beyond the 256 rows of the vocabulary"),
+  ],
+)
+def test_a_mask_beyond_the_vocabulary_is_refused(tmp_path, vocab, changes, message):
+  folder = hub.write(tmp_path / "hub", "sdar", vocab=vocab)
+  folders.edit_config(folder, **changes)
+  with pytest.raises(ValueError, match=message):
     inspect(folder)
 
 

@@ -23,6 +23,9 @@ DATE = "prompt_date.txt"
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The keys under which tokenizer_config.json and special_tokens_map.json name special tokens."""
 
+MASKS = ("<|MASK|>", "|<MASK>|", "<[MASK]>", "<|mask|>")
+"""The masks of SDAR, Fast-dLLM v2, iLLaDA and dllm's models, whose files do not always name them as `mask_token`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:

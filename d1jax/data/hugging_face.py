@@ -59,6 +59,9 @@ class HuggingFaceTokenizer:
     known_ids = {
       f"{role}_id": self._tokenizer.token_to_id(text) if text else None for role, text in self._tokens.items()
     }
+    if known_ids.get("mask_token_id") is None:
+      found = map(self._tokenizer.token_to_id, folder.MASKS)
+      known_ids["mask_token_id"] = next((i for i in found if i is not None), None)
     ids = folder.special_ids(self.files, known_ids, size=self._size)
     self.vocab, self.mask_id, self.stop_ids, self.pad_id = ids.vocab, ids.mask_id, ids.stop_ids, ids.pad_id
     self.unk_id = known_ids.get("unk_token_id")

@@ -1,13 +1,15 @@
 """Logits of the active block, from a forward pass over the canvas or over a window of it with a cache.
 
 A cache holds the keys and values of the whole canvas. A pass over the canvas renews it (a refresh); a pass over a
-window around the block renews the window's entries alone and leaves the rest as stale as it is.
+window around the block renews the window's entries alone and leaves the rest as stale as it is. In a block-causal
+network the rest is exact: no token before the active block can change any more, and nothing behind it is seen.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from d1jax.diffusion.denoiser import Denoiser, Params
@@ -32,21 +34,40 @@ def pass_over(width: int) -> str:
 
 
 def check(denoiser: Denoiser, spec: SamplerSpec) -> None:
-  """Raises a ValueError if the spec needs a cache and the denoiser has none, or if it cuts the network's blocks."""
-  if spec.cache != "none" and (denoiser.init_cache is None or denoiser.encode_window is None):
+  """Raises a ValueError if the denoiser cannot do what the spec says."""
+  if denoiser.block is None:
+    if spec.cache != "none" and (denoiser.init_cache is None or denoiser.encode_window is None):
+      raise ValueError(
+        f"cache={spec.cache!r} needs a denoiser with init_cache and encode_window, which this one lacks: use"
+        " cache='none'"
+      )
+    return
+  block = denoiser.block
+  if spec.cfg_scale:
     raise ValueError(
-      f"cache={spec.cache!r} needs a denoiser with init_cache and encode_window, which this one lacks: use cache='none'"
+      f"cfg_scale={spec.cfg_scale} masks the prompt in a second pass, which the exact cache of a block-causal network"
+      " does not have: use cfg_scale=0"
     )
-  if denoiser.block is not None and spec.block_length % denoiser.block:
+  if spec.cache != "none":
     raise ValueError(
-      f"block_length={spec.block_length} cuts blocks of {denoiser.block} tokens, inside which the network attends both"
-      f" ways: use block_length={denoiser.block}"
+      f"cache={spec.cache!r} is an approximation for full attention; the cache of a block-causal network is exact and"
+      " always used: use cache='none'"
+    )
+  if spec.block_length > block or block % spec.block_length:
+    raise ValueError(
+      f"block_length={spec.block_length} does not divide the network's block of {block} tokens, inside which it attends"
+      f" both ways: use block_length={block}"
+    )
+  if spec.completion_length % block:
+    raise ValueError(
+      f"completion_length={spec.completion_length} is not a multiple of the network's block of {block} tokens: use"
+      f" completion_length={-(-spec.completion_length // block) * block}"
     )
 
 
 def init_caches(denoiser: Denoiser, valid: Bool[Array, "B L"], spec: SamplerSpec) -> Caches:
-  """Empty caches, to be refreshed before their first use; `NO_CACHES` in exact mode."""
-  if denoiser.init_cache is None or spec.cache == "none":
+  """Empty caches, to be refreshed before their first use; `NO_CACHES` in exact mode with full attention."""
+  if denoiser.init_cache is None or (spec.cache == "none" and denoiser.block is None):
     return NO_CACHES
   return denoiser.init_cache(valid), denoiser.init_cache(valid) if spec.cfg_scale else None
 
@@ -65,6 +86,22 @@ def window_of(spec: SamplerSpec, start: Int[Array, ""] | int, length: int, shift
     return Window(start - shift, spec.block_length + shift)
   width = min(spec.look_behind + shift + spec.block_length + spec.look_ahead, length)
   return Window(jnp.clip(start - shift - spec.look_behind, 0, length - width), width)
+
+
+def token_forwards(spec: SamplerSpec, block: int, prompt_width: int, reveal_step: np.ndarray) -> int:
+  """The positions that a block-causal sampler computed for each row of a batch, from the recorded steps [B W].
+
+  The prompt's whole blocks are computed once. Each of the others is computed once per denoising step, and once more
+  when it is complete, to write its keys and values.
+
+  Args:
+    spec: the sampler.
+    block: the network's block.
+    prompt_width: of `d1jax.diffusion.layout.prompt_width`.
+    reveal_step: of all rows of the batch.
+  """
+  taken = spec.steps_taken(reveal_step).reshape(-1, block // spec.block_length).sum(axis=1)
+  return prompt_width - block + block * int(np.sum(taken > 0) + taken.sum())
 
 
 def block_logits(
@@ -97,6 +134,8 @@ def block_logits(
   length = tokens.shape[1]
   first, width = window or Window(0, length)
   relative = start - first + jnp.arange(spec.block_length)
+  if denoiser.block is not None:  # the first token of a window is never masked if the one before it predicts it
+    relative = jnp.maximum(relative, denoiser.shift)
 
   @jax.named_scope(pass_over(width))
   def forward(tokens: Int[Array, "B L"], cache: Any) -> tuple[Float[Array, "B W V"], Any]:

@@ -38,6 +38,9 @@ class Denoiser:
     block: the length inside which attention of a block-causal network goes both ways. Blocks are counted from the first
       position of the canvas; in `encode` and `encode_window` a position sees its own block and all before it. None:
       attention goes both ways everywhere.
+    encode_streams: `(params, clean[B L], noisy[B A], valid[B L], first, dropout=None, segment=None) -> (hidden[B L D],
+      hidden[B A D])` of a block-causal network: one pass over a canvas and over a noisy copy of its positions from
+      `first` on (`d1jax.models.visibility.TwoStreams`); `dropout` are keys [B L + A].
     vocab_shards: over how many devices the head's columns are sharded; a tile of the vocabulary takes some columns of
       each shard.
   """
@@ -52,6 +55,7 @@ class Denoiser:
   init_cache: Callable[..., Any] | None = None
   encode_window: Callable[..., tuple[jax.Array, Any]] | None = None
   block: int | None = None
+  encode_streams: Callable[..., tuple[jax.Array, jax.Array]] | None = None
   vocab_shards: int = 1
 
   def __post_init__(self) -> None:
@@ -65,6 +69,10 @@ class Denoiser:
       )
     if self.block is not None and self.block < 1:
       raise ValueError(f"block={self.block} must be at least 1, or None for attention both ways")
+    if self.block is not None and (
+      self.encode_streams is None or self.init_cache is None or self.encode_window is None
+    ):
+      raise ValueError(f"block={self.block} needs encode_streams, init_cache and encode_window")
 
   def hidden_predicting(self, hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
     """The hidden states that predict these positions; the only place that knows whether a position predicts itself.

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from d1jax import keys
 from d1jax.diffusion.corruption import corrupt, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob
+from d1jax.diffusion.layout import predicting
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.vocabulary import tiled_log_prob
 
@@ -62,6 +62,8 @@ def masked_logps(
 ) -> Float[Array, "B C"]:
   """Log p(o_k | q', visible tokens of o) of every completion token, untempered and unguided, by one forward pass.
 
+  For a block-causal network, all tokens of earlier blocks are visible (`d1jax.diffusion.layout.predicting`).
+
   Args:
     denoiser: the mask predictor.
     params: its parameters.
@@ -72,11 +74,9 @@ def masked_logps(
     tile: see `token_logps`.
   """
   prompt = mask_prompt(key, rollout.sample_id, rollout.prompt, rollout.prompt_valid, p_mask_prompt, denoiser.mask_id)
-  canvas = jnp.concatenate([prompt, jnp.where(masked, denoiser.mask_id, rollout.completion)], axis=1)
-  valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(rollout.completion_mask)], axis=1)
-  hidden = denoiser.encode(params, canvas, valid)
-  positions = prompt.shape[1] + jnp.arange(rollout.completion.shape[1])
-  return token_logps(denoiser, params, denoiser.hidden_predicting(hidden, positions), rollout.completion, tile)
+  known = jnp.where(masked, denoiser.mask_id, rollout.completion)
+  hidden = predicting(denoiser, params, prompt, rollout.prompt_valid, known, rollout.completion)
+  return token_logps(denoiser, params, hidden, rollout.completion, tile)
 
 
 def one_step(
@@ -124,14 +124,16 @@ def denoising_loss(
     The loss, and `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) as a metric.
   """
   noisy = corrupt(key, sample_id, completion, denoiser.mask_id)
-  canvas = jnp.concatenate([prompt, noisy.tokens], axis=1)
-  valid = jnp.concatenate([prompt_valid, jnp.ones_like(completion, bool)], axis=1)
-  dropout = {}
-  if dropout_key is not None:
-    distance = (jnp.arange(canvas.shape[1]) - prompt.shape[1]).astype(jnp.uint32)
-    dropout = {"dropout": keys.token_keys(dropout_key, sample_id, distance)}
-  hidden = denoiser.encode(params, canvas, valid, **dropout)
-  hidden = denoiser.hidden_predicting(hidden, prompt.shape[1] + jnp.arange(completion.shape[1]))
+  hidden = predicting(
+    denoiser,
+    params,
+    prompt,
+    prompt_valid,
+    noisy.tokens,
+    completion,
+    sample_id=sample_id,
+    dropout_key=dropout_key,
+  )
   cross_entropy = -token_logps(denoiser, params, hidden, completion, tile)
   cross_entropy = jnp.where(noisy.masked, cross_entropy, 0.0)
   loss = jnp.sum(weight * cross_entropy / noisy.time[:, None])

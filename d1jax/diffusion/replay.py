@@ -8,23 +8,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from d1jax.diffusion.blocks import guided, without_prompt
+from d1jax.diffusion.blocks import guided
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob
+from d1jax.diffusion.layout import block_of, predicting
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.diffusion.schedule import reveal_counts
 from d1jax.microbatch import sum_over_parts
 
 EACH_STEP = "d1jax.each_step"
 """The scope of what is computed for each denoising step that a row took, and for no other."""
 
 
+CHUNK = 32
+"""The tokens of a row of a block-causal network whose logits exist at the same time."""
+
+
 class Visit(NamedTuple):
   """One state of each row, and the tokens that are scored at it.
 
   Attributes:
-    known: completion tokens that the network sees; the others are masks.
-    scored: tokens that are scored; all of them are at `start` or behind it.
-    start: the first completion position for which logits are computed.
+    known: completion tokens that the network sees; the others are masks. A block-causal network also sees all tokens of
+      earlier blocks.
+    scored: tokens that are scored; with full attention all of them are at `start` or behind it.
+    start: the first completion position for which logits are computed; not read for a block-causal network, where a
+      visit scores tokens of all blocks.
   """
 
   known: Bool[Array, "B C"]
@@ -32,7 +40,12 @@ class Visit(NamedTuple):
   start: Int[Array, "B"]
 
 
-def revealed_at(rollout: Rollout, spec: SamplerSpec) -> Int[Array, "B C"]:
+def steps_of(denoiser: Denoiser, rollout: Rollout, spec: SamplerSpec) -> int:
+  """The number of denoising steps that a rollout may have taken."""
+  return rollout.completion.shape[1] // spec.block_length * spec.steps_per_block
+
+
+def revealed_at(denoiser: Denoiser, rollout: Rollout, spec: SamplerSpec) -> Int[Array, "B C"]:
   """The step that revealed each token. Tokens that were never revealed have the step after the last one; they lie
   behind the block of the stop id, in a rollout with early exit.
 
@@ -46,9 +59,12 @@ def revealed_at(rollout: Rollout, spec: SamplerSpec) -> Int[Array, "B C"]:
     )
   # A token that was never revealed has the recorded step 0. Only tokens of block 0 can really have it: with two steps a
   # block, a token of block 1 has step 2 or 3, so that a 0 there means "never". Block 0 is always completed.
-  steps = spec.steps_per_block
-  earliest = (jnp.arange(rollout.completion.shape[1]) // spec.block_length * steps)[None, :]
-  return jnp.where(rollout.reveal_step >= earliest, rollout.reveal_step, spec.blocks * steps)
+  earliest = spec.steps_per_block * _blocks(denoiser, rollout, spec.block_length)
+  return jnp.where(rollout.reveal_step >= earliest, rollout.reveal_step, steps_of(denoiser, rollout, spec))
+
+
+def _blocks(denoiser: Denoiser, rollout: Rollout, size: int) -> Int[Array, "#B C"]:
+  return block_of(denoiser, rollout.prompt_valid, rollout.completion.shape[1], size)
 
 
 def score_visits(
@@ -66,28 +82,39 @@ def score_visits(
   one exact forward pass.
 
   At temperature 0 the tempered distribution is a point mass, and the untempered one is used instead. The activations of
-  a visit are computed again in the backward pass. Its logits exist for `width` positions at a time, `windows` times
-  from `start` on. A visit at which no row scores a token costs nothing.
+  a visit are computed again in the backward pass. Its logits exist for `width` tokens of a row at a time, `windows`
+  times: with full attention these are the ones from `start` on; with a block-causal network, whose visits score some
+  tokens of each block, the ones that are scored, which must not be more. A visit at which no row scores a token costs
+  nothing.
   """
-  valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(rollout.completion_mask)], axis=1)
   length = rollout.completion.shape[1]
-  positions = rollout.prompt.shape[1] + jnp.arange(length)
 
-  def window(hidden: tuple[Float[Array, "B C D"], ...], start: Int[Array, "B"]) -> Float[Array, "B C"]:
-    places = start[:, None] + jnp.arange(width)[None, :]
-    at = lambda x: jnp.take_along_axis(x, places[..., None], axis=1)
+  def window(hidden: tuple[Float[Array, "B C D"], ...], places: Int[Array, "B W"]) -> Float[Array, "B C"]:
+    within = jnp.minimum(places, length - 1)  # places beyond the end fill the last window
+    at = lambda x: jnp.take_along_axis(x, within[..., None], axis=1)
     logits = denoiser.logits(params, at(hidden[0]))
     if spec.cfg_scale:
       logits = guided(logits, denoiser.logits(params, at(hidden[1])), spec.cfg_scale)
-    logp = log_prob(logits / (spec.temperature or 1), jnp.take_along_axis(rollout.completion, places, axis=1))
-    return jax.vmap(jax.lax.dynamic_update_slice)(jnp.zeros(rollout.completion.shape), logp, start[:, None])
+    logp = log_prob(logits / (spec.temperature or 1), jnp.take_along_axis(rollout.completion, within, axis=1))
+    if denoiser.block is None:
+      return jax.vmap(jax.lax.dynamic_update_slice)(jnp.zeros(rollout.completion.shape), logp, places[:, :1])
+    rows = jnp.arange(len(places))[:, None]
+    return jnp.zeros(rollout.completion.shape).at[rows, places].set(logp, mode="drop")
+
+  def chosen(visited: Visit, n: Int[Array, ""]) -> Int[Array, "B W"]:
+    if denoiser.block is None:
+      return (visited.start + n * width)[:, None] + jnp.arange(width)[None, :]
+    scored_first = jnp.argsort(~visited.scored, axis=1, stable=True)
+    return jnp.take(scored_first, n * width + jnp.arange(width), axis=1, mode="fill", fill_value=length)
 
   def score(visited: Visit) -> Float[Array, "B C"]:
     known = jnp.where(visited.known, rollout.completion, denoiser.mask_id)
-    canvas = jnp.concatenate([rollout.prompt, known], axis=1)
-    canvases = (canvas, without_prompt(canvas, denoiser, spec)) if spec.cfg_scale else (canvas,)
-    hidden = tuple(denoiser.hidden_predicting(denoiser.encode(params, c, valid), positions) for c in canvases)
-    one = jax.checkpoint(lambda n: window(hidden, visited.start + n * width), prevent_cse=False)
+    blind = jnp.full_like(rollout.prompt, denoiser.mask_id)
+    prompts = (rollout.prompt, blind) if spec.cfg_scale else (rollout.prompt,)
+    hidden = tuple(
+      predicting(denoiser, params, prompt, rollout.prompt_valid, known, rollout.completion) for prompt in prompts
+    )
+    one = jax.checkpoint(lambda n: window(hidden, chosen(visited, n)), prevent_cse=False)
     return jnp.where(visited.scored, sum_over_parts(one, jnp.arange(windows)), 0.0)
 
   def part(index: Int[Array, ""]) -> Float[Array, "B C"]:
@@ -126,7 +153,7 @@ def replay(
     rollout: whose path is scored.
     spec: of the sampler that made it.
     segments: the number of equal runs of steps into which the path is cut; the tokens of a run are all scored at its
-      first state. None: each step is a run.
+      first state. None: each step is a run. Runs of a block-causal network lie within its blocks.
 
   Returns:
     The log-probabilities; 0 at tokens that were never revealed (behind the block of the stop id, with early exit). Only
@@ -143,7 +170,10 @@ def replay(
       f"segments={segments} does not divide the {steps} denoising steps of a completion ({spec.blocks} blocks of"
       f" {spec.steps_per_block}): use a divisor of {steps}, or None for every step"
     )
-  revealed, run, windows = revealed_at(rollout, spec), steps // segments, blocks_spanned(spec, segments)
+  revealed, run = revealed_at(denoiser, rollout, spec), steps // segments
+  if denoiser.block is not None:
+    return _replay_blocks(denoiser, params, rollout, spec, revealed, run)
+  windows = blocks_spanned(spec, segments)
 
   def visit(index: Int[Array, ""]) -> Visit:
     first = index * run
@@ -153,3 +183,38 @@ def replay(
 
   with jax.named_scope(EACH_STEP) if run == 1 else contextlib.nullcontext():
     return score_visits(denoiser, params, rollout, spec, visit, segments, width=spec.block_length, windows=windows)
+
+
+def _replay_blocks(
+  denoiser: Denoiser,
+  params: Params,
+  rollout: Rollout,
+  spec: SamplerSpec,
+  revealed: Int[Array, "B C"],
+  run: int,
+) -> Float[Array, "B C"]:
+  """The path of a block-causal network (TraceRL, arXiv 2509.06949): visit i scores, in all blocks at once, the tokens
+  that their block's steps `i * run` to `(i + 1) * run - 1` revealed. At most `block` visits, whatever the length.
+  """
+  # With blocks of 4 and two steps a block, block 2 has the steps 4 and 5. A token of block 2 that step 5 revealed is
+  # scored by visit 1, together with those that step 1 revealed in block 0 and step 3 in block 1.
+  size = denoiser.block or 1
+  steps = size // spec.block_length * spec.steps_per_block
+  if steps % run:
+    raise ValueError(
+      f"segments={spec.blocks * spec.steps_per_block // run} makes runs of {run} denoising steps, which do not divide"
+      f" the {steps} steps of a block of the network: use None for every step, or a number that gives runs of a divisor"
+    )
+  never = revealed == steps_of(denoiser, rollout, spec)
+  within = jnp.where(never, steps, revealed - _blocks(denoiser, rollout, size) * steps)
+
+  def visit(index: Int[Array, ""]) -> Visit:
+    first = index * run
+    return Visit(within < first, (within >= first) & (within < first + run), jnp.zeros(len(within), jnp.int32))
+
+  a_step = spec.max_reveal if spec.by_confidence else int(reveal_counts(spec.block_length, spec.steps_per_block)[0])
+  most = min(size, run * a_step + denoiser.shift) * (rollout.completion.shape[1] // size)
+  with jax.named_scope(EACH_STEP) if run == 1 else contextlib.nullcontext():
+    return score_visits(
+      denoiser, params, rollout, spec, visit, steps // run, width=min(CHUNK, most), windows=-(-most // CHUNK)
+    )

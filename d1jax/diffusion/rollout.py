@@ -29,7 +29,8 @@ class SamplerSpec:
     refresh_every: steps from one refresh to the next; None: the first step of each block is the only refresh.
     look_behind: tokens before the block that `window` computes again at each step.
     look_ahead: tokens behind the block that `window` computes again at each step.
-    schedule: how many tokens a step reveals. `static`: as many as follow from `diffusion_steps`. `threshold`: all whose
+    schedule: how many tokens a step reveals. `static`: as many as follow from `diffusion_steps`. `sequential`: as many,
+      from left to right, whatever the confidence (SDAR). `threshold`: all whose
       confidence is at least `threshold`. `factor`: the n most confident, for the largest n such that the n-th has at
       least the confidence 1 - factor / (n + 1). The last two (both Fast-dLLM) reveal from 1 to `max_reveal` tokens a
       step until the block is full, whatever `diffusion_steps` is.
@@ -84,10 +85,10 @@ class SamplerSpec:
       raise ValueError(f"look_behind={self.look_behind} and look_ahead={self.look_ahead} must not be negative")
 
   def _check_schedule(self) -> None:
-    if self.schedule not in ("static", "threshold", "factor"):
-      raise ValueError(f"schedule={self.schedule!r} is unknown; known: static, threshold, factor")
+    if self.schedule not in ("static", "sequential", "threshold", "factor"):
+      raise ValueError(f"schedule={self.schedule!r} is unknown; known: static, sequential, threshold, factor")
     if self.schedule != "static" and self.remasking != "low_confidence":
-      raise ValueError(f"schedule={self.schedule!r} depends on confidence: use remasking='low_confidence' with it")
+      raise ValueError(f"schedule={self.schedule!r} chooses tokens itself: use remasking='low_confidence' with it")
     if not 0 < self.threshold <= 1:
       raise ValueError(f"threshold={self.threshold} must be a probability, above 0 and at most 1")
     if self.factor <= 0:
@@ -98,6 +99,17 @@ class SamplerSpec:
   def with_cache(self, cache: str) -> "SamplerSpec":
     """The same sampler with another cache. With `none` it has no `refresh_every` either, which only a cache has."""
     return dataclasses.replace(self, cache=cache, refresh_every=None if cache == "none" else self.refresh_every)
+
+  def for_block(self, block: int | None) -> "SamplerSpec":
+    """The same sampler for a block-causal network: its blocks are not longer than the network's, completions are whole
+    blocks, and a step unmasks as many tokens as before. None: the sampler itself.
+    """
+    if block is None:
+      return self
+    size = self.block_length if block % self.block_length == 0 else block
+    length = -(-self.completion_length // block) * block
+    steps = length // size * min(size, max(1, round(size * self.diffusion_steps / self.completion_length)))
+    return dataclasses.replace(self, completion_length=length, block_length=size, diffusion_steps=steps)
 
   def greedy(self) -> "SamplerSpec":
     """The same sampler at temperature 0 and without a cache: what validations complete with."""
@@ -114,7 +126,12 @@ class SamplerSpec:
     confidence decides, it is one a token. Step s of block b is recorded as `b * steps_per_block + s`.
     """
     static = self.diffusion_steps // self.blocks
-    return min(static, self.block_length) if self.schedule == "static" else self.block_length
+    return self.block_length if self.by_confidence else min(static, self.block_length)
+
+  @property
+  def by_confidence(self) -> bool:
+    """Whether confidence decides how many tokens a step reveals."""
+    return self.schedule in ("threshold", "factor")
 
   @property
   def refresh_period(self) -> int:
@@ -122,10 +139,13 @@ class SamplerSpec:
     return 1 if self.cache == "none" else min(self.refresh_every or self.steps_per_block, self.steps_per_block)
 
   def steps_taken(self, reveal_step: np.ndarray) -> np.ndarray:
-    """The denoising steps that a batch took in each block, from the recorded steps [B C] of all its rows."""
-    last = np.asarray(reveal_step).max(axis=0, initial=-1).reshape(self.blocks, self.block_length).max(axis=1)
-    taken = last + 1 - self.steps_per_block * np.arange(self.blocks)  # below 1 if the batch ended before the block
-    return np.maximum(taken, 0)
+    """The denoising steps that a batch took in each block, from the recorded steps [B W] of all its rows."""
+    # A step's number is its block's times `steps_per_block`, plus its own in the block. Tokens of blocks that the batch
+    # never came to have the number 0, which is a step of the first block, as is every batch's first step.
+    block, within = np.divmod(np.asarray(reveal_step).ravel(), self.steps_per_block)
+    taken = np.zeros(np.shape(reveal_step)[1] // self.block_length, int)
+    np.maximum.at(taken, block, within + 1)
+    return taken
 
   def forward_passes(self, reveal_step: np.ndarray) -> int:
     """The forward passes, full or windowed, that a batch took, from the recorded steps [B C] of all its rows. With
@@ -135,7 +155,8 @@ class SamplerSpec:
 
 
 class Rollout(NamedTuple):
-  """Prompts and the completions that the policy sampled. Shapes: B batch, P prompt length, C completion length.
+  """Prompts and the completions that the policy sampled. Shapes: B batch, P prompt length, C recorded tokens: the
+  completion length and, for a block-causal network, the tokens that fill the last block (`d1jax.diffusion.layout`).
 
   Attributes:
     sample_id: identifies the sample in the whole run; the keys of its draws are made of it.
@@ -143,7 +164,8 @@ class Rollout(NamedTuple):
     prompt: left-padded token ids.
     prompt_valid: false at padding.
     completion: token ids.
-    completion_mask: true up to and including the first stop id; tokens after it are neither graded nor trained.
+    completion_mask: true up to and including the first stop id, within the completion length; the other tokens are
+      neither graded nor trained.
     reveal_step: the denoising step, from 0, at which the token replaced its mask.
     reveal_logp: its log-probability under the guided, tempered distribution that it was drawn from.
   """

@@ -6,7 +6,8 @@ untempered probability (or at random). The best ones replace their masks and nev
 among them, are never proposed.
 
 One loop serves all modes: a block is a number of periods, and a period is a pass over the whole canvas followed by
-passes over a window of it that reuse the keys and values of the first. In exact mode a period is one step.
+passes over a window of it that reuse the keys and values of the first. In exact mode a period is one step. A
+block-causal network computes the prompt once, then the active block alone (SDAR, arXiv 2510.06303, section 3).
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from d1jax import keys
-from d1jax.diffusion.blocks import Caches, Window, block_logits, check, init_caches, window_of
+from d1jax.diffusion import layout
+from d1jax.diffusion.blocks import Caches, Window, block_logits, check, init_caches, pass_over, window_of
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob, propose
 from d1jax.diffusion.rollout import Rollout, SamplerSpec, up_to_stop
@@ -81,22 +83,25 @@ def sample(
       completion token from.
   """
   check(denoiser, spec)
-  batch, prompt_length = prompt.shape
-  if prompt_length < denoiser.shift:
+  batch = len(prompt)
+  if prompt.shape[1] < denoiser.shift:
     raise ValueError(
       "prompt has width 0, but this network predicts each token from the one before: give a prompt of one token or more"
     )
-  shape = (batch, spec.completion_length)
-  masks = jnp.full(shape, denoiser.mask_id, prompt.dtype)
-  canvas = _Canvas(jnp.concatenate([prompt, masks], axis=1), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-  valid = jnp.concatenate([prompt_valid, jnp.ones(shape, bool)], axis=1)
-  loop = _Loop(denoiser, params, spec, keys.sample_keys(key, sample_id), valid)
-  canvas = loop.run(canvas, jnp.int32(0), batch_sizes(batch, row_multiple, spec))
-  completion = canvas.tokens[:, prompt_length:]
+  width = spec.completion_length + layout.extra(denoiser)
+  shape = (batch, width)
+  tokens, valid = layout.lay_out(denoiser, prompt, prompt_valid, jnp.full(shape, denoiser.mask_id, prompt.dtype))
+  canvas = _Canvas(tokens, jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+  first = None if denoiser.block is None else layout.places(denoiser, prompt_valid, width)[:, 0]
+  loop = _Loop(denoiser, params, spec, keys.sample_keys(key, sample_id), valid, first)
+  canvas = loop.run(canvas, jnp.int32(0), batch_sizes(batch, row_multiple, spec), tokens.shape[1] - width)
+  canvas = canvas._replace(tokens=canvas.tokens[:, -width:])
+  completion, steps, logps = (layout.taken_out(denoiser, prompt_valid, x) for x in canvas)
   if loop.ends_early:
     completion = jnp.where(completion == denoiser.mask_id, denoiser.stop_ids[0], completion)
   mask = up_to_stop(completion, denoiser.stop_ids)
-  steps, logps = canvas.reveal_step, canvas.reveal_logp
+  if denoiser.block is not None:
+    mask &= jnp.arange(width)[None, :] < spec.completion_length
   return Rollout(sample_id, group_id, prompt, prompt_valid, completion, mask, steps, logps)
 
 
@@ -115,29 +120,53 @@ def batch_sizes(batch: int, row_multiple: int, spec: SamplerSpec) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Loop:
-  """The loops over blocks, periods and steps, of a batch of samples with these keys and valid positions."""
+  """The loops over blocks, periods and steps, of a batch of samples with these keys and valid positions.
+
+  `first` is the place of each row's first completion token among the active columns of a block-causal network.
+  """
 
   denoiser: Denoiser
   params: Params
   spec: SamplerSpec
   keys: Key[Array, "B"]
   valid: Bool[Array, "B L"]
+  first: Int[Array, "B"] | None
+
+  @property
+  def active(self) -> int:
+    """The columns at the end of the canvas that the blocks cover."""
+    return self.spec.completion_length + layout.extra(self.denoiser)
+
+  @property
+  def blocks(self) -> int:
+    return self.active // self.spec.block_length
 
   @property
   def ends_early(self) -> bool:
     return self.spec.early_exit and bool(self.denoiser.stop_ids)
 
-  def run(self, canvas: _Canvas, block: Int[Array, ""], sizes: list[int]) -> _Canvas:
-    """Denoises the blocks from `block` on; where rows end early, until none goes on, in ever smaller batches."""
+  def start_of(self, block: Int[Array, ""] | int) -> Int[Array, ""] | int:
+    """The first column of a block."""
+    return self.valid.shape[1] - self.active + block * self.spec.block_length
+
+  def run(self, canvas: _Canvas, block: Int[Array, ""], sizes: list[int], done: int) -> _Canvas:
+    """Denoises the blocks from `block` on; where rows end early, until none goes on, in ever smaller batches.
+
+    The first `done` columns may be put into the cache of a block-causal network; what is not complete among them is not
+    seen before it is written again.
+    """
     state = _State(canvas, init_caches(self.denoiser, self.valid, self.spec))
+    denoise = self.denoise
+    if self.denoiser.block is not None:
+      denoise, state = self.denoise_causal, self.encoded(0, done, state)[1]
     if not self.ends_early:
-      return jax.lax.fori_loop(0, self.spec.blocks, self.denoise, state).canvas
+      return jax.lax.fori_loop(0, self.blocks, denoise, state).canvas
     smaller = sizes[1] if len(sizes) > 1 else 0
 
     def too_many(carry: tuple[Int[Array, ""], _State]) -> Bool[Array, ""]:
-      return (carry[0] < self.spec.blocks) & (jnp.sum(self.unfinished(carry[1].canvas)) > smaller)
+      return (carry[0] < self.blocks) & (jnp.sum(self.unfinished(carry[1].canvas)) > smaller)
 
-    advance = lambda carry: (carry[0] + 1, self.denoise(*carry))
+    advance = lambda carry: (carry[0] + 1, denoise(*carry))
     block, (canvas, _) = jax.lax.while_loop(too_many, advance, (block, state))
     if not smaller:
       return canvas
@@ -145,8 +174,9 @@ class _Loop:
     # the smaller batch: of 4 rows of which 1 and 3 are unfinished, a batch of 2 takes rows [1, 3]; if only 3 is, it
     # takes [3, 0], and row 0, which is complete, does not change. Keys go with their rows, so that draws do not either.
     rows = jnp.argsort(~self.unfinished(canvas), stable=True)[:smaller]
-    few = dataclasses.replace(self, keys=self.keys[rows], valid=self.valid[rows])
-    completed = few.run(jax.tree.map(lambda x: x[rows], canvas), block, sizes[1:])
+    first = None if self.first is None else self.first[rows]
+    few = dataclasses.replace(self, keys=self.keys[rows], valid=self.valid[rows], first=first)
+    completed = few.run(jax.tree.map(lambda x: x[rows], canvas), block, sizes[1:], self.valid.shape[1])
     return jax.tree.map(lambda everyone, part: everyone.at[rows].set(part), canvas, completed)
 
   def unfinished(self, canvas: _Canvas) -> Bool[Array, "B"]:
@@ -154,7 +184,10 @@ class _Loop:
     if not self.ends_early:
       return jnp.ones(canvas.tokens.shape[0], bool)
     stops = jnp.asarray(self.denoiser.stop_ids, canvas.tokens.dtype)
-    return ~jnp.any(jnp.isin(canvas.tokens[:, -self.spec.completion_length :], stops), axis=1)
+    found = jnp.isin(canvas.tokens[:, -self.active :], stops)
+    if self.first is not None:  # the end of the prompt stands in the first active block
+      found &= jnp.arange(self.active)[None, :] >= self.first[:, None]
+    return ~jnp.any(found, axis=1)
 
   def denoise(self, block: Int[Array, ""], state: _State) -> _State:
     """Denoises one block, period by period."""
@@ -163,21 +196,11 @@ class _Loop:
     # F w w | F w w | F w: two whole periods in a loop, and a rest of two steps that is compiled apart, since the
     # length of a period is static. In exact mode all steps are F: eight periods of one step.
     spec, steps = self.spec, self.spec.steps_per_block
-    static = spec.schedule == "static"
+    static = not spec.by_confidence
     every = spec.refresh_period
     length = self.valid.shape[1]
-    start_of = lambda block: length - spec.completion_length + block * spec.block_length
     alive = self.unfinished(state.canvas)
-
-    def repeat(count: int, body: Callable[[Any, _State], _State], state: _State) -> _State:
-      if static:
-        return jax.lax.fori_loop(0, count, body, state)
-
-      def goes_on(carry: tuple[Int[Array, ""], _State]) -> Bool[Array, ""]:
-        tokens = jax.lax.dynamic_slice_in_dim(carry[1].canvas.tokens, start_of(block), spec.block_length, axis=1)
-        return (carry[0] < count) & jnp.any((tokens == self.denoiser.mask_id) & alive[:, None])
-
-      return jax.lax.while_loop(goes_on, lambda carry: (carry[0] + 1, body(*carry)), (jnp.int32(0), state))[1]
+    repeat = lambda count, body, state: self.repeat(block, count, body, state, None if static else alive)
 
     def period(first: Int[Array, ""] | int, count: int, state: _State) -> _State:
       state = self.step(block, first, alive, state, None)
@@ -185,7 +208,7 @@ class _Loop:
         return state
 
       def windowed(block: Int[Array, ""] | int, state: _State) -> _State:
-        window = window_of(spec, start_of(block), length, self.denoiser.shift)
+        window = window_of(spec, self.start_of(block), length, self.denoiser.shift)
         return repeat(count - 1, lambda i, state: self.step(block, first + 1 + i, alive, state, window), state)
 
       if spec.cache != "prefix":
@@ -198,6 +221,93 @@ class _Loop:
     state = repeat(whole, lambda p, state: period(p * every, every, state), state)
     return period(whole * every, rest, state) if rest else state
 
+  def repeat(
+    self,
+    block: Int[Array, ""],
+    count: int,
+    body: Callable[[Any, _State], _State],
+    state: _State,
+    alive: Bool[Array, "B"] | None,
+  ) -> _State:
+    """`count` times `body(i, state)`; with `alive` rows, only while one of them has a mask in the block."""
+    if alive is None:
+      return jax.lax.fori_loop(0, count, body, state)
+    goes_on = lambda carry: (carry[0] < count) & self.has_masks(block, carry[1], alive)
+    return jax.lax.while_loop(goes_on, lambda carry: (carry[0] + 1, body(*carry)), (jnp.int32(0), state))[1]
+
+  def has_masks(self, block: Int[Array, ""], state: _State, alive: Bool[Array, "B"]) -> Bool[Array, ""]:
+    """Whether a row that goes on has a mask in the block."""
+    size = self.spec.block_length
+    tokens = jax.lax.dynamic_slice_in_dim(state.canvas.tokens, self.start_of(block), size, axis=1)
+    return jnp.any((tokens == self.denoiser.mask_id) & alive[:, None])
+
+  def denoise_causal(self, block: Int[Array, ""], state: _State) -> _State:
+    """Denoises one block of a block-causal network."""
+    # The network's block before the active one is complete, but the cache has the keys and values of its last step,
+    # when it still had masks. They are written again from the clean tokens: in the same pass as the first step of the
+    # active block, whose window is then two blocks wide. A network that predicts the next token makes a pass of its
+    # own, which also gives the first token of the block, so that the first step can see it (Fast-dLLM v2,
+    # arXiv 2509.26328). The sampler's blocks may be parts of the network's; only the first part makes this pass.
+    spec, size = self.spec, self.denoiser.block or 1
+    alive, parts = self.unfinished(state.canvas), size // spec.block_length
+    own = self.start_of(block // parts * parts)
+    window, fused = Window(own, size), parts == 1 and not self.denoiser.shift
+
+    def take(first: int, count: int, window: Window, state: _State) -> _State:
+      body = lambda i, state: self.step(block, first + i, alive, state, window)
+      return self.repeat(block, count, body, state, alive)
+
+    if fused:
+      state = take(0, 1, Window(own - size, 2 * size), state)
+      return take(1, spec.steps_per_block - 1, window, state)
+    begins = (block % parts == 0) & self.has_masks(block, state, alive)
+    state = jax.lax.cond(begins, lambda state: self.begin(block, alive, state), lambda state: state, state)
+    return take(0, spec.steps_per_block, window, state)
+
+  def encoded(self, first: Int[Array, ""] | int, width: int, state: _State) -> tuple[Float[Array, "B W D"], _State]:
+    """The hidden states of some columns, whose keys and values are written into the cache."""
+    tokens = jax.lax.dynamic_slice_in_dim(state.canvas.tokens, first, width, axis=1)
+    encode: Any = self.denoiser.encode_window
+    with jax.named_scope(pass_over(width)):
+      hidden, cache = encode(self.params, tokens, first, state.caches[0])
+    return hidden, state._replace(caches=(cache, None))
+
+  def begin(self, block: Int[Array, ""], alive: Bool[Array, "B"], state: _State) -> _State:
+    """Writes the network's block before the active one; with a shift, it also unmasks the first token of this one."""
+    size, start = self.denoiser.block or 1, self.start_of(block)
+    hidden, state = self.encoded(start - size, size, state)
+    if not self.denoiser.shift:
+      return state
+    logits = self.denoiser.logits(self.params, self.denoiser.hidden_predicting(hidden, jnp.asarray([size])))
+    index = block * self.spec.steps_per_block
+    uniform = keys.uniforms(keys.fold(keys.fold(self.keys, index), _TOKEN_STREAM), self.active)
+    offset = block * self.spec.block_length
+    proposal, logp = propose(logits, jax.lax.dynamic_slice_in_dim(uniform, offset, 1, axis=1), self.spec.temperature)
+    old = jax.lax.dynamic_slice_in_dim(state.canvas.tokens, start, 1, axis=1)
+    chosen = (old == self.denoiser.mask_id) & alive[:, None]
+    return state._replace(canvas=self.revealed(state.canvas, chosen, proposal, logp, index, offset))
+
+  def revealed(
+    self,
+    canvas: _Canvas,
+    chosen: Bool[Array, "B W"],
+    tokens: Int[Array, "B W"],
+    logp: Float[Array, "B W"],
+    step: Int[Array, ""] | int,
+    offset: Int[Array, ""] | int,
+  ) -> _Canvas:
+    """The canvas with the chosen tokens in place of masks, from column `offset` of the active ones on."""
+
+    def write(x: jax.Array, new: jax.Array, first: Int[Array, ""] | int) -> jax.Array:
+      old = jax.lax.dynamic_slice_in_dim(x, first, chosen.shape[1], axis=1)
+      return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(chosen, new, old), first, axis=1)
+
+    return _Canvas(
+      write(canvas.tokens, tokens, self.valid.shape[1] - self.active + offset),
+      write(canvas.reveal_step, jnp.full_like(tokens, step), offset),
+      write(canvas.reveal_logp, logp, offset),
+    )
+
   def step(
     self,
     block: Int[Array, ""] | int,
@@ -209,30 +319,25 @@ class _Loop:
     """One denoising step of a block: proposes a token for each of its masks and unmasks the best proposals."""
     spec, canvas = self.spec, state.canvas
     offset, index = block * spec.block_length, block * spec.steps_per_block + within
-    start = self.valid.shape[1] - spec.completion_length + offset
+    start = self.start_of(block)
     cut = lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, spec.block_length, axis=1)
     per_step = keys.fold(self.keys, index)
-    draw = lambda stream: cut(keys.uniforms(keys.fold(per_step, stream), spec.completion_length), offset)
+    draw = lambda stream: cut(keys.uniforms(keys.fold(per_step, stream), self.active), offset)
 
     logits, caches = block_logits(
       self.denoiser, self.params, canvas.tokens, self.valid, state.caches, start, spec=spec, window=window
     )
     proposal, logp = propose(logits, draw(_TOKEN_STREAM), spec.temperature)
-    confidence = draw(_ORDER_STREAM) if spec.remasking == "random" else log_prob(logits, proposal)
+    if spec.schedule == "sequential":
+      confidence = jnp.broadcast_to(-jnp.arange(spec.block_length, dtype=jnp.float32), logp.shape)
+    else:
+      confidence = draw(_ORDER_STREAM) if spec.remasking == "random" else log_prob(logits, proposal)
     masked = cut(canvas.tokens, start) == self.denoiser.mask_id
     rank = rank_descending(jnp.where(masked, confidence, -jnp.inf))
-    if spec.schedule == "static":
+    if not spec.by_confidence:
       count = jnp.asarray(reveal_counts(spec.block_length, spec.steps_per_block))[within]
     else:
       count = confident_count(spec, confidence, rank, masked)[:, None]
     chosen = masked & (rank < count) & alive[:, None]
 
-    def write(x: jax.Array, new: jax.Array, first: Int[Array, ""] | int) -> jax.Array:
-      return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(chosen, new, cut(x, first)), first, axis=1)
-
-    canvas = _Canvas(
-      write(canvas.tokens, proposal, start),
-      write(canvas.reveal_step, jnp.full_like(proposal, index), offset),
-      write(canvas.reveal_logp, logp, offset),
-    )
-    return _State(canvas, caches)
+    return _State(self.revealed(canvas, chosen, proposal, logp, index, offset), caches)

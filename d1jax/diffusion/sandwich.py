@@ -53,9 +53,15 @@ def sandwich(
     tile: see `token_logps`.
 
   Raises:
-    ValueError: samples below 1, an exponent that is not positive.
+    ValueError: samples below 1, an exponent that is not positive, a block-causal network.
   """
   check_samples("samples", samples)
+  if denoiser.block is not None:
+    raise ValueError(
+      "sandwich masks all blocks behind the one it draws, but a network with block-causal attention"
+      f" (block={denoiser.block}) scores each block under the clean tokens before it: use the estimator elbo, or"
+      " step_merged"
+    )
   if not exponent > 0:
     raise ValueError(f"exponent={exponent} must be positive: the upper bound averages p ** exponent")
   scored = rollout.completion_mask

@@ -10,8 +10,9 @@ from jaxtyping import Array, Int, Key
 
 from d1jax import keys
 from d1jax.diffusion.denoiser import Denoiser, Params
+from d1jax.diffusion.layout import block_of
 from d1jax.diffusion.likelihood import Scores
-from d1jax.diffusion.replay import Visit, replay, revealed_at, score_visits
+from d1jax.diffusion.replay import CHUNK, Visit, replay, revealed_at, score_visits, steps_of
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 
 
@@ -51,18 +52,19 @@ def sampled_steps(
   """Some steps of the path, drawn for each row (AGRPO, arXiv 2510.04019): unbiased for the sum over all.
 
   Of a row's T steps that revealed tokens up to the stop id, min(`samples`, T) are drawn without replacement; their
-  tokens weigh T / min(`samples`, T), the others 0. Costs `samples` forward passes, two each with guidance.
+  tokens weigh T / min(`samples`, T), the others 0. Costs `samples` forward passes, two each with guidance. With a
+  block-causal network `step_merged` scores all steps in as many passes as a block has steps.
 
   Raises:
     ValueError: samples below 1, or the rollout has no reveal steps.
   """
   if samples < 1:
     raise ValueError(f"samples={samples} must be at least 1: each is a denoising step that is scored")
-  revealed, scored = revealed_at(rollout, spec), rollout.completion_mask
+  revealed, scored = revealed_at(denoiser, rollout, spec), rollout.completion_mask
   # A row with 6 steps whose tokens up to the stop id were revealed at steps [0, 0, 3, 5] has T = 3. `taken` is true at
   # 0, 3 and 5; the uniforms of other steps become 2, so that `argsort` puts taken steps first, in random order. With 2
   # samples it may draw steps 5 and 0: their three tokens weigh 3 / 2, the token of step 3 weighs 0.
-  steps = spec.blocks * spec.steps_per_block
+  steps = steps_of(denoiser, rollout, spec)
   counted = jnp.where(scored, revealed, steps)
   rows = jnp.arange(scored.shape[0])[:, None]
   taken = jnp.zeros((scored.shape[0], steps + 1), bool).at[rows, counted].set(True)[:, :steps]
@@ -94,7 +96,7 @@ def left_to_right(
   """The autoregressive order (JustGRPO, arXiv 2601.15165): log p = sum_k log p(o_k | q, o_<k, masks).
 
   This is the distribution that a rollout with `block_length` 1 draws from. It costs a forward pass a token, two with
-  guidance.
+  guidance; with a block-causal network as many as a block has tokens.
 
   Args:
     denoiser: the mask predictor.
@@ -132,10 +134,15 @@ def left_to_right(
     rows = jnp.arange(batch)[:, None]
     chosen = jnp.zeros(scored.shape, bool).at[rows, order].set(ranked)
   places = jnp.arange(length)[None, :]
+  if denoiser.block is not None:  # the tokens at the same place in their blocks are scored at once
+    places = block_of(denoiser, rollout.prompt_valid, length, 1) % denoiser.block
+    order = jnp.broadcast_to(jnp.arange(denoiser.block, dtype=jnp.int32), (batch, denoiser.block))
 
   def visit(index: Int[Array, ""]) -> Visit:
     place = order[:, index]
     return Visit(places < place[:, None], chosen & (places == place[:, None]), place)
 
-  logp = score_visits(denoiser, params, rollout, spec, visit, order.shape[1], width=1)
+  width = 1 if denoiser.block is None else min(CHUNK, length // denoiser.block)
+  windows = 1 if denoiser.block is None else -(-length // (denoiser.block * width))
+  logp = score_visits(denoiser, params, rollout, spec, visit, order.shape[1], width=width, windows=windows)
   return Scores(logp, chosen.astype(jnp.float32))

@@ -161,6 +161,8 @@ def load(config: ConfigDict) -> Subject:
       on the test split.
   """
   if config.checkpoint is not None:
+    if config.bare.model.get("block") is not None:
+      raise RunError("model.block is for a folder (config.pretrained); a checkpoint samples with the blocks of its run")
     return _checkpoint(find_checkpoint(folder(config.checkpoint)), config)
   if not config.pretrained:
     raise RunError(
@@ -172,6 +174,8 @@ def load(config: ConfigDict) -> Subject:
   bare.model.pretrained = config.pretrained
   with input_checked():
     experiment = experiments.build(bare, None, with_task=False)
+    sampler = experiment.sampler.for_block(experiment.model.denoiser.block)
+    experiment = dataclasses.replace(experiment, sampler=sampler)
     weights = experiment.model.weights
     trainable = weights.start(weights.base_dtype)
   home = Path("runs") / "eval"

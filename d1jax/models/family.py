@@ -33,6 +33,11 @@ class Family:
     defaults: the values of keys that config.json lacks, from the model's configuration class.
     fixed: options with the only value that the network implements; config.json may leave them out.
     presets: sizes of well-known models by their names in `config.model.size`.
+    block_key: the key for the length of the blocks inside which attention goes both ways. A folder that has it is
+      block-causal; it is written for every block-causal export.
+    block_causal: whether all models of the family are block-causal, so that a block length must be known.
+    masked: whether all models of the family were trained with a mask token, so that its id must be known; otherwise a
+      folder that names no mask gets a new one.
   """
 
   model_type: str
@@ -44,6 +49,9 @@ class Family:
   defaults: Config
   fixed: Config
   presets: Mapping[str, TransformerSize] = dataclasses.field(default_factory=dict)
+  block_key: str = "block_size"
+  block_causal: bool = False
+  masked: bool = False
 
   def size(self, config: Config) -> TransformerSize:
     """The sizes in a config.json.

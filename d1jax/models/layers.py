@@ -18,26 +18,39 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from d1jax.models.visibility import Rule
+
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 """Sets the placement of an activation with these logical axes; without a mesh, it is the identity."""
 
 
 class Visible(NamedTuple):
-  """The attention mask: a query sees a key if the key is valid and its order is not larger than the query's.
+  """The attention mask: a query sees a key if the key is valid, the rule allows it, and both are of one segment.
 
-  Without an order, attention is bidirectional. If the order of position i is `i`, attention is causal; if it is
-  `i // 4`, attention is block-causal: bidirectional inside a block of four, and only backwards across blocks. All rows
-  have the same order. A query that sees no key gets a finite result without meaning.
+  A query that sees no key gets a finite result without meaning.
 
   Attributes:
     valid: false at padding.
-    q_order: the order of the queries; None: no order.
-    k_order: the order of the keys; None: no order.
+    rule: see `d1jax.models.visibility`; None: attention goes both ways.
+    start: the index of the first query among the keys: 0, or where the window of a cache begins.
+    segment: the document of each key of a packed row, of which queries are `segment[start : start + T]`; None: each row
+      is one document.
   """
 
   valid: Bool[Array, "B S"]
-  q_order: Int[Array, "T"] | None = None
-  k_order: Int[Array, "S"] | None = None
+  rule: Rule | None = None
+  start: int | Int[Array, ""] = 0
+  segment: Int[Array, "B S"] | None = None
+
+  def seen(self, queries: int) -> Bool[Array, "#B 1 #T S"]:
+    """The mask as an array, for `queries` queries."""
+    seen = self.valid[:, None, None, :]
+    if self.rule is not None:
+      seen = seen & self.rule(self.start + jnp.arange(queries)[:, None], jnp.arange(self.valid.shape[1])[None, :])
+    if self.segment is not None:
+      own = jax.lax.dynamic_slice_in_dim(self.segment, self.start, queries, axis=1)
+      seen = seen & (own[:, None, :, None] == self.segment[:, None, None, :])
+    return seen
 
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, Visible], jax.Array]
@@ -67,10 +80,7 @@ def plain_attention(
   visible: Visible,
 ) -> Float[Array, "B T N H"]:
   """Attention with an explicit mask and a softmax in float32; N / K query heads share a key-value head."""
-  seen = visible.valid[:, None, None, :]
-  if visible.q_order is not None and visible.k_order is not None:
-    seen = seen & (visible.k_order <= visible.q_order[:, None])
-  return jax.nn.dot_product_attention(q, k, v, mask=seen)
+  return jax.nn.dot_product_attention(q, k, v, mask=visible.seen(q.shape[1]))
 
 
 def weight(key: jax.Array, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
@@ -189,7 +199,7 @@ def rotary_frequencies(half: int, theta: float, scaling: RopeScaling | None = No
 
 
 def rotary(
-  x: Float[Array, "B L N H"], frequency: Float[Array, "half"], start: int | Int[Array, ""] = 0
+  x: Float[Array, "B L N H"], frequency: Float[Array, "half"], positions: Int[Array, "L"]
 ) -> Float[Array, "B L N H"]:
   """Rotary position embedding, half-split form, in float32 (Su et al. 2021; Llama's convention).
 
@@ -198,10 +208,9 @@ def rotary(
   Args:
     x: queries or keys.
     frequency: radians per position.
-    start: the position of the first row.
+    positions: the position of each row.
   """
-  positions = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
-  angle = positions[None, :, None, None] * frequency[None, None, None]
+  angle = positions.astype(jnp.float32)[None, :, None, None] * frequency[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -264,13 +273,13 @@ class SelfAttention(nnx.Module):
     return heads
 
   def __call__(
-    self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None
+    self, x: Float[Array, "B L D"], positions: Int[Array, "L"], attend: Attend, dropout: DropoutKeys = None
   ) -> tuple[Float[Array, "B L D"], Any]:
     """Applies attention over positions.
 
     Args:
-      x: the input at positions `start`, `start + 1`, ...
-      start: the position of the first row.
+      x: the input.
+      positions: the position of each row of it.
       attend: the attention, see `Attend`.
       dropout: keys for the projections' dropout.
 
@@ -286,7 +295,7 @@ class SelfAttention(nnx.Module):
 
     frequency = rotary_frequencies(self.head_dim // 2, self.theta, self.scaling)
     q, k = (
-      rotary(self.before_rotary(name, heads(index, name)), frequency, start)
+      rotary(self.before_rotary(name, heads(index, name)), frequency, positions)
       for index, name in enumerate(("query", "key"))
     )
     mixed, kept = attend(q, k, heads(2, "value"))
@@ -359,9 +368,9 @@ class Block(nnx.Module):
     self.mlp = GatedMlp(size.embed, size.mlp, dtype=dtype, project=project, rngs=rngs)
 
   def __call__(
-    self, x: Float[Array, "B L D"], start: int | Int[Array, ""], attend: Attend, dropout: DropoutKeys = None
+    self, x: Float[Array, "B L D"], positions: Int[Array, "L"], attend: Attend, dropout: DropoutKeys = None
   ) -> tuple[Float[Array, "B L D"], Any]:
     """Maps the residual stream to the residual stream; arguments and results are those of `SelfAttention`."""
-    mixed, kept = self.attention(self.attention_norm(x), start, attend, fold_tokens(dropout, 0))
+    mixed, kept = self.attention(self.attention_norm(x), positions, attend, fold_tokens(dropout, 0))
     x = x + mixed
     return x + self.mlp(self.mlp_norm(x), fold_tokens(dropout, 1)), kept

@@ -43,6 +43,7 @@ def export(
   *,
   source: Path | None,
   token_ids: Mapping[str, int],
+  block: int | None = None,
   shard_bytes: int = SHARD,
 ) -> list[str]:
   """Writes weights, config.json and, from `source`, every other file that is not weights.
@@ -55,6 +56,7 @@ def export(
     size: the sizes of the network.
     source: the folder that the weights came from; None writes a LLaDA in float32.
     token_ids: `mask_token_id`, `eos_token_id`, `pad_token_id`; written if the source's config.json lacks them.
+    block: the block length of block-causal attention, which is written under the key of the family; None: the source's.
     shard_bytes: the largest size of a file in bytes.
 
   Returns:
@@ -81,14 +83,16 @@ def export(
     left_out: list[str] = []
     if source is None:
       config, scheme, dtypes = dict(llada.config_of(size)), llada.NAMES, dict[str, str]()
+      family = llada.FAMILY
     else:
       left_out = _copy_all_but_weights(source, draft)
       files, description = TensorFiles(source), families.describe(source)
-      scheme, dtypes = description.family.scheme_of(files.shapes), files.dtypes
-      config = dict(description.config)
-      smaller = [key for key in description.family.size_keys["vocab"] if (config.get(key) or 0) < size.vocab]
+      family, config = description.family, dict(description.config)
+      scheme, dtypes = family.scheme_of(files.shapes), files.dtypes
+      smaller = [key for key in family.size_keys["vocab"] if (config.get(key) or 0) < size.vocab]
       config |= dict.fromkeys(smaller, size.vocab)
     config |= {k: v for k, v in token_ids.items() if config.get(k) is None}
+    config |= {} if block is None else {family.block_key: block}
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _write_shards(draft, _tensors(params, scheme, size.layers, dtypes), shard_bytes)
     if folder.exists():

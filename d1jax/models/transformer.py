@@ -31,8 +31,13 @@ from d1jax.models.layers import (
   project_by_row,
   weight,
 )
+from d1jax.models.visibility import Rule
 
 Params = dict[str, Any]
+
+
+def _positions(rule: Rule | None, start: int | Int[Array, ""], length: int) -> Int[Array, "length"]:
+  return start + jnp.arange(length) if rule is None else rule.positions(start, length)
 
 
 class Transformer(nnx.Module):
@@ -71,23 +76,24 @@ class Transformer(nnx.Module):
     tokens: Int[Array, "B L"],
     valid: Bool[Array, "B L"],
     dropout: DropoutKeys = None,
-    order: Int[Array, "L"] | None = None,
+    rule: Rule | None = None,
+    segment: Int[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
     """The last hidden states after the final norm; see `Network`."""
-    visible = Visible(valid, order, order)
+    visible = Visible(valid, rule, segment=segment)
 
     def attend(kept: None, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
       del layer
       return self.attention(q, k, v, visible), kept
 
-    return self._layers(tokens, 0, attend, None, dropout)[0]
+    return self._layers(tokens, _positions(rule, 0, tokens.shape[1]), attend, None, dropout)[0]
 
   def encode_window(
     self,
     tokens: Int[Array, "B W"],
     start: int | Int[Array, ""],
     cache: Cache,
-    order: Int[Array, "L"] | None = None,
+    rule: Rule | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:
     """The last hidden states of a window; its keys and values are updated in the cache.
 
@@ -95,21 +101,21 @@ class Transformer(nnx.Module):
       tokens: the tokens of the window.
       start: the position of the window; it is clipped to 0 .. L - W.
       cache: the old cache, which must not be used afterwards.
-      order: the order of the canvas, see `Network`.
+      rule: who sees whom on the canvas, see `Network`.
     """
-    start = jnp.clip(start, 0, cache.valid.shape[1] - tokens.shape[1])
-    own = None if order is None else jax.lax.dynamic_slice_in_dim(order, start, tokens.shape[1])
+    last = cache.valid.shape[1] - tokens.shape[1]
+    start = min(max(start, 0), last) if isinstance(start, int) else jnp.clip(start, 0, last)
 
     def attend(cache: Cache, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
       cache, k, v = renewed(cache, layer, start, k, v, self.constrain)
-      return self.attention(q, k, v, Visible(cache.valid, own, order)), cache
+      return self.attention(q, k, v, Visible(cache.valid, rule, start)), cache
 
-    return self._layers(tokens, start, attend, cache)
+    return self._layers(tokens, _positions(rule, start, tokens.shape[1]), attend, cache)
 
   def _layers(
     self,
     tokens: jax.Array,
-    start: int | jax.Array,
+    positions: jax.Array,
     attend: Callable[..., tuple[jax.Array, Any]],
     kept: Any,
     dropout: DropoutKeys = None,
@@ -122,7 +128,7 @@ class Transformer(nnx.Module):
     def body(carry: tuple[jax.Array, Any], layer: tuple[nnx.State, jax.Array]) -> tuple[tuple[jax.Array, Any], None]:
       (x, kept), (weights, index) = carry, layer
       mix = functools.partial(attend, kept, index)
-      x, kept = nnx.merge(block, weights)(x, start, mix, fold_tokens(dropout, index))
+      x, kept = nnx.merge(block, weights)(x, positions, mix, fold_tokens(dropout, index))
       return (self.constrain(x, residual), kept), None
 
     if self.remat:  # prevent_cse=False is correct only inside a scan
@@ -142,13 +148,14 @@ class Network(NamedTuple):
 
   Attributes:
     init: `key -> params`, all float32.
-    encode: `(params, tokens[B L], valid[B L], dropout=None, order=None) -> hidden[B L D]`; `dropout` holds one key per
-      token; `order[L]` is the attention mask: a position sees positions of equal or lower order (`layers.Visible`).
+    encode: `(params, tokens[B L], valid[B L], dropout=None, rule=None, segment=None) -> hidden[B L D]`; `dropout` holds
+      one key per token; `rule` says who sees whom (`d1jax.models.visibility`), and which position each token has;
+      `segment[B L]` is the document of each token of a packed row.
     head: `params -> weight[D V]` in its stored dtype; logits are `hidden @ head`.
     init_cache: `valid[B L] -> cache`, an empty cache: the first window must cover the canvas.
-    encode_window: `(params, tokens[B W], start, cache, order=None) -> (hidden[B W D], cache)` computes W positions from
+    encode_window: `(params, tokens[B W], start, cache, rule=None) -> (hidden[B W D], cache)` computes W positions from
       `start` on. First their keys and values are updated in the cache, then they attend to the cache. A start beyond
-      L - W becomes L - W. For a window that covers the canvas, the result equals `encode`. `order` is the canvas's.
+      L - W becomes L - W. For a window that covers the canvas, the result equals `encode`. `rule` is the canvas's.
     axes: the tree of logical axes, with one tuple of names per parameter.
     size: the sizes.
   """
@@ -211,9 +218,10 @@ def build(
     tokens: Int[Array, "B L"],
     valid: Bool[Array, "B L"],
     dropout: DropoutKeys = None,
-    order: Int[Array, "L"] | None = None,
+    rule: Rule | None = None,
+    segment: Int[Array, "B L"] | None = None,
   ) -> Float[Array, "B L D"]:
-    return nnx.merge(graph, params).encode(tokens, valid, dropout, order)
+    return nnx.merge(graph, params).encode(tokens, valid, dropout, rule, segment)
 
   def head(params: Params) -> Float[Array, "D V"]:
     return nnx.merge(graph, params).unembedding()
@@ -226,9 +234,9 @@ def build(
     tokens: Int[Array, "B W"],
     start: int | Int[Array, ""],
     cache: Cache,
-    order: Int[Array, "L"] | None = None,
+    rule: Rule | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:
-    return nnx.merge(graph, params).encode_window(tokens, start, cache, order)
+    return nnx.merge(graph, params).encode_window(tokens, start, cache, rule)
 
   return Network(init, encode, head, init_cache, encode_window, nnx.to_pure_dict(axes), size)
 

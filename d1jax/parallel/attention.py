@@ -2,7 +2,7 @@
 
 On TPUs: splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`). On NVIDIA GPUs since Ampere: cuDNN's.
 Neither keeps the logits [B N T S] (Dao 2023, arXiv 2307.08691). On other platforms, and if a kernel cannot be used, as
-where attention has an order, attention is plain.
+where there is a rule of who sees whom, attention is plain.
 """
 
 import functools
@@ -52,18 +52,29 @@ def of_device(device: Any) -> Attention:
 
 def per_device(kernel: Attention, mesh: Mesh, rules: meshes.Rules) -> Attention:
   """An attention that each device computes for its own rows, heads and queries; keys and values come to it whole."""
-  queries, keys = ("batch", "length", "heads", None), ("batch", None, "heads", None)
-  seen = (("batch", None), ("length",), (None,))  # the axes of a `Visible`
-
-  def part(q: jax.Array, k: jax.Array, v: jax.Array, *visible: jax.Array) -> jax.Array:
-    return kernel(q, k, v, Visible(*visible))
+  queries, keys, row = ("batch", "length", "heads", None), ("batch", None, "heads", None), ("batch", None)
+  cut = meshes.ways(mesh, rules, "length") > 1
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
     sizes = (("batch", k.shape[0]), ("heads", k.shape[2]), ("length", q.shape[1]))
     if any(size % meshes.ways(mesh, rules, axis) for axis, size in sizes):
       return plain_attention(q, k, v, visible)
-    arrays = [x for x in visible if x is not None]
-    return meshes.per_device(part, mesh, rules, (queries, keys, keys, *seen[: len(arrays)]), queries)(q, k, v, *arrays)
+    arrays = [x for x in (visible.valid, visible.segment) if x is not None]
+    ruled = visible.rule is not None or visible.segment is not None
+    # A kernel wants to know the first query when it is compiled; a traced one goes to the devices as an argument.
+    moves = ruled and (cut or not isinstance(visible.start, int))
+
+    def part(q: jax.Array, k: jax.Array, v: jax.Array, *given: jax.Array) -> jax.Array:
+      start: Any = visible.start if ruled else 0
+      if moves:
+        start, given = given[0], given[1:]
+        start = start + meshes.part_index(rules, "length") * q.shape[1] if cut else start
+      return kernel(q, k, v, Visible(given[0], visible.rule, start, *given[1:]))
+
+    if moves:
+      arrays = [jnp.asarray(visible.start), *arrays]
+    axes = [row if x.ndim else () for x in arrays]
+    return meshes.per_device(part, mesh, rules, (queries, keys, keys, *axes), queries)(q, k, v, *arrays)
 
   return attend
 
@@ -73,11 +84,11 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
   """Splash attention, softmax in float32; padding keys are a segment that no query belongs to.
 
-  Plain attention serves orders, head sizes that are no multiple of 8 or beyond 128, and fewer than 128 queries: the
+  Plain attention serves rules, head sizes that are no multiple of 8 or beyond 128, and fewer than 128 queries: the
   kernel's backward pass takes 128 at a time, and in a short window of a cache the kernel's transpose of all keys and
   values [B S K H -> B K S H] moves more bytes than the logits that it saves.
   """
-  if not _served_by_splash(q) or visible.q_order is not None:
+  if not _served_by_splash(q) or visible.rule is not None or visible.segment is not None:
     return plain_attention(q, k, v, visible)
   (block_q, rows), (block_kv, columns) = _blocks(q.shape[1]), _blocks(k.shape[1])
   kernel = splash.make_splash_mha(
@@ -108,9 +119,9 @@ def cudnn_attention(
   A window of a cache passes its mask and is not differentiated. Where all positions are queries, valid keys are moved
   to the front and their number is passed: a mask is a bias [B 1 T S] to cuDNN, whose own gradient is costly.
 
-  Plain attention serves orders, float32, odd lengths, and head sizes that are no multiple of 8 or beyond 128.
+  Plain attention serves rules, float32, odd lengths, and head sizes that are no multiple of 8 or beyond 128.
   """
-  if not _served_by_cudnn(k) or visible.q_order is not None:
+  if not _served_by_cudnn(k) or visible.rule is not None or visible.segment is not None:
     return plain_attention(q, k, v, visible)
   valid = visible.valid
   attend = jax.named_scope(_scope(q, k))(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"))

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from d1jax.state import TrainState
 
@@ -267,6 +268,11 @@ def ways(mesh: Mesh, rules: Rules, axis: str) -> int:
 def batch_ways(mesh: Mesh, rules: Rules) -> int:
   """Over how many devices the batch axis is sharded; a batch must be a multiple of this number."""
   return ways(mesh, rules, "batch")
+
+
+def part_index(rules: Rules, axis: str) -> Int[Array, ""]:
+  """In a function of `per_device`: the number of this device's part along a logical axis."""
+  return jax.lax.axis_index(_spec((axis,), rules)[0])
 
 
 def per_device(

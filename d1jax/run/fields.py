@@ -44,6 +44,7 @@ OPTIONAL: Mapping[str, Field] = {
   "model.overrides.mlp": Field(None, "the width of its feed-forward layers"),
   "model.overrides.layers": Field(None, "its layers"),
   "model.overrides.rope_theta": Field(None, "the base of its rotary positions"),
+  "model.block": Field(None, "tokens of a block of block-causal attention; None: config.json's, or full attention"),
   "model.unroll": Field(1, "layers that are compiled one after the other, instead of as a loop"),
   "lora.rslora": Field(False, "scales adapters by alpha / sqrt(rank) instead of alpha / rank"),
   "tokenizer.model_type": Field("char", "of the tokenizer that is trained without a folder: char, unigram, bpe"),
@@ -163,6 +164,8 @@ def choose(config: ConfigDict, flags: Sequence[tuple[str, str]]) -> None:
         section = functools.reduce(lambda inner, part: inner[part], name.split(".")[:-1], config)
       else:
         section = _section(config, name)
+      if section is None and name == "model.block" and "bare" in config:
+        section = config.bare.model  # of the folder that an evaluation or a generation samples with
       if section is None:
         raise ValueError(f"this configuration has no field {name}")
       section[name.rpartition(".")[2]] = _value(name, text)

@@ -83,6 +83,7 @@ TABLE: Mapping[str, Limit] = {
   "cpu_devices": COUNT,
   **{f"model.overrides.{name}": MAYBE_COUNT for name in ("embed", "heads", "mlp", "layers")},
   "model.overrides.rope_theta": Limit(False, 0, above=True, optional=True),
+  "model.block": MAYBE_COUNT,
   "model.unroll": COUNT,
   "lora.rank": MANY,
   "lora.alpha": POSITIVE,

@@ -170,6 +170,17 @@ def test_without_a_mask_anywhere_it_is_a_new_id_that_has_no_text():
   assert tokenizer.decode_all([[262, tokenizer.completion("a")[0], 300]]) == ["a"]
 
 
+@pytest.mark.parametrize("text", ["<|MASK|>", "|<MASK>|", "<[MASK]>", "<|mask|>"])
+def test_a_mask_that_no_file_names_is_found_by_its_text(text):
+  """As in the folders of Fast-dLLM v2 and iLLaDA; a name goes before it."""
+  files = {name: content.replace(b"<|hole|>", text.encode()) for name, content in small_files(vocab_size=512).items()}
+  tokenizer = HuggingFaceTokenizer(files)
+  assert (tokenizer.mask_id, tokenizer.vocab) == (HOLE, 262)
+  assert HOLE not in tokenizer.prompt(asked(text), "")
+  assert HuggingFaceTokenizer(changed(files, "tokenizer_config.json", mask_token="Ġth")).mask_id == 257
+  assert HuggingFaceTokenizer(changed(files, "config.json", mask_token_id=300)).mask_id == 300
+
+
 def test_a_mask_that_only_config_json_names_is_special():
   files = small_files(mask_token_id=HOLE)
   described = json.loads(files["tokenizer_config.json"])["added_tokens_decoder"]

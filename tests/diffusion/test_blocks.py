@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from d1jax import model
-from d1jax.diffusion.blocks import NO_CACHES, block_logits, window_of
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.models import transformer
 from tests import toy
-from tests.diffusion.naive import generate, rows_of
+from tests.diffusion.naive import generate
 from tests.jaxprs import shapes
 
 KEY = jax.random.key(3)
@@ -177,53 +176,3 @@ def test_logits_of_the_active_block_alone_exist(cache):
   spec = dataclasses.replace(SPEC, cache=cache)
   found = shapes(functools.partial(sample, toy.DENOISER, spec=spec), PARAMS, PROMPT, VALID, IDS, IDS, KEY)
   assert {shape[-2] for shape in found if len(shape) == 3 and shape[-1] == toy.VOCAB} == {4}
-
-
-def test_blocks_that_cut_those_of_the_network_are_refused():
-  rolled(SPEC, dataclasses.replace(toy.DENOISER, block=SPEC.block_length))
-  rolled(SPEC, dataclasses.replace(toy.DENOISER, block=1))
-  block = SPEC.block_length + 1
-  named = f"block_length={SPEC.block_length} cuts blocks of {block} tokens.*: use block_length={block}"
-  with pytest.raises(ValueError, match=named):
-    rolled(SPEC, dataclasses.replace(toy.DENOISER, block=block))
-  with pytest.raises(ValueError, match="block=0 must be at least 1"):
-    dataclasses.replace(toy.DENOISER, block=0)
-
-
-def test_a_network_without_a_cached_form_is_refused():
-  plain = dataclasses.replace(toy.DENOISER, init_cache=None, encode_window=None)
-  rolled(SPEC, plain)
-  with pytest.raises(ValueError, match="cache='dual' needs a denoiser with init_cache and encode_window"):
-    rolled(dataclasses.replace(SPEC, cache="dual"), plain)
-
-
-@pytest.mark.parametrize("cache", MODES)
-@pytest.mark.parametrize("looks", [(0, 0), (2, 3), (6, 1), (1, 20), (30, 30)])
-@pytest.mark.parametrize("shift", [0, 1])
-def test_windows_hold_the_block_and_what_predicts_it(cache, looks, shift):
-  spec = dataclasses.replace(SPEC, cache=cache, look_behind=looks[0], look_ahead=looks[1])
-  widths = set()
-  for start in (5, 9, 13):
-    first, width = window_of(spec, start, 17, shift)
-    assert (int(first), width) == rows_of(spec, start, 17, shift)
-    assert 0 <= first <= start - shift
-    assert start + 4 <= first + width <= 17
-    widths.add(width)
-  assert len(widths) == (3 if cache == "prefix" else 1)
-
-
-def test_guidance_is_extrapolation_from_the_blind_prompt():
-  tokens = jnp.concatenate([PROMPT, jnp.full((4, 12), toy.MASK)], axis=1)
-  valid = jnp.concatenate([VALID, jnp.ones((4, 12), bool)], axis=1)
-
-  def logits(tokens, cfg_scale):
-    spec = dataclasses.replace(SPEC, cfg_scale=cfg_scale)
-    return np.asarray(block_logits(toy.DENOISER, PARAMS, tokens, valid, NO_CACHES, 9, spec=spec)[0])
-
-  plain, both = logits(tokens, 0.0), logits(tokens, 2.0)
-  blind = logits(tokens.at[:, :5].set(toy.MASK), 0.0)
-  assert np.isneginf(both[..., list(toy.FORBIDDEN)]).all()
-  keep = [i for i in range(toy.VOCAB) if i not in toy.FORBIDDEN]
-  np.testing.assert_allclose(both[..., keep], 3 * plain[..., keep] - 2 * blind[..., keep], rtol=1e-5, atol=1e-5)
-  raw = np.asarray(toy.encode(PARAMS, tokens, valid) @ toy.head(PARAMS))[:, 9:13]
-  np.testing.assert_allclose(plain[..., keep], raw[..., keep], rtol=1e-5, atol=1e-5)

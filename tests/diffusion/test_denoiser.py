@@ -50,3 +50,10 @@ def test_the_mask_must_be_forbidden():
 
 def test_no_stop_ids_are_allowed():
   assert dataclasses.replace(toy.DENOISER, stop_ids=()).stop_ids == ()
+
+
+def test_a_block_needs_its_functions():
+  with pytest.raises(ValueError, match="block=0 must be at least 1"):
+    dataclasses.replace(toy.DENOISER, block=0)
+  with pytest.raises(ValueError, match="block=4 needs encode_streams"):
+    dataclasses.replace(toy.DENOISER, block=4)

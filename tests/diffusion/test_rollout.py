@@ -67,8 +67,11 @@ def test_forward_passes_are_read_off_the_recorded_steps(options, steps, passes):
     ({"refresh_every": 0, "cache": "dual"}, "refresh_every=0 must be at least 1"),
     ({"look_behind": -1}, "look_behind=-1 and look_ahead=16 must not be negative"),
     ({"look_ahead": -2}, "look_ahead=-2"),
-    ({"schedule": "cosine"}, "schedule='cosine' is unknown; known: static, threshold, factor"),
-    ({"schedule": "threshold", "remasking": "random"}, "schedule='threshold' depends on confidence"),
+    ({"schedule": "cosine"}, "schedule='cosine' is unknown; known: static, sequential, threshold, factor"),
+    (
+      {"schedule": "threshold", "remasking": "random"},
+      "schedule='threshold' chooses tokens itself: use remasking='low_confidence'",
+    ),
     ({"threshold": 0.0}, "threshold=0.0 must be a probability"),
     ({"threshold": 1.1}, "threshold=1.1"),
     ({"factor": 0.0}, "factor=0.0 must be positive"),

@@ -9,8 +9,9 @@ import pytest
 from d1jax import recipe
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import PreemptedError, RunError
-from d1jax.evaluation import command, evaluator, items, output
+from d1jax.evaluation import command, evaluator, items, output, subject
 from d1jax.run import experiment as experiments
+from d1jax.run import fields
 from d1jax.run.interrupts import Interrupts
 from tests import hub, runs
 from tests.jobs import load, small
@@ -366,6 +367,21 @@ def test_wrong_settings_are_one_line(finished, tmp_path, changes, message):
 def test_words_that_make_no_sense_are_refused(words, message):
   with pytest.raises(ValueError, match=message):
     load("eval", words)
+
+
+def test_a_folder_is_sampled_with_the_block_length_that_the_command_names(tmp_path):
+  """And a checkpoint with that of its run."""
+  config = load("eval")
+  config.pretrained = str(hub.write(tmp_path / "sdar", "sdar"))
+  with pytest.raises(RunError, match=r"block-causal, but config.json has no block_size: set model\.block"):
+    subject.load(config)
+  fields.choose(config, [("model.block", "4")])
+  config.bare.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
+  config.bare.model.pretrained = config.pretrained
+  assert experiments.build(config.bare, None, with_task=False).model.denoiser.block == 4
+  config.checkpoint = str(tmp_path)
+  with pytest.raises(RunError, match=r"model\.block is for a folder .*a checkpoint samples with the blocks of its run"):
+    subject.load(config)
 
 
 def test_nothing_to_evaluate_is_an_error(tmp_path):

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-Config = dict[str, Any]
+from tests.models.configs import CONFIGS
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -24,213 +24,24 @@ SIZES: dict[str, dict[str, int]] = {
   "dream": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=16, mlp=96, layers=3),
   "qwen2": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=16, mlp=80, layers=3),
   "qwen3": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=32, mlp=128, layers=3),
+  "a2d_qwen3": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=32, mlp=128, layers=3),
+  "sdar": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=32, mlp=128, layers=3),
+  "fast_dllm_qwen": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=16, mlp=192, layers=3),
+  "illada": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=16, mlp=128, layers=2),
   "llama": dict(vocab=72, embed=64, heads=4, kv_heads=2, head_size=16, mlp=96, layers=2),
   "llama_tied": dict(vocab=72, embed=64, heads=4, kv_heads=1, head_size=24, mlp=96, layers=3),
 }
 """Default sizes of a family; those of `WITH_HEAD_DIM` may have heads * head_size other than embed."""
 
-WITH_HEAD_DIM = ("llama_tied", "qwen3")
+WITH_HEAD_DIM = ("llama_tied", "qwen3", "a2d_qwen3", "sdar")
 
 FAMILIES = tuple(SIZES)
 
-
-def llada_config(s: dict[str, int], dtype: str) -> Config:
-  """The keys of GSAI-ML/LLaDA-8B-Instruct."""
-  return {
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "auto_map": {
-      "AutoConfig": "configuration_llada.LLaDAConfig",
-      "AutoModel": "modeling_llada.LLaDAModelLM",
-      "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-    },
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": s["embed"],
-    "embedding_dropout": 0.0,
-    "embedding_size": s["vocab"],
-    "eos_token_id": s["vocab"] - 8,
-    "flash_attention": True,
-    "flash_attn_varlen": True,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.02,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": s["vocab"] - 4,
-    "max_sequence_length": 4096,
-    "mlp_hidden_size": s["mlp"],
-    "mlp_ratio": 4,  # of no effect beside mlp_hidden_size
-    "model_type": "llada",
-    "multi_query_attention": None,
-    "n_heads": s["heads"],
-    "n_kv_heads": s["kv_heads"],
-    "n_layers": s["layers"],
-    "pad_token_id": s["vocab"] - 8,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "torch_dtype": dtype,
-    "transformers_version": "4.51.2",
-    "use_cache": False,
-    "vocab_size": s["vocab"],
-    "weight_tying": False,
-  }
-
-
-def hub_config(s: dict[str, int], dtype: str) -> Config:
-  """The keys that Llama, Qwen2 and Dream share, as transformers 4 writes them."""
-  return {
-    "attention_dropout": 0.0,
-    "bos_token_id": s["vocab"] - 9,
-    "eos_token_id": s["vocab"] - 9,
-    "hidden_act": "silu",
-    "hidden_size": s["embed"],
-    "initializer_range": 0.02,
-    "intermediate_size": s["mlp"],
-    "max_position_embeddings": 131072,
-    "num_attention_heads": s["heads"],
-    "num_hidden_layers": s["layers"],
-    "num_key_value_heads": s["kv_heads"],
-    "rms_norm_eps": 1e-06,
-    "torch_dtype": dtype,
-    "use_cache": True,
-    "vocab_size": s["vocab"],
-  }
-
-
-def dream_config(s: dict[str, int], dtype: str) -> Config:
-  """The keys of Dream-org/Dream-v0-Instruct-7B."""
-  return hub_config(s, dtype) | {
-    "_name_or_path": "Dream-org/Dream-v0-Instruct-7B",
-    "architectures": ["DreamModel"],
-    "attn_implementation": "flash_attention_2",
-    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-    "mask_token_id": s["vocab"] - 4,
-    "max_window_layers": s["layers"],
-    "model_type": "Dream",
-    "pad_token_id": s["vocab"] - 9,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "transformers_version": "4.46.2",
-    "use_mrope": False,
-    "use_sliding_window": False,
-  }
-
-
-def qwen2_config(s: dict[str, int], dtype: str) -> Config:
-  """The keys of Qwen/Qwen2.5-0.5B: the sliding window is stated and not used."""
-  return hub_config(s, dtype) | {
-    "architectures": ["Qwen2ForCausalLM"],
-    "max_position_embeddings": 32768,
-    "max_window_layers": s["layers"],
-    "model_type": "qwen2",
-    "rope_theta": 1000000.0,
-    "sliding_window": 4,
-    "tie_word_embeddings": True,
-    "transformers_version": "4.43.1",
-    "use_mrope": False,
-    "use_sliding_window": False,
-  }
-
-
-def qwen3_config(s: dict[str, int], dtype: str) -> Config:
-  """The keys of Qwen/Qwen3-8B."""
-  return hub_config(s, dtype) | {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "head_dim": s["head_size"],
-    "max_position_embeddings": 40960,
-    "max_window_layers": s["layers"],
-    "model_type": "qwen3",
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "transformers_version": "4.51.0",
-    "use_sliding_window": False,
-  }
-
-
-def llama_config(s: dict[str, int], dtype: str) -> Config:
-  """The keys of meta-llama/Llama-3.1-8B-Instruct; the rotary scaling is strong enough to matter in ten positions.
-
-  With theta 100 and 8 frequencies the wavelengths are 6.3, 11, 20, 35, 63, ...: one is kept, three are in the smooth
-  part and the others are divided by the factor.
-  """
-  return hub_config(s, dtype) | {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "eos_token_id": [s["vocab"] - 9, s["vocab"] - 8, s["vocab"] - 7],
-    "mlp_bias": False,
-    "model_type": "llama",
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-      "factor": 8.0,
-      "low_freq_factor": 1.0,
-      "high_freq_factor": 4.0,
-      "original_max_position_embeddings": 40,
-      "rope_type": "llama3",
-    },
-    "rope_theta": 100.0,
-    "tie_word_embeddings": False,
-    "transformers_version": "4.42.3",
-  }
-
-
-def llama_tied_config(s: dict[str, int], dtype: str) -> Config:
-  """A tied Llama as transformers 5 writes it: `dtype`, `rope_parameters`, an explicit `head_dim`."""
-  config = hub_config(s, dtype) | {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "dtype": dtype,
-    "head_dim": s["head_size"],
-    "mlp_bias": False,
-    "model_type": "llama",
-    "pad_token_id": None,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_parameters": {
-      "factor": 32.0,
-      "high_freq_factor": 4.0,
-      "low_freq_factor": 1.0,
-      "original_max_position_embeddings": 40,
-      "rope_theta": 200.0,
-      "rope_type": "llama3",
-    },
-    "tie_word_embeddings": True,
-    "transformers_version": "5.23.0",
-  }
-  del config["torch_dtype"]
-  return config
-
-
-CONFIGS = {
-  "llada": llada_config,
-  "llada_llama_names": llada_config,
-  "dream": dream_config,
-  "qwen2": qwen2_config,
-  "qwen3": qwen3_config,
-  "llama": llama_config,
-  "llama_tied": llama_tied_config,
-}
+TIED = ("qwen2", "a2d_qwen3", "fast_dllm_qwen", "illada", "llama_tied")
+BIASED = ("dream", "qwen2", "fast_dllm_qwen")
+NORMED = ("qwen3", "a2d_qwen3", "sdar")
+WITH_MASK = ("llada", "llada_llama_names", "dream")
+"""Families with a tied head; with biases and with norms of q and k; and with a mask id in config.json."""
 
 
 def llada_shapes(s: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -292,8 +103,7 @@ def shapes_of(family: str, s: dict[str, int]) -> dict[str, tuple[int, ...]]:
   """The tensors of a family, [out, in] as PyTorch stores them."""
   if family == "llada":
     return llada_shapes(s)
-  biases, tied = family in ("dream", "qwen2"), family in ("qwen2", "llama_tied")
-  return llama_shapes(s, biases=biases, norms=family == "qwen3", tied=tied)
+  return llama_shapes(s, biases=family in BIASED, norms=family in NORMED, tied=family in TIED)
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -3,7 +3,7 @@
 Needs torch, transformers, peft and ml_dtypes, which nothing else of the project does. Every golden is the output of
 somebody else's code on a folder of `tests.models.folders`; this script only renames tensors, where a family is not one
 that transformers knows, and checks what it stores: that every tensor was loaded, that attention goes both ways, that
-padding does not matter, and that a second implementation agrees.
+padding does not matter, that no block sees a later one, and that a second implementation agrees.
 """
 
 import json
@@ -31,11 +31,21 @@ from transformers import (
 )
 
 from tests.models import folders
+from tests.models.configs import BLOCKS
 
 GOLDENS = Path(__file__).parent / "goldens"
 LENGTHS = (14, 9, 4)
 NATIVE = ("qwen2", "qwen3", "llama", "llama_tied")
 """Families whose folder transformers reads as it is."""
+KINDS = {
+  "dream": (Qwen2Config, Qwen2ForCausalLM),
+  "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+  "fast_dllm_qwen": (Qwen2Config, Qwen2ForCausalLM),
+  "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+  "a2d_qwen3": (Qwen3Config, Qwen3ForCausalLM),
+  "sdar": (Qwen3Config, Qwen3ForCausalLM),
+}
+"""What transformers has of a family's network; the others are Llamas."""
 
 LLADA_NAMES = {
   r"^model\.transformer\.wte\.": "model.embed_tokens.",
@@ -79,8 +89,9 @@ def transformers_config(family: str, folder: Path) -> LlamaConfig | Qwen2Config 
   if family in NATIVE:
     return AutoConfig.from_pretrained(folder)
   config = read(folder)
-  if family == "dream":
-    return Qwen2Config(**{key: value for key, value in config.items() if key not in ("model_type", "auto_map")})
+  if not family.startswith("llada"):
+    kind = KINDS.get(family, (LlamaConfig,))[0]
+    return kind(**{key: value for key, value in config.items() if key not in ("model_type", "auto_map")})
   return LlamaConfig(
     vocab_size=config["embedding_size"],
     hidden_size=config["d_model"],
@@ -115,8 +126,7 @@ def transformers_model(
   family: str, folder: Path, weights: dict[str, np.ndarray], dtype: torch.dtype, attention: str = "eager"
 ) -> nn.Module:
   """The model of transformers, every tensor of it loaded and every tensor of the folder used."""
-  kinds = {"dream": Qwen2ForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
-  kind = kinds.get(family, LlamaForCausalLM)
+  kind = KINDS.get(family, (LlamaConfig, LlamaForCausalLM))[1]
   config = transformers_config(family, folder)
   tensors = {renamed(name): value for name, value in tensors_of(weights).items()}
   assert len(tensors) == len(weights)
@@ -140,20 +150,23 @@ def transformers_model(
   return model.eval()
 
 
-def bidirectional(valid: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-  """The additive mask [B 1 L L] under which every query sees every valid key."""
-  length = valid.shape[1]
-  mask = torch.zeros(valid.shape, dtype=dtype).masked_fill(~valid, torch.finfo(dtype).min)
-  return mask[:, None, None, :].expand(-1, 1, length, -1).contiguous()
+def visible(valid: torch.Tensor, dtype: torch.dtype, block: int | None) -> torch.Tensor:
+  """The additive mask [B 1 L L] under which a query sees every valid key of its own and of earlier blocks.
+
+  Without a block length it sees all valid keys.
+  """
+  of = torch.arange(valid.shape[1]) // (block or valid.shape[1])
+  seen = valid[:, None, None, :] & (of[None, :] <= of[:, None])
+  return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def logits_of(model: nn.Module, tokens: torch.Tensor, valid: torch.Tensor) -> np.ndarray:
+def logits_of(model: nn.Module, tokens: torch.Tensor, valid: torch.Tensor, block: int | None = None) -> np.ndarray:
   """Logits at every position, float32, whatever the model computes in."""
   dtype = next(model.parameters()).dtype
   with torch.no_grad():
     out = model(
       input_ids=tokens,
-      attention_mask=bidirectional(valid, dtype),
+      attention_mask=visible(valid, dtype, block),
       position_ids=torch.arange(tokens.shape[1])[None].expand(tokens.shape),
       use_cache=False,
     )
@@ -215,18 +228,30 @@ class Llada(nn.Module):
     return type("Output", (), {"logits": parts.ff_out(parts.ln_f(x))})
 
 
-def check(model: nn.Module, tokens: torch.Tensor, valid: torch.Tensor, logits: np.ndarray) -> None:
-  """That the last token reaches the first positions of every row, and that padding reaches no valid one."""
+def check(model: nn.Module, tokens: torch.Tensor, valid: torch.Tensor, logits: np.ndarray, block: int | None) -> None:
+  """That the last token reaches the first positions of its block, and that padding reaches no valid one."""
+  length, keep = tokens.shape[1], valid.numpy()
+  size = block or length
   later = tokens.clone()
   later[:, -1] = (later[:, -1] + 1) % logits.shape[-1]
-  moved = np.abs(logits_of(model, later, valid) - logits).max(-1)
-  firsts = max(LENGTHS) - np.asarray(LENGTHS)
+  moved = np.abs(logits_of(model, later, valid, block) - logits).max(-1)
+  last = (length - 1) // size * size
+  firsts = np.maximum(length - np.asarray(LENGTHS), last)
   assert (moved[np.arange(len(LENGTHS)), firsts] > 1e-3).all(), moved
+  assert (moved[:, :last][keep[:, :last]] == 0).all(), "a block sees a later one"
+  for end in range(size, length, size):  # a block is the end of a shorter canvas on which attention goes both ways
+    start, seen = end - size, keep[:, end - size : end]
+    shorter = logits_of(model, tokens[:, :end], valid[:, :end], block)[:, start:]
+    assert np.abs(shorter - logits[:, start:end])[seen].max(initial=0) < 1e-5
+    if start == 0:
+      whole = logits_of(model, tokens[:, :end], valid[:, :end])
+      assert np.abs(whole - logits[:, :end])[seen].max(initial=0) < 1e-5
   other = torch.where(valid, tokens, (tokens + 1) % logits.shape[-1])
-  keep = valid.numpy()
-  assert np.array_equal(logits_of(model, other, valid)[keep], logits[keep])
-  alone = logits_of(model, tokens[1:2, firsts[1] :], valid[1:2, firsts[1] :])[0]
-  assert np.abs(alone - logits[1, firsts[1] :]).max() < 1e-5, "rotary positions are relative, yet padding shifts them"
+  assert np.array_equal(logits_of(model, other, valid, block)[keep], logits[keep])
+  begin = length - LENGTHS[1]
+  cut = begin if block is None else begin // block * block
+  alone = logits_of(model, tokens[1:2, cut:], valid[1:2, cut:], block)[0, begin - cut :]
+  assert np.abs(alone - logits[1, begin:]).max() < 1e-5, "rotary positions are relative, yet padding shifts them"
 
 
 def family_golden(family: str, scratch: Path) -> dict[str, float]:
@@ -235,9 +260,9 @@ def family_golden(family: str, scratch: Path) -> dict[str, float]:
   weights = folders.write(folder, family)
   model = transformers_model(family, folder, weights, torch.float32)
   tokens, valid = batch_of(folders.SIZES[family]["vocab"])
-  keep = valid.numpy()
-  logits = logits_of(model, tokens, valid)
-  check(model, tokens, valid, logits)
+  keep, block = valid.numpy(), BLOCKS.get(family)
+  logits = logits_of(model, tokens, valid, block)
+  check(model, tokens, valid, logits, block)
 
   others = [transformers_model(family, folder, weights, torch.float32, "sdpa")]
   if family in NATIVE:
@@ -245,11 +270,11 @@ def family_golden(family: str, scratch: Path) -> dict[str, float]:
   if family == "llada":
     others.append(Llada(read(folder)).eval())
     others[-1].load_state_dict(tensors_of(weights), strict=True)
-  agree = [float(np.abs(logits_of(other, tokens, valid) - logits)[keep].max()) for other in others]
+  agree = [float(np.abs(logits_of(other, tokens, valid, block) - logits)[keep].max()) for other in others]
   assert max(agree) < 1e-5, agree
 
   half = transformers_model(family, folder, weights, torch.bfloat16)
-  error = np.abs(logits_of(half, tokens, valid) - logits)[keep]
+  error = np.abs(logits_of(half, tokens, valid, block) - logits)[keep]
   np.savez_compressed(
     GOLDENS / f"{family}.npz", tokens=tokens.numpy().astype(np.int32), valid=keep, logits=logits.astype(np.float32)
   )

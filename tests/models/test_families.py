@@ -10,6 +10,7 @@ from d1jax.models.families import PRESETS, describe, llada, with_rows
 from d1jax.models.layers import RopeScaling
 from d1jax.models.transformer import TransformerSize
 from tests.models import folders
+from tests.models.configs import BLOCKS
 
 HUB_FAMILIES = ("dream", "qwen2", "llama", "llama_tied")
 
@@ -35,11 +36,15 @@ def test_sizes_of_small_folders(folder_of, family):
     s[name] for name in ("vocab", "embed", "heads", "mlp", "layers")
   )
   assert (size.key_value_heads, size.head_size) == (s["kv_heads"], s["head_size"])
-  assert size.qkv_bias == (family in ("dream", "qwen2"))
-  assert size.tied == (family in ("qwen2", "llama_tied"))
-  assert found.shift == (0 if family.startswith("llada") else 1)
-  assert found.mask_id == (s["vocab"] - 4 if family.startswith(("llada", "dream")) else None)
-  assert found.family.model_type == family.removesuffix("_llama_names").removesuffix("_tied")
+  assert size.qkv_bias == (family in folders.BIASED)
+  assert size.tied == (family in folders.TIED)
+  assert found.shift == (0 if family.startswith(("llada", "a2d_qwen3", "sdar", "illada")) else 1)
+  assert found.mask_id == (s["vocab"] - 4 if family in folders.WITH_MASK else None)
+  assert found.block == (BLOCKS[family] if family == "fast_dllm_qwen" else None)
+  assert found.family.block_causal == (family in BLOCKS)
+  assert found.family.masked == (family in ("sdar", "fast_dllm_qwen", "illada"))
+  expected = family.removesuffix("_llama_names").removesuffix("_tied").replace("a2d_", "a2d-")
+  assert found.family.model_type == expected
   assert found.config == json.loads((folder_of(family) / "config.json").read_text())
 
 
@@ -60,6 +65,23 @@ def test_the_real_configurations(name, preset, family, shift, mask_id, parameter
   assert shapes(found.size) == shapes(PRESETS[preset])
   for value in ("rope_theta", "norm_eps", "key_value_heads", "qkv_bias", "tied", "rope_scaling"):
     assert getattr(found.size, value) == getattr(PRESETS[preset], value), value
+
+
+@pytest.mark.parametrize(
+  ("preset", "parameters"),
+  [
+    ("qwen3_0.6b", 596_049_920),
+    ("qwen3_1.7b", 1_720_574_976),
+    ("sdar_1.7b", 1_720_574_976 + 151936 * 2048),  # its head is its own, unlike that of Qwen3-1.7B and Qwen3-4B
+    ("sdar_4b", 4_022_468_096 + 151936 * 2560),
+    ("sdar_8b", 8_190_735_360),
+    ("fast_dllm_1.5b", 1_543_714_304),
+    ("fast_dllm_7b", 7_615_616_512),
+  ],
+)
+def test_the_parameters_of_presets_are_those_of_the_models_that_they_came_from(preset, parameters):
+  assert transformer.parameter_count(transformer.build(PRESETS[preset])) == parameters
+  assert PRESETS[preset].head_size == 128
 
 
 def test_dreams_parameters_by_arithmetic():
@@ -135,6 +157,10 @@ HUB_CHANGES = [
   ("hidden_act", "gelu"),
   ("attention_bias", True),
   ("attention_dropout", 0.1),
+  ("block_size", 0),
+  ("block_size", "4"),
+  ("block_size", 4.0),
+  ("block_size", True),
   ("mlp_bias", True),
   ("use_sliding_window", True),
   ("use_mrope", True),
@@ -175,7 +201,8 @@ def test_what_the_others_configurations_may_not_say(folder_of, family, key, valu
   ("family", "key"),
   [("llada", k) for k in ("model_type", "d_model", "n_heads", "n_layers")]
   + [("qwen2", k) for k in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size")]
-  + [("qwen2", "num_hidden_layers")],
+  + [("qwen2", "num_hidden_layers")]
+  + [("illada", k) for k in ("rope_theta", "rms_norm_eps", "tie_word_embeddings")],
 )
 def test_a_missing_key_is_named(folder_of, family, key):
   folder = folder_of(family, **{key: ...})
@@ -195,6 +222,9 @@ def test_a_missing_key_is_named(folder_of, family, key):
     ("qwen2", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-6}),
     ("qwen2", {"tie_word_embeddings": ...}, {"tied": False}),
     ("qwen3", {"head_dim": ..., "rope_theta": ...}, {"head_dim": 128, "rope_theta": 10000.0}),
+    ("a2d_qwen3", {"head_dim": ..., "tie_word_embeddings": ...}, {"head_dim": 128, "tied": False}),
+    ("sdar", {"head_dim": ..., "rope_theta": ...}, {"head_dim": 128, "rope_theta": 10000.0}),
+    ("fast_dllm_qwen", {"rope_theta": ..., "tie_word_embeddings": ...}, {"rope_theta": 10000.0, "tied": False}),
     ("dream", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-6}),
     ("llada", {"rope_theta": ..., "rms_norm_eps": ...}, {"rope_theta": 10000.0, "norm_eps": 1e-5}),
     ("llada", {"mlp_hidden_size": None}, {"mlp": 256}),

@@ -10,6 +10,7 @@ from flax import nnx
 
 from d1jax.aot import collectives, hlo
 from d1jax.models import layers
+from d1jax.models.visibility import BlockCausal, TwoStreams
 from d1jax.parallel import mesh as meshes
 
 SIZE = layers.TransformerSize(vocab=4, embed=8, heads=2, mlp=12, layers=1, rope_theta=100.0, kv_heads=1, head_dim=6)
@@ -40,7 +41,7 @@ def test_rms_norm_casts_back_before_it_scales():
 
 
 def turned(x, theta):
-  return layers.rotary(x, layers.rotary_frequencies(x.shape[-1] // 2, theta))
+  return layers.rotary(x, layers.rotary_frequencies(x.shape[-1] // 2, theta), jnp.arange(x.shape[1]))
 
 
 @pytest.mark.parametrize("theta", [100.0, 5e5])
@@ -56,12 +57,10 @@ def test_rotary_turns_coordinate_i_with_coordinate_i_plus_half(theta):
   np.testing.assert_allclose(turned(jnp.asarray(x), theta), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("start", [3, jnp.asarray(3)], ids=["static", "array"])
-def test_rotary_starts_where_it_is_told(start):
-  x = jnp.asarray(random(2, 7, 3, 8))
-  frequency = layers.rotary_frequencies(4, 100.0)
-  found = layers.rotary(x[:, 3:5], frequency, start)
-  np.testing.assert_array_equal(found, layers.rotary(x, frequency)[:, 3:5])
+def test_rotary_turns_each_row_by_its_own_position():
+  x, frequency = jnp.asarray(random(2, 7, 3, 8)), layers.rotary_frequencies(4, 100.0)
+  found = layers.rotary(x[:, [5, 3]], frequency, jnp.asarray([5, 3]))
+  np.testing.assert_array_equal(found, layers.rotary(x, frequency, jnp.arange(7))[:, [5, 3]])
 
 
 def test_rotary_scores_depend_on_distance_alone():
@@ -100,14 +99,6 @@ def test_fewer_queries_than_keys():
   np.testing.assert_allclose(layers.plain_attention(q[:, 1:3], k, v, visible), whole[:, 1:3], rtol=1e-6, atol=1e-6)
 
 
-ORDERS = {
-  "both ways": np.zeros(7, int),
-  "causal": np.arange(7),
-  "block-causal": np.arange(7) // 3,
-  "any": np.asarray([2, 0, 2, 5, 1, 1, -3]),
-}
-
-
 def looped(q, k, v, seen):
   """Softmax attention, a row, a head and a query at a time; `seen[b, t, s]`."""
   out = np.zeros(q.shape)
@@ -118,33 +109,38 @@ def looped(q, k, v, seen):
   return out
 
 
-@pytest.mark.parametrize("name", ORDERS)
+RULES = {"both ways": None, "causal": BlockCausal(1), "blocks": BlockCausal(3), "two streams": TwoStreams(2, 4, 2)}
+SEGMENTS = np.asarray([[1, 1, 1, 2, 2, 2, 2], [3] * 7])
+
+
+@pytest.mark.parametrize("segment", [None, SEGMENTS], ids=["alone", "packed"])
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("window", [slice(0, 7), slice(2, 6)], ids=str)
-def test_a_query_sees_the_valid_keys_that_stand_no_later_in_the_order(name, window):
-  order = ORDERS[name]
+def test_a_query_sees_the_valid_keys_of_its_segment_that_the_rule_allows(name, window, segment):
+  rule, index = RULES[name], np.arange(7)
   valid = np.asarray([[True] * 7, [False, False, True, True, True, True, True]])
   q, k, v = (random(2, 7, 3, 4, seed=s) for s in range(3))
-  seen = valid[:, None, :] & (order[None, None, :] <= order[None, window, None])
+  allowed = np.ones((7, 7), bool) if rule is None else rule(index[:, None], index[None])
+  seen = valid[:, None, :] & allowed[None, window]
+  if segment is not None:
+    seen = seen & (segment[:, window, None] == segment[:, None, :])
   keep = seen.any(-1)
   expected = looped(q[:, window], k, v, np.where(keep[..., None], seen, True))
-  visible = layers.Visible(jnp.asarray(valid), jnp.asarray(order[window]), jnp.asarray(order))
+  visible = layers.Visible(jnp.asarray(valid), rule, window.start, None if segment is None else jnp.asarray(segment))
   found = np.asarray(layers.plain_attention(*map(jnp.asarray, (q[:, window], k, v)), visible))
   np.testing.assert_allclose(found[keep], expected[keep], rtol=1e-5, atol=1e-5)
   assert np.isfinite(found).all(), "a query that sees nothing"
-  if name == "both ways":
-    plain = layers.plain_attention(*map(jnp.asarray, (q[:, window], k, v)), layers.Visible(jnp.asarray(valid)))
-    np.testing.assert_array_equal(found, plain)
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_what_is_kept_is_handed_through_a_block():
   block = layers.Block(SIZE, dtype=jnp.float32, rngs=nnx.Rngs(0))
   x = jnp.asarray(random(2, 3, 8))
-  _, (q, k, v) = block(x, 4, lambda q, k, v: (jnp.zeros_like(q), (q, k, v)))
+  _, (q, k, v) = block(x, 4 + jnp.arange(3), lambda q, k, v: (jnp.zeros_like(q), (q, k, v)))
   assert (q.shape, k.shape, v.shape) == ((2, 3, 2, 6), (2, 3, 1, 6), (2, 3, 1, 6))
   normed = block.attention_norm(x)
   expected = (normed @ block.attention.key[...]).reshape(2, 3, 1, 6)
-  turned_from_4 = layers.rotary(expected, layers.rotary_frequencies(3, 100.0), 4)
+  turned_from_4 = layers.rotary(expected, layers.rotary_frequencies(3, 100.0), 4 + jnp.arange(3))
   np.testing.assert_allclose(k, turned_from_4, rtol=1e-5, atol=1e-6)
 
 
@@ -191,7 +187,7 @@ def test_attention_projects_adds_biases_turns_and_mixes(bias):
   mixed = np.asarray(layers.plain_attention(q, k, v, layers.Visible(valid))).reshape(2, 5, 12)
   expected = mixed @ np.asarray(layer.out[...])
   graph, weights = nnx.split(layer)
-  found = jax.jit(lambda weights: nnx.merge(graph, weights)(x, 0, attending(valid))[0])(weights)
+  found = jax.jit(lambda weights: nnx.merge(graph, weights)(x, jnp.arange(x.shape[1]), attending(valid))[0])(weights)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -276,7 +272,7 @@ def test_weights_are_float32_whatever_the_compute_type():
   block = layers.Block(dataclasses.replace(SIZE, qkv_bias=True), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(block))} == {jnp.dtype("float32")}
   x = jnp.asarray(random(1, 3, 8), jnp.bfloat16)
-  out, _ = jax.eval_shape(lambda x: block(x, 0, attending(jnp.ones((1, 3), bool))), x)
+  out, _ = jax.eval_shape(lambda x: block(x, jnp.arange(3), attending(jnp.ones((1, 3), bool))), x)
   assert (out.shape, out.dtype) == (x.shape, jnp.bfloat16)
 
 

@@ -255,7 +255,7 @@ def test_a_configuration_of_another_model_is_refused(damaged):
   refused(folder, "blocks.2.", "missing")
   folders.edit_config(folder, n_layers=1)
   refused(folder, "blocks.1.", "unknown")
-  config = folders.dream_config(folders.SIZES["llada"], "float32")
+  config = folders.CONFIGS["dream"](folders.SIZES["llada"], "float32")
   (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
   refused(folder, "model.layers.", "missing")
 

@@ -25,7 +25,7 @@ MIB = 2**20
 def large(tmp_path_factory):
   """A LLaDA of more than 1 GiB in bfloat16, written a file at a time; the folder, and its largest tensor's bytes."""
   folder = tmp_path_factory.mktemp("large")
-  (folder / "config.json").write_text(json.dumps(folders.llada_config(SIZE, "bfloat16")), encoding="utf-8")
+  (folder / "config.json").write_text(json.dumps(folders.CONFIGS["llada"](SIZE, "bfloat16")), encoding="utf-8")
   shapes = folders.llada_shapes(SIZE)
   homes = {name: f"model-{i % SHARDS:05d}.safetensors" for i, name in enumerate(sorted(shapes))}
   rng = np.random.default_rng(0)

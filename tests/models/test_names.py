@@ -64,7 +64,7 @@ def test_stored_shapes_are_those_of_pytorch(preset, scheme, real_sizes, biases):
 def test_qwen3_is_stored_as_pytorch_stores_it():
   """Of Qwen3-8B, which has as many tensors as SDAR-8B."""
   sizes = dict(vocab=151936, embed=4096, heads=32, kv_heads=8, head_size=128, mlp=12288, layers=36)
-  config = folders.qwen3_config(sizes, "bfloat16")
+  config = folders.CONFIGS["qwen3"](sizes, "bfloat16")
   size = FAMILIES["qwen3"].size(config)
   found = {tensor: shape for tensor, _, _, shape in tensors_of(size, FAMILIES["qwen3"].schemes[0])}
   assert found == folders.shapes_of("qwen3", sizes)

@@ -1,7 +1,6 @@
 """What it takes to add a family: its file, here the first part of this one, and nothing else."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from d1jax.diffusion.denoiser import Denoiser
+from d1jax.model import build_denoiser
 from d1jax.models import families, load, lora, peft, save
 from d1jax.models.families import FAMILIES, llama
 from d1jax.models.family import Family, positive, sizes
@@ -69,7 +68,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_every_file_of_the_folder_is_a_family_and_no_two_are_the_same():
   found = {path.stem for path in families.Path(families.__file__).parent.glob("*.py")} - {"__init__"}
-  assert found == set(FAMILIES)
+  assert found == {model_type.replace("-", "_") for model_type in FAMILIES}
   presets = [name for family in FAMILIES.values() for name in family.presets]
   assert len(presets) == len(set(presets)) == len(families.PRESETS)
 
@@ -104,18 +103,10 @@ def test_the_layer_of_a_family_is_its_own(folder):
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
-def test_another_mask_is_an_order_that_its_denoiser_passes_on(folder):
+def test_another_mask_is_a_rule_that_its_denoiser_passes_on(folder):
   """With `block`, a position's block and all before it are seen: the one thing that other rooms are told."""
-  loaded, order = load.load(folder, jnp.float32), jnp.arange(8) // 4
-  denoiser = Denoiser(
-    encode=functools.partial(loaded.network.encode, order=order),
-    head=loaded.network.head,
-    mask_id=39,
-    stop_ids=(),
-    forbidden_ids=(39,),
-    vocab=40,
-    block=4,
-  )
+  loaded = load.load(folder, jnp.float32)
+  denoiser = build_denoiser(loaded.network, mask_id=39, stop_ids=(), known_ids=40, block=4)
   encode = jax.jit(denoiser.encode)
   before, after = (encode(loaded.params, tokens, VALID) for tokens in (TOKENS, TOKENS.at[:, 4].add(1) % 40))
   np.testing.assert_array_equal(before[:, :4], after[:, :4])

@@ -142,20 +142,42 @@ def test_a_grown_vocabulary_is_in_the_configuration_and_reads_back(tmp_path, fam
   jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
 
 
+@pytest.mark.parametrize(
+  ("family", "block", "key", "found"),
+  [
+    ("sdar", 4, "block_size", 4),
+    ("qwen3", 8, "block_size", 8),  # a causal start that was grown
+    ("fast_dllm_qwen", None, "bd_size", 4),
+    ("fast_dllm_qwen", 8, "bd_size", 8),
+    ("sdar", None, "block_size", None),
+  ],
+)
+def test_the_block_length_is_in_the_configuration(tmp_path, family, block, key, found):
+  """So that the export is read back without a flag."""
+  folders.write(tmp_path / "source", family)
+  loaded = load.load(tmp_path / "source", jnp.float32)
+  save.export(
+    tmp_path / "out", loaded.params, loaded.network.size, source=tmp_path / "source", token_ids={}, block=block
+  )
+  after = config_of(tmp_path / "out")
+  assert after == config_of(tmp_path / "source") | ({} if found is None else {key: found})
+  assert families.describe(tmp_path / "out").block == found
+
+
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_a_network_from_no_folder_becomes_a_llada(tmp_path):
   size = transformer.TransformerSize(vocab=40, embed=32, heads=4, mlp=48, layers=2, rope_theta=77.0, kv_heads=2)
   network = transformer.build(size)
   params = jax.jit(network.init)(jax.random.key(0))
   ids = {"mask_token_id": 38, "eos_token_id": 1, "pad_token_id": 2}
-  save.export(tmp_path / "out", params, size, source=None, token_ids=ids)
+  save.export(tmp_path / "out", params, size, source=None, token_ids=ids, block=8)
   files = TensorFiles(tmp_path / "out")
   assert set(files.dtypes.values()) == {"F32"}
   assert files.shapes == folders.llada_shapes(
     dict(vocab=40, embed=32, heads=4, kv_heads=2, head_size=8, mlp=48, layers=2)
   )
   again = load.load(tmp_path / "out", jnp.float32)
-  assert again.description.family.model_type == "llada"
+  assert (again.description.family.model_type, again.description.block) == ("llada", 8)
   assert {name: again.description.config[name] for name in ids} == ids
   assert again.description.size == size.__class__(**{**vars(size), "kv_heads": 2})
   tokens, valid = jnp.arange(12, dtype=jnp.int32).reshape(2, 6), jnp.ones((2, 6), bool)

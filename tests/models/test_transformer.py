@@ -10,6 +10,7 @@ import pytest
 from d1jax.models import layers, transformer
 from d1jax.models.families import PRESETS
 from d1jax.models.transformer import TransformerSize, build, parameter_count
+from d1jax.models.visibility import BlockCausal
 from tests.models import forward
 
 SIZE = TransformerSize(vocab=11, embed=16, heads=2, mlp=24, layers=3, rope_theta=50.0)
@@ -173,14 +174,14 @@ def test_every_position_sees_every_other(logits, params):
 
 
 BLOCK = 3
-ORDER = jnp.arange(9) // BLOCK
+RULE = BlockCausal(BLOCK)
 
 
-def windows(network, params, tokens, valid, order):
+def windows(network, params, tokens, valid):
   """Hidden states of a canvas, a block at a time from left to right on a cache; nothing is refreshed."""
   cache, found = network.init_cache(valid), []
   for start in range(0, tokens.shape[1], BLOCK):
-    hidden, cache = network.encode_window(params, tokens[:, start : start + BLOCK], start, cache, order)
+    hidden, cache = network.encode_window(params, tokens[:, start : start + BLOCK], start, cache, RULE)
     found.append(hidden)
   return jnp.concatenate(found, axis=1)
 
@@ -188,9 +189,9 @@ def windows(network, params, tokens, valid, order):
 def test_a_later_block_changes_no_bit_of_an_earlier_one(network, params, batch):
   encode = jax.jit(network.encode)
   tokens, valid = batch
-  base = np.asarray(encode(params, tokens, valid, order=ORDER))
+  base = np.asarray(encode(params, tokens, valid, rule=RULE))
   for position in range(9):
-    changed = np.asarray(encode(params, tokens.at[0, position].set((tokens[0, position] + 1) % 11), valid, order=ORDER))
+    changed = np.asarray(encode(params, tokens.at[0, position].set((tokens[0, position] + 1) % 11), valid, rule=RULE))
     moved = np.abs(changed - base).max(-1)[0]
     block = position // BLOCK * BLOCK
     assert not moved[:block].any()
@@ -198,13 +199,13 @@ def test_a_later_block_changes_no_bit_of_an_earlier_one(network, params, batch):
 
 
 def test_blocks_that_are_computed_one_by_one_are_the_canvas(network, params, batch):
-  """With a block-causal order the cache is exact: what is behind a block, zeros here, is not seen."""
+  """With a block-causal rule the cache is exact: what is behind a block, zeros here, is not seen."""
   encode, keep = jax.jit(network.encode), np.asarray(batch[1])
-  found = jax.jit(functools.partial(windows, network))(params, *batch, ORDER)
-  expected = encode(params, *batch, order=ORDER)
+  found = jax.jit(functools.partial(windows, network))(params, *batch)
+  expected = encode(params, *batch, rule=RULE)
   np.testing.assert_allclose(np.asarray(found)[keep], np.asarray(expected)[keep], rtol=1e-5, atol=1e-5)
   both_ways = encode(params, *batch)
-  np.testing.assert_array_equal(encode(params, *batch, order=jnp.zeros(9, jnp.int32)), both_ways)
+  np.testing.assert_array_equal(encode(params, *batch, rule=BlockCausal(9)), both_ways)
   assert np.abs(np.asarray(both_ways - expected))[keep].mean() > 0.01
 
 

@@ -15,6 +15,7 @@ from d1jax import model
 from d1jax.models import transformer
 from d1jax.models.layers import Visible, plain_attention
 from d1jax.models.transformer import TransformerSize
+from d1jax.models.visibility import BlockCausal
 from d1jax.parallel import attention as kernels
 from d1jax.parallel.mesh import MESH_AXES, RULES, constrainer, make_mesh, sharding, shardings
 from d1jax.run import experiment as experiments
@@ -137,17 +138,16 @@ def test_what_splash_attention_does_not_serve_is_plain(interpreted, t, h):
   assert not interpreted
 
 
-def ordered(inputs, block):
-  """The same inputs, seen backwards across blocks."""
+def ruled(inputs, rule):
+  """The same inputs under a rule; the queries are the last ones."""
   q, k, v, visible = inputs
-  order = jnp.arange(k.shape[1]) // block
-  return q, k, v, Visible(visible.valid, order[-q.shape[1] :], order)
+  return q, k, v, Visible(visible.valid, rule, k.shape[1] - q.shape[1])
 
 
 @pytest.mark.parametrize(("kernel", "served"), [("splash", "_served_by_splash"), ("cudnn", "_served_by_cudnn")])
-def test_an_order_is_left_to_plain_attention(interpreted, monkeypatch, kernel, served):
+def test_a_rule_is_left_to_plain_attention(interpreted, monkeypatch, kernel, served):
   monkeypatch.setattr(kernels, served, lambda x: True)
-  inputs = ordered(arrays(128, 130), 4)
+  inputs = ruled(arrays(128, 130), BlockCausal(4))
   found = getattr(kernels, f"{kernel}_attention")(*inputs)
   np.testing.assert_array_equal(found, plain_attention(*inputs))
   assert np.abs(np.asarray(found - plain_attention(*inputs[:3], Visible(inputs[3].valid)))).mean() > 0.01
@@ -156,10 +156,10 @@ def test_an_order_is_left_to_plain_attention(interpreted, monkeypatch, kernel, s
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 1, 4)], ids=str)
 @pytest.mark.parametrize("length", [24, 10])
-def test_devices_that_share_an_attention_keep_the_order(sizes, length):
-  """Each has its queries' part of the order; lengths that the mesh does not divide are left to XLA."""
+def test_devices_that_share_an_attention_keep_the_rule(sizes, length):
+  """Each knows where its queries begin; lengths that the mesh does not divide are left to XLA."""
   attention = kernels.per_device(plain_attention, mesh_of(*sizes), RULES)
-  assert_agree(attention, ordered(arrays(length, 24, b=4, n=4, k=2), 5))
+  assert_agree(attention, ruled(arrays(length, 24, b=4, n=4, k=2), BlockCausal(5)))
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,13 @@ def test_a_wrong_value_is_refused(flag, message):
     chosen(flag)
 
 
+@pytest.mark.parametrize("mode", ["eval", "generate"])
+def test_the_block_length_of_a_folder_is_set_where_it_is_sampled_with(mode):
+  config = jobs.load(mode)
+  fields.choose(config, fields.take_flags(["--config.model.block=4"])[0])
+  assert config.bare.model.block == 4
+
+
 def test_a_field_of_another_mode_is_refused():
   flags, _ = fields.take_flags(["--config.grpo.dump_every=1"])
   with pytest.raises(ValueError, match=r"this configuration has no field grpo\.dump_every"):

@@ -29,6 +29,8 @@ WRONG = [
   ("grpo", "grpo.warmup_steps", -1),
   ("grpo", "grpo.dump_every", -1),
   ("grpo", "evaluation.batch_size", -5),
+  ("grpo", "model.block", 0),
+  ("grpo", "model.block", 2.5),
   ("grpo", "model.unroll", 0),
   ("grpo", "model.unroll", -1),
   *(("grpo", f"model.overrides.{name}", 0) for name in ("layers", "mlp", "embed", "heads")),

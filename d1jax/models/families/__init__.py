@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from d1jax.files import FileError, read_json
-from d1jax.models.family import Config, Family, shown
+from d1jax.models.family import Config, Family, count, shown
 from d1jax.models.layers import TransformerSize
 
 FAMILIES: dict[str, Family] = {
@@ -52,6 +52,12 @@ class Description:
     """The id of the mask token; None for a causal model that has none yet."""
     return self.config.get("mask_token_id")
 
+  @property
+  def block(self) -> int | None:
+    """The length of the blocks inside which attention goes both ways; None if config.json states none."""
+    key = self.family.block_key
+    return None if self.config.get(key) is None else count(self.config, key)
+
 
 def describe(folder: Path) -> Description:
   """Reads a folder's config.json.
@@ -77,7 +83,9 @@ def describe(folder: Path) -> Description:
         f"quantization_config={shown.repr(config['quantization_config'])} is not supported: fetch the unquantised"
         " model, or take the key out of config.json if the weights are not quantised"
       )
-    return Description(family, family.size(config), config)
+    found = Description(family, family.size(config), config)
+    _ = found.block  # is checked
+    return found
   except KeyError as error:
     raise ValueError(f"{path}: {error} is missing") from None
   except (TypeError, ValueError) as error:
