@@ -35,15 +35,15 @@ _one_at_a_time = threading.Lock()
 class Fork(subprocess.Popen):
   """`python -m MODULE ARGUMENTS` of a module that has a function `main`; it takes what Popen takes."""
 
-  def __init__(self, arguments: list[str], *, largest_file: int | None = None, **more: Any) -> None:
-    """Starts it; no file that it writes may grow beyond `largest_file` bytes."""
-    self._largest_file = largest_file
+  def __init__(self, arguments: list[str], *, largest_file_kib: int | None = None, **more: Any) -> None:
+    """Starts it; no file that it writes may grow beyond `largest_file_kib`."""
+    self._largest_file_kib = largest_file_kib
     super().__init__(arguments, **more)
 
   def _execute_child(self, args, executable, preexec, close, passed, cwd, env, info, flags, shell, *pipes_and_more):
     _, _, _, out, _, err = pipes_and_more[:6]
     imported = {name: env[name] for name in sorted(env) if name.startswith(("JAX_", "PYTHON")) and name != SEVERAL}
-    asked = {"arguments": args, "cwd": os.fspath(cwd), "environment": env, "largest_file": self._largest_file}
+    asked = {"arguments": args, "cwd": os.fspath(cwd), "environment": env, "largest_file_kib": self._largest_file_kib}
     with _one_at_a_time:
       server = _server(next(_turn) % 2, json.dumps(imported))
       _adopt(True)
@@ -113,8 +113,8 @@ def _become(asked: dict[str, Any]) -> None:
   os.chdir(asked["cwd"])
   os.environ.clear()
   os.environ.update(asked["environment"])
-  if (limit := asked["largest_file"]) is not None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+  if (limit := asked["largest_file_kib"]) is not None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * limit, 1024 * limit))
   import jax
 
   jax.config.update(SEVERAL.lower(), float(os.environ[SEVERAL]))
