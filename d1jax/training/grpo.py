@@ -112,7 +112,7 @@ def advancer(
     if dump_every and iteration % dump_every == 0:
       dump.write(workdir / "rollouts", iteration, chunks, visit, advantages)
     sizes = {
-      "tokens": float(batch.record.size * chunks[0].completion.shape[1]),
+      "tokens": float(batch.record.size * programs.sampler.completion_length),
       "reshard_bytes": float(programs.publish_bytes),
       "cost/grading_overlapped": visit.overlapped,
     }
