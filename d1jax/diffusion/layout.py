@@ -83,6 +83,34 @@ def lay_out(
   return jnp.take_along_axis(tokens, columns, axis=1), jnp.take_along_axis(valid, columns, axis=1)
 
 
+def learned(
+  denoiser: Denoiser, prompt_valid: Bool[Array, "B P"], completion: Int[Array, "B C"], fill: int
+) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
+  """Completions as `lay_out` takes them, and which of their tokens supervised fine-tuning learns.
+
+  With full attention these are the completions themselves, and all tokens. The sampler of a block-causal network ends a
+  row after the block with its first stop id: a row learns the tokens up to the end of this block, and none behind it.
+  An answer without a stop id was cut, and nothing is learned behind its cut. So a row learns the same tokens, however
+  far its completion is padded.
+
+  Args:
+    denoiser: whose blocks count.
+    prompt_valid: false at padding.
+    completion: answers of any length, padded with `fill`.
+    fill: the end-of-sequence token, which fills the last block.
+  """
+  length, block = completion.shape[1], denoiser.block
+  if block is None:
+    return completion, jnp.ones(completion.shape, bool)
+  width = -(-length // block) * block + block
+  tokens = jnp.pad(completion, ((0, 0), (0, width - length)), constant_values=fill)
+  number, column = block_of(denoiser, prompt_valid, width, block), jnp.arange(width)[None, :]
+  stops = jnp.isin(tokens, jnp.asarray(denoiser.stop_ids, jnp.int32)) & (column < length)
+  last = jnp.min(jnp.where(stops, number, width), axis=1, keepdims=True)
+  on_canvas = column < width - block + moved(denoiser, prompt_valid)[:, None]
+  return tokens, jnp.where(last < width, (number <= last) & on_canvas, column < length)
+
+
 def block_of(denoiser: Denoiser, prompt_valid: Bool[Array, "B P"], width: int, size: int) -> Int[Array, "#B W"]:
   """The number of the block of `size` tokens, as the sampler counts them, in which each recorded token stands."""
   if denoiser.block is None:
