@@ -40,7 +40,7 @@ ROWS_A_CHIP = 12
 STRONG_ROWS = 768
 ROLLOUTS = ("v5e:2x4", "v5p:2x2x4", "v6e:4x4")
 LENGTH, STEPS = 1024, 512
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
   "LLaDA-8B, exact": {"model.size": "llada_8b"},
   "SDAR-8B, blocks of 4": {"model.size": "sdar_8b", "model.block": 4, "rollout.block_length": 4},
   "SDAR-8B, blocks of 32": {"model.size": "sdar_8b", "model.block": 32, "rollout.block_length": 32},
