@@ -12,6 +12,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN = $(VENV)/bin/python
 ARGS ?=
 
+# Where it is set, each of the many processes of the tests would translate every file anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train test test-slow test-long lint docs setup clean
 
 train: setup

@@ -2,9 +2,10 @@
 
 `--config=configs/grpo.py:WORDS`, words separated by commas: what is trained (`tiny`, the default; `smoke`; `lora`,
 adapters on a downloaded model; `full`, all weights of one), a task (`sudoku`, the default; `countdown`, `gsm8k`,
-`math`), or several, which are mixed, and a method (`d1`, the default; `wd1`, `coupled`, `espo`, `gdpo`, `spg`,
-`stepmerge`, `tracerl`, `agrpo`, `justgrpo`; docs/methods.md). Any field can be set on the command line:
-`--config.grpo.learning_rate=1e-4`. docs/configuration.md lists more fields, which few people set.
+`math`), or several, which are mixed, `block` for a block-causal network, and a method (`d1`, the default; `wd1`,
+`coupled`, `espo`, `gdpo`, `spg`, `stepmerge`, `tracerl`, `ebpo`, `agrpo`, `justgrpo`; docs/methods.md). Any field can
+be set on the command line: `--config.grpo.learning_rate=1e-4`. docs/configuration.md lists more fields, which few
+people set.
 
 `lora` and `full` are d1's diffu-GRPO on the model that `--config.model.pretrained` names; docs/d1.md sets each of their
 values beside d1's. They take one more word: `v5e`, `v5p`, `v6e` or `h100` sets the mesh for 8 or more of these chips
@@ -21,6 +22,7 @@ METHODS = runpy.run_path(str(Path(__file__).with_name("methods.py")))["METHODS"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+ATTENTION = ("block",)
 SIZES, TASKS = ("tiny", "smoke", "lora", "full"), ("sudoku", "countdown", "gsm8k", "math")
 
 # Sizes of the mesh axes (fsdp, tensor), with adapters and with every weight trained. In an update, fsdp x tensor chips
@@ -33,7 +35,13 @@ CHIPS = {
   "h100": ((1, 1), (8, 1)),  # 80 GB
 }
 
-WORDS = {"size": SIZES, "task": TASKS, "method": tuple(METHODS), "of lora and full": tuple(CHIPS)}
+WORDS = {
+  "size": SIZES,
+  "task": TASKS,
+  "attention": ATTENTION,
+  "method": tuple(METHODS),
+  "of lora and full": tuple(CHIPS),
+}
 """All preset words; the first size and the first task are the defaults."""
 
 ADAM = dict(b2=0.99, weight_decay=0.1)
@@ -58,7 +66,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   if chips and sizes[0] not in ("lora", "full"):
     raise ValueError(f"preset word {chips[0]} is for lora and full: name one of them too, or leave it out")
   if len(tasks) > 1:
-    return _mix({task: get_config(",".join((sizes[0], task, *named, *chips)), False) for task in sorted(tasks)})
+    shared = (*named, *chips, *(word for word in ATTENTION if word in chosen))
+    return _mix({task: get_config(",".join((sizes[0], task, *shared)), False) for task in sorted(tasks)})
 
   c = config_dict.ConfigDict()
   c.mode = "grpo"
@@ -188,10 +197,12 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     apply(c)
   if alone and (sizes[0], tasks[0]) == ("tiny", "countdown"):
     _tiny_countdown(c)
+  if "block" in chosen:
+    _block(c)
   if chips:
     _lay_out(c, chips[0])
   for name in named:
-    _choose(c, METHODS[name], tasks[0])
+    _choose(c, METHODS[name], tasks[0], "block" in chosen)
   return c
 
 
@@ -207,13 +218,16 @@ def set_fields(section: config_dict.ConfigDict, fields: dict[str, Any]) -> None:
       section[field] = value
 
 
-def _choose(c: config_dict.ConfigDict, method: Any, task: str) -> None:
+def _choose(c: config_dict.ConfigDict, method: Any, task: str, block_causal: bool) -> None:
   """Sets the fields of a method and, on the large model, the paper's hyperparameters; `tiny` keeps its own rates."""
-  for section, fields in method.fields(c.rollout.to_dict()).items():
+  for section, fields in method.fields(c.rollout.to_dict(), block_causal=block_causal).items():
     set_fields(c[section], fields)
   if c.model.size == "tiny":
     return
-  given, optimiser_steps = method.paper(c.rollout.to_dict(), task), c.grpo.steps * c.grpo.num_iterations
+  given, optimiser_steps = (
+    method.paper(c.rollout.to_dict(), task, block_causal=block_causal),
+    c.grpo.steps * c.grpo.num_iterations,
+  )
   for section, fields in given.items():
     set_fields(c[section], fields)
   # The warm-up counts optimiser steps, and their number depends on mu: the warm-up keeps its share of them.
@@ -302,6 +316,23 @@ def _tiny(c: config_dict.ConfigDict) -> None:
     validate_every=50,
   )
   c.evaluation.update(batch_size=128, prompt_buckets=(33,))
+
+
+def _block(c: config_dict.ConfigDict) -> None:
+  """A block-causal network, such as SDAR's: its blocks are completed one after the other, on an exact cache.
+
+  A downloaded model says how long its blocks are, or needs `model.block`; `tiny` has three blocks.
+  """
+  if c.model.size == "tiny":
+    size = c.rollout.completion_length // 3
+    c.model.block = size
+    c.rollout.update(block_length=size, diffusion_steps=6)
+  else:
+    c.rollout.update(block_length=4, diffusion_steps=c.rollout.completion_length, temperature=1.0)
+  # Rows end at the block of their stop id. The path of a rollout is scored exactly, with one pass a step of a block.
+  c.rollout.early_exit = True
+  c.task.protocol = "strict"
+  c.grpo.estimator = dict(name="step_merged")
 
 
 def _full(c: config_dict.ConfigDict) -> None:

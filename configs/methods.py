@@ -22,6 +22,9 @@ class MethodPreset:
     sampled: their values of `config.rollout`.
     by_task: their values of `config.grpo` that depend on the task.
     sampled_by_task: their values of `config.rollout` that depend on the task.
+    blocks: the fields of `config.grpo` that define the method for a block-causal network, where they differ.
+    trained_blocks: the values of `config.grpo` with which its authors trained a block-causal network.
+    sampled_blocks: their values of `config.rollout` for it.
   """
 
   source: str
@@ -31,16 +34,23 @@ class MethodPreset:
   sampled: Fields = dataclasses.field(default_factory=dict)
   by_task: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
   sampled_by_task: Mapping[str, Fields] = dataclasses.field(default_factory=dict)
+  blocks: Fields = dataclasses.field(default_factory=dict)
+  trained_blocks: Fields = dataclasses.field(default_factory=dict)
+  sampled_blocks: Fields = dataclasses.field(default_factory=dict)
 
-  def fields(self, rollout: Fields) -> dict[str, dict[str, Any]]:
+  def fields(self, rollout: Fields, *, block_causal: bool = False) -> dict[str, dict[str, Any]]:
     """Fields by section that hold for any model."""
-    own = _resolved(self.rollout, rollout)
-    return {"rollout": own, "grpo": _resolved(self.method, {**rollout, **own})}
+    own, method = _resolved(self.rollout, rollout), _merged(self.method, self.blocks if block_causal else {})
+    return {"rollout": own, "grpo": _resolved(method, {**rollout, **own})}
 
-  def paper(self, rollout: Fields, task: str) -> dict[str, dict[str, Any]]:
+  def paper(self, rollout: Fields, task: str, *, block_causal: bool = False) -> dict[str, dict[str, Any]]:
     """Fields by section that its authors used on their model."""
-    own = _resolved({**self.sampled, **self.sampled_by_task.get(task, {})}, rollout)
+    sampled = {**self.sampled, **self.sampled_by_task.get(task, {})}
     trained = _merged(self.trained, self.by_task.get(task, {}))
+    if block_causal:  # the block length is the network's
+      sampled = {name: value for name, value in sampled.items() if name != "block_length"} | dict(self.sampled_blocks)
+      trained = _merged(trained, self.trained_blocks)
+    own = _resolved(sampled, rollout)
     return {"rollout": own, "grpo": _resolved(trained, {**rollout, **own})}
 
 
@@ -78,6 +88,13 @@ def _trace_beta(rollout: Fields) -> float:
   Here both are means over tokens, so beta is multiplied by the tokens per state: 8 at one token per step.
   """
   return 0.01 * _SHRINK * rollout["completion_length"] / rollout["diffusion_steps"]
+
+
+def _merged_in_blocks(rollout: Fields) -> int:
+  """Segments of the fewest steps, but at least two, that lie within blocks: of 2 steps if a block has 4 of them."""
+  steps = rollout["diffusion_steps"] * rollout["block_length"] // rollout["completion_length"]
+  run = next((run for run in range(2, steps + 1) if steps % run == 0), 1)
+  return int(rollout["diffusion_steps"] // run)
 
 
 METHODS: dict[str, MethodPreset] = {
@@ -158,6 +175,7 @@ METHODS: dict[str, MethodPreset] = {
       "countdown": dict(completion_length=128, diffusion_steps=64),
       "math": dict(completion_length=512, diffusion_steps=256),
     },
+    blocks=dict(estimator=dict(segments=_merged_in_blocks)),
   ),
   "tracerl": MethodPreset(
     "arXiv 2509.06949, Gen-Verse/dLLM-RL",
@@ -179,6 +197,23 @@ METHODS: dict[str, MethodPreset] = {
       max_grad_norm=1.0,
     ),
     sampled=dict(completion_length=512, diffusion_steps=512, temperature=0.8),
+    blocks=dict(estimator=dict(segments=None)),  # shrink 1: every step is a state
+    # configs/rl_sdar.yaml
+    trained_blocks=dict(
+      loss=dict(beta=0.01), estimator=dict(segments=None), num_generations=16, prompts_per_iteration=64, steps=80
+    ),
+    sampled_blocks=dict(
+      completion_length=2000, diffusion_steps=2000, temperature=1.0, schedule="threshold", threshold=0.9
+    ),
+  ),
+  # As espo, but with masks that are independent; the paper's weights of the noise levels are not public.
+  "ebpo": MethodPreset(
+    "LLaDA2.1, equation 5",
+    dict(
+      **_clipped_sequence(0.2, beta=0.0),
+      advantage=dict(name="mean"),
+      estimator=dict(name="elbo", samples=4, masking="bernoulli", antithetic=False),
+    ),
   ),
   "agrpo": MethodPreset(
     "arXiv 2510.04019, probablyabot/agrpo",

@@ -1,20 +1,21 @@
 """Eight forced CPU devices, and every jaxtyping annotation of the package checked at run time.
 
-Programs are compiled without LLVM's optimisations, which halves the time of the suite; XLA's own passes run as
-always. Set `XLA_FLAGS=--xla_backend_optimization_level=2` to test what a user runs. What takes long to compile is
+Programs are compiled quickly, to slow code (`tests.QUICK_TO_COMPILE`): compiling is most of what tests do. XLA's own
+passes over a program run as always. `XLA_FLAGS` that are set outside come later, and win. What takes long to compile is
 compiled once for all tests of a session and the jobs that they start.
 """
 
 import os
 from pathlib import Path
 
+from tests import QUICK_TO_COMPILE
 from tests.session import FOLDER
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   # Of a flag that is given twice, XLA takes the last.
   (
-    "--xla_backend_optimization_level=0",
+    QUICK_TO_COMPILE,
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
   )

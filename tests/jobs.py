@@ -1,5 +1,6 @@
 """Small jobs for the end-to-end tests: every stage in seconds, in this process, in its own, or in several."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from d1jax.run import fields, parts
+from tests import QUICK_TO_COMPILE
+from tests.forks import Fork
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -38,9 +41,6 @@ SMALL = {
   "grpo.rollout_chunks": 2,
   "evaluation.batch_size": 16,
 }
-
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
-"""Small jobs mostly compile, and are quicker where LLVM does not optimise."""
 
 START = ROOT / "tests" / "start"
 """A folder that can write answers (`tests/make_start.py`)."""
@@ -113,17 +113,18 @@ def start(
   module: str = "d1jax.main",
   optimised: bool = False,
   kept_from: float = 0.0,
+  forked: bool = True,
 ) -> subprocess.Popen:
   """Starts `python -m d1jax.main` on two CPU devices, as on a person's machine; no file may grow beyond a limit.
 
   Large jobs ask that it is optimised. What took at least `kept_from` seconds to compile is kept for the jobs that come
-  after: they start the same programs.
+  after: they start the same programs. Where something reads its command line in /proc, it is not forked.
   """
   environment = os.environ | {"XLA_FLAGS": "" if optimised else QUICK_TO_COMPILE}
   environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(kept_from)
-  limited = [] if largest_file_kib is None else ["bash", "-c", f'ulimit -f {largest_file_kib}; exec "$@"', "limited"]
-  return subprocess.Popen(
-    [*limited, sys.executable, "-m", module, *arguments],
+  kind = functools.partial(Fork, largest_file_kib=largest_file_kib) if forked else subprocess.Popen
+  return kind(
+    [sys.executable, "-m", module, *arguments],
     cwd=ROOT,
     env=environment,
     stdout=subprocess.PIPE,

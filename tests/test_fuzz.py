@@ -163,7 +163,7 @@ def numbered(row: dict[str, Any], field: str, change: Callable[[int], Any]) -> l
 
 
 def puzzles() -> list[str]:
-  records = Sudoku().records("train")[:40]
+  records = Sudoku(sizes={"train": 40}).records("train")
   return ["Puzzle,Solution", *(f"{r['puzzle']},{r['solution']}" for r in records)]
 
 

@@ -14,6 +14,7 @@ from d1jax.helper import EndedError, Helper
 STUB = """
 import os, signal, socket, sys, time
 connection = socket.socket(fileno=int(sys.argv[1]))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])  # the TPU's compiler blocks it in who starts this
 print("noise")
 connection.sendall(b"ready\\n")
 for line in connection.makefile("rb"):

@@ -25,7 +25,7 @@ from PIL import Image
 
 from d1jax.run.experiment import check_batches
 from d1jax.run.metrics import read_records
-from tests import jobs
+from tests import QUICK_TO_COMPILE, jobs
 
 NOTEBOOK = jobs.ROOT / "notebooks" / "d1jax_tpu_demo.ipynb"
 
@@ -44,7 +44,7 @@ def execute(folder: Path, setting: str) -> nbformat.NotebookNode:
   for name in ("configs", "d1jax"):
     (folder / name).symlink_to(jobs.ROOT / name)
   book = nbformat.read(NOTEBOOK, as_version=4)
-  environment = os.environ | {"XLA_FLAGS": jobs.QUICK_TO_COMPILE if setting == "smoke" else ""}
+  environment = os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE if setting == "smoke" else ""}
   environment |= {"D1JAX_DEMO": setting, "JAX_PLATFORMS": "cpu", "IPYTHONDIR": str(folder / "ipython")}
   where = {"metadata": {"path": str(folder)}}
   client = NotebookClient(book, timeout=3600, record_timing=False, coalesce_streams=True, resources=where)

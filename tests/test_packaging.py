@@ -14,7 +14,7 @@ from importlib.metadata import packages_distributions
 import pytest
 
 import d1jax
-from tests import jobs
+from tests import QUICK_TO_COMPILE, jobs
 from tests.test_architecture import MODULES, TREES, module_of
 
 PROJECT = tomllib.loads((jobs.ROOT / "pyproject.toml").read_text())["project"]
@@ -141,7 +141,7 @@ def test_a_wheel_has_the_presets_and_samples_without_extras(tmp_path):
   missing = {"grain", "math_verify", "matplotlib", "PIL", "tensorboardX", "tqdm", "wandb", "trackio"}
   script = ALONE.format(names=missing, site=str(site), start=str(jobs.START))
   (tmp_path / "empty").mkdir()
-  environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": jobs.QUICK_TO_COMPILE}
+  environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": QUICK_TO_COMPILE}
   done = subprocess.run(
     [sys.executable, "-c", script], cwd=tmp_path / "empty", env=environment, capture_output=True, text=True
   )

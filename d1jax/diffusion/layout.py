@@ -15,6 +15,7 @@ block-causal network therefore records `block` tokens more than a completion has
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
@@ -42,6 +43,11 @@ def moved(denoiser: Denoiser, prompt_valid: Bool[Array, "B P"]) -> Int[Array, "B
   """By how many columns each row moves to the left, r."""
   length = prompt_width(denoiser, prompt_valid.shape[1])
   return (length - jnp.sum(prompt_valid, axis=1, dtype=jnp.int32)) % (denoiser.block or 1)
+
+
+def lead(block: int, tokens: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+  """How many columns of the first active block hold the end of prompts of so many tokens; the host's arithmetic."""
+  return block - -tokens % block
 
 
 def lay_out(

@@ -100,6 +100,17 @@ class SamplerSpec:
     """The same sampler with another cache. With `none` it has no `refresh_every` either, which only a cache has."""
     return dataclasses.replace(self, cache=cache, refresh_every=None if cache == "none" else self.refresh_every)
 
+  def for_block(self, block: int | None) -> "SamplerSpec":
+    """The same sampler for a block-causal network: its blocks are not longer than the network's, completions are whole
+    blocks, and a step unmasks as many tokens as before. None: the sampler itself.
+    """
+    if block is None:
+      return self
+    size = self.block_length if block % self.block_length == 0 else block
+    length = -(-self.completion_length // block) * block
+    steps = length // size * min(size, max(1, round(size * self.diffusion_steps / self.completion_length)))
+    return dataclasses.replace(self, completion_length=length, block_length=size, diffusion_steps=steps)
+
   def greedy(self) -> "SamplerSpec":
     """The same sampler at temperature 0 and without a cache: what validations complete with."""
     return dataclasses.replace(self.with_cache("none"), temperature=0.0)

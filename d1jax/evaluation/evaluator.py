@@ -202,8 +202,8 @@ class Evaluator:
     rows, (completion, mask) = multihost.local_rows((rollout.completion, rollout.completion_mask))
     passes = self._sampler.forward_passes(multihost.fetch(rollout.reveal_step))
     seconds = time.perf_counter() - began
-    keep = rows < len(own)
-    return Completed(np.asarray(own)[rows[keep]], completion[keep], mask[keep], passes, seconds)
+    keep, length = rows < len(own), self._sampler.completion_length
+    return Completed(np.asarray(own)[rows[keep]], completion[keep, :length], mask[keep, :length], passes, seconds)
 
   def __call__(self, params: Params, pause: Callable[[], None] | None = None) -> Evaluation:
     """Evaluates published weights with the protocol `strict`; equal weights always give equal completions.

@@ -174,6 +174,8 @@ def load(config: ConfigDict) -> Subject:
   bare.model.pretrained = config.pretrained
   with input_checked():
     experiment = experiments.build(bare, None, with_task=False)
+    sampler = experiment.sampler.for_block(experiment.model.denoiser.block)
+    experiment = dataclasses.replace(experiment, sampler=sampler)
     weights = experiment.model.weights
     trainable = weights.start(weights.base_dtype)
   home = Path("runs") / "eval"

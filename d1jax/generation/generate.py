@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -12,6 +13,7 @@ from d1jax import keys
 from d1jax.completer import Completer
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
+from d1jax.diffusion.layout import places
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.model import Model
 from d1jax.parallel import mesh as meshes
@@ -76,7 +78,7 @@ def stream(
   prompts: Sequence[Prompt],
   *,
   params: Params | None = None,
-  spec: SamplerSpec = GREEDY,
+  spec: SamplerSpec | None = None,
   prefill: str = "",
   samples: int = 1,
   seed: int = 0,
@@ -92,7 +94,7 @@ def stream(
     model: network, tokenizer and mesh.
     prompts: texts or conversations, which the tokenizer's chat template writes.
     params: the weights, from `Model.publish`; None: the weights with which the model starts.
-    spec: the sampler.
+    spec: the sampler; None: `GREEDY`, with the blocks of a block-causal network.
     prefill: the start of each answer.
     samples: the number of completions of each prompt.
     seed: the seed of the draws.
@@ -110,6 +112,7 @@ def stream(
     raise ValueError("prompt_buckets is empty; give a length at least")
   for length in prompt_buckets:
     check_integer("a length of prompt_buckets", length, 1)
+  spec = GREEDY.for_block(model.denoiser.block) if spec is None else spec
   if samples > 1 and spec.temperature == 0 and spec.remasking != "random":
     raise ValueError(f"samples is {samples}, but at temperature 0 they are all the same: set a temperature, like 0.9")
   tokenizer = model.tokenizer
@@ -133,6 +136,7 @@ def stream(
       placed = meshes.place((tokens, valid, sample_id, sample_id), model.rollout_by_row)
       rollout = completer(spec, weights, placed, key, step)
       completion, mask, reveal_step = jax.device_get((rollout.completion, rollout.completion_mask, rollout.reveal_step))
+      first = np.asarray(places(model.denoiser, jnp.asarray(valid), completion.shape[1]))[:, 0].tolist()
       shown = tokenizer.decode_all([row[keep].tolist() for row, keep in zip(completion, mask, strict=True)])
       for row, (index, number) in enumerate(own):
         yield Generation(
@@ -141,9 +145,9 @@ def stream(
           sample=number,
           prefill=prefill,
           text=prefill + shown[row],
-          tokens=completion[row],
+          tokens=completion[row, : spec.completion_length],
           length=int(mask[row].sum()),
-          reveal_step=_revealed(reveal_step[row], spec.block_length),
+          reveal_step=_revealed(reveal_step[row], first[row], spec),
         )
 
   return batches()
@@ -176,7 +180,10 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longe
   return encoded
 
 
-def _revealed(reveal_step: Int[np.ndarray, "C"], block_length: int) -> Int[np.ndarray, "C"]:
-  """The recorded steps, with -1 for blocks that were not computed: step 0 unmasks only tokens of the first block."""
-  behind = np.arange(reveal_step.size) >= block_length
-  return np.where(behind & (reveal_step == 0), -1, reveal_step)
+def _revealed(reveal_step: Int[np.ndarray, "C"], first: int, spec: SamplerSpec) -> Int[np.ndarray, "C"]:
+  """The recorded steps, with -1 for blocks that were not computed: step 0 unmasks only tokens of the first block.
+
+  `first` is the place of the completion among the columns that the sampler's blocks cover.
+  """
+  behind = first + np.arange(reveal_step.size) >= spec.block_length
+  return np.where(behind & (reveal_step == 0), -1, reveal_step)[: spec.completion_length]

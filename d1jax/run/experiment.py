@@ -14,6 +14,7 @@ from d1jax import model as models
 from d1jax import optimizer as optimizers
 from d1jax import tasks
 from d1jax.data.tokenizer import Tokenizer
+from d1jax.diffusion import blocks
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.model import Model, scaled_to
 from d1jax.models.lora import LoraSpec
@@ -311,4 +312,9 @@ def build(
     remat=config.model.remat,
     unroll=config.model.unroll,
   )
+  if config.get("mode") in ("sft", "grpo"):
+    try:
+      blocks.check(model.denoiser, sampler)
+    except ValueError as error:
+      raise ValueError(f"rollout.{error}") from error
   return Experiment(config, task, model, sampler)

@@ -4,7 +4,8 @@ Messages name fields of the command line here and in `parts`; `d1jax.rl` does no
 """
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from d1jax.diffusion.corruption import NoiseSpec
 from d1jax.diffusion.denoiser import Denoiser
+from d1jax.diffusion.layout import extra
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.rl.grading import Grader
@@ -32,8 +34,8 @@ TAKEN = ("loss", "grad_norm", "finite", "sampling_gap", "reference_gap", "reward
 """Names in the records of `metrics.jsonl` that a figure of a loss must not have."""
 
 
-def method(section: ConfigDict, sampler: SamplerSpec) -> Method:
-  """The method of `config.grpo`.
+def method(section: ConfigDict, sampler: SamplerSpec, block: int | None = None) -> Method:
+  """The method of `config.grpo`, for a network with blocks of this length.
 
   Raises:
     ValueError: see `parts.build` and `Method` (parts that do not fit together); or a part fails when it is tried out.
@@ -54,18 +56,22 @@ def method(section: ConfigDict, sampler: SamplerSpec) -> Method:
     )
   if section.num_generations < 2:
     raise ValueError(f"grpo.num_generations={section.num_generations}: a group of one has no baseline; use at least 2")
-  _try_out(built, section, sampler)
+  _try_out(built, section, sampler, block)
   return built
 
 
-def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec) -> None:
+def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec, block: int | None) -> None:
   """Traces the parts with a denoiser of one token and the mask, so that wrong options are reported now."""
   encode = lambda params, tokens, valid: jnp.zeros((*tokens.shape, 1))
   denoiser = Denoiser(encode, lambda params: jnp.zeros((1, 2)), mask_id=1, stop_ids=(), forbidden_ids=(1,), vocab=2)
+  if block is not None:
+    both = lambda params, clean, noisy, valid, first: (encode(params, clean, valid), encode(params, noisy, valid))
+    unused: Callable[..., Any] = lambda *arguments: None
+    denoiser = dataclasses.replace(denoiser, block=block, encode_streams=both, init_cache=unused, encode_window=unused)
   needs, rows = method.loss.needs, jnp.ones(1)
 
   def score(key: jax.Array) -> Scores:
-    ids, zeros = jnp.zeros(1, jnp.int32), jnp.zeros((1, sampler.completion_length), jnp.int32)
+    ids, zeros = jnp.zeros(1, jnp.int32), jnp.zeros((1, sampler.completion_length + extra(denoiser)), jnp.int32)
     valid, every = jnp.ones((1, 1), bool), jnp.ones(zeros.shape, bool)
     rollout = Rollout(ids, ids, zeros[:, :1], valid, zeros, every, zeros, jnp.zeros(zeros.shape))
     return method.estimator(denoiser, {}, rollout, sampler, key)
@@ -124,7 +130,8 @@ def grading(experiment: Experiment) -> Grading:
   config, task = experiment.config, experiment.task
   shaped = shaping(config.grpo, task, config.task.protocol, experiment.sampler)
   grader = Grader(task, config.grpo.grading_workers)
-  return Grading(experiment.prompts("train"), grader, config.task.protocol, shaped)
+  length = experiment.sampler.completion_length
+  return Grading(experiment.prompts("train"), grader, config.task.protocol, shaped, length)
 
 
 def programs(experiment: Experiment, optimizer: optax.GradientTransformation) -> Programs:
@@ -142,7 +149,8 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
     section.rollout_chunks,
   )
   watch = drift.Watch(section.drift_every, section.drift_limit)
-  return Programs(experiment.model, sampler, method(section, sampler), shape, optimizer, watch)
+  chosen = method(section, sampler, experiment.model.denoiser.block)
+  return Programs(experiment.model, sampler, chosen, shape, optimizer, watch)
 
 
 def fine_tuning(config: ConfigDict) -> sft.Options:

@@ -62,12 +62,14 @@ class Grading(NamedTuple):
     grader: the grader of its task; `with grading.grader:` stops its workers at the end.
     protocol: the protocol of the grades.
     shaping: converts grades into rewards.
+    length: the tokens of a completion; None: all that are recorded.
   """
 
   prompts: Prompts
   grader: Grader
   protocol: str
   shaping: Shaping = UNSHAPED
+  length: int | None = None
 
 
 def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ...]) -> Visit:
@@ -92,7 +94,8 @@ def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ..
     rows = first + rows
     with jax.profiler.TraceAnnotation("grading"):
       prefills = [prompts.prefills[i] for i in record[rows]]
-      said = graded_texts(prompts.tokenizer, prefills, host.completion, host.completion_mask, protocol)
+      read = (host.completion[:, : grading.length], host.completion_mask[:, : grading.length])
+      said = graded_texts(prompts.tokenizer, prefills, *read, protocol)
       pending.append(grading.grader.submit(said, [prompts.records[i] for i in record[rows]], protocol))
     places.append(rows)
     fetched.append(host)
@@ -107,9 +110,8 @@ def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ..
     failure = f"{error}. It is --config.grpo.grading_workers"
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *fetched)
   counted = rollout.completion_mask.sum(axis=1).tolist()
-  grades = [
-    grading.shaping(grade, n, rollout.completion.shape[1]) for grade, n in zip(grades, counted, strict=bool(grades))
-  ]
+  length = grading.length or rollout.completion.shape[1]
+  grades = [grading.shaping(grade, n, length) for grade, n in zip(grades, counted, strict=bool(grades))]
   own = Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32))
   return _shared(failure, np.concatenate(places), rollout, own, arrived)._replace(overlapped=overlapped)
 

@@ -12,6 +12,7 @@ import optax
 from d1jax import keys
 from d1jax.completer import Completer, PromptArrays
 from d1jax.data import pipeline
+from d1jax.diffusion.layout import predicting
 from d1jax.diffusion.replay import replay
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.model import Model
@@ -168,13 +169,11 @@ class Programs:
     """The difference between the logits of merged weights, used in rollouts, and of the unmerged ones in updates."""
     denoiser, spec = self.model.denoiser, self.sampler
     masks = jnp.full_like(rollout.completion, denoiser.mask_id)
-    canvas = jnp.concatenate([rollout.prompt, masks], axis=1)
-    valid = jnp.concatenate([rollout.prompt_valid, jnp.ones_like(masks, bool)], axis=1)
-    positions = rollout.prompt.shape[1] + jnp.arange(min(GAP_POSITIONS, spec.completion_length))
+    positions = min(GAP_POSITIONS, spec.completion_length)
 
     def logits(params: Any) -> jax.Array:
-      hidden = denoiser.hidden_predicting(denoiser.encode(params, canvas, valid), positions)
-      return denoiser.logits(params, hidden)
+      hidden = predicting(denoiser, params, rollout.prompt, rollout.prompt_valid, masks, rollout.completion)
+      return denoiser.logits(params, hidden[:, :positions])
 
     merged, unmerged = logits(merge_for_rollout(trainable, frozen)), logits(merge(trainable, frozen))
     gap = jnp.where(jnp.isneginf(merged), 0.0, jnp.abs(merged - unmerged))

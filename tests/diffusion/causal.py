@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from d1jax.diffusion.denoiser import Denoiser
-from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.diffusion.sampler import sample
 from d1jax.diffusion.schedule import reveal_counts
 from d1jax.model import build_denoiser
 from d1jax.models import transformer
@@ -45,6 +46,17 @@ def params(seed: int = 0) -> Any:
   drawn = NETWORK.init(jax.random.key(seed))
   large = jax.tree.map(lambda x: x * (1.5 if x.ndim > 1 else 1.0), drawn)
   return large | {name: 20 * drawn[name] for name in ("embedding", "head")}
+
+
+def rollout(spec: SamplerSpec, block: int, shift: int = 0) -> Rollout:
+  """Four completions, of prompts of different lengths."""
+  prompts = [np.random.default_rng(n).integers(4, 17, n).tolist() for n in (5, 3, 4, 1)]
+  prompt, valid = np.zeros((4, 5), np.int32), np.zeros((4, 5), bool)
+  for row, tokens in enumerate(prompts):
+    prompt[row, 5 - len(tokens) :], valid[row, 5 - len(tokens) :] = tokens, True
+  ids = jnp.arange(4, dtype=jnp.int32)
+  run = jax.jit(functools.partial(sample, denoiser(block, shift), spec=spec))
+  return run(params(), jnp.asarray(prompt), jnp.asarray(valid), ids, ids, jax.random.key(5))
 
 
 def generate(

@@ -82,36 +82,44 @@ def test_rollouts_of_a_stale_cache_weigh_what_the_network_thinks_of_them(cap):
   assert share < 0.999
 
 
-TRUTH = Truth(draw_params(0), SamplerSpec(LENGTH, LENGTH, LENGTH, temperature=0.8))
-PATHS, CHANCES = TRUTH.paths()
+@functools.cache
+def truth() -> Truth:
+  return Truth(draw_params(0), SamplerSpec(LENGTH, LENGTH, LENGTH, temperature=0.8))
 
 
-def score_paths(estimator, rollout=PATHS, spec=TRUTH.spec):
-  score = jax.jit(lambda r: estimator(TRUTH.denoiser, TRUTH.params, r, spec, jax.random.key(2)))
+@functools.cache
+def paths():
+  """Every path of the sampler, as one rollout, and the chance of each."""
+  return truth().paths()
+
+
+def score_paths(estimator, rollout=None, spec=None):
+  rollout, spec = rollout or paths()[0], spec or truth().spec
+  score = jax.jit(lambda r: estimator(truth().denoiser, truth().params, r, spec, jax.random.key(2)))
   return jax.device_get(score(rollout))
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_enumerated_paths_are_those_of_the_sampler():
   """Frequencies of completions and of orders, against the chances that enumeration gives them."""
-  assert CHANCES.sum() == pytest.approx(1, abs=1e-5)
+  assert paths()[1].sum() == pytest.approx(1, abs=1e-5)
   rows = 20000
   ids = jnp.arange(rows, dtype=jnp.int32)
-  prompt = jnp.broadcast_to(jnp.asarray(TRUTH.prompt, jnp.int32), (rows, 2))
-  run = jax.jit(functools.partial(sample, TRUTH.denoiser, spec=TRUTH.spec))
-  drawn = jax.device_get(run(TRUTH.params, prompt, jnp.ones((rows, 2), bool), ids, ids, jax.random.key(7)))
-  place = lambda r: TRUTH.index(r.completion) * 256 + np.asarray(r.reveal_step) @ 4 ** np.arange(4)
-  index = {int(number): i for i, number in enumerate(place(PATHS))}
-  counts = np.bincount([index[int(number)] for number in place(drawn)], minlength=len(CHANCES))
-  spread = np.sqrt(rows * CHANCES * (1 - CHANCES)) + 0.5
-  assert (np.abs(counts - rows * CHANCES) < 5 * spread).all()
-  chances = np.zeros(len(TRUTH.completions))
-  np.add.at(chances, TRUTH.index(np.asarray(PATHS.completion)), CHANCES)
-  np.testing.assert_allclose(np.exp(TRUTH.sampler(TRUTH.params)), chances, atol=1e-6)
+  prompt = jnp.broadcast_to(jnp.asarray(truth().prompt, jnp.int32), (rows, 2))
+  run = jax.jit(functools.partial(sample, truth().denoiser, spec=truth().spec))
+  drawn = jax.device_get(run(truth().params, prompt, jnp.ones((rows, 2), bool), ids, ids, jax.random.key(7)))
+  place = lambda r: truth().index(r.completion) * 256 + np.asarray(r.reveal_step) @ 4 ** np.arange(4)
+  index = {int(number): i for i, number in enumerate(place(paths()[0]))}
+  counts = np.bincount([index[int(number)] for number in place(drawn)], minlength=len(paths()[1]))
+  spread = np.sqrt(rows * paths()[1] * (1 - paths()[1])) + 0.5
+  assert (np.abs(counts - rows * paths()[1]) < 5 * spread).all()
+  chances = np.zeros(len(truth().completions))
+  np.add.at(chances, truth().index(np.asarray(paths()[0].completion)), paths()[1])
+  np.testing.assert_allclose(np.exp(truth().sampler(truth().params)), chances, atol=1e-6)
 
 
 def test_as_many_segments_as_steps_is_the_sum_at_the_states_of_reveal():
-  expected = TRUTH.along(TRUTH.params, np.asarray(PATHS.completion), np.asarray(PATHS.reveal_step))
+  expected = truth().along(truth().params, np.asarray(paths()[0].completion), np.asarray(paths()[0].reveal_step))
   np.testing.assert_allclose(score_paths(step_merged).logp, expected, rtol=1e-6, atol=1e-6)
   np.testing.assert_array_equal(
     score_paths(functools.partial(step_merged, segments=4)).logp, score_paths(step_merged).logp
@@ -119,7 +127,7 @@ def test_as_many_segments_as_steps_is_the_sum_at_the_states_of_reveal():
 
 
 def test_one_segment_is_one_step_with_the_whole_prompt():
-  spec = dataclasses.replace(TRUTH.spec, temperature=1.0)
+  spec = dataclasses.replace(truth().spec, temperature=1.0)
   merged = score_paths(functools.partial(step_merged, segments=1), spec=spec)
   np.testing.assert_allclose(
     merged.logp, score_paths(functools.partial(one_step, p_mask_prompt=0.0)).logp, rtol=1e-6, atol=1e-6
@@ -141,15 +149,15 @@ def test_a_segment_is_scored_where_it_starts_wherever_blocks_end(segments):
 @pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("samples", [1, 3, 9])
 def test_sampled_steps_are_unbiased_for_all_of_them(samples):
-  spec, each = dataclasses.replace(TRUTH.spec, diffusion_steps=4, block_length=2), 3000
+  spec, each = dataclasses.replace(truth().spec, diffusion_steps=4, block_length=2), 3000
   some = np.repeat(np.asarray([5, 300, 411]), each)
-  rollout = jax.tree.map(lambda x: x[some], PATHS)
+  rollout = jax.tree.map(lambda x: x[some], paths()[0])
   steps = np.asarray(rollout.reveal_step) % 2 + 2 * (np.arange(4) // 2)  # blocks of two; some share a step
   rollout = rollout._replace(
     reveal_step=jnp.asarray(steps, jnp.int32), sample_id=jnp.arange(some.size, dtype=jnp.int32)
   )
   scores = score_paths(functools.partial(sampled_steps, samples=samples), rollout, spec)
-  whole = TRUTH.along(TRUTH.params, np.asarray(rollout.completion), steps)
+  whole = truth().along(truth().params, np.asarray(rollout.completion), steps)
   np.testing.assert_allclose(scores.logp[scores.weight > 0], whole[scores.weight > 0], rtol=1e-5, atol=1e-5)
   assert (scores.logp[scores.weight == 0] == 0).all()
   sums = np.sum(scores.weight * scores.logp, axis=1, dtype=np.float64).reshape(3, each)
@@ -161,13 +169,13 @@ def test_sampled_steps_are_unbiased_for_all_of_them(samples):
 
 
 def test_left_to_right_is_the_path_of_blocks_of_one_token():
-  spec = dataclasses.replace(TRUTH.spec, block_length=1)
-  steps = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), PATHS.completion.shape)
-  path = TRUTH.along(TRUTH.params, np.asarray(PATHS.completion), np.asarray(steps))
+  spec = dataclasses.replace(truth().spec, block_length=1)
+  steps = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), paths()[0].completion.shape)
+  path = truth().along(truth().params, np.asarray(paths()[0].completion), np.asarray(steps))
   found = score_paths(left_to_right)
   np.testing.assert_allclose(found.logp, path, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(found.weight, 1.0)
-  merged = score_paths(step_merged, PATHS._replace(reveal_step=steps), spec)
+  merged = score_paths(step_merged, paths()[0]._replace(reveal_step=steps), spec)
   np.testing.assert_allclose(found.logp, merged.logp, rtol=1e-6, atol=1e-6)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from d1jax.errors import InterruptedRunError, RunError, StorageError
 from d1jax.generation import command, terminal
-from tests import hub, jobs, runs
+from tests import QUICK_TO_COMPILE, hub, jobs, runs
 from tests.training import test_adapters
 
 
@@ -251,7 +251,7 @@ SLOW = pytest.mark.slow(reason="a process that imports JAX")
 
 def start(*arguments: str, **streams) -> subprocess.Popen:
   """Starts the real command."""
-  environment = os.environ | {"XLA_FLAGS": jobs.QUICK_TO_COMPILE}
+  environment = os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE}
   line = [sys.executable, "-m", "d1jax.main", "--config=configs/generate.py", *arguments]
   return subprocess.Popen(line, cwd=jobs.ROOT, env=environment, stderr=subprocess.PIPE, **streams)
 

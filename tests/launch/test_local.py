@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import jobs, runs
+from tests import QUICK_TO_COMPILE, jobs, runs
 from tests.launch.scripts import HOSTILE, ROOT, Machine, python, wait_until
 
 FLAG = "--config.distributed."
@@ -163,7 +163,7 @@ def test_a_real_run_in_two_processes_goes_on_after_one_is_preempted(tmp_path):
   workdir = tmp_path / "run"
   settings = {"PYTHON": sys.executable, "WORKDIR": str(workdir), "RETRY_WAIT": "1"}
   environment = Machine(tmp_path / "machine").environment(**settings)
-  environment["XLA_FLAGS"] = jobs.QUICK_TO_COMPILE
+  environment["XLA_FLAGS"] = QUICK_TO_COMPILE
   flags = [flag for flag in jobs.flags(workdir, **jobs.BRIEF) if not flag.startswith("--config.workdir=")]
   flags.append("--config.cpu_devices=1")
   process = subprocess.Popen(

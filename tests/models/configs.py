@@ -180,8 +180,8 @@ def sdar_config(s: dict[str, int], dtype: str) -> Config:
 
 
 def fast_dllm_qwen_config(s: dict[str, int], dtype: str) -> Config:
-  """The keys of Efficient-Large-Model/Fast_dLLM_v2_1.5B: those of Qwen2.5-1.5B, and the block length."""
-  return qwen2_config(s, dtype) | {
+  """The keys of Efficient-Large-Model/Fast_dLLM_v2_7B; the head is tied, as in the 1.5B."""
+  config = qwen2_config(s, dtype) | {
     "architectures": ["Fast_dLLM_QwenForCausalLM"],
     "auto_map": {
       "AutoConfig": "configuration.Fast_dLLM_QwenConfig",
@@ -189,12 +189,16 @@ def fast_dllm_qwen_config(s: dict[str, int], dtype: str) -> Config:
       "AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM",
     },
     "bd_size": BLOCKS["fast_dllm_qwen"],
+    "conplemenrary_mask": True,
     "layer_types": ["full_attention"] * s["layers"],
     "model_type": "Fast_dLLM_Qwen",
+    "pad_token_id": s["vocab"] - 7,
     "rope_scaling": None,
     "sliding_window": None,
     "transformers_version": "4.53.1",
   }
+  del config["use_mrope"]
+  return config
 
 
 def illada_config(s: dict[str, int], dtype: str) -> Config:

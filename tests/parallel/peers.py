@@ -107,7 +107,7 @@ def talk() -> dict:
   }
 
 
-if __name__ == "__main__":
+def main() -> None:
   given = dict(flag.removeprefix("--config.").split("=", 1) for flag in sys.argv[1:] if flag.startswith("--"))
   settings = {name: given.get(f"distributed.{name}") for name in ("processes", "process", "timeout")}
   multihost.initialize(
@@ -116,3 +116,7 @@ if __name__ == "__main__":
   multihost.split_cpu(int(given["cpu_devices"]))
   asked = [question for question in (talk, iteration) if question.__name__ in sys.argv]
   print(json.dumps({name: found for question in asked for name, found in question().items()}))
+
+
+if __name__ == "__main__":
+  main()

@@ -449,7 +449,7 @@ def test_a_failure_of_one_process_ends_all_with_its_code(tmp_path, process):
   """Not with 75, which a launcher would try again."""
   (tmp_path / "task.py").write_text(TASK.format(process=process))
   own = ["--config.task.module=" + str(tmp_path / "task.py"), "--config.sft.steps=2", "--config.task.style=terse"]
-  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path / "run"), *own))
+  found = jobs.finish_processes(jobs.start_processes(2, *jobs.flags(tmp_path / "run"), *own, forked=False))
   assert [code for code, _, _ in found] == [2, 2], found
   own, other = (found[i][2].strip().splitlines()[-1].removeprefix("d1jax: ") for i in (process, 1 - process))
   assert "task.py line " in own

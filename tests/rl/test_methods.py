@@ -17,6 +17,7 @@ from d1jax.run import parts
 from d1jax.state import Frozen, create
 from d1jax.training import configured
 from tests import jobs, toy
+from tests.diffusion import causal
 
 LENGTH, STEPS = 6, 6
 SAMPLER = SamplerSpec(completion_length=LENGTH, diffusion_steps=STEPS, block_length=3)
@@ -29,12 +30,12 @@ ADVANTAGES = jnp.asarray([1.0, -1.0, 0.4, -0.4])
 OPTIMIZER = optax.sgd(0.1)
 
 
-def chosen(name: str, **fields):
+def chosen(name: str, block_causal: bool = False, **fields):
   """`config.grpo` of the tiny preset with a method, on the toy's lengths, and the sampler."""
   config = jobs.load("grpo", "tiny")
   config.grpo.update(num_iterations=2, accumulation=2)
   config.rollout.update(completion_length=LENGTH, diffusion_steps=STEPS, block_length=3, temperature=0.9)
-  for section, values in METHODS[name].fields(config.rollout.to_dict()).items():
+  for section, values in METHODS[name].fields(config.rollout.to_dict(), block_causal=block_causal).items():
     set_fields(config[section], values)
   flags, others = parts.take_flags([f"--config.grpo.{field}={value}" for field, value in fields.items()])
   parts.choose(config.grpo, flags)
@@ -155,3 +156,30 @@ def test_a_method_is_a_value():
   assert hash(one) == hash(other)
   assert not one.scores_reference
   assert Method(one.estimator, ClippedToken(epsilon=0.5, beta=0.1)).scores_reference
+
+
+@pytest.mark.few(2, reason="each case compiles programs of its own")
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "spg"])
+def test_every_method_but_one_takes_a_tiny_update_of_a_block_causal_network(name):
+  """At the first inner step each ratio is 1, and the path has the log-probabilities that the sampler recorded."""
+  section, sampler = chosen(name, block_causal=True)
+  denoiser, rollout = causal.denoiser(3), causal.rollout(sampler, 3)
+  built = configured.method(section, sampler, 3)
+  fixed = {"method": built, "denoiser": denoiser, "sampler": sampler, "optimizer": OPTIMIZER}
+  state = create(lambda _: causal.params(), OPTIMIZER, jax.random.key(8), jax.random.key(0))
+  rewards = jnp.asarray([1.0, 0.0, 0.25, 0.5])
+  program = jax.jit(functools.partial(update, **fixed))
+  metrics = program(state, Frozen({}, {}), rollout, built.advantage(rewards, 4))[1]
+  assert metrics["finite"].all()
+  assert metrics["grad_norm"][0] > 0
+  if "old" in built.loss.needs:
+    assert (metrics["ratio_deviation"][0], metrics["clip_fraction"][0]) == (0, 0)
+    assert metrics["ratio_deviation"][1] > 0
+  if name == "tracerl":
+    assert metrics["sampling_gap"][0] < 1e-5
+
+
+def test_the_method_without_meaning_for_blocks_is_refused():
+  section, sampler = chosen("spg", block_causal=True)
+  with pytest.raises(ValueError, match=r"grpo.estimator=sandwich: .*use the estimator elbo, or step_merged"):
+    configured.method(section, sampler, 3)
