@@ -119,6 +119,8 @@ def test_long_answers_are_left_out_or_cut(root, tmp_path, capsys):
     ({"sft__data": "nowhere.jsonl"}, "nowhere.jsonl is missing, expected a file; check the path"),
     ({"sft__held_out": 1.0}, "held_out=1.0"),
     ({"sft__prompt_buckets": (20,)}, "none of .* demonstrations fits sft.prompt_buckets"),
+    ({"model__block": 4, "sft__completion_buckets": (2, 112)}, "completion_buckets=.2, 112. has a bucket"),
+    ({"sft__complementary": True}, r"sft.complementary=True .* use mask_ratio=\(0.001, 0.999\), or weighting='flat'"),
   ],
 )
 def test_bad_files_and_buckets_are_one_line(root, tmp_path, changes, message):
