@@ -244,8 +244,8 @@ def build(
 def shaken(params: Params, row: int, key: Key[Array, ""], size: Float[Array, ""]) -> Params:
   """Parameters with Gaussian noise in one row of the embedding, such as the mask's.
 
-  A row of zeros, which no training has touched, gives hidden states that a norm divides by almost nothing, and
-  gradients that explode; a little noise prevents this.
+  A row of zeros, which no training has touched, gives hidden states that a norm divides by almost nothing: gradients
+  may explode (LLaDA2.0, arXiv 2512.15745). A little noise prevents this.
 
   Args:
     params: the parameters.
