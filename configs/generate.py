@@ -35,8 +35,9 @@ def get_config() -> config_dict.ConfigDict:
   c.remasking = none(str)  # low_confidence, random
   c.early_exit = True  # no further blocks are computed for an answer that has ended
   c.cache = none(str)  # none, prefix, dual, window
-  c.schedule = none(str)  # static, threshold, factor
+  c.schedule = none(str)  # static, sequential, threshold, factor
   c.threshold = none(float)  # for the schedule `threshold`
+  c.max_reveal = none(int)  # the most tokens a step, for the schedules `threshold` and `factor`
 
   # What to show besides the text.
   c.show_steps = False  # the canvas after each step, as tokens are unmasked

@@ -123,7 +123,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     remasking="low_confidence",
     early_exit=False,  # True: finished rows cost nothing; not with the protocol d1, which reads further
     cache="none",  # or approximate: prefix, dual, window; see docs/performance.md
-    schedule="static",  # or threshold, factor, which unmask every confident token in a step
+    schedule="static",  # or sequential; or threshold, factor, which unmask every confident token in a step
   )
 
   # Supervised fine-tuning before diffu-GRPO; with 0 steps there is none. d1's values are in configs/sft.py.

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from d1jax import keys, tasks
 from d1jax.completer import Completer
+from d1jax.diffusion.blocks import check
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import explained, harmless, input_checked, smaller_batches
 from d1jax.evaluation import generations, output, subject
@@ -170,6 +171,7 @@ def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
     prompts = experiment.prompts(config.split, config.prefill)
     output.check_accuracy(task, prompts.records[0], own.task.style, config.protocol)
     for sampler in samplers(config, found.experiment.sampler):
+      check(experiment.model.rollout_denoiser, sampler)
       greedy = sampler.temperature == 0 and sampler.remasking != "random"
       draws = tuple((seed, sample) for seed in config.seeds for sample in range(config.samples))
       name = f"{task.name}_{sampler.completion_length}_t{sampler.temperature:g}"

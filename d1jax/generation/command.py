@@ -130,6 +130,7 @@ def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
     early_exit=config.early_exit,
     schedule=config.schedule or trained.schedule,
     threshold=trained.threshold if config.threshold is None else config.threshold,
+    max_reveal=trained.max_reveal if config.max_reveal is None else config.max_reveal,
   )
 
 

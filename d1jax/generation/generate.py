@@ -13,6 +13,7 @@ from d1jax import keys
 from d1jax.completer import Completer
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
+from d1jax.diffusion.blocks import check
 from d1jax.diffusion.layout import places
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.model import Model
@@ -113,6 +114,7 @@ def stream(
   for length in prompt_buckets:
     check_integer("a length of prompt_buckets", length, 1)
   spec = GREEDY.for_block(model.denoiser.block) if spec is None else spec
+  check(model.rollout_denoiser, spec)
   if samples > 1 and spec.temperature == 0 and spec.remasking != "random":
     raise ValueError(f"samples is {samples}, but at temperature 0 they are all the same: set a temperature, like 0.9")
   tokenizer = model.tokenizer

@@ -117,6 +117,7 @@ TABLE: Mapping[str, Limit] = {
   "temperatures": SIZE._replace(several=True),
   "cfg_scale": MAYBE_SIZE,
   "threshold": MAYBE_REAL,
+  "max_reveal": MAYBE_COUNT,
   "length": TOKENS._replace(optional=True),
   "lengths": TOKENS._replace(several=True),
   "block_length": TOKENS._replace(optional=True),

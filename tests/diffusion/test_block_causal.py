@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.diffusion.sandwich import sandwich
 from d1jax.diffusion.trajectory import left_to_right, step_merged
+from d1jax.model import build_denoiser
+from d1jax.models import load
 from tests.diffusion import causal
+from tests.models import folders
 from tests.toy import log_softmax
 
 KEY = jax.random.key(5)
@@ -80,6 +85,46 @@ def test_token_for_token_a_loop_that_computes_the_whole_canvas(name):
     np.testing.assert_allclose(scores.logp[keep], found.reveal_logp[keep], rtol=0, atol=1e-5)
   else:  # the draw has no log-probability
     assert (np.asarray(scores.logp)[keep] < 0).all()
+
+
+PUBLIC = json.loads((Path(__file__).parent / "goldens" / "public.json").read_text(encoding="utf-8"))
+"""The tokens behind each prompt, up to the stop id, that the public code generates: `block_diffusion_generate` of
+JetAstra/SDAR c2041a8 with the argmax and its untempered probability in place of a draw, and `generate` of Fast-dLLM v2
+7B at temperature 0. Both ran in float32, on torch 2.13 and transformers 4.53.3, with the folders, prompts, blocks and
+stop ids of the test. The logit of the mask was minus infinity, and the head of SDAR was multiplied by 4.
+"""
+PUBLIC_CASES = {
+  "sdar static": dict(diffusion_steps=12, schedule="static"),
+  "sdar dynamic": dict(diffusion_steps=12, schedule="threshold", threshold=0.4),
+  "sdar sequential": dict(diffusion_steps=6, schedule="sequential"),
+  "fast one at a time": dict(diffusion_steps=16, schedule="static"),
+  "fast threshold": dict(diffusion_steps=16, schedule="threshold", threshold=0.1, max_reveal=8),
+  "fast small blocks": dict(diffusion_steps=16, schedule="threshold", threshold=0.1, block_length=4),
+}
+
+
+@pytest.mark.slow(reason="reads folders and compiles programs of its own")
+@pytest.mark.parametrize("name", PUBLIC_CASES)
+def test_token_for_token_the_public_code(name, tmp_path):
+  """With prompts of several lengths modulo the block, in one batch."""
+  family, block, length, lengths, stop = ("fast_dllm_qwen", 8, 16, (9, 16, 3, 13), 37)
+  if name.startswith("sdar"):
+    family, block, length, lengths, stop = ("sdar", 4, 12, (5, 8, 3, 6), 17)
+  folders.write(tmp_path / family, family)
+  network, params, description = load.load(tmp_path / family, jnp.float32)
+  if family == "sdar":
+    params |= {"head": 4 * params["head"]}
+  parts = dict(mask_id=71, stop_ids=(stop,), known_ids=72, shift=description.shift, block=block)
+  prompt, valid = np.zeros((4, max(lengths)), np.int32), np.zeros((4, max(lengths)), bool)
+  for row, n in enumerate(lengths):
+    prompt[row, max(lengths) - n :], valid[row, max(lengths) - n :] = np.random.RandomState(n).randint(0, 71, n), True
+  options = dict(block_length=block, completion_length=length, temperature=0.0, early_exit=True) | PUBLIC_CASES[name]
+  with jax.numpy_rank_promotion("allow"):
+    found = jax.device_get(
+      run(params, prompt, valid, IDS[:4], KEY, SamplerSpec(**options), build_denoiser(network, **parts))
+    )
+  for row, expected in enumerate(PUBLIC[name]):
+    assert found.completion[row][found.completion_mask[row]].tolist() == expected
 
 
 REFUSED = [

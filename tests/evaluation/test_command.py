@@ -379,6 +379,9 @@ def test_a_folder_is_sampled_with_the_block_length_that_the_command_names(tmp_pa
   config.bare.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
   config.bare.model.pretrained = config.pretrained
   assert experiments.build(config.bare, None, with_task=False).model.denoiser.block == 4
+  config.tasks, config.block_length = ("sudoku",), 8
+  with pytest.raises(RunError, match=r"block_length=8 does not divide the network's block of 4 .* use block_length=4"):
+    command.run(config)
   config.checkpoint = str(tmp_path)
   with pytest.raises(RunError, match=r"model\.block is for a folder .*a checkpoint samples with the blocks of its run"):
     subject.load(config)

@@ -147,6 +147,14 @@ def test_what_cannot_be_used_is_refused_before_anything_is_computed(model, promp
     stream(model, prompts, **options)
 
 
+def test_blocks_that_the_network_does_not_have_are_refused_before_anything_is_computed(tmp_path):
+  model = d1jax.from_pretrained(hub.write(tmp_path / "sdar", "sdar"), block=4)
+  with pytest.raises(
+    ValueError, match=r"block_length=6 does not divide the network's block of 4 .* use block_length=4"
+  ):
+    stream(model, ["a"], spec=SMALL)
+
+
 def test_a_character_without_a_token_is_named(model):
   digits = tokenizers.SentencePieceTokenizer(
     tokenizers.train_sentencepiece(["0123 abc", "abc 3210"] * 9, model_type="char", vocab_size=40)
