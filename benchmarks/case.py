@@ -13,7 +13,7 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.model import build_denoiser
 from d1jax.models import transformer
 from d1jax.models.families import PRESETS
-from d1jax.models.transformer import TransformerSize
+from d1jax.models.transformer import Network, TransformerSize
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel.attention import attention
 
@@ -64,6 +64,12 @@ reference of all 32 do not fit 80 GB. `small` takes the path of both in seconds.
 """
 
 
+def described(case: Case) -> dict[str, Any]:
+  """The fields of a case, for a line of JSON."""
+  size = {name: value for name, value in dataclasses.asdict(case.size).items() if not isinstance(value, type)}
+  return dataclasses.asdict(case) | {"size": size}
+
+
 def default_case() -> str:
   """The name of the case for the devices that there are."""
   return "mid" if jax.default_backend() == "cpu" else "llada_8b"
@@ -74,13 +80,15 @@ class Model(NamedTuple):
 
   Attributes:
     mesh: data parallel.
-    denoiser: pure functions.
+    network: pure functions of its weights.
+    denoiser: with full attention.
     params: placed.
     row: where batches live.
     everywhere: where weights do.
   """
 
   mesh: Mesh
+  network: Network
   denoiser: Denoiser
   params: Any
   row: NamedSharding
@@ -112,8 +120,14 @@ def build(case: Case, devices: Sequence[Any], seed: int = 0, stored: str | None 
   )
   draw = lambda key: jax.tree.map(lambda w: w.astype(stored or case.dtype), network.init(key))
   params = jax.jit(draw, out_shardings=everywhere)(jax.random.key(seed))
-  denoiser = build_denoiser(network, mask_id=case.mask_id, stop_ids=(case.mask_id - 1,), known_ids=case.size.vocab)
-  return Model(mesh, denoiser, params, meshes.sharding(mesh, meshes.RULES, "batch"), everywhere)
+  row = meshes.sharding(mesh, meshes.RULES, "batch")
+  return Model(mesh, network, denoiser(case, network), params, row, everywhere)
+
+
+def denoiser(case: Case, network: Network, block: int | None = None) -> Denoiser:
+  """The denoiser of a case's network; with a `block`, attention is block-causal."""
+  stops = (case.mask_id - 1,)
+  return build_denoiser(network, mask_id=case.mask_id, stop_ids=stops, known_ids=case.size.vocab, block=block)
 
 
 def prompts(case: Case, batch: int) -> np.ndarray:

@@ -157,7 +157,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repeats", type=int, default=9, help="rounds")
   options = parser.parse_args()
-  print(json.dumps({**dataclasses.asdict(CASE), **timing.machine(1)}), flush=True)
+  print(json.dumps({**cases.described(CASE), **timing.machine(1)}), flush=True)
   random = np.random.default_rng(0)
   arms = {**networks(random), **draws(random), **scores(random), **products(random)}
   programs = {}

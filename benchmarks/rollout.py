@@ -7,13 +7,15 @@ then one for each batch and mode:
 - `tokens_per_second`: of all B * C tokens; `seconds`, `fastest`, `slowest`: of a rollout.
 - `ratio`: to the PyTorch loop at the same temperature; null without PyTorch, whose rows are missing then.
 - `ceiling_share`: the time that the mode's matrix products need alone (see `benchmarks.ceiling`) over `seconds`.
+- `token_forwards`: the positions that the passes of a rollout compute, a row.
 - `compile_seconds`, and `peak_bytes` beyond weights and prompts: for JAX what the compiler allots on each device; for
   PyTorch what it allocated on a GPU, on a CPU by how much the process grew.
 
 `forward` runs the forward passes of `exact` alone, over its prompts and half-revealed completions: no head, no draws.
 One token repeated would not do: a GPU draws less power over equal rows, and clocks higher. `dual_threshold` reveals
 four tokens a step, whatever their confidence: random weights are never confident, and this is what threshold decoding
-costs at its cap.
+costs at its cap. `block` and `block_4` are the same network with block-causal attention, in blocks of the case's length
+and of 4, whose cache is exact.
 `--profile DIR` adds lines that say where the time of `exact` and `dual` goes. On a GPU set
 XLA_PYTHON_CLIENT_PREALLOCATE=false if PyTorch is there too.
 """
@@ -24,7 +26,7 @@ import functools
 import importlib.util
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from benchmarks import case as cases
 from benchmarks import ceiling, profiles, timing
 from benchmarks.case import CASES, Case, Model
 from benchmarks.ceiling import Products
+from d1jax.diffusion import layout
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.parallel import multihost
@@ -54,6 +57,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """Fields of the sampler."""
 
+BLOCKS = {"block": None, "block_4": 4}
+"""Tokens a block of a block-causal network; None: those of the case."""
+
+MODES |= {mode: {"block_length": size} if size else {} for mode, size in BLOCKS.items()}
+
 ARMS = ("torch", "torch_t0", "forward", *MODES)
 PROFILED = ("exact", "dual")
 
@@ -68,6 +76,7 @@ class Arm(NamedTuple):
     compile_seconds: of its program.
     peak_bytes: beyond its arguments.
     text: its optimised HLO.
+    token_forwards: positions that its passes compute, a row.
   """
 
   run: Callable[[], Any]
@@ -76,11 +85,13 @@ class Arm(NamedTuple):
   compile_seconds: float | None = None
   peak_bytes: int | None = None
   text: str = ""
+  token_forwards: int | None = None
 
 
 def sampler(case: Case, mode: str) -> SamplerSpec:
   """The sampler of a mode."""
-  return SamplerSpec(case.completion, case.steps, case.block, **{"temperature": TEMPERATURE, **MODES[mode]})
+  fields = {"block_length": case.block, "temperature": TEMPERATURE} | MODES[mode]
+  return SamplerSpec(case.completion, case.steps, **fields)
 
 
 def passes_per_block(spec: SamplerSpec) -> int:
@@ -88,24 +99,54 @@ def passes_per_block(spec: SamplerSpec) -> int:
   return spec.steps_per_block if spec.schedule == "static" else -(-spec.block_length // spec.max_reveal)
 
 
-def products(case: Case, spec: SamplerSpec, batch: int) -> Products:
-  """The matrix products of a rollout: those of each forward pass, and the head on the block."""
-  found: Products = Products()
-  for start in range(case.prompt, case.canvas, spec.block_length):
+class Pass(NamedTuple):
+  """Forward passes of a rollout with the same shapes.
+
+  Attributes:
+    width: positions that a pass computes.
+    number: how many of them there are.
+    predicted: positions whose logits are computed.
+  """
+
+  width: int
+  number: int
+  predicted: int
+
+
+def passes(case: Case, spec: SamplerSpec) -> list[Pass]:
+  """The passes of a rollout with full attention."""
+  length, found = spec.block_length, []
+  for start in range(case.prompt, case.canvas, length):
     width = {
       "none": case.canvas,
       "prefix": case.canvas - start,
-      "window": min(spec.look_behind + spec.block_length + spec.look_ahead, case.canvas),
-      "dual": spec.block_length,
+      "window": min(spec.look_behind + length + spec.look_ahead, case.canvas),
+      "dual": length,
     }[spec.cache]
-    one = functools.partial(ceiling.forward, case.size, batch, canvas=case.canvas, predicted=spec.block_length)
-    found += one(case.canvas) + ceiling.times(one(width), passes_per_block(spec) - 1)
+    found += [Pass(case.canvas, 1, length), Pass(width, passes_per_block(spec) - 1, length)]
+  return found
+
+
+def causal_passes(prompt: int, block: int, taken: Sequence[int]) -> list[Pass]:
+  """The passes of a block-causal rollout whose prompts have a width of whole blocks, by the steps of each block."""
+  found = [Pass(prompt - block, 1, 0)]
+  for steps in taken:
+    found += [Pass(2 * block, 1, block), Pass(block, steps - 1, block)] if steps else []
+  return found
+
+
+def products(case: Case, made: list[Pass], batch: int, canvas: int) -> Products:
+  """The matrix products of a rollout: those of each forward pass, and the head on the block."""
+  found: Products = Products()
+  for width, number, predicted in made:
+    found += ceiling.times(ceiling.forward(case.size, batch, width, canvas, predicted), number)
   return found
 
 
 def rollout_arm(case: Case, model: Model, mode: str, batch: int) -> Arm:
   """Our sampler in one mode."""
   spec = sampler(case, mode)
+  denoiser = cases.denoiser(case, model.network, spec.block_length if mode in BLOCKS else None)
   prompt = cases.prompts(case, batch)
   ids = np.arange(batch, dtype=np.int32)
   rows = cases.place(model, prompt, np.ones(prompt.shape, bool), ids, ids)
@@ -113,15 +154,22 @@ def rollout_arm(case: Case, model: Model, mode: str, batch: int) -> Arm:
 
   def rollout(params: Any, rows: tuple[jax.Array, ...], key: jax.Array) -> Rollout:
     prompt, valid, sample_id, group_id = rows
-    return sample(model.denoiser, params, prompt, valid, sample_id, group_id, key, spec=spec)
+    return sample(denoiser, params, prompt, valid, sample_id, group_id, key, spec=spec)
 
   placements = (model.everywhere, model.row, model.everywhere)
   program = timing.compiled(rollout, placements, model.row, arguments)
   run = lambda: program.run(*arguments)
-  passes, expected = spec.forward_passes(np.asarray(run().reveal_step)), spec.blocks * passes_per_block(spec)
-  if passes != expected:
-    raise SystemExit(f"mode {mode} took {passes} forward passes; its products are those of {expected}")
-  return Arm(run, spec.temperature, products(case, spec, batch), *program[1:])
+  taken, expected = spec.steps_taken(np.asarray(run().reveal_step)), spec.blocks * passes_per_block(spec)
+  width = layout.prompt_width(denoiser, case.prompt)
+  if mode in BLOCKS:
+    made = causal_passes(width, spec.block_length, taken.tolist())
+  elif sum(taken) == expected:
+    made = passes(case, spec)
+  else:
+    raise SystemExit(f"mode {mode} took {sum(taken)} denoising steps; its products are those of {expected}")
+  forwards = sum(each.width * each.number for each in made)
+  needed = products(case, made, batch, width + case.completion)
+  return Arm(run, spec.temperature, needed, *program[1:], token_forwards=forwards)
 
 
 def forward_arm(case: Case, model: Model, batch: int) -> Arm:
@@ -145,7 +193,7 @@ def forward_arm(case: Case, model: Model, batch: int) -> Arm:
   once = ceiling.forward(case.size, batch, case.canvas, case.canvas, 0)
   run = lambda: program.run(model.params, *rows)
   jax.block_until_ready(run())
-  return Arm(run, None, ceiling.times(once, case.steps), *program[1:])
+  return Arm(run, None, ceiling.times(once, case.steps), *program[1:], token_forwards=case.steps * case.canvas)
 
 
 def torch_arms(case: Case, model: Model, batch: int) -> dict[str, Arm]:
@@ -213,6 +261,7 @@ def line(case: Case, batch: int, name: str, arm: Arm, seconds: dict[str, list[fl
     "tokens_per_second": batch * case.completion / median,
     "ratio": statistics.median(seconds[base]) / median if base in seconds else None,
     "ceiling_share": share / median if share else None,
+    "token_forwards": arm.token_forwards,
     "compile_seconds": arm.compile_seconds,
     "peak_bytes": arm.peak_bytes,
     **timing.spread(seconds[name]),
@@ -253,7 +302,7 @@ def main() -> None:
   case = dataclasses.replace(CASES[name], unroll=options.unroll)
   case = dataclasses.replace(case, batches=tuple(options.batches or case.batches))
   model = cases.build(case, jax.devices())
-  print(json.dumps({"case": name, **dataclasses.asdict(case), **timing.machine(len(jax.devices()))}), flush=True)
+  print(json.dumps({"case": name, **cases.described(case), **timing.machine(len(jax.devices()))}), flush=True)
   for batch in case.batches:
     arms = measure(case, model, options.modes, batch, options.repeats)
     for mode in PROFILED if options.profile else ():

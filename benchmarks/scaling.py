@@ -93,7 +93,7 @@ def main() -> None:
   parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs", help="where the plot goes")
   options = parser.parse_args()
   multihost.split_cpu(options.devices)
-  print(json.dumps({"base": dataclasses.asdict(BASE), **timing.machine(len(jax.devices()))}), flush=True)
+  print(json.dumps({"base": cases.described(BASE), **timing.machine(len(jax.devices()))}), flush=True)
   built: dict[Case, dict[str, tuple[Callable[[], Any], int]]] = {}
   arms, parts = {}, {}
   for axis, values in AXES.items():

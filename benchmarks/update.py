@@ -9,13 +9,14 @@ the losses differ. It prints a JSON line about the machine, then one for each wa
 - `torch`: null `ceiling_share`; the list of products is of ours alone.
 - `plain`: `d1jax.rl.update`, logits of all completion positions of a micro-batch at a time.
 - `tiled`: the same in tiles of the vocabulary, whose backward pass computes the head's products once more.
+- `path`: the same network with block-causal attention in blocks of 4, which scores the path of a rollout exactly: a
+  pass over prompt, completion and a noisy copy of it for each step of a block, computed again in the backward pass.
 
 Our products are three forward passes for what is trained and one for what is scored: old in all but the first step,
 reference in all. Weights are float32, products in the case's dtype.
 """
 
 import argparse
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -34,7 +35,10 @@ from benchmarks.case import CASES, Case, Model
 from benchmarks.ceiling import Products
 from d1jax import optimizer
 from d1jax.diffusion.corruption import mask_prompt
+from d1jax.diffusion.denoiser import Denoiser
+from d1jax.diffusion.replay import CHUNK
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.diffusion.sampler import sample
 from d1jax.parallel import multihost
 from d1jax.rl.estimators import ESTIMATORS
 from d1jax.rl.losses import ClippedToken
@@ -43,6 +47,8 @@ from d1jax.rl.update import Metrics, inner_keys, update
 from d1jax.state import Frozen, TrainState
 
 STEPS, EPSILON, BETA, P_MASK_PROMPT = 4, 0.5, 0.04, 0.15
+BLOCK = 4
+WAYS = ("plain", "tiled", "path", "torch")
 ADAMW = {"learning_rate": 1e-4, "weight_decay": 0.1, "b1": 0.9, "b2": 0.99}
 MAX_GRAD_NORM = 0.2
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
@@ -70,11 +76,37 @@ def work(case: Case, model: Model, rows: int) -> Work:
   return Work(Rollout(*placed), *cases.place(model, advantages - advantages.mean()))
 
 
+def sampled(case: Case, model: Model, denoiser: Denoiser, given: Work) -> Work:
+  """The same prompts and advantages, with completions that a block-causal network sampled, and their paths."""
+  prompts = (given.rollout.prompt, given.rollout.prompt_valid)
+  ids = (given.rollout.sample_id, given.rollout.group_id)
+  run = functools.partial(sample, denoiser, spec=path_sampler(case))
+  program = jax.jit(run, out_shardings=model.row)
+  return Work(program(model.params, *prompts, *ids, jax.random.key(2)), given.advantages)
+
+
+def path_sampler(case: Case) -> SamplerSpec:
+  """Of the rollouts whose paths are scored."""
+  return SamplerSpec(case.completion, case.steps, BLOCK)
+
+
 def products(case: Case, rows: int, parts: int, steps: int) -> Products:
   """The matrix products of an update."""
   once = ceiling.forward(case.size, rows // parts, case.canvas, case.canvas, case.completion)
   scored = ceiling.times(once, parts * (2 * steps - 1))
   return scored + ceiling.times(once + ceiling.backward(once), parts * steps)
+
+
+def path_products(case: Case, rows: int, parts: int, steps: int) -> Products:
+  """Those of an update by exact paths; old and reference probabilities of the recorded states are scored once each.
+
+  With blocks of 4 and two steps a block, a pass predicts two tokens of each block, 32 of them at a time.
+  """
+  visits, recorded = path_sampler(case).steps_per_block, case.completion + BLOCK
+  both, predicted = case.canvas + recorded, -(-recorded // visits // CHUNK) * CHUNK
+  once = ceiling.forward(case.size, rows // parts, both, both, predicted)
+  trained = ceiling.times(once + ceiling.backward(once), steps)
+  return ceiling.times(ceiling.times(once, 2) + trained, parts * visits)
 
 
 class Arm(NamedTuple):
@@ -95,16 +127,21 @@ class Arm(NamedTuple):
   text: str = ""
 
 
-def own_arm(case: Case, model: Model, reference: Model, given: Work, parts: int, tile: int | None) -> Arm:
+def own_arm(
+  case: Case, model: Model, reference: Model, given: Work, parts: int, tile: int | None, path: bool = False
+) -> Arm:
   """Our update; each call goes on from the state of the one before."""
   rule = optimizer.adamw(steps=1, warmup_steps=0, decay="constant", max_grad_norm=MAX_GRAD_NORM, **ADAMW)
+  denoiser, sampler = model.denoiser, SamplerSpec(case.completion, case.steps, case.block)
   estimator = ESTIMATORS["one_step"].bind(p_mask_prompt=P_MASK_PROMPT, tile=tile)
+  if path:
+    denoiser, sampler = cases.denoiser(case, model.network, BLOCK), path_sampler(case)
+    estimator, given = ESTIMATORS["step_merged"].bind(), sampled(case, model, denoiser, given)
   loss = ClippedToken(epsilon=EPSILON, beta=BETA)
   method = Method(estimator, loss, num_iterations=STEPS, accumulation=parts)
-  sampler = SamplerSpec(case.completion, case.steps, case.block)
 
   def program(state: TrainState, frozen: Frozen, *rows: Any) -> tuple[TrainState, Metrics]:
-    return update(state, frozen, *rows, method=method, denoiser=model.denoiser, sampler=sampler, optimizer=rule)
+    return update(state, frozen, *rows, method=method, denoiser=denoiser, sampler=sampler, optimizer=rule)
 
   copy = lambda tree: jax.tree.map(jnp.copy, tree)
   params = jax.jit(copy, out_shardings=model.everywhere)(model.params)
@@ -167,6 +204,8 @@ def check_losses(arms: Mapping[str, Arm], dtype: str) -> None:
   steps, allowed = STEPS if dtype == "float32" else 1, TOLERANCE[dtype]
   expected = np.array(arms["plain"].losses[:steps])
   for name, arm in arms.items():
+    if name == "path":  # another estimate
+      continue
     error = float(np.max(np.abs(arm.losses[:steps] / expected - 1)))
     print(json.dumps({"mode": name, "losses": arm.losses, "differ_by": error, "allowed": allowed}), flush=True)
     if not error <= allowed:
@@ -180,6 +219,7 @@ def main() -> None:
   parser.add_argument("--rows", type=int, default=24, help="B")
   parser.add_argument("--parts", type=int, default=4, help="micro-batches a step")
   parser.add_argument("--tile", type=int, default=4096, help="vocabulary ids at a time in `tiled`")
+  parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="beside plain")
   parser.add_argument("--repeats", type=int, default=3, help="rounds")
   parser.add_argument("--devices", type=int, default=1, help="into which a CPU is split")
   parser.add_argument("--profile", type=Path, help="where the trace of `plain` goes")
@@ -188,32 +228,38 @@ def main() -> None:
   name = options.case or ("mid" if jax.default_backend() == "cpu" else "llada_4_layers")
   case, devices = CASES[name], jax.devices()
   sizes = {"rows": options.rows, "parts": options.parts, "tile": options.tile, "num_iterations": STEPS}
-  print(json.dumps({"case": name, **dataclasses.asdict(case), **sizes, **timing.machine(len(devices))}), flush=True)
+  print(json.dumps({"case": name, **cases.described(case), **sizes, **timing.machine(len(devices))}), flush=True)
   model, reference = (cases.build(case, devices, seed, stored="float32") for seed in (0, 1))
   given = work(case, model, options.rows)
-  arms = {
-    "plain": own_arm(case, model, reference, given, options.parts, None),
-    "tiled": own_arm(case, model, reference, given, options.parts, options.tile),
-  }
-  if other := torch_arm(case, model, reference, given, options.parts):
+  own = functools.partial(own_arm, case, model, reference, given, options.parts)
+  arms = {"plain": own(None)}
+  if "tiled" in options.ways:
+    arms["tiled"] = own(options.tile)
+  if "path" in options.ways:
+    arms["path"] = own(None, path=True)
+  if "torch" in options.ways and (other := torch_arm(case, model, reference, given, options.parts)):
     arms["torch"] = other
   check_losses(arms, case.dtype)
-  needed = products(case, options.rows, options.parts, STEPS)
-  limit = ceiling.Ceiling([needed], case.dtype, devices)
+  needed = {each: products(case, options.rows, options.parts, STEPS) for each in arms if each != "torch"}
+  if "path" in arms:
+    needed["path"] = path_products(case, options.rows, options.parts, STEPS)
+  limit = ceiling.Ceiling(list(needed.values()), case.dtype, devices)
   seconds = timing.interleaved({each: arm.run for each, arm in arms.items()} | limit.arms, options.repeats)
-  described = ceiling.described(needed, limit.rates(seconds))
+  rates = limit.rates(seconds)
   for each, arm in arms.items():
     median = statistics.median(seconds[each])
+    described = ceiling.described(needed[each], rates) if each in needed else {"ceiling_seconds": None}
+    share = described["ceiling_seconds"]
     line = {
       "mode": each,
       "updates_per_second": 1 / median,
       "ratio": statistics.median(seconds["torch"]) / median if "torch" in arms else None,
-      "ceiling_share": described["ceiling_seconds"] / median if each != "torch" else None,
+      "ceiling_share": share / median if share else None,
       "compile_seconds": arm.compile_seconds,
       "peak_bytes": arm.peak_bytes,
       **timing.spread(seconds[each]),
     }
-    print(json.dumps(line | (described if each != "torch" else {})), flush=True)
+    print(json.dumps(line | described), flush=True)
   if options.profile:
     shares = profiles.shares(arms["plain"].run, arms["plain"].text, options.profile)
     print(json.dumps({"profile": "plain", **shares}), flush=True)

@@ -24,6 +24,7 @@ class Purpose(enum.IntEnum):
   SFT_PROMPT_MASK = 5
   DROPOUT = 6
   ADAPTER = 7
+  MASK_EMBEDDING = 8
 
 
 def seeded(seed: int) -> Key[Array, ""]:

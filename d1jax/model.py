@@ -155,13 +155,8 @@ def build_denoiser(
     block: the length inside which attention of a block-causal network goes both ways; None: full attention.
     vocab_shards: the number of devices over which the vocabulary is sharded.
   """
-  encode, encode_window, encode_streams = network.encode, network.encode_window, None
-  if block is not None:
-    rule = BlockCausal(block)
-    encode, encode_window = (functools.partial(function, rule=rule) for function in (encode, encode_window))
-    encode_streams = functools.partial(streams, network, block)
-  return Denoiser(
-    encode=encode,
+  denoiser = Denoiser(
+    encode=network.encode,
     head=network.head,
     mask_id=mask_id,
     stop_ids=stop_ids,
@@ -169,10 +164,21 @@ def build_denoiser(
     vocab=network.size.vocab,
     shift=shift,
     init_cache=network.init_cache,
-    encode_window=encode_window,
-    block=block,
-    encode_streams=encode_streams,
+    encode_window=network.encode_window,
     vocab_shards=vocab_shards,
+  )
+  return denoiser if block is None else with_blocks(denoiser, network, block)
+
+
+def with_blocks(denoiser: Denoiser, network: Network, block: int) -> Denoiser:
+  """The denoiser of a network, with attention that goes both ways inside blocks of this length."""
+  rule = BlockCausal(block)
+  return dataclasses.replace(
+    denoiser,
+    encode=functools.partial(network.encode, rule=rule),
+    encode_window=functools.partial(network.encode_window, rule=rule),
+    encode_streams=functools.partial(streams, network, block),
+    block=block,
   )
 
 

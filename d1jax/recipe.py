@@ -77,6 +77,7 @@ class Recipe:
     self._rates: dict[str, np.ndarray] = {}
     if config.sft.steps:
       self._fine_tuning = configured.fine_tuning(config)
+      self._fine_tuning.check(self._model.denoiser.block)
       self._demonstrations, held_out = configured.demonstrations(self.experiment)
       self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
       self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
@@ -250,6 +251,7 @@ class Recipe:
         optimizer,
         position,
         seed=self.config.seed,
+        steps=self.config.sft.steps,
       )
 
     fresh = functools.partial(experiment.model.weights.fresh_state, optimizer)

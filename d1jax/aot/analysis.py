@@ -55,7 +55,8 @@ class Analysis:
       `largest` (buffers). One that the compiler accepts has `memory` (see `memory.Memory`), `flops` and `repeated` of
       all devices, `traffic` (bytes of a device's HBM), `collectives`, `largest_in_loops`, `weights_in_loop`
       (collectives that move the same weights again in each pass of a loop), `open_loops` (loops of unknown length,
-      which count as one pass), `seconds` (see `roofline.Roofline`) and `bound`.
+      which count as one pass; a loop that data may end earlier counts as often as it may run), `seconds` (see
+      `roofline.Roofline`) and `bound`.
     """
     began = time.perf_counter()
     traced = self.tracing[name]()
@@ -92,9 +93,8 @@ class Analysis:
       return Work.of(counted, tokens=0)
     experiment, config = self.experiment, self.experiment.config.grpo
     rows = config.oversample * config.prompts_per_iteration * config.num_generations // config.rollout_chunks
-    sampler, shift = experiment.sampler, experiment.model.denoiser.shift
-    canvas = self._width + sampler.completion_length
-    return cost.rollout(counted, sampler, canvas, shift, cost.whole(sampler, 1, rows))
+    sampler, denoiser = experiment.sampler, experiment.model.rollout_denoiser
+    return cost.rollout(counted, sampler, denoiser, self._width, cost.whole(sampler, 1, rows, denoiser.block))
 
   def _read(self, name: str, compiled: Any, traced: jax.stages.Traced) -> dict[str, Any]:
     program = hlo.parse(compiled.as_text())

@@ -115,23 +115,26 @@ class Program:
           yield from self._runs(inner, times, in_loop)
 
   def open_loops(self) -> int:
-    """The number of loops of unknown length, because data ends them; `runs` counts one pass of each."""
+    """The number of loops that nothing but data ends; `runs` counts one pass of each."""
     loops = [run for run in self.runs() if run.instruction.opcode == "while"]
     return sum(trip_count(self, run.computation, run.instruction) is None for run in loops)
 
 
 def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
-  """How often the body of a `while` runs; None if that is unknown.
+  """How often the body of a `while` runs, at most if data may end it earlier; None if that is unknown.
 
   Compilers for CPUs and GPUs state this number. The TPU compiler does not; there it follows from a counter that starts
-  at a constant, grows by a constant and is compared with a constant.
+  at a constant, grows by a constant and is compared with a constant: `i < 8`, or `i < 8 and more`.
   """
   if found := _TRIPS.search(loop.attributes):
     return int(found[1])
   condition, body = (program.computations[loop.called(name)[0]] for name in ("condition", "body"))
-  test = _root(condition)
-  if test.opcode != "compare" or "direction=LT" not in test.attributes:
+  root = _root(condition)
+  sides = [condition[name] for name in root.operands] if root.opcode == "and" else [root]
+  tests = [side for side in sides if side.opcode == "compare" and "direction=LT" in side.attributes]
+  if len(tests) != 1:
     return None
+  (test,) = tests
   counter, bound = condition[test.operands[0]], _constant(condition, test.operands[1])
   if counter.opcode != "get-tuple-element":
     return None

@@ -99,4 +99,4 @@ def _notes(programs: Mapping[str, Any]) -> Iterator[str]:
       yield f"{name}: the largest collectives in loops, the longest loop first: {'; '.join(arrays)}."
       yield f"{name}: collectives that move the same weights again in each pass of a loop: {moved}."
     if found["open_loops"]:
-      yield f"{name}: {found['open_loops']} loops end by what is drawn and count as one pass; FLOPs are of all passes."
+      yield f"{name}: {found['open_loops']} loops have no known length and count as one pass; FLOPs are of all passes."

@@ -20,6 +20,9 @@ Caches = tuple[Any, ...]
 
 NO_CACHES: Caches = (None, None)
 
+NEXT_BLOCK = "d1jax.next_block"
+"""The scope of the logits of a block's first token, which the last token of the block before predicts."""
+
 
 class Window(NamedTuple):
   """The rows of the canvas that a pass computes: `width` of them from `first` on."""
@@ -31,6 +34,11 @@ class Window(NamedTuple):
 def pass_over(width: int) -> str:
   """The scope of a pass that computes `width` positions a row, with the logits of its block."""
   return f"d1jax.pass_over_{width}"
+
+
+def write_over(width: int) -> str:
+  """The scope of a pass that writes the keys and values of `width` positions a row, and predicts nothing."""
+  return f"d1jax.write_over_{width}"
 
 
 def check(denoiser: Denoiser, spec: SamplerSpec) -> None:

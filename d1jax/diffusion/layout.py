@@ -15,6 +15,7 @@ block-causal network therefore records `block` tokens more than a completion has
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
@@ -42,6 +43,11 @@ def moved(denoiser: Denoiser, prompt_valid: Bool[Array, "B P"]) -> Int[Array, "B
   """By how many columns each row moves to the left, r."""
   length = prompt_width(denoiser, prompt_valid.shape[1])
   return (length - jnp.sum(prompt_valid, axis=1, dtype=jnp.int32)) % (denoiser.block or 1)
+
+
+def lead(block: int, tokens: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
+  """How many columns of the first active block hold the end of prompts of so many tokens; the host's arithmetic."""
+  return block - -tokens % block
 
 
 def lay_out(
@@ -75,6 +81,34 @@ def lay_out(
   valid = jnp.concatenate([left(prompt_valid), jnp.ones(completion.shape, bool)], axis=1)
   columns = jnp.arange(tokens.shape[1] - denoiser.block)[None, :] + moved(denoiser, prompt_valid)[:, None]
   return jnp.take_along_axis(tokens, columns, axis=1), jnp.take_along_axis(valid, columns, axis=1)
+
+
+def learned(
+  denoiser: Denoiser, prompt_valid: Bool[Array, "B P"], completion: Int[Array, "B C"], fill: int
+) -> tuple[Int[Array, "B W"], Bool[Array, "B W"]]:
+  """Completions as `lay_out` takes them, and which of their tokens supervised fine-tuning learns.
+
+  With full attention these are the completions themselves, and all tokens. The sampler of a block-causal network ends a
+  row after the block with its first stop id: a row learns the tokens up to the end of this block, and none behind it.
+  An answer without a stop id was cut, and nothing is learned behind its cut. So a row learns the same tokens, however
+  far its completion is padded.
+
+  Args:
+    denoiser: whose blocks count.
+    prompt_valid: false at padding.
+    completion: answers of any length, padded with `fill`.
+    fill: the end-of-sequence token, which fills the last block.
+  """
+  length, block = completion.shape[1], denoiser.block
+  if block is None:
+    return completion, jnp.ones(completion.shape, bool)
+  width = -(-length // block) * block + block
+  tokens = jnp.pad(completion, ((0, 0), (0, width - length)), constant_values=fill)
+  number, column = block_of(denoiser, prompt_valid, width, block), jnp.arange(width)[None, :]
+  stops = jnp.isin(tokens, jnp.asarray(denoiser.stop_ids, jnp.int32)) & (column < length)
+  last = jnp.min(jnp.where(stops, number, width), axis=1, keepdims=True)
+  on_canvas = column < width - block + moved(denoiser, prompt_valid)[:, None]
+  return tokens, jnp.where(last < width, (number <= last) & on_canvas, column < length)
 
 
 def block_of(denoiser: Denoiser, prompt_valid: Bool[Array, "B P"], width: int, size: int) -> Int[Array, "#B W"]:

@@ -5,10 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from d1jax.diffusion.corruption import corrupt, mask_prompt
+from d1jax.diffusion.corruption import LLADA, NoiseSpec, corrupt, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob
-from d1jax.diffusion.layout import predicting
+from d1jax.diffusion.layout import learned, predicting
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.vocabulary import tiled_log_prob
 
@@ -100,6 +100,32 @@ def one_step(
   return Scores(logp, rollout.completion_mask.astype(jnp.float32))
 
 
+def targets(
+  denoiser: Denoiser,
+  prompt_valid: Bool[Array, "B P"],
+  completion: Int[Array, "B C"],
+  *,
+  fill: int,
+  rows: int,
+) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
+  """What `denoising_loss` takes: completions with the tokens that fill their last block, and the weight of each token.
+
+  A row counts 1 / `rows`, and so do its tokens together: all of the completion, or those that a block-causal network
+  learns (`d1jax.diffusion.layout.learned`).
+
+  Args:
+    denoiser: the mask predictor.
+    prompt_valid: false at padding.
+    completion: answers, padded with `fill`.
+    fill: the end-of-sequence token.
+    rows: the rows over which the loss is a mean.
+  """
+  tokens, keep = learned(denoiser, prompt_valid, completion, fill)
+  if denoiser.block is None:
+    return tokens, jnp.full(tokens.shape, 1 / (rows * tokens.shape[1]))
+  return tokens, keep / (rows * jnp.sum(keep, axis=1, keepdims=True))
+
+
 def denoising_loss(
   denoiser: Denoiser,
   params: Params,
@@ -110,20 +136,40 @@ def denoising_loss(
   sample_id: Int[Array, "B"],
   key: Key[Array, ""],
   *,
+  noise: NoiseSpec = LLADA,
+  complement: Bool[Array, "B"] | None = None,
   tile: int | None = None,
   dropout_key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """Masked-diffusion loss of supervised fine-tuning (LLaDA, eq. 5): completion only, weights 1/t.
+  """Masked-diffusion loss of supervised fine-tuning (LLaDA, eq. 5; SDAR, arXiv 2510.06303): completion only.
 
-  `sum_{b,i} weight[b,i] * masked[b,i] * CE[b,i] / t[b]`, with t ~ U(0.001, 1) a row. The completion's end-of-sequence
-  padding is part of the response: attended to, masked and learned, so that the model knows where answers end. `weight`
-  holds the normalisation. `dropout_key` turns the network's dropout on; a token's key is made of its sample id and its
-  distance from the start of the completion.
+  `sum_{b,i} weight[b,i] * masked[b,i] * CE[b,i] / t[b]`, with t ~ U(0.001, 1) a row. With full attention the
+  completion's end-of-sequence padding is part of the response: attended to, masked and learned, so that the model knows
+  where answers end. A block-causal network sees the clean tokens of earlier blocks, and its own block as far as the
+  draw does not mask it; tokens without weight are masked in it, and at least one with weight is.
+
+  Args:
+    denoiser: the mask predictor.
+    params: its parameters.
+    prompt: left-padded ids.
+    prompt_valid: false at padding.
+    completion: clean tokens; of a block-causal network as `targets` gives them.
+    weight: of each token, which holds the normalisation, as `targets` gives it.
+    sample_id: part of the keys of all draws.
+    key: of the noise.
+    noise: another range of t; under the weighting `flat`, 1 / t becomes (tokens with weight) / (those that are masked),
+      so that a row's loss is the mean over its masked tokens.
+    complement: rows that mask what the draw does not mask.
+    tile: see `token_logps`.
+    dropout_key: turns the network's dropout on; a token's key is made of its sample id and its distance from the start
+      of the completion.
 
   Returns:
     The loss, and `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) as a metric.
   """
-  noisy = corrupt(key, sample_id, completion, denoiser.mask_id)
+  has_weight = weight > 0
+  keep = None if denoiser.block is None else has_weight
+  noisy = corrupt(key, sample_id, completion, denoiser.mask_id, noise, learned=keep, complement=complement)
   hidden = predicting(
     denoiser,
     params,
@@ -136,5 +182,9 @@ def denoising_loss(
   )
   cross_entropy = -token_logps(denoiser, params, hidden, completion, tile)
   cross_entropy = jnp.where(noisy.masked, cross_entropy, 0.0)
-  loss = jnp.sum(weight * cross_entropy / noisy.time[:, None])
+  share = noisy.time
+  if noise.weighting == "flat":
+    count = lambda tokens: jnp.sum(tokens, axis=1)
+    share = jnp.maximum(count(noisy.masked & has_weight), 1) / jnp.maximum(count(has_weight), 1)
+  loss = jnp.sum(weight * cross_entropy / share[:, None])
   return loss, {"masked_ce": jnp.sum(cross_entropy) / jnp.maximum(jnp.sum(noisy.masked), 1)}

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from d1jax import keys
 from d1jax.diffusion import layout
-from d1jax.diffusion.blocks import Caches, Window, block_logits, check, init_caches, pass_over, window_of
-from d1jax.diffusion.denoiser import Denoiser, Params
+from d1jax.diffusion.blocks import NEXT_BLOCK, Caches, Window, block_logits, check, init_caches, window_of, write_over
+from d1jax.diffusion.denoiser import FORWARD_PASS, Denoiser, Params
 from d1jax.diffusion.draw import log_prob, propose
 from d1jax.diffusion.rollout import Rollout, SamplerSpec, up_to_stop
 from d1jax.diffusion.schedule import confident_count, rank_descending, reveal_counts
@@ -156,15 +157,19 @@ class _Loop:
     seen before it is written again.
     """
     state = _State(canvas, init_caches(self.denoiser, self.valid, self.spec))
-    denoise = self.denoise
-    if self.denoiser.block is not None:
-      denoise, state = self.denoise_causal, self.encoded(0, done, state)[1]
-    if not self.ends_early:
-      return jax.lax.fori_loop(0, self.blocks, denoise, state).canvas
-    smaller = sizes[1] if len(sizes) > 1 else 0
+    denoise, smaller = self.denoise, sizes[1] if len(sizes) > 1 else 0
 
     def too_many(carry: tuple[Int[Array, ""], _State]) -> Bool[Array, ""]:
       return (carry[0] < self.blocks) & (jnp.sum(self.unfinished(carry[1].canvas)) > smaller)
+
+    if self.denoiser.block is not None:
+      denoise, fill = self.denoise_causal, lambda state: self.encoded(0, done, state)[1]
+      if done < self.valid.shape[1]:
+        state = fill(state)
+      else:  # a smaller batch, which has nothing left to do where the larger one came to the end
+        state = jax.lax.cond(too_many((block, state)), fill, lambda state: state, state)
+    if not self.ends_early:
+      return jax.lax.fori_loop(0, self.blocks, denoise, state).canvas
 
     advance = lambda carry: (carry[0] + 1, denoise(*carry))
     block, (canvas, _) = jax.lax.while_loop(too_many, advance, (block, state))
@@ -268,8 +273,9 @@ class _Loop:
     """The hidden states of some columns, whose keys and values are written into the cache."""
     tokens = jax.lax.dynamic_slice_in_dim(state.canvas.tokens, first, width, axis=1)
     encode: Any = self.denoiser.encode_window
-    with jax.named_scope(pass_over(width)):
-      hidden, cache = encode(self.params, tokens, first, state.caches[0])
+    with jax.named_scope(write_over(width)):
+      # The pass is counted by its tokens: nobody may use its hidden states.
+      hidden, cache = encode(self.params, checkpoint_name(tokens, FORWARD_PASS), first, state.caches[0])
     return hidden, state._replace(caches=(cache, None))
 
   def begin(self, block: Int[Array, ""], alive: Bool[Array, "B"], state: _State) -> _State:
@@ -278,7 +284,8 @@ class _Loop:
     hidden, state = self.encoded(start - size, size, state)
     if not self.denoiser.shift:
       return state
-    logits = self.denoiser.logits(self.params, self.denoiser.hidden_predicting(hidden, jnp.asarray([size])))
+    with jax.named_scope(NEXT_BLOCK):
+      logits = self.denoiser.logits(self.params, self.denoiser.hidden_predicting(hidden, jnp.asarray([size])))
     index = block * self.spec.steps_per_block
     uniform = keys.uniforms(keys.fold(keys.fold(self.keys, index), _TOKEN_STREAM), self.active)
     offset = block * self.spec.block_length

@@ -241,6 +241,25 @@ def build(
   return Network(init, encode, head, init_cache, encode_window, nnx.to_pure_dict(axes), size)
 
 
+def shaken(params: Params, row: int, key: Key[Array, ""], size: Float[Array, ""]) -> Params:
+  """Parameters with Gaussian noise in one row of the embedding, such as the mask's.
+
+  A row of zeros, which no training has touched, gives hidden states that a norm divides by almost nothing, and
+  gradients that explode; a little noise prevents this.
+
+  Args:
+    params: the parameters.
+    row: the id.
+    key: of the noise.
+    size: the noise's standard deviation, as a share of the root mean square of all embeddings.
+  """
+  table = params["embedding"]
+  scale = size * jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(table.astype(jnp.float32)))))
+  noise = (scale * jax.random.normal(key, table.shape[1:])).astype(table.dtype)
+  is_row = jnp.arange(table.shape[0])[:, None] == row
+  return {**params, "embedding": jnp.where(is_row, table + noise[None, :], table)}
+
+
 def parameter_count(network: Network) -> int:
   """The number of parameters, from a trace that allocates no memory."""
   return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))))

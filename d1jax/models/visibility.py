@@ -5,28 +5,51 @@ the pairs of one tile, so that no [L, L] array exists. A rule is static under ji
 arithmetic alone, so that it takes numpy arrays, JAX arrays, and the index arrays inside a Pallas kernel.
 """
 
+import abc
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 
-@runtime_checkable
-class Rule(Protocol):
-  """An attention mask; None in its place means that attention goes both ways everywhere."""
+class Rule(abc.ABC):
+  """An attention mask; None in its place means that attention goes both ways everywhere.
+
+  A chip has no instruction that divides integers, and a kernel would divide for each pair. So a rule divides in `end`,
+  which a kernel gets once a query, and only compares and adds in `sees`.
+  """
+
+  block: int
 
   def __call__(self, q: Any, k: Any) -> Any:
     """Whether the query at index `q` sees the key at index `k`; the indices are broadcast against each other."""
+    return self.sees(self.end(q), k)
+
+  def end(self, q: Any) -> Any:
+    """The first index behind the block of the query at index `q`."""
+    return (q // self.block + 1) * self.block
+
+  @abc.abstractmethod
+  def sees(self, end: Any, k: Any) -> Any:
+    """Whether a query whose block ends before index `end` sees the key at index `k`."""
 
   def positions(self, start: int | Int[Array, ""], length: int) -> Int[Array, "length"]:
     """The positions, for the rotary embedding, of the indices from `start` on."""
+    return start + jnp.arange(length)
+
+  def pairs(self, start: int, queries: int, keys: int) -> int:
+    """How many pairs of a query at `start`, `start + 1`, ... and a key at 0, 1, ... see each other."""
+    ends, times = np.unique(self.end(start + np.arange(queries)), return_counts=True)
+    seen = [np.count_nonzero(self.sees(end, np.arange(keys))) for end in ends]
+    return int(np.dot(seen, times))
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class BlockCausal:
+class BlockCausal(Rule):
   """Attention goes both ways inside a block, and backwards across blocks (BD3-LM, arXiv 2503.09573).
 
   With blocks of 4, position 5 sees 0 to 7. With blocks of 1, attention is causal; with one block over the canvas, full.
@@ -37,18 +60,14 @@ class BlockCausal:
 
   block: int
 
-  def __call__(self, q: Any, k: Any) -> Any:
+  def sees(self, end: Any, k: Any) -> Any:
     """See `Rule`."""
-    return k // self.block <= q // self.block
-
-  def positions(self, start: int | Int[Array, ""], length: int) -> Int[Array, "length"]:
-    """See `Rule`."""
-    return start + jnp.arange(length)
+    return k < end
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class TwoStreams:
+class TwoStreams(Rule):
   """A clean canvas, and behind it a noisy copy of its last part, in one pass (BD3-LM, arXiv 2503.09573, section 3.2).
 
   A noisy position sees the noisy positions of its own block and the clean ones of earlier blocks: what the sampler
@@ -59,7 +78,7 @@ class TwoStreams:
   Attributes:
     block: tokens a block.
     clean: positions of the clean canvas, a multiple of `block`.
-    first: the position of the first noisy token, a multiple of `block`.
+    first: the position of the first noisy token, a multiple of `block`, at most `clean`.
   """
 
   block: int
@@ -69,16 +88,17 @@ class TwoStreams:
   def __post_init__(self) -> None:
     if self.clean % self.block or self.first % self.block:
       raise ValueError(f"clean={self.clean} and first={self.first} must be multiples of the block {self.block}")
+    if self.first > self.clean:
+      raise ValueError(
+        f"first={self.first} must be at most clean={self.clean}: the noisy copy is one of the clean canvas"
+      )
 
-  def __call__(self, q: Any, k: Any) -> Any:
-    """See `Rule`."""
-    q_noisy, k_noisy = q >= self.clean, k >= self.clean
-    q_block, k_block = self._block(q, q_noisy), self._block(k, k_noisy)
-    earlier, same = k_block < q_block, k_block == q_block
-    return (~k_noisy & (earlier | (same & ~q_noisy))) | (k_noisy & q_noisy & same)
-
-  def _block(self, index: Any, noisy: Any) -> Any:
-    return (index + noisy * (self.first - self.clean)) // self.block
+  def sees(self, end: Any, k: Any) -> Any:
+    """See `Rule`; the noisy copy begins with a block, so that no block lies in both."""
+    clean_query = end <= self.clean
+    own_block = k >= end - self.block
+    earlier = k < end - self.block - (self.clean - self.first)  # up to the clean copy of a noisy query's block
+    return (k < end) & (clean_query | own_block | earlier)
 
   def positions(self, start: int | Int[Array, ""], length: int) -> Int[Array, "length"]:
     """See `Rule`."""

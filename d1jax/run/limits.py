@@ -101,6 +101,9 @@ TABLE: Mapping[str, Limit] = {
   **{f"{stage}.{name}": limit for stage in ("sft", "grpo") for name, limit in _STAGE.items()},
   "sft.batch_size": COUNT,
   "sft.held_out": DECAY,
+  "sft.mask_ratio": SHARE._replace(several=True),
+  "sft.grow": TOKENS._replace(several=True),
+  "sft.mask_noise_steps": MANY,
   **{f"grpo.{name}": COUNT for name in ("prompts_per_iteration", "num_generations", "num_iterations")},
   **{f"grpo.{name}": COUNT for name in ("rollout_chunks", "oversample")},
   **{f"grpo.{name}": MANY for name in ("grading_workers", "dump_every", "overlong")},
@@ -125,8 +128,8 @@ TABLE: Mapping[str, Limit] = {
   "slices": COUNT,
 }
 """The conditions on the numbers of all configurations, by dotted name."""
-NONE_IS_ALL = ("lengths", "prompt_buckets")
-"""If one of these is empty, the numbers of the checkpoint are used."""
+MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow")
+"""If `lengths` or `prompt_buckets` is empty, the numbers of the checkpoint are used."""
 
 
 LOCAL = (
@@ -154,5 +157,5 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"{name}={value!r} must be {limit}")
     elif not isinstance(value, tuple | list) or not all(map(limit.allows, value)):
       raise ValueError(f"{name}={value!r} must hold numbers of which each is {limit}")
-    elif not value and name not in NONE_IS_ALL:
+    elif not value and name not in MAY_BE_EMPTY:
       raise ValueError(f"{name} is empty; it must hold at least one number")

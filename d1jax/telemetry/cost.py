@@ -5,14 +5,15 @@ model's FLOPs are those of the mathematics on the whole canvas, including paddin
 is counted separately, so that it does not increase the utilisation (PaLM, arXiv 2204.02311, appendix B).
 """
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from d1jax.diffusion.blocks import pass_over, window_of
+from d1jax.diffusion import layout
+from d1jax.diffusion.blocks import NEXT_BLOCK, pass_over, window_of, write_over
+from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.replay import EACH_STEP
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import batch_sizes
@@ -55,13 +56,20 @@ class Reach(NamedTuple):
   rows: Int[np.ndarray, "chunks blocks"]
 
 
-def whole(sampler: SamplerSpec, chunks: int, rows: int) -> Reach:
-  """The reach of rollouts that take every step for every row, with the static schedule and without early exits."""
-  shape = (chunks, sampler.blocks)
+def whole(sampler: SamplerSpec, chunks: int, rows: int, block: int | None = None) -> Reach:
+  """The reach of rollouts that take every step for every row, with the static schedule and without early exits.
+
+  Args:
+    sampler: their sampler.
+    chunks: the number of rollouts.
+    rows: of each.
+    block: that of a block-causal network, whose prompts begin to be completed inside of one; None: full attention.
+  """
+  shape = (chunks, sampler.blocks + (block or 0) // sampler.block_length)
   return Reach(np.full(shape, sampler.steps_per_block), np.full(shape, rows))
 
 
-def reached(sampler: SamplerSpec, chunks: Sequence[Rollout], rows: int, ways: int) -> Reach:
+def reached(sampler: SamplerSpec, chunks: Sequence[Rollout], rows: int, ways: int, block: int | None = None) -> Reach:
   """The reach of finished rollouts. If it depends on the samples, all processes must call this together.
 
   Args:
@@ -69,14 +77,12 @@ def reached(sampler: SamplerSpec, chunks: Sequence[Rollout], rows: int, ways: in
     chunks: the rows of this process, on the host.
     rows: the rows of one chunk on all processes.
     ways: the number of devices that share a batch.
+    block: that of a block-causal network; None: full attention.
   """
-  if sampler.schedule == "static" and not sampler.early_exit:
+  if sampler.schedule == "static" and not sampler.early_exit and block is None:
     return whole(sampler, len(chunks), rows)
-  before = sampler.block_length * np.arange(sampler.blocks)
-  steps = [sampler.steps_taken(np.asarray(chunk.reveal_step)) for chunk in chunks]
-  # A row has ended at a block if its first stop id lies before that block.
-  unfinished = [np.sum(chunk.completion_mask.sum(axis=1)[:, None] > before, axis=0) for chunk in chunks]
-  everyone = multihost.gather((np.asarray(steps).tolist(), np.asarray(unfinished).tolist()))
+  found = [_of_samples(sampler, chunk, block) for chunk in chunks]
+  everyone = multihost.gather(tuple(np.asarray(each).tolist() for each in zip(*found, strict=True)))
   steps_taken = np.max([found for found, _ in everyone], axis=0)
   if not sampler.early_exit:
     return Reach(steps_taken, np.full_like(steps_taken, rows))
@@ -85,40 +91,94 @@ def reached(sampler: SamplerSpec, chunks: Sequence[Rollout], rows: int, ways: in
   return Reach(steps_taken, np.where(going_on > 0, sizes[np.searchsorted(sizes, going_on)], 0))
 
 
-@functools.lru_cache
-def _windows(sampler: SamplerSpec, canvas: int, shift: int) -> tuple[int, ...]:
-  """For each block, the positions that a pass computes between two passes over the whole canvas."""
-  if sampler.cache == "none":
-    return (canvas,) * sampler.blocks
-  starts = range(canvas - sampler.completion_length, canvas, sampler.block_length)
-  return tuple(window_of(sampler, start, canvas, shift).width for start in starts)
+def _of_samples(
+  sampler: SamplerSpec, rollout: Rollout, block: int | None
+) -> tuple[Int[np.ndarray, "blocks"], Int[np.ndarray, "blocks"]]:
+  """The denoising steps that were taken at each block, and the rows that had not ended before it."""
+  reveal_step = np.asarray(rollout.reveal_step)
+  taken = sampler.steps_taken(reveal_step)
+  # Blocks that have nothing to complete in a row, since they hold its prompt alone.
+  prompts = 0 if block is None else layout.lead(block, np.sum(rollout.prompt_valid, axis=1)) // sampler.block_length
+  if np.min(prompts) > 0:  # the number 0 of a token that was never revealed is that of the first block's first step
+    taken[0] = 0
+  # A row that goes on completes its block; the number of a step says in which block it was.
+  completed = np.zeros((len(reveal_step), len(taken)), bool)
+  np.put_along_axis(completed, reveal_step // sampler.steps_per_block, True, axis=1)
+  completed |= np.arange(len(taken)) < np.maximum(np.reshape(prompts, (-1, 1)), 1)
+  return taken, completed.sum(axis=0)
 
 
-def rollout(counted: Counted, sampler: SamplerSpec, canvas: int, shift: int, reach: Reach) -> Work:
-  """The work of a rollout of all chunks: one pass over the canvas per refresh period, and window passes in between.
+class _Pass(NamedTuple):
+  """Forward passes of a rollout with the same scopes."""
+
+  scopes: tuple[str, ...]
+  rows: int
+  number: int = 1
+
+
+def _passes(sampler: SamplerSpec, denoiser: Denoiser, canvas: int, reach: Reach) -> Iterator[_Pass]:
+  """The passes of a network with full attention: one over the canvas per refresh period, and windows in between."""
+  start = canvas - sampler.completion_length
+  for taken, rows_of in zip(reach.steps.tolist(), reach.rows.tolist(), strict=True):
+    for block, (steps, rows) in enumerate(zip(taken, rows_of, strict=True)):
+      refreshes = -(-steps // sampler.refresh_period)
+      yield _Pass((pass_over(canvas),), rows, refreshes)
+      if steps > refreshes:
+        window = window_of(sampler, start + block * sampler.block_length, canvas, denoiser.shift).width
+        yield _Pass((pass_over(window),), rows, steps - refreshes)
+
+
+def _causal_passes(sampler: SamplerSpec, denoiser: Denoiser, canvas: int, reach: Reach) -> Iterator[_Pass]:
+  """The passes of a block-causal network: the prompt once, then the active block, and the one before it once."""
+  size, length = denoiser.block or 1, sampler.block_length
+  parts = size // length
+  for taken, rows_of in zip(reach.steps.tolist(), reach.rows.tolist(), strict=True):
+    yield _Pass((write_over(canvas - sampler.completion_length - size),), rows_of[0])
+    for block, (steps, rows) in enumerate(zip(taken, rows_of, strict=True)):
+      if 0 < rows < rows_of[max(block - 1, 0)]:  # the smaller batch has a cache of its own
+        yield _Pass((write_over(canvas),), rows)
+      if not steps:
+        continue
+      if parts == 1 and not denoiser.shift:
+        yield _Pass((pass_over(2 * size),), rows)
+        yield _Pass((pass_over(size),), rows, steps - 1)
+        continue
+      first = block % parts == 0
+      if first:
+        yield _Pass((write_over(size), NEXT_BLOCK) if denoiser.shift else (write_over(size),), rows)
+      # A block of one token is complete when the token before has predicted it.
+      yield _Pass((pass_over(size),), rows, 0 if first and denoiser.shift and length == 1 else steps)
+
+
+def rollout(counted: Counted, sampler: SamplerSpec, denoiser: Denoiser, width: int, reach: Reach) -> Work:
+  """The work of a rollout of all chunks.
 
   Args:
     counted: the products of the rollout program of one chunk.
     sampler: the sampler.
-    canvas: L, the length of prompt and completion.
-    shift: the denoiser's shift.
+    denoiser: the denoiser.
+    width: the width of the prompts.
     reach: the steps that were taken.
   """
-  times = 2 if sampler.cfg_scale else 1
-  flops = 0
-  made = times * int((reach.steps * reach.rows).sum())
-  for taken, rows_of in zip(reach.steps.tolist(), reach.rows.tolist(), strict=True):
-    for steps, rows, window in zip(taken, rows_of, _windows(sampler, canvas, shift), strict=True):
-      refreshes = -(-steps // sampler.refresh_period)
-      for width, count in ((canvas, refreshes), (window, steps - refreshes)):
-        if count:
-          each = counted[frozenset({pass_over(width)})]
-          flops += times * count * rows * each.flops // each.passes
+  times, flops, made = 2 if sampler.cfg_scale else 1, 0, 0
+  canvas = layout.prompt_width(denoiser, width) + sampler.completion_length
+  passes = _passes if denoiser.block is None else _causal_passes
+  for each in passes(sampler, denoiser, canvas, reach):
+    if each.rows and each.number:
+      found = [counted[frozenset({scope})] for scope in each.scopes]
+      flops += times * each.number * sum(each.rows * one.flops // one.passes for one in found)
+      made += times * each.number * each.rows
   return Work(flops, int(reach.rows[:, 0].sum()) * sampler.completion_length, passes=made)
 
 
 def update(
-  counted: Counted, sampler: SamplerSpec, method: Method, reach: Reach, *, oversample: int = 1
+  counted: Counted,
+  sampler: SamplerSpec,
+  method: Method,
+  reach: Reach,
+  *,
+  block: int | None = None,
+  oversample: int = 1,
 ) -> tuple[Work, Work]:
   """The work of an update: of the score (old and reference log-probabilities), and of the optimiser steps.
 
@@ -127,9 +187,12 @@ def update(
     sampler: the sampler of the rollout.
     method: the method of the update.
     reach: the steps of the rollout.
+    block: that of a block-causal network, all blocks of which are scored at once; None: full attention.
     oversample: groups drawn for each one trained on.
   """
-  taken, steps = int(reach.steps.max(axis=0).sum()), sampler.blocks * sampler.steps_per_block
+  at_once = sampler.blocks if block is None else block // sampler.block_length
+  taken = int(reach.steps.reshape(-1, at_once).max(axis=0).sum())
+  steps = at_once * sampler.steps_per_block
   parts: dict[bool, list[Products]] = {True: [], False: []}
   for scopes, found in counted.items():
     made = Products(*(number * taken // steps for number in found)) if EACH_STEP in scopes else found
@@ -148,12 +211,12 @@ def iteration(
   found: Rollout,
   *,
   sampler: SamplerSpec,
+  denoiser: Denoiser,
   method: Method,
   oversample: int,
   chunks: int,
   rows: int,
   ways: int,
-  shift: int,
 ) -> dict[str, Work]:
   """The work of one iteration of diffu-GRPO: `rollout`, `score` and `update`; for processes see `reached`.
 
@@ -161,16 +224,15 @@ def iteration(
     counted: the products of the programs `rollout` and `update`.
     found: this process's rows of the rollout on the host, chunk by chunk.
     sampler: the sampler that was used, with or without its cache.
+    denoiser: the denoiser.
     method: the method of the update.
     oversample: groups drawn for each one trained on.
     chunks: the number of parts of the rollout.
     rows: the rows of a chunk on all processes.
     ways: the number of devices over which they are split.
-    shift: the denoiser's shift.
   """
   parts = [Rollout(*part) for part in zip(*(np.split(x, chunks) for x in found), strict=True)]
-  reach = reached(sampler, parts, rows, ways)
-  canvas = found.prompt.shape[1] + sampler.completion_length
-  drawn = rollout(counted["rollout"], sampler, canvas, shift, reach)
-  score, steps = update(counted["update"], sampler, method, reach, oversample=oversample)
+  reach = reached(sampler, parts, rows, ways, denoiser.block)
+  drawn = rollout(counted["rollout"], sampler, denoiser, found.prompt.shape[1], reach)
+  score, steps = update(counted["update"], sampler, method, reach, block=denoiser.block, oversample=oversample)
   return {"rollout": drawn, "score": score, "update": steps}

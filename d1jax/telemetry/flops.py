@@ -92,7 +92,7 @@ def _equation(equation: Any, scopes: frozenset[str], repeated: bool) -> _Found:
     weight, channels = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
     flops = 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight) // weight[channels]
   elif name in _KERNELS and stated:
-    flops = _KERNELS[name] * int(next(iter(stated)).removeprefix(KERNEL))
+    flops = _KERNELS[name] * min(int(scope.removeprefix(KERNEL)) for scope in stated)
   else:
     inner = [_count(program, scopes, repeated) for value in params.values() for program in programs_in(value)]
     found: _Found = functools.reduce(operator.or_ if name == "cond" else operator.add, inner, Counter())

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from d1jax.diffusion.corruption import NoiseSpec
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.layout import extra
 from d1jax.diffusion.likelihood import Scores
@@ -42,7 +43,7 @@ def method(section: ConfigDict, sampler: SamplerSpec, block: int | None = None) 
   shared = {"p_mask_prompt": section.p_mask_prompt, "tile": section.logits_tile}
   estimator = parts.build("estimator", section.estimator, **shared)
   loss, advantage = parts.build("loss", section.loss), parts.build("advantage", section.advantage)
-  with _of_grpo():
+  with _of("grpo"):
     built = Method(
       estimator,
       loss,
@@ -107,7 +108,7 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
   Raises:
     ValueError: a weight names a component that neither the right nor the constant answer to a training question has.
   """
-  with _of_grpo():
+  with _of("grpo"):
     found = Shaping(section.reward_weights.to_dict(), section.overlong, section.answered)
   if found.weights or found.overlong or found.answered:
     names: dict[str, None] = {}
@@ -115,7 +116,7 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
       record = one.records("train")[0]
       for text in (one.demonstration(record, "d1"), one.baseline(record, "d1")):
         names |= dict.fromkeys(one.grade(text, record, protocol).components)
-    with _of_grpo():
+    with _of("grpo"):
       found.check(list(names), sampler.completion_length)
   return found
 
@@ -153,8 +154,14 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
 
 
 def fine_tuning(config: ConfigDict) -> sft.Options:
-  """The options of `config.sft`."""
+  """The options of `config.sft`.
+
+  Raises:
+    ValueError: options of the noise do not fit together.
+  """
   section = config.sft
+  with _of("sft"):
+    noise = NoiseSpec(tuple(map(float, section.mask_ratio)), section.weighting, section.complementary)
   return sft.Options(
     section.batch_size,
     tuple(section.prompt_buckets),
@@ -163,6 +170,9 @@ def fine_tuning(config: ConfigDict) -> sft.Options:
     section.truncate,
     section.p_mask_prompt,
     section.logits_tile,
+    noise,
+    tuple(section.grow),
+    section.mask_noise_steps,
   )
 
 
@@ -180,9 +190,9 @@ def demonstrations(experiment: Experiment) -> tuple[sft.Demonstrations, sft.Demo
 
 
 @contextlib.contextmanager
-def _of_grpo() -> Iterator[None]:
-  """Puts `grpo.` before errors of `d1jax.rl`, which begin with the name of an option."""
+def _of(section: str) -> Iterator[None]:
+  """Puts the section before errors that begin with the name of an option."""
   try:
     yield
   except ValueError as error:
-    raise ValueError(f"grpo.{error}") from error
+    raise ValueError(f"{section}.{error}") from error

@@ -99,12 +99,12 @@ def advancer(
       {"rollout": counted["rollout" if used else "exact"], "update": counted["update"]},
       visit.rollout,
       sampler=programs.sampler if used else programs.sampler.with_cache("none"),
+      denoiser=programs.model.denoiser,
       method=programs.method,
       oversample=shape.oversample,
       chunks=shape.chunks,
       rows=shape.rows // shape.chunks,
       ways=programs.model.rollout_ways,
-      shift=programs.model.denoiser.shift,
     )
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     tasks = [names[i] for i in batch.record] if names else []

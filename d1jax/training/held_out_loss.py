@@ -9,7 +9,7 @@ import numpy as np
 from d1jax import keys
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
-from d1jax.diffusion.likelihood import denoising_loss
+from d1jax.diffusion.likelihood import denoising_loss, targets
 from d1jax.model import Model
 from d1jax.parallel.mesh import place
 from d1jax.state import Frozen, Params, merge
@@ -48,30 +48,31 @@ class HeldOutLoss:
       jobs = list(itertools.product(members, range(DRAWS)))
       for first in range(0, len(jobs), size):
         part = jobs[first : first + size]
-        scale = np.zeros((size, length), np.float32)
-        scale[: len(part)] = 1 / length
+        counts = np.arange(size) < len(part)
         part += part[:1] * (size - len(part))
         prompts, valid = pad_left([found.prompts[i] for i, _ in part], width, pad_id)
         completions = np.full((size, length), pad_id, np.int32)
         for row, (i, _) in enumerate(part):
           completions[row, : len(answers[i])] = answers[i]
         sample_id = np.asarray([i * DRAWS + draw for i, draw in part], np.int32)
-        self._batches.append(place((prompts, valid, completions, scale, sample_id), model.by_row))
+        self._batches.append(place((prompts, valid, completions, counts, sample_id), model.by_row))
     weights = model.weights
 
     def loss(trainable: Params, frozen: Frozen, batch: Any) -> jax.Array:
-      prompt, valid, completion, weight, sample_id = batch
+      prompt, valid, completion, counts, sample_id = batch
       params = merge(trainable, frozen)
       key = keys.purpose_key(keys.seeded(0), keys.Purpose.EVALUATION)
+      completion, weight = targets(model.denoiser, valid, completion, fill=pad_id, rows=1)
       total, _ = denoising_loss(
         model.denoiser,
         params,
         prompt,
         valid,
         completion,
-        weight,
+        weight * counts[:, None],
         sample_id,
         key,
+        noise=config.noise,
         tile=config.logits_tile,
       )
       return total

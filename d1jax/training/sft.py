@@ -15,11 +15,12 @@ from d1jax import keys
 from d1jax.data import demonstrations as demonstration_files
 from d1jax.data.sft_batches import SftBatch, padding, sft_batches
 from d1jax.data.tokenizer import Tokenizer
-from d1jax.diffusion.corruption import mask_prompt
+from d1jax.diffusion.corruption import LLADA, NoiseSpec, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser
-from d1jax.diffusion.likelihood import denoising_loss
+from d1jax.diffusion.likelihood import denoising_loss, targets
 from d1jax.microbatch import split_rows, sum_over_parts
-from d1jax.model import Model
+from d1jax.model import Model, with_blocks
+from d1jax.models.transformer import shaken
 from d1jax.parallel.mesh import place
 from d1jax.rl.prompts import Prompts
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
@@ -37,6 +38,9 @@ def sft_step(
   optimizer: optax.GradientTransformation,
   accumulation: int = 1,
   p_mask_prompt: float = 0.0,
+  noise: NoiseSpec = LLADA,
+  mask_noise_steps: int = 0,
+  pad_id: int | None = None,
   logits_tile: int | None = None,
   dropout: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -44,36 +48,63 @@ def sft_step(
 
   Every completion token of the batch, including end-of-sequence padding, has the weight 1 / (B C). Because all
   completions are padded to the same length, this equals both d1's mean over tokens and LLaDA's mean over sequences of
-  means over tokens.
+  means over tokens. A block-causal network learns nothing behind the block in which an answer ends, and the loss is
+  SDAR's, the mean over sequences of means over the tokens that each one learns.
 
   Each prompt token is masked with probability `p_mask_prompt`, as in the scores of diffu-GRPO. With few demonstrations,
   this keeps the network from memorising which prompt belongs to which. d1's own fine-tuning does not do this (0).
-  `dropout` turns on the adapters' dropout, which is used only here.
+
+  Args:
+    state: the weights, and the moments of the optimiser.
+    frozen: the base of adapters.
+    batch: demonstrations.
+    denoiser: the mask predictor.
+    optimizer: the optimiser.
+    accumulation: micro-batches.
+    p_mask_prompt: the probability that a prompt token is masked.
+    noise: how completions are masked; complementary copies double the rows of a micro-batch.
+    mask_noise_steps: in the first steps, so many, Gaussian noise is added to the mask's embedding (LLaDA2). It is as
+      large as an average embedding at first, and falls to none.
+    pad_id: fills the last block of a block-causal network; None: the denoiser's first stop id.
+    logits_tile: vocabulary ids per tile of logits; None: no tiles.
+    dropout: turns on the adapters' dropout, which is used only here.
   """
   key = keys.purpose_key(state.key, keys.Purpose.CORRUPTION, state.step)
   mask_key = keys.purpose_key(state.key, keys.Purpose.SFT_PROMPT_MASK, state.step)
   prompt = mask_prompt(mask_key, batch.sample_id, batch.prompt, batch.prompt_valid, p_mask_prompt, denoiser.mask_id)
-  batch = batch._replace(prompt=prompt)
-  weights = jnp.full(batch.completion.shape, 1 / batch.completion.size)
+  fill = denoiser.stop_ids[0] if pad_id is None else pad_id
+  tokens, weights = targets(denoiser, batch.prompt_valid, batch.completion, fill=fill, rows=batch.completion.shape[0])
+  batch = batch._replace(prompt=prompt, completion=tokens)
   dropout_key = keys.purpose_key(state.key, keys.Purpose.DROPOUT, state.step) if dropout else None
+  complement: jax.Array | None = None
+  if noise.complementary:
+    batch, weights = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (batch, weights / 2))
+    complement = jnp.arange(weights.shape[0]) % 2 == 1
 
   def loss(params: Params, part: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    rows, weights = part
+    rows, weights, complement = part
+    params = merge(params, frozen)
+    if mask_noise_steps:
+      size = jnp.maximum(1 - state.step / mask_noise_steps, 0.0)
+      noise_key = keys.purpose_key(state.key, keys.Purpose.MASK_EMBEDDING, state.step)
+      params = shaken(params, denoiser.mask_id, noise_key, size)
     return denoising_loss(
       denoiser,
-      merge(params, frozen),
+      params,
       rows.prompt,
       rows.prompt_valid,
       rows.completion,
       weights,
       rows.sample_id,
       key,
+      noise=noise,
+      complement=complement,
       tile=logits_tile,
       dropout_key=dropout_key,
     )
 
   gradient = jax.value_and_grad(loss, has_aux=True)
-  parts = split_rows((batch, weights), accumulation)
+  parts = split_rows((batch, weights, complement), accumulation)
   (total, metrics), grads = sum_over_parts(lambda part: gradient(state.trainable, part), parts)
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(total) & jnp.isfinite(norm)
@@ -105,6 +136,12 @@ class Options:
     truncate: whether answers longer than the largest bucket are cut; if not, they are left out.
     p_mask_prompt: the probability that a prompt token is masked.
     logits_tile: vocabulary ids per tile of logits; None: no tiles.
+    noise: how completions are masked.
+    grow: the block lengths of the first parts of the stage; its last part has the network's own.
+    mask_noise_steps: the number of first steps with noise on the mask's embedding.
+
+  Raises:
+    ValueError: block lengths that do not grow.
   """
 
   batch_size: int
@@ -114,6 +151,29 @@ class Options:
   truncate: bool = False
   p_mask_prompt: float = 0.0
   logits_tile: int | None = None
+  noise: NoiseSpec = LLADA
+  grow: tuple[int, ...] = ()
+  mask_noise_steps: int = 0
+
+  def check(self, block: int | None) -> None:
+    """Raises a ValueError if the options do not fit a network with blocks of this length (None: full attention)."""
+    if self.grow and block is None:
+      raise ValueError(
+        f"sft.grow={self.grow} makes blocks longer up to those of the model, but this one has full attention: set"
+        f" model.block, for example to {8 * self.grow[-1]}, or sft.grow=()"
+      )
+    lengths = (*self.grow, *([] if block is None else [block]))
+    for short, long in itertools.pairwise(lengths):
+      if short >= long or long % short:
+        raise ValueError(
+          f"sft.grow={self.grow} with model.block={block}: each length must be a proper divisor of the next one, and"
+          f" {short} is none of {long}; 1, 2, 4, 8 are, for example"
+        )
+    if block is not None and min(self.completion_buckets) < block:
+      raise ValueError(
+        f"sft.completion_buckets={self.completion_buckets} has a bucket that is shorter than one block of the model,"
+        f" {block} tokens (model.block): let all be at least {block}"
+      )
 
 
 def of_task(prompts: Prompts, style: str, options: Options) -> Demonstrations:
@@ -174,10 +234,19 @@ def _report(config: Options, name: str, found: Demonstrations) -> tuple[int, int
 class Steps:
   """The compiled SFT step for every pair of prompt and completion bucket, and its FLOPs."""
 
-  def __init__(self, model: Model, options: Options, optimizer: optax.GradientTransformation):
+  def __init__(self, model: Model, options: Options, optimizer: optax.GradientTransformation, block: int | None = None):
+    """Compiles the steps.
+
+    Args:
+      model: network and mesh.
+      options: the options of the stage.
+      optimizer: the optimiser of the stage.
+      block: the block length of the network in these steps; None: its own.
+    """
     weights = model.weights
     placement = weights.state_placement(optimizer)
     self._model, self._options, self._optimizer = model, options, optimizer
+    self._denoiser = model.denoiser if block is None else with_blocks(model.denoiser, model.network, block)
     self._dropout = weights.lora is not None and weights.lora.dropout > 0
     self._step = jax.jit(
       self._program,
@@ -204,10 +273,13 @@ class Steps:
       state,
       frozen,
       batch,
-      denoiser=self._model.denoiser,
+      denoiser=self._denoiser,
       optimizer=self._optimizer,
       accumulation=options.accumulation,
       p_mask_prompt=options.p_mask_prompt,
+      noise=options.noise,
+      mask_noise_steps=options.mask_noise_steps,
+      pad_id=cast(Tokenizer, self._model.tokenizer).pad_id,
       logits_tile=options.logits_tile,
       dropout=self._dropout,
     )
@@ -225,8 +297,12 @@ def advancer(
   position: int,
   *,
   seed: int,
+  steps: int,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """Returns the function that runs one iteration of the SFT stage: one compiled step on the next batch.
+
+  With `Options.grow`, equal parts of the stage have the block lengths that it names, and the last part has the model's;
+  with grow=(1, 4) and blocks of 32, each is a third. All that is still to come is compiled before the first step.
 
   Args:
     model: network and mesh.
@@ -235,6 +311,7 @@ def advancer(
     optimizer: the optimiser of the stage.
     position: the index of the batch to start at.
     seed: the seed of the order of demonstrations.
+    steps: all iterations of the stage.
   """
   batches = sft_batches(
     found.prompts,
@@ -247,18 +324,20 @@ def advancer(
     truncate=options.truncate,
     position=position,
   )
-  steps = Steps(model, options, optimizer)
+  lengths = (*options.grow, None)
+  part_of = lambda index: min(index * len(lengths) // steps, len(options.grow))
+  programs = {part: Steps(model, options, optimizer, lengths[part]) for part in range(part_of(position), len(lengths))}
   frozen, mesh = model.weights.frozen, model.weights.mesh
 
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
-    del iteration  # the pipeline itself counts batches
-    batch = place(next(batches), model.by_row)
+    batch = place(next(batches), model.by_row)  # the pipeline itself counts batches
+    program = programs[part_of(iteration)]
     began = time.perf_counter()
     with jax.profiler.TraceAnnotation("update"):
-      state, metrics = steps(state, frozen, batch)
+      state, metrics = program(state, frozen, batch)
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     seconds = {"update": time.perf_counter() - began}
-    work = {"update": steps.work[batch.prompt.shape[1], batch.completion.shape[1]]}
+    work = {"update": program.work[batch.prompt.shape[1], batch.completion.shape[1]]}
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     return state, values | spent | {"tokens": float(batch.completion.size)}
 

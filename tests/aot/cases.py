@@ -38,6 +38,7 @@ class Case:
   full: bool = False
   small: bool = False
   prompts_a_chip: int = 2
+  block: int | None = None
 
   @property
   def chips(self) -> int:
@@ -50,7 +51,7 @@ class Case:
   def name(self) -> str:
     """Of its file."""
     words = ["small" if self.small else "llada_8b", self.topology.replace(":", "_"), "full" if self.full else "lora"]
-    return "-".join(words)
+    return "-".join(words + ([f"block_{self.block}"] if self.block else []))
 
   @property
   def fields(self) -> dict[str, Any]:
@@ -60,6 +61,8 @@ class Case:
       fields |= {"mesh.fsdp": 2, "mesh.tensor": 4}  # its preset is for 16 chips
     if self.small:
       fields |= SMALL | ({"lora.rank": 0} if self.full else {})
+    if self.block:
+      fields |= {"model.block": self.block, "rollout.block_length": self.block, "rollout.diffusion_steps": 12}
     return fields
 
   @property
@@ -89,6 +92,9 @@ class Case:
 
 
 SMALL_CASES = [Case(topology, full, small=True) for topology in TOPOLOGIES for full in (False, True)]
+BLOCK_CASE = Case("v5e:2x4", small=True, block=4)
+"""A block-causal network, which takes two steps a block."""
+
 LARGE_CASES = [Case(topology, full) for topology in TOPOLOGIES for full in (False, True)]
 
 

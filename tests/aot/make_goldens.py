@@ -9,12 +9,12 @@ import sys
 
 from d1jax.aot.table import overview
 from tests import jobs
-from tests.aot.cases import LARGE_CASES, SMALL_CASES, TOPOLOGIES, read
+from tests.aot.cases import BLOCK_CASE, LARGE_CASES, SMALL_CASES, TOPOLOGIES, read
 
 
 def main() -> None:
   wanted = sys.argv[1:] or TOPOLOGIES
-  cases = [case for case in SMALL_CASES + LARGE_CASES if case.topology in wanted]
+  cases = [case for case in [*SMALL_CASES, BLOCK_CASE, *LARGE_CASES] if case.topology in wanted]
   for case in cases:
     if not case.golden().exists():
       print(case.name, flush=True)

@@ -10,7 +10,7 @@ from d1jax.errors import RunError
 from d1jax.parallel import chips
 from tests import jobs
 from tests.aot import programs
-from tests.aot.cases import LARGE_CASES, SMALL_CASES, Case, read, sizes, summary
+from tests.aot.cases import BLOCK_CASE, LARGE_CASES, SMALL_CASES, Case, read, sizes, summary
 
 V5E = Case("v5e:2x4", small=True)
 
@@ -108,6 +108,20 @@ def test_a_cached_rollout_moves_windows():
   passes = [(each["count"], tuple(each["dims"])) for each in cached["largest_in_loops"]]
   assert passes[0] == (blocks * (steps - 1) * layers, (rows, window, embed))
   assert (blocks * layers, (rows, canvas, embed)) in passes, "a refresh"
+
+
+@pytest.mark.slow(reason="the TPU's compiler, once more")
+def test_a_rollout_in_blocks_is_as_kept():
+  """Every step counts, although a block may be complete before its last one, and moves a window alone."""
+  found, kept = analysis(BLOCK_CASE.config), golden(BLOCK_CASE)
+  rollout = found.program("rollout")
+  kept["programs"] = {"rollout": kept["programs"]["rollout"]}
+  assert_same({"placements": found.placements(), "programs": {"rollout": rollout}}, kept)
+  assert (rollout["weights_in_loop"], rollout["open_loops"]) == (0, 0)
+  rows, block, blocks, layers = 96 // 2 // 2, 4, 24 // 4 + 1, 2
+  passes = [(each["count"], tuple(each["dims"])) for each in rollout["largest_in_loops"]]
+  assert (blocks * layers, (rows, 2 * block, 512)) in passes, "the first step of each block"
+  assert (layers, (rows, 104 - block, 512)) in passes, "the prompts"
 
 
 @pytest.mark.slow(reason="the TPU's compiler, once more")

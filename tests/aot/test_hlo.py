@@ -69,6 +69,16 @@ def test_the_length_of_a_loop_follows_from_its_counter(bound, trips):
   assert program.open_loops() == 0
 
 
+@pytest.mark.parametrize("sides", ["%less, %more", "%more, %less"])
+def test_a_loop_that_data_may_end_earlier_counts_as_often_as_it_may_run(sides):
+  text = TEXT.replace("ROOT %less", "%less").replace(
+    "direction=LT\n", f"direction=LT\n  %more = pred[] custom-call(%state.1)\n  ROOT %on = pred[] and({sides})\n"
+  )
+  program = hlo.parse(text.replace("BOUND", "8"))
+  assert [run.times for run in program.runs() if run.instruction.name == "row"] == [4]
+  assert program.open_loops() == 0
+
+
 @pytest.mark.parametrize(
   ("old", "new"),
   [

@@ -68,7 +68,7 @@ def test_open_loops_and_moved_weights_are_told():
   result = copy.deepcopy(RESULT)
   result["programs"]["rollout"] |= {"open_loops": 3, "weights_in_loop": 7}
   text = tables(result)
-  assert "rollout: 3 loops end by what is drawn and count as one pass" in text
+  assert "rollout: 3 loops have no known length and count as one pass" in text
   assert "rollout: collectives that move the same weights again in each pass of a loop: 7." in text
 
 

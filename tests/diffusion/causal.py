@@ -23,10 +23,11 @@ NETWORK = transformer.build(SIZE)
 
 
 @functools.cache
-def denoiser(block: int, shift: int = 0) -> Denoiser:
+def denoiser(block: int | None, shift: int = 0) -> Denoiser:
   """Id 18 is not known to the tokenizer."""
   built = build_denoiser(NETWORK, mask_id=MASK, stop_ids=STOPS, known_ids=18, shift=shift, block=block)
-  parts = {name: _broadcasting(getattr(built, name)) for name in ("encode", "encode_window", "encode_streams")}
+  names = ("encode", "encode_window", *([] if block is None else ["encode_streams"]))
+  parts = {name: _broadcasting(getattr(built, name)) for name in names}
   return dataclasses.replace(built, **parts)
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.diffusion.corruption import EPSILON, corrupt, mask_prompt
+from d1jax.diffusion.corruption import EPSILON, NoiseSpec, corrupt, mask_prompt
 
 KEY = jax.random.key(5)
 MASK = 99
@@ -57,6 +57,45 @@ def test_another_key_another_mask(many):
   other = corrupt(jax.random.key(6), jnp.arange(4000, dtype=jnp.int32), completion, MASK)
   assert (np.asarray(other.time) != np.asarray(noisy.time)).mean() > 0.99
   assert (np.asarray(other.masked) != np.asarray(noisy.masked)).mean() > 0.2
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_complement_masks_what_the_first_copy_does_not(many, whole):
+  """And of what is not learned, nobody sees anything."""
+  ids, learned = (
+    jnp.arange(40, dtype=jnp.int32),
+    None if whole else jnp.arange(40)[None, :] < jnp.arange(1, 41)[:, None],
+  )
+  completion, spec = many[0][ids], NoiseSpec((0.3, 0.8), "flat", complementary=True)
+  first, second = (
+    corrupt(KEY, ids, completion, MASK, spec, learned=learned, complement=jnp.full(40, second))
+    for second in (False, True)
+  )
+  keep = np.ones(completion.shape, bool) if whole else np.asarray(learned)
+  np.testing.assert_array_equal(first.masked ^ second.masked, keep)
+  np.testing.assert_allclose(first.time + second.time, 1, rtol=1e-6)
+  assert first.time.min() >= 0.3
+  assert first.time.max() <= 0.8
+  for noisy in (first, second):
+    np.testing.assert_array_equal(noisy.tokens, np.where(noisy.masked | ~keep, MASK, completion))
+  assert whole or first.masked.any(axis=1).all()
+
+
+WRONG = [
+  (dict(mask_ratio=(0.0, 1.0)), r"mask_ratio=\(0.0, 1.0\) must be two numbers"),
+  (dict(mask_ratio=(0.8, 0.3)), "0 < least <= most <= 1"),
+  (dict(mask_ratio=(0.5,)), "must be two numbers"),
+  (dict(weighting="both"), "weighting='both' is unknown; known: inverse, flat"),
+  (dict(complementary=True), r"no bound for mask_ratio=\(0.001, 1.0\): use mask_ratio=\(0.001, 0.999\), or weighting"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_noise_that_does_not_fit_is_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    NoiseSpec(**options)
+  NoiseSpec(mask_ratio=(0.001, 0.999), complementary=True)  # the remedy
+  NoiseSpec(weighting="flat", complementary=True)
 
 
 def masked_prompt(prompt, valid, probability, ids=None, key=KEY):

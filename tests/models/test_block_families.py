@@ -23,8 +23,7 @@ def folder_of(tmp_path_factory):
 
 
 @pytest.mark.slow(reason="compiles programs of its own")
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), zip(FAMILIES, ("int8", "nf4", "int8", "nf4"), strict=True))
 def test_a_base_in_few_bits_is_the_base_quantised_on_any_mesh(folder_of, family, kind):
   dense = load.load(folder_of(family), jnp.float32)
   one = load.load(folder_of(family), jnp.float32, quantized=kind)

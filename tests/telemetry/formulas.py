@@ -78,13 +78,17 @@ def backward(passed):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """What the formulas know of a network; `merges`: rollouts have its adapters merged into the base."""
+  """What the formulas know of a network.
+
+  `merges`: rollouts have its adapters merged into the base. `block`: that of a block-causal network.
+  """
 
   size: TransformerSize
   lora: LoraSpec | None = None
   merges: bool = False
   remat: bool = False
   shift: int = 0
+  block: int | None = None
 
 
 def windows(sampler, canvas, shift):
@@ -144,11 +148,30 @@ def passes(estimator, spec):
   return Passes(segments, blocks * spec.block_length, times)
 
 
+def in_blocks(each, model, spec):
+  """The passes of an estimate by a block-causal network, which scores all of its blocks at once."""
+  width = spec.completion_length + model.block
+  if each.predicted is None:
+    return each._replace(predicted=width)
+  # Of each block those that a step unmasked; of a next-token network, also the first one. 32 have logits at a time.
+  a_step = spec.max_reveal if spec.by_confidence else math.ceil(spec.block_length / spec.steps_per_block)
+  most = min(model.block, a_step + model.shift) * width // model.block
+  return each._replace(predicted=math.ceil(most / 32) * min(most, 32))
+
+
 def update(model, sampler, method, canvas, reach, *, tiled):
-  """The score and the optimiser steps of an update; `tiled`: logits are computed again in the backward pass."""
+  """The score and the optimiser steps of an update; `tiled`: logits are computed again in the backward pass.
+
+  A block-causal network encodes the completions, with the tokens that fill their blocks, a second time.
+  """
   rows, mu, length = int(reach.rows[:, 0].sum()), method.num_iterations, sampler.completion_length
   each = passes(method.estimator, sampler)
-  count = each.times * (int(reach.steps.max(axis=0).sum()) if each.number is None else each.number)
+  visits = reach.steps.max(axis=0)
+  if model.block:
+    each = in_blocks(each, model, sampler)
+    visits = visits.reshape(-1, model.block // sampler.block_length).max(axis=0)
+    canvas += length + model.block
+  count = each.times * (int(visits.sum()) if each.number is None else each.number)
   policy, reference = (
     times(count, products(model.size, rows, canvas, canvas, each.predicted or length, lora))
     for lora in (model.lora, None)

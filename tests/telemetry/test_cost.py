@@ -90,11 +90,12 @@ def test_a_rollout(changes, shift):
   draw = functools.partial(sample, denoiser, spec=sampler)
   counted = count(draw, params, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows(), KEY)
   for reach in (cost.whole(sampler, 1, ROWS), cost.whole(sampler, 2, ROWS // 2), REACH):
-    found = cost.rollout(counted, sampler, canvas, shift, reach)
+    found = cost.rollout(counted, sampler, denoiser, PROMPT, reach)
     assert found == formulas.rollout(model, sampler, canvas, reach)
   static = sampler.schedule == "static" and not sampler.early_exit and sampler.cache != "prefix"
   if static:  # the trace says how often each loop runs
-    assert Work.of(counted, ROWS * 12) == cost.rollout(counted, sampler, canvas, shift, cost.whole(sampler, 1, ROWS))
+    reach = cost.whole(sampler, 1, ROWS)
+    assert Work.of(counted, ROWS * 12) == cost.rollout(counted, sampler, denoiser, PROMPT, reach)
 
 
 @pytest.mark.parametrize("row_multiple", [1, 4])
@@ -104,7 +105,7 @@ def test_a_rollout_that_leaves_finished_rows_behind(monkeypatch, row_multiple):
   model, denoiser, params, _ = parts()
   draw = functools.partial(sample, denoiser, spec=sampler, row_multiple=row_multiple)
   counted = count(draw, params, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows(), KEY)
-  assert cost.rollout(counted, sampler, PROMPT + 12, 0, REACH) == formulas.rollout(model, sampler, PROMPT + 12, REACH)
+  assert cost.rollout(counted, sampler, denoiser, PROMPT, REACH) == formulas.rollout(model, sampler, PROMPT + 12, REACH)
 
 
 def test_a_rollout_with_adapters_beside_a_quantised_base():
@@ -112,7 +113,7 @@ def test_a_rollout_with_adapters_beside_a_quantised_base():
   program = lambda trainable, frozen, *prompts: sample(denoiser, merge(trainable, frozen), *prompts, KEY, spec=SAMPLER)
   counted = count(program, trainable, frozen, rows(PROMPT), rows(PROMPT, dtype=bool), rows(), rows())
   reach = cost.whole(SAMPLER, 1, ROWS)
-  found = cost.rollout(counted, SAMPLER, PROMPT + 12, 0, reach)
+  found = cost.rollout(counted, SAMPLER, denoiser, PROMPT, reach)
   assert found == formulas.rollout(model, SAMPLER, PROMPT + 12, reach)
   merged = formulas.rollout(dataclasses.replace(model, merges=True), SAMPLER, PROMPT + 12, reach)
   assert merged.flops < found.flops

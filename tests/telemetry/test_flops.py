@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -13,6 +14,7 @@ from d1jax.models.families import PRESETS
 from d1jax.models.layers import Visible, plain_attention
 from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import TransformerSize
+from d1jax.models.visibility import BlockCausal, TwoStreams
 from d1jax.parallel import attention as kernels
 from d1jax.parallel.mesh import RULES
 from d1jax.telemetry import flops
@@ -182,6 +184,21 @@ def test_kernels_count_as_the_products_that_they_stand_for(kernel, sizes, monkey
   )
   # Mixing, the last product, is not computed again, unless one kernel does both.
   assert total(again, *arguments) == Products(3 * forward, forward // (2 if kernel is plain_attention else 1))
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2), (1, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize("rule", [BlockCausal(4), TwoStreams(5, 200, 100)])
+def test_a_kernel_counts_the_pairs_that_a_rule_allows(rule, sizes):
+  """On devices that share the positions, each one the mean; of a window whose start is traced, all pairs."""
+  b, s, n, k, h = 4, 300, 8, 4, 16
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((b, s, n, h), (b, s, k, h), (b, s, k, h))]
+  arguments.append(jax.ShapeDtypeStruct((b, s), bool))
+  kernel = kernels.per_device(kernels.splash_attention, mesh_of(*sizes), RULES) if sizes else kernels.splash_attention
+  attend = lambda q, k, v, valid, start=0: kernel(q, k, v, Visible(valid, rule, start))
+  gradient = jax.value_and_grad(lambda *x: jnp.sum(attend(*x).astype(jnp.float32)), argnums=(0, 1, 2))
+  allowed = int(rule(np.arange(s)[:, None], np.arange(s)[None]).sum())
+  assert total(gradient, *arguments) == Products(3 * 4 * b * n * h * allowed)
+  assert total(attend, *arguments, 0) == Products(4 * b * n * h * s * s)
 
 
 def test_the_scope_of_what_is_repeated_is_that_of_jax():
