@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
     if not message:
       sys.exit()
     reading, writing = os.pipe()
-    if between := os.fork():
+    if between := _fork():
       os.close(writing)
       with open(reading, "rb") as stream:
         pid = stream.read()
@@ -95,7 +96,7 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
         os.close(file)
       connection.send(pid)
       continue
-    if forked := os.fork():
+    if forked := _fork():
       os.write(writing, str(forked).encode())
       os._exit(0)
     os.close(reading)
@@ -105,6 +106,12 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
       os.dup2(file, stream)
       os.close(file)
     return json.loads(message)
+
+
+def _fork() -> int:
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of threads: OpenBLAS's, which expect it
+    return os.fork()
 
 
 def _become(asked: dict[str, Any]) -> None:
