@@ -39,12 +39,12 @@ BLOCKS = {"sdar": ("--config.model.block=4",), "a2d_qwen3": ("--config.model.blo
 
 
 def run(*arguments: str) -> str:
-  code, out, error = finish(start(*arguments, optimised=True), timeout=900)
+  code, out, error = finish(start(*arguments), timeout=900)
   assert code == 0, error
   return out
 
 
-@pytest.mark.slow(reason="five commands, each with a small model of its own")
+@pytest.mark.slow(reason="three or four commands, each with a small model of its own")
 @pytest.mark.parametrize("family", BLOCKS)
 def test_sft_grpo_export_eval_generate_by_the_command_line(tmp_path, family):
   folder, tuned, model = hub.write(tmp_path / family, family), tmp_path / "tuned", tmp_path / "model"
@@ -67,6 +67,8 @@ def test_sft_grpo_export_eval_generate_by_the_command_line(tmp_path, family):
   sizes = ("--config.prompt_buckets=(128,)", f"--config.pretrained={model}")
   out = run("--config=configs/generate.py", *sizes, "--config.prompt=1234", "--config.length=8")
   assert out
+  if family != "sdar":  # the others differ from it before a denoiser is built
+    return
   evaluated = ("--config.questions=4", "--config.batch_size=4", "--config.lengths=(8,)", "--config.style=terse")
   out = run("--config=configs/eval.py:sudoku", *sizes, *evaluated, f"--config.output={tmp_path / 'on'}")
   assert json.loads(out.splitlines()[-1])["n"] == 4
