@@ -86,7 +86,7 @@ def rollout_table(results: Sequence[dict[str, Any]]) -> str:
     line = Roofline(**each["seconds"]).times(each["runs"])
     ends = [line.seconds, line.apart]
     first = ends if each["network"] == next(iter(NETWORKS)) else first
-    ratio = " - ".join(f"{base / end:.0f}" for base, end in sorted(zip(first, ends, strict=True)))
+    ratio = " - ".join(f"{x:.0f}" for x in sorted(base / end for base, end in zip(first, ends, strict=True)))
     cells = [f"{each['memory']['total'] / GIB:.2f}", *(f"{seconds:.1f}" for seconds in line)]
     rows.append((each["topology"], each["network"], *cells, f"{ends[0]:.1f} - {ends[1]:.1f}", line.bound, ratio))
   head = ("topology", "network", "GiB a chip", "compute s", "memory s", "network s", "s an iteration", "bound", "ratio")
