@@ -22,8 +22,9 @@ class Denoiser:
   """A mask predictor p(x_0 | x_t) as pure functions.
 
   Attributes:
-    encode: `(params, tokens[B L], valid[B L], dropout=None) -> hidden[B L D]`; `dropout` are keys [B L], one a token,
-      of what supervised fine-tuning drops.
+    encode: `(params, tokens[B L], valid[B L], dropout=None, segment=None) -> hidden[B L D]`; `dropout` are keys [B L],
+      one a token, of what supervised fine-tuning drops; `segment[B L]` is the document of each token of a packed row,
+      which sees the tokens of its own document.
     head: `params -> weight[D V]`, as it is stored: logits are the product of the last hidden states and its columns.
     mask_id: the token that stands for "not yet revealed".
     stop_ids: a completion ends with the first of these.

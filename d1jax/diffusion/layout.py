@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 from d1jax import keys
 from d1jax.diffusion.denoiser import FORWARD_PASS, Denoiser, Params
 
-_NOISY = 2**30
+NOISY = 2**30
 """The dropout of the noisy copy of a token is not that of the clean one: its place is this much larger."""
 
 
@@ -170,7 +170,7 @@ def predicting(
     hidden = denoiser.encode(params, tokens, valid, **_dropout(dropout_key, sample_id, distance))
     return denoiser.hidden_predicting(hidden, first + jnp.arange(width))
   everything, _ = lay_out(denoiser, prompt, prompt_valid, clean)
-  dropout = _dropout(dropout_key, sample_id, jnp.concatenate([distance, distance[first:] + _NOISY]))
+  dropout = _dropout(dropout_key, sample_id, jnp.concatenate([distance, distance[first:] + NOISY]))
   noisy = tokens[:, first:]
   if denoiser.shift:
     # The first token of a block is predicted by the last one of the block before, and is there before the block is
