@@ -57,6 +57,7 @@ OPTIONAL: Mapping[str, Field] = {
   "rollout.max_reveal": Field(4, "tokens a step under those two, at most"),
   "sft.held_out": Field(0.05, "share of the file `sft.data` that validates"),
   "sft.truncate": Field(False, "cuts answers beyond the largest bucket; otherwise they are left out"),
+  "sft.packed": Field(False, "lets several demonstrations share a row, as long as the largest two buckets together"),
   "sft.mask_ratio": Field((0.001, 1.0), "range of the probability t that a completion token is masked"),
   "sft.weighting": Field("inverse", "of masked tokens: inverse, 1 / t; flat, the mean over a row's masked tokens"),
   "sft.complementary": Field(False, "gives each row twice; the second copy masks what the first one does not"),

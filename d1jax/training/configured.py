@@ -173,6 +173,7 @@ def fine_tuning(config: ConfigDict) -> sft.Options:
     noise,
     tuple(section.grow),
     section.mask_noise_steps,
+    section.packed,
   )
 
 
@@ -186,7 +187,7 @@ def demonstrations(experiment: Experiment) -> tuple[sft.Demonstrations, sft.Demo
   if not config.sft.data:
     return sft.of_task(experiment.prompts("demonstrations"), config.task.style, options), None
   path = Path(config.data.root or "") / config.sft.data
-  return sft.of_file(path, experiment.tokenizer, config.sft.held_out, options)
+  return sft.of_file(path, experiment.tokenizer, config.sft.held_out, options, experiment.model.denoiser.block)
 
 
 @contextlib.contextmanager

@@ -4,16 +4,18 @@ import itertools
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from d1jax import keys
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.likelihood import denoising_loss, targets
+from d1jax.diffusion.packed import packed_loss
 from d1jax.model import Model
 from d1jax.parallel.mesh import place
 from d1jax.state import Frozen, Params, merge
-from d1jax.training.sft import Demonstrations, Options
+from d1jax.training.sft import Demonstrations, Options, packer_of
 
 DRAWS = 4
 """The number of noise levels for each demonstration."""
@@ -31,37 +33,21 @@ class HeldOutLoss:
       config: the options of the fine-tuning.
     """
     pad_id = cast(Tokenizer, model.tokenizer).pad_id
-    longest = max(config.completion_buckets)
-    by_pair: dict[tuple[int, int], list[int]] = {}
-    answers = [ids[:longest] if config.truncate else ids for ids in found.completions]
-    for i, (prompt, answer) in enumerate(zip(found.prompts, answers, strict=True)):
-      pair = bucket_for(len(prompt), config.prompt_buckets), bucket_for(len(answer), config.completion_buckets)
-      if pair[0] is not None and pair[1] is not None:
-        by_pair.setdefault((pair[0], pair[1]), []).append(i)
-    self._rows = sum(map(len, by_pair.values()))
-    if not self._rows:
-      raise ValueError("no held-out demonstration fits the buckets of sft: raise them, or hold out more")
-    # A batch has at most the rows of a training micro-batch, so that smaller micro-batches also save memory here.
-    size = config.batch_size // config.accumulation
-    self._batches = []
-    for (width, length), members in sorted(by_pair.items()):
-      jobs = list(itertools.product(members, range(DRAWS)))
-      for first in range(0, len(jobs), size):
-        part = jobs[first : first + size]
-        counts = np.arange(size) < len(part)
-        part += part[:1] * (size - len(part))
-        prompts, valid = pad_left([found.prompts[i] for i, _ in part], width, pad_id)
-        completions = np.full((size, length), pad_id, np.int32)
-        for row, (i, _) in enumerate(part):
-          completions[row, : len(answers[i])] = answers[i]
-        sample_id = np.asarray([i * DRAWS + draw for i, draw in part], np.int32)
-        self._batches.append(place((prompts, valid, completions, counts, sample_id), model.by_row))
+    if config.packed:
+      self._rows, batches = _packed(found, config, pad_id, model.denoiser.block)
+    else:
+      self._rows, batches = _in_buckets(found, config, pad_id)
+    self._batches = [place(batch, model.by_row) for batch in batches]
     weights = model.weights
 
     def loss(trainable: Params, frozen: Frozen, batch: Any) -> jax.Array:
-      prompt, valid, completion, counts, sample_id = batch
       params = merge(trainable, frozen)
       key = keys.purpose_key(keys.seeded(0), keys.Purpose.EVALUATION)
+      options: Any = dict(noise=config.noise, tile=config.logits_tile)
+      if config.packed:
+        rows = batch.tokens, batch.segment, batch.answer, batch.sample_id, jnp.ones(len(batch.tokens))
+        return packed_loss(model.denoiser, params, *rows, key, **options)[0]
+      prompt, valid, completion, counts, sample_id = batch
       completion, weight = targets(model.denoiser, valid, completion, fill=pad_id, rows=1)
       total, _ = denoising_loss(
         model.denoiser,
@@ -72,8 +58,7 @@ class HeldOutLoss:
         weight * counts[:, None],
         sample_id,
         key,
-        noise=config.noise,
-        tile=config.logits_tile,
+        **options,
       )
       return total
 
@@ -83,12 +68,12 @@ class HeldOutLoss:
       out_shardings=model.replicated,
     )
     self._weights = weights
-    self._compiled: dict[tuple[int, int], Any] = {}
+    self._compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
 
   def compile(self) -> None:
     """Compiles everything that a call needs."""
     for batch in self._batches:
-      shape = _shape(batch)
+      shape = _shapes(batch)
       if shape not in self._compiled:
         given = self._weights.abstract_trainable, self._weights.abstract_frozen(), batch
         self._compiled[shape] = self._program.lower(*given).compile()
@@ -96,11 +81,49 @@ class HeldOutLoss:
   def __call__(self, trainable: Params, frozen: Frozen) -> float:
     """The score of some weights: minus the loss per token, averaged over demonstrations and noise levels."""
     self.compile()
-    losses = jax.device_get([self._compiled[_shape(batch)](trainable, frozen, batch) for batch in self._batches])
+    losses = jax.device_get([self._compiled[_shapes(batch)](trainable, frozen, batch) for batch in self._batches])
     return -float(sum(losses)) / (self._rows * DRAWS)
 
 
-def _shape(batch: Any) -> tuple[int, int]:
-  """The prompt length and the completion length."""
-  prompt, _, completion, *_ = batch
-  return prompt.shape[1], completion.shape[1]
+def _packed(
+  found: Demonstrations, config: Options, pad_id: int, block: int | None
+) -> tuple[int, list[tuple[Any, ...]]]:
+  """How many demonstrations fit, and packed batches in which each comes `DRAWS` times."""
+  often = Demonstrations(*([ids for ids in side for _ in range(DRAWS)] for side in found))
+  packer = packer_of(often, config, block, pad_id)
+  rows, size = packer.rows(packer.records), config.batch_size // config.accumulation
+  batches = [packer.batch(rows[first : first + size], size) for first in range(0, len(rows), size)]
+  return len(packer.records) // DRAWS, list(batches)
+
+
+def _in_buckets(found: Demonstrations, config: Options, pad_id: int) -> tuple[int, list[tuple[Any, ...]]]:
+  """How many demonstrations fit, and batches of one pair of buckets each, in which each comes `DRAWS` times."""
+  longest = max(config.completion_buckets)
+  by_pair: dict[tuple[int, int], list[int]] = {}
+  answers = [ids[:longest] if config.truncate else ids for ids in found.completions]
+  for i, (prompt, answer) in enumerate(zip(found.prompts, answers, strict=True)):
+    pair = bucket_for(len(prompt), config.prompt_buckets), bucket_for(len(answer), config.completion_buckets)
+    if pair[0] is not None and pair[1] is not None:
+      by_pair.setdefault((pair[0], pair[1]), []).append(i)
+  if not by_pair:
+    raise ValueError("no held-out demonstration fits the buckets of sft: raise them, or hold out more")
+  # A batch has at most the rows of a training micro-batch, so that smaller micro-batches also save memory here.
+  size = config.batch_size // config.accumulation
+  batches: list[tuple[Any, ...]] = []
+  for (width, length), members in sorted(by_pair.items()):
+    jobs = list(itertools.product(members, range(DRAWS)))
+    for first in range(0, len(jobs), size):
+      part = jobs[first : first + size]
+      counts = np.arange(size) < len(part)
+      part += part[:1] * (size - len(part))
+      prompts, valid = pad_left([found.prompts[i] for i, _ in part], width, pad_id)
+      completions = np.full((size, length), pad_id, np.int32)
+      for row, (i, _) in enumerate(part):
+        completions[row, : len(answers[i])] = answers[i]
+      sample_id = np.asarray([i * DRAWS + draw for i, draw in part], np.int32)
+      batches.append((prompts, valid, completions, counts, sample_id))
+  return sum(map(len, by_pair.values())), batches
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+  return tuple(x.shape for x in batch)

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,11 +13,13 @@ import optax
 
 from d1jax import keys
 from d1jax.data import demonstrations as demonstration_files
+from d1jax.data.packing import PackedBatch, Packer, packed_batches, row_shape
 from d1jax.data.sft_batches import SftBatch, padding, sft_batches
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.corruption import LLADA, NoiseSpec, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.likelihood import denoising_loss, targets
+from d1jax.diffusion.packed import packed_loss
 from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.model import Model, with_blocks
 from d1jax.models.transformer import shaken
@@ -46,6 +48,8 @@ def sft_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Takes one optimiser step on `denoising_loss` over an `SftBatch` of device arrays; a pure function.
 
+  Of a `PackedBatch` it is a step on `packed_loss`, whose mean is over the demonstrations of the batch.
+
   Every completion token of the batch, including end-of-sequence padding, has the weight 1 / (B C). Because all
   completions are padded to the same length, this equals both d1's mean over tokens and LLaDA's mean over sequences of
   means over tokens. A block-causal network learns nothing behind the block in which an answer ends, and the loss is
@@ -71,10 +75,14 @@ def sft_step(
   """
   key = keys.purpose_key(state.key, keys.Purpose.CORRUPTION, state.step)
   mask_key = keys.purpose_key(state.key, keys.Purpose.SFT_PROMPT_MASK, state.step)
-  prompt = mask_prompt(mask_key, batch.sample_id, batch.prompt, batch.prompt_valid, p_mask_prompt, denoiser.mask_id)
-  fill = denoiser.stop_ids[0] if pad_id is None else pad_id
-  tokens, weights = targets(denoiser, batch.prompt_valid, batch.completion, fill=fill, rows=batch.completion.shape[0])
-  batch = batch._replace(prompt=prompt, completion=tokens)
+  packed = isinstance(batch, PackedBatch)
+  if packed:
+    weights = jnp.full(len(batch.tokens), 1 / jnp.maximum(jnp.sum(batch.sample_id >= 0), 1))
+  else:
+    prompt = mask_prompt(mask_key, batch.sample_id, batch.prompt, batch.prompt_valid, p_mask_prompt, denoiser.mask_id)
+    fill = denoiser.stop_ids[0] if pad_id is None else pad_id
+    tokens, weights = targets(denoiser, batch.prompt_valid, batch.completion, fill=fill, rows=len(batch.completion))
+    batch = batch._replace(prompt=prompt, completion=tokens)
   dropout_key = keys.purpose_key(state.key, keys.Purpose.DROPOUT, state.step) if dropout else None
   complement: jax.Array | None = None
   if noise.complementary:
@@ -88,19 +96,14 @@ def sft_step(
       size = jnp.maximum(1 - state.step / mask_noise_steps, 0.0)
       noise_key = keys.purpose_key(state.key, keys.Purpose.MASK_EMBEDDING, state.step)
       params = shaken(params, denoiser.mask_id, noise_key, size)
+    options: Any = dict(noise=noise, complement=complement, tile=logits_tile, dropout_key=dropout_key)
+    if packed:
+      options |= dict(prompt_key=mask_key, p_mask_prompt=p_mask_prompt)
+      return packed_loss(
+        denoiser, params, rows.tokens, rows.segment, rows.answer, rows.sample_id, weights, key, **options
+      )
     return denoising_loss(
-      denoiser,
-      params,
-      rows.prompt,
-      rows.prompt_valid,
-      rows.completion,
-      weights,
-      rows.sample_id,
-      key,
-      noise=noise,
-      complement=complement,
-      tile=logits_tile,
-      dropout_key=dropout_key,
+      denoiser, params, rows.prompt, rows.prompt_valid, rows.completion, weights, rows.sample_id, key, **options
     )
 
   gradient = jax.value_and_grad(loss, has_aux=True)
@@ -139,6 +142,7 @@ class Options:
     noise: how completions are masked.
     grow: the block lengths of the first parts of the stage; its last part has the network's own.
     mask_noise_steps: the number of first steps with noise on the mask's embedding.
+    packed: whether demonstrations share rows, all as long as the largest two buckets together.
 
   Raises:
     ValueError: block lengths that do not grow.
@@ -154,9 +158,15 @@ class Options:
   noise: NoiseSpec = LLADA
   grow: tuple[int, ...] = ()
   mask_noise_steps: int = 0
+  packed: bool = False
 
   def check(self, block: int | None) -> None:
     """Raises a ValueError if the options do not fit a network with blocks of this length (None: full attention)."""
+    if self.packed and self.truncate:
+      raise ValueError(
+        "sft.packed=True puts whole demonstrations into rows, but sft.truncate=True cuts answers: use"
+        " sft.truncate=False, which leaves long ones out, or sft.packed=False"
+      )
     if self.grow and block is None:
       raise ValueError(
         f"sft.grow={self.grow} makes blocks longer up to those of the model, but this one has full attention: set"
@@ -187,11 +197,12 @@ def of_task(prompts: Prompts, style: str, options: Options) -> Demonstrations:
 
 
 def of_file(
-  path: Path, tokenizer: Tokenizer, held_out: float, options: Options
+  path: Path, tokenizer: Tokenizer, held_out: float, options: Options, block: int | None = None
 ) -> tuple[Demonstrations, Demonstrations | None]:
   """The demonstrations of a file for training, and those held out for validation.
 
   Demonstrations for questions of the tasks' test splits are left out; the number of those that are too long is printed.
+  `block` is the model's, for the number of packed rows.
   """
   rows = demonstration_files.read(path)
   kept = [row for row in rows if not held_out_questions.is_listed(row.question)]
@@ -199,8 +210,10 @@ def of_file(
     print(f"{path}: left out {len(rows) - len(kept)} of {len(rows)} demonstrations, which answer test questions")
   sides = demonstration_files.split(kept, held_out)
   found, validation = (_tokenised(tokenizer, side) for side in sides)
-  used, computed = _report(options, str(path), found)
-  print(f"{path}: {used:,} tokens in buckets of {computed:,} ({used / computed:.0%} used)")
+  places, (used, computed) = "buckets", _report(options, str(path), found)
+  if options.packed:
+    places, (used, computed) = "packed rows", packer_of(found, options, block, tokenizer.pad_id).padding()
+  print(f"{path}: {used:,} tokens in {places} of {computed:,} ({used / computed:.0%} used)")
   return found, validation
 
 
@@ -231,8 +244,15 @@ def _report(config: Options, name: str, found: Demonstrations) -> tuple[int, int
   return used, computed
 
 
+def packer_of(found: Demonstrations, options: Options, block: int | None, pad_id: int) -> Packer:
+  """What puts the demonstrations into packed rows, for a network with blocks of this length."""
+  return Packer(
+    *found, buckets=options.prompt_buckets, completion_buckets=options.completion_buckets, block=block, pad_id=pad_id
+  )
+
+
 class Steps:
-  """The compiled SFT step for every pair of prompt and completion bucket, and its FLOPs."""
+  """The compiled SFT step for every pair of prompt and completion bucket, or for packed rows, and its FLOPs."""
 
   def __init__(self, model: Model, options: Options, optimizer: optax.GradientTransformation, block: int | None = None):
     """Compiles the steps.
@@ -254,20 +274,25 @@ class Steps:
       out_shardings=(placement, model.replicated),
       donate_argnums=0,
     )
-    rows = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
+    rows: Any = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
       (options.batch_size, *shape), dtype, sharding=model.by_row
     )
     state, frozen = weights.abstract_state(optimizer), weights.abstract_frozen()
     self.compiled: dict[tuple[int, int], Any] = {}
     self.work: dict[tuple[int, int], Work] = {}
-    for width, length in itertools.product(options.prompt_buckets, options.completion_buckets):
-      parts: list[Any] = [rows(), rows(width), rows(width, dtype=jnp.bool_), rows(length)]
-      batch = SftBatch(*parts)
+    shapes: list[tuple[Any, ...]]
+    if options.packed:
+      length, documents = row_shape(options.prompt_buckets, options.completion_buckets, model.denoiser.block)
+      shapes = [PackedBatch(rows(documents), rows(length), rows(length), rows(length, dtype=jnp.bool_))]
+    else:
+      pairs = itertools.product(options.prompt_buckets, options.completion_buckets)
+      shapes = [SftBatch(rows(), rows(p), rows(p, dtype=jnp.bool_), rows(c)) for p, c in pairs]
+    for batch in shapes:
       traced = self._step.trace(state, frozen, batch)
-      self.compiled[width, length] = traced.lower().compile()
-      self.work[width, length] = Work.of(flops.count(traced), tokens=options.batch_size * length)
+      self.compiled[lengths_of(batch)] = traced.lower().compile()
+      self.work[lengths_of(batch)] = Work.of(flops.count(traced), tokens=options.batch_size * lengths_of(batch)[1])
 
-  def _program(self, state: TrainState, frozen: Frozen, batch: SftBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+  def _program(self, state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     options = self._options
     return sft_step(
       state,
@@ -284,9 +309,16 @@ class Steps:
       dropout=self._dropout,
     )
 
-  def __call__(self, state: TrainState, frozen: Frozen, batch: SftBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+  def __call__(self, state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step on a placed batch; `state` is donated."""
-    return self.compiled[batch.prompt.shape[1], batch.completion.shape[1]](state, frozen, batch)
+    return self.compiled[lengths_of(batch)](state, frozen, batch)
+
+
+def lengths_of(batch: Any) -> tuple[int, int]:
+  """The prompt length and the completion length of a batch; of packed rows 0 and their width."""
+  if isinstance(batch, PackedBatch):
+    return 0, batch.tokens.shape[1]
+  return batch.prompt.shape[1], batch.completion.shape[1]
 
 
 def advancer(
@@ -313,17 +345,23 @@ def advancer(
     seed: the seed of the order of demonstrations.
     steps: all iterations of the stage.
   """
-  batches = sft_batches(
-    found.prompts,
-    found.completions,
-    seed=seed,
-    batch_size=options.batch_size,
-    buckets=options.prompt_buckets,
-    completion_buckets=options.completion_buckets,
-    pad_id=cast(Tokenizer, model.tokenizer).pad_id,
-    truncate=options.truncate,
-    position=position,
-  )
+  pad_id = cast(Tokenizer, model.tokenizer).pad_id
+  batches: Iterator[Any]
+  if options.packed:
+    packer = packer_of(found, options, model.denoiser.block, pad_id)
+    batches = packed_batches(packer, seed=seed, batch_size=options.batch_size, position=position)
+  else:
+    batches = sft_batches(
+      found.prompts,
+      found.completions,
+      seed=seed,
+      batch_size=options.batch_size,
+      buckets=options.prompt_buckets,
+      completion_buckets=options.completion_buckets,
+      pad_id=pad_id,
+      truncate=options.truncate,
+      position=position,
+    )
   lengths = (*options.grow, None)
   part_of = lambda index: min(index * len(lengths) // steps, len(options.grow))
   programs = {part: Steps(model, options, optimizer, lengths[part]) for part in range(part_of(position), len(lengths))}
@@ -337,8 +375,8 @@ def advancer(
       state, metrics = program(state, frozen, batch)
       values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     seconds = {"update": time.perf_counter() - began}
-    work = {"update": program.work[batch.prompt.shape[1], batch.completion.shape[1]]}
+    work = {"update": program.work[lengths_of(batch)]}
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
-    return state, values | spent | {"tokens": float(batch.completion.size)}
+    return state, values | spent | {"tokens": float(work["update"].tokens)}
 
   return advance

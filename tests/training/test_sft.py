@@ -1,5 +1,6 @@
 """Fine-tuning on a file: length buckets, truncation, the held-out loss."""
 
+import dataclasses
 import functools
 import json
 
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 from d1jax import keys, recipe
+from d1jax.data.packing import Packer
 from d1jax.data.sft_batches import SftBatch
 from d1jax.diffusion.corruption import NoiseSpec
 from d1jax.diffusion.likelihood import denoising_loss, targets
@@ -167,6 +169,49 @@ def test_a_step_with_complementary_copies_takes_the_mean_of_both(block):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow(reason="compiles updates of its own")
+@pytest.mark.parametrize("block", [None, 4])
+def test_a_step_on_packed_rows_is_that_on_rows_of_their_own(block):
+  batch = demonstrations()._replace(sample_id=jnp.arange(4))
+  packer = Packer(
+    *(np.asarray(x).tolist() for x in (batch.prompt, batch.completion)),
+    buckets=(16,),
+    completion_buckets=(16,),
+    block=block,
+    pad_id=causal.STOPS[0],
+  )
+  packed = packer.batch(packer.rows([2, 0, 3, 1]), 4)
+  assert (packed.sample_id >= 0).sum(axis=1).tolist() == [2, 2, 0, 0]
+  optimizer = optax.sgd(1e-3)
+  state = create(lambda key: causal.params(), optimizer, keys.seeded(5), keys.seeded(5))
+  options = dict(denoiser=causal.denoiser(block), optimizer=optimizer, noise=FLAT, p_mask_prompt=0.3)
+  expected, metrics = jax.jit(functools.partial(sft.sft_step, **options))(state, Frozen({}, {}), batch)
+  found, again = jax.jit(functools.partial(sft.sft_step, accumulation=2, **options))(state, Frozen({}, {}), packed)
+  np.testing.assert_allclose(again["loss"], metrics["loss"], rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(found.trainable), jax.tree.leaves(expected.trainable), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow(reason="compiles an update and held-out losses")
+def test_packed_rows_train_and_validate(root, tmp_path, capsys):
+  config = job(root, tmp_path, sft__packed=True, model__block=2, rollout__block_length=2, rollout__diffusion_steps=9)
+  experiment, options = experiments.build(config, None), configured.fine_tuning(config)
+  found, validating = configured.demonstrations(experiment)
+  assert "tokens in packed rows of" in capsys.readouterr().out
+  optimizer, weights = experiment.optimizer(config.sft, 8), experiment.model.weights
+  state, start = weights.fresh_state(optimizer), weights.start()
+  losses = [
+    HeldOutLoss(experiment.model, validating, dataclasses.replace(options, packed=packed))(start, weights.frozen)
+    for packed in (True, False)
+  ]
+  assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+  advance = sft.advancer(experiment.model, found, options, optimizer, 5, seed=0, steps=8)
+  state, metrics = advance(state, 5)
+  assert metrics["tokens"] == 16 * (160 + 112)
+  assert metrics["finite"]
+  assert 0 < metrics["loss"] < 20
+
+
 def test_noise_on_the_masks_embedding_leaves_all_other_weights():
   params = causal.params()
   found = shaken(params, causal.MASK, keys.seeded(0), jnp.float32(0.5))
@@ -189,6 +234,11 @@ WRONG = [
   (dict(grow=(4, 2)), 8, "and 4 is none of 2"),
   (dict(grow=(8,)), 4, "and 8 is none of 4"),
   (dict(grow=(4,)), 4, "and 4 is none of 4"),
+  (
+    dict(packed=True, truncate=True),
+    4,
+    "sft.packed=True .* but sft.truncate=True cuts answers: use sft.truncate=False",
+  ),
   (dict(completion_buckets=(2, 8)), 4, r"sft.completion_buckets=\(2, 8\) has a bucket .* let all be at least 4"),
 ]
 
