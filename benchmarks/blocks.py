@@ -2,9 +2,9 @@
 
 `python -m benchmarks.blocks` trains, for each seed, the recipe on tiny Sudoku with full attention
 (`tiny,sudoku,stepmerge`) and with blocks (`tiny,sudoku,block`), one after the other on an otherwise idle machine. Both
-score their rollouts with `step_merged`, by two forward passes: two segments of the path, or the path itself. It prints a JSON line a run and a table, and draws the validations over seconds and over forward passes.
-Held-out grids are looked at once a run, at its end; what both arms reach in equal time, and with equal passes, is said
-of the validation grids.
+score their rollouts with `step_merged`, by two forward passes: two segments of the path, or the path itself. It prints
+a JSON line a run and a table, and draws the validations over seconds and over forward passes. Held-out grids are looked
+at once a run, at its end; what both arms reach in equal time, and with equal passes, is said of the validation grids.
 """
 
 import argparse
