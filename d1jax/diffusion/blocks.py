@@ -41,8 +41,10 @@ def write_over(width: int) -> str:
   return f"d1jax.write_over_{width}"
 
 
-def check(denoiser: Denoiser, spec: SamplerSpec) -> None:
-  """Raises a ValueError if the denoiser cannot do what the spec says."""
+def check(denoiser: Denoiser, spec: SamplerSpec, *, length: str = "completion_length") -> None:
+  """Raises a ValueError if the denoiser cannot do what the spec says; `length` is the user's word for that of
+  completions.
+  """
   if denoiser.block is None:
     if spec.cache != "none" and (denoiser.init_cache is None or denoiser.encode_window is None):
       raise ValueError(
@@ -68,8 +70,8 @@ def check(denoiser: Denoiser, spec: SamplerSpec) -> None:
     )
   if spec.completion_length % block:
     raise ValueError(
-      f"completion_length={spec.completion_length} is not a multiple of the network's block of {block} tokens: use"
-      f" completion_length={-(-spec.completion_length // block) * block}"
+      f"{length}={spec.completion_length} is not a multiple of the network's block of {block} tokens: use"
+      f" {length}={-(-spec.completion_length // block) * block}"
     )
 
 

@@ -171,7 +171,7 @@ def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:
     prompts = experiment.prompts(config.split, config.prefill)
     output.check_accuracy(task, prompts.records[0], own.task.style, config.protocol)
     for sampler in samplers(config, found.experiment.sampler):
-      check(experiment.model.rollout_denoiser, sampler)
+      check(experiment.model.rollout_denoiser, sampler, length="lengths")
       greedy = sampler.temperature == 0 and sampler.remasking != "random"
       draws = tuple((seed, sample) for seed in config.seeds for sample in range(config.samples))
       name = f"{task.name}_{sampler.completion_length}_t{sampler.temperature:g}"

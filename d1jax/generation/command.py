@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from d1jax import files
 from d1jax.data.tokenizer import Tokenizer
+from d1jax.diffusion.blocks import check
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import (
   InterruptedRunError,
@@ -56,11 +57,13 @@ def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[G
   found = subject.load(config)
   experiment = found.experiment
   with input_checked():
+    sampler = _sampler(config, experiment.sampler)
+    check(experiment.model.rollout_denoiser, sampler, length="length")
     generations = stream(
       experiment.model,
       prompts,
       params=found.params(),
-      spec=_sampler(config, experiment.sampler),
+      spec=sampler,
       prefill=config.prefill,
       samples=config.samples,
       seed=config.seed,

@@ -312,7 +312,9 @@ def build(
     remat=config.model.remat,
     unroll=config.model.unroll,
   )
-  if config.get("mode") in ("sft", "grpo"):
+  if config.get("mode") == "sft":  # which only validates with it
+    sampler = sampler.for_block(model.denoiser.block)
+  elif config.get("mode") == "grpo":
     try:
       blocks.check(model.denoiser, sampler)
     except ValueError as error:
