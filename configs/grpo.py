@@ -326,7 +326,8 @@ def _block(c: config_dict.ConfigDict) -> None:
   if c.model.size == "tiny":
     size = c.rollout.completion_length // 3
     c.model.block = size
-    c.rollout.update(block_length=size, diffusion_steps=6)
+    # A block chooses among few proposals: at the temperature 4 of full attention few completions are well-formed.
+    c.rollout.update(block_length=size, diffusion_steps=6, temperature=1.5)
   else:
     c.rollout.update(block_length=4, diffusion_steps=c.rollout.completion_length, temperature=1.0)
   # Rows end at the block of their stop id. The path of a rollout is scored exactly, with one pass a step of a block.
