@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from d1jax.diffusion.denoiser import Denoiser, Params
@@ -96,22 +95,6 @@ def window_of(spec: SamplerSpec, start: Int[Array, ""] | int, length: int, shift
     return Window(start - shift, spec.block_length + shift)
   width = min(spec.look_behind + shift + spec.block_length + spec.look_ahead, length)
   return Window(jnp.clip(start - shift - spec.look_behind, 0, length - width), width)
-
-
-def token_forwards(spec: SamplerSpec, block: int, prompt_width: int, reveal_step: np.ndarray) -> int:
-  """The positions that a block-causal sampler computed for each row of a batch, from the recorded steps [B W].
-
-  The prompt's whole blocks are computed once. Each of the others is computed once per denoising step, and once more
-  when it is complete, to write its keys and values.
-
-  Args:
-    spec: the sampler.
-    block: the network's block.
-    prompt_width: of `d1jax.diffusion.layout.prompt_width`.
-    reveal_step: of all rows of the batch.
-  """
-  taken = spec.steps_taken(reveal_step).reshape(-1, block // spec.block_length).sum(axis=1)
-  return prompt_width - block + block * int(np.sum(taken > 0) + taken.sum())
 
 
 def block_logits(

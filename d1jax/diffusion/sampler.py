@@ -346,5 +346,4 @@ class _Loop:
     else:
       count = confident_count(spec, confidence, rank, masked)[:, None]
     chosen = masked & (rank < count) & alive[:, None]
-
     return _State(self.revealed(canvas, chosen, proposal, logp, index, offset), caches)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -14,7 +13,7 @@ from d1jax.completer import Completer
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.blocks import check
-from d1jax.diffusion.layout import places
+from d1jax.diffusion.layout import lead
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.model import Model
 from d1jax.parallel import mesh as meshes
@@ -113,7 +112,8 @@ def stream(
     raise ValueError("prompt_buckets is empty; give a length at least")
   for length in prompt_buckets:
     check_integer("a length of prompt_buckets", length, 1)
-  spec = GREEDY.for_block(model.denoiser.block) if spec is None else spec
+  block = model.denoiser.block
+  spec = GREEDY.for_block(block) if spec is None else spec
   check(model.rollout_denoiser, spec)
   if samples > 1 and spec.temperature == 0 and spec.remasking != "random":
     raise ValueError(f"samples is {samples}, but at temperature 0 they are all the same: set a temperature, like 0.9")
@@ -138,7 +138,7 @@ def stream(
       placed = meshes.place((tokens, valid, sample_id, sample_id), model.rollout_by_row)
       rollout = completer(spec, weights, placed, key, step)
       completion, mask, reveal_step = jax.device_get((rollout.completion, rollout.completion_mask, rollout.reveal_step))
-      first = np.asarray(places(model.denoiser, jnp.asarray(valid), completion.shape[1]))[:, 0].tolist()
+      begins = np.zeros(size, int) if block is None else lead(block, np.sum(valid, axis=1))
       shown = tokenizer.decode_all([row[keep].tolist() for row, keep in zip(completion, mask, strict=True)])
       for row, (index, number) in enumerate(own):
         yield Generation(
@@ -149,7 +149,7 @@ def stream(
           text=prefill + shown[row],
           tokens=completion[row, : spec.completion_length],
           length=int(mask[row].sum()),
-          reveal_step=_revealed(reveal_step[row], first[row], spec),
+          reveal_step=_revealed(reveal_step[row], int(begins[row]), spec),
         )
 
   return batches()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from d1jax.diffusion import sampler
-from d1jax.diffusion.blocks import token_forwards
 from d1jax.diffusion.likelihood import masked_logps
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
@@ -168,7 +167,7 @@ def test_a_batch_that_shrinks_draws_what_one_that_does_not_does(monkeypatch):
 
 
 def test_nothing_but_the_active_block_is_computed():
-  """The passes of a program, and the positions that a rollout computes in all."""
+  """The widths of a program's passes, and the steps that each block takes."""
   denoiser, widths = causal.denoiser(4), []
 
   def noted(params, tokens, start, cache):
@@ -177,10 +176,7 @@ def test_nothing_but_the_active_block_is_computed():
 
   found = sampled(dataclasses.replace(SPEC, early_exit=False), dataclasses.replace(denoiser, encode_window=noted))
   assert widths == [4, 8, 4], "the prompt's block; the block before with the active one; the active one"
-  # The prompt's first block; one block written and one computed in the first step of each of three blocks, of which the
-  # first has three masks at most; then the steps behind the first.
-  steps = 3 + 4 + 4
-  assert token_forwards(SPEC, 4, 8, found.reveal_step) == 4 + 3 * 4 + 4 * steps
+  assert SPEC.steps_taken(found.reveal_step).tolist() == [3, 4, 4], "the end of a prompt stands in the first block"
 
 
 def naive_logp(denoiser, prompt, completion, known):
