@@ -84,7 +84,7 @@ def _draw(split: str, seed: int, count: int, steps: tuple[int, int], largest: in
     one for one in word_templates.read() if one.split == source and steps[0] <= len(one.solution) <= steps[1]
   ]
   rng = np.random.default_rng((seed, common.SPLITS.index(split)))
-  seen: set[tuple[str, *tuple[int, ...]]] = set()
+  seen: set[tuple[str, tuple[int, ...]]] = set()
   drawn: list[Record] = []
 
   def draws(template: Template) -> Iterator[dict[str, int]]:
@@ -96,9 +96,9 @@ def _draw(split: str, seed: int, count: int, steps: tuple[int, int], largest: in
   def attempt(template: Template) -> Record | None:
     for numbers in draws(template):
       values = template.solve(numbers, largest)
-      key = (template.name, *(numbers[letter] for letter in template.needed))
-      if values is not None and key not in seen and _owner(template, key[1:]) == split:
-        seen.add(key)
+      needed = tuple(numbers[letter] for letter in template.needed)
+      if values is not None and (template.name, needed) not in seen and _owner(template, needed) == split:
+        seen.add((template.name, needed))
         question, solution = template.write(values, rng)
         answer = str(values[template.equations[-1][0]])
         told = {"template": template.name, "steps": len(template.solution)}

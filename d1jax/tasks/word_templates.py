@@ -94,12 +94,12 @@ class Template:
     words = dict(zip("NMK", (name for name, _ in people), strict=True))
     words |= _pronouns(people[0][1]) | {letter: str(value) for letter, value in values.items()}
     for name, listed in LISTS.items():
-      word = listed[rng.integers(len(listed))]
+      word = listed[int(rng.integers(len(listed)))]
       words |= {name: word, name[:-1]: word[:-1]}
 
     def either(match: re.Match[str]) -> str:
       texts = match[1].split("|")
-      return texts[rng.integers(len(texts))]
+      return texts[int(rng.integers(len(texts)))]
 
     question = _SLOT.sub(lambda match: words[match[1]], _EITHER.sub(either, self.question))
     solution = [_SLOT.sub(lambda match: _filled(match[1], words), sentence) for sentence in self.solution]
