@@ -3,6 +3,7 @@ import functools
 import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +138,16 @@ def test_more_than_there_are_is_an_error():
   )
   with pytest.raises(DataError, match=message):
     task.records("validation")
+
+
+def test_the_documented_problem_is_one():
+  docs = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+  task = WordProblems(largest=99)
+  texts = [(r["question"], task.demonstration(r, "terse")) for r in generated("test", largest=99)]
+  assert any(f"```\n{question}\n```\n\n```\n{demonstration}\n```" in docs for question, demonstration in texts)
+  counts = collections.Counter(one.split for one in word_templates.read())
+  assert f"has {counts.total()} stories" in docs
+  assert f"`validation` ({counts['validation']}) and of `test` ({counts['test']})" in docs
 
 
 @pytest.mark.parametrize("style", STYLES)
