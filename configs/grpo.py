@@ -412,10 +412,11 @@ def _word_problems(c: config_dict.ConfigDict) -> None:
   c.task.name = "word_problems"
   c.task.sizes.update(demonstrations=600, train=8000, validation=160, test=700)
   if c.task.style == "terse":
-    c.tokenizer = dict(model_type="bpe", vocab_size=512)  # a token is a whole word, a digit or a sign
-    c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (72,)
+    # A token is a whole word, a digit or a sign; the longest demonstration has 85.
+    c.tokenizer = dict(model_type="bpe", vocab_size=512)
+    c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (64,)
     c.sft.completion_buckets = (96,)
-    c.rollout.update(completion_length=96, block_length=96, diffusion_steps=48)
+    c.rollout.update(completion_length=96, block_length=96, diffusion_steps=48, temperature=1.0)
   else:
     c.grpo.update(steps=642, num_iterations=12, warmup_steps=6)  # as for GSM8K
 
@@ -423,11 +424,11 @@ def _word_problems(c: config_dict.ConfigDict) -> None:
 def _small_word_problems(c: config_dict.ConfigDict) -> None:
   """A block-causal network: half of a sentence is a block, and the cache of finished ones is exact.
 
-  With full attention each of the 48 steps would be a pass over 168 tokens, in validations too.
+  With full attention each of the 44 steps would be a pass over 152 tokens, in validations too.
   """
   c.model.block = 8
   c.task.options = dict(largest=99)
-  c.rollout.update(block_length=8, diffusion_steps=48, temperature=1.0, early_exit=True)
+  c.rollout.update(completion_length=88, block_length=8, diffusion_steps=44, early_exit=True)
   # A masked number cannot be used. A row of 240 tokens holds two or three demonstrations.
   c.sft.update(
     steps=400,
