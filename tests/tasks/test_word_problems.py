@@ -9,7 +9,7 @@ import pytest
 
 from d1jax.tasks import PROTOCOLS, SPLITS, STYLES, DataError, WordProblems, arithmetic, word_templates
 
-SIZES = {"demonstrations": 150, "train": 600, "validation": 160, "test": 280}
+SIZES = {"demonstrations": 102, "train": 306, "validation": 80, "test": 140}
 EQUATION = re.compile(r"([0-9]+)([-+*/])([0-9]+)=([0-9]+)")
 TOLD = {"twice": 2, "half": 2, "equally": 2}
 """Words of a story that stand for a number of its solution."""
@@ -46,7 +46,7 @@ def test_no_story_and_no_problem_leaks():
   assert [len(one) for one in found] == list(SIZES.values())
   assert len(set.union(*found)) == sum(SIZES.values())
   # Other seeds, sizes and options move no problem from one split into another.
-  other = WordProblems(seed=1, largest=60, sizes={"train": 800})
+  other = WordProblems(seed=1, largest=60, sizes={"train": 400})
   assert not problems(other.records("train")) & problems(generated("demonstrations"))
 
 
@@ -153,7 +153,7 @@ def test_the_documented_problem_is_one():
 @pytest.mark.parametrize("style", STYLES)
 def test_demonstrations_earn_everything(style):
   task = WordProblems()
-  for record in (*generated("demonstrations"), *generated("test")):
+  for record in (*generated("demonstrations")[:51], *generated("test")[:14]):
     text = task.demonstration(record, style)
     grade = task.grade(task.prompt(record, style)[1] + text, record)
     assert grade.components == {"correct": 2.0, "number": 0.5, "format": 1.0}
