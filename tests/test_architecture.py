@@ -372,6 +372,7 @@ CONFIGS = [
   ("grpo", "llada_8b,math"),
   ("sft", "llada_8b"),
   ("grpo", "tiny,sudoku,countdown"),
+  ("grpo", "small,word_problems"),
   ("eval", ""),
   ("eval", "llada_8b,gsm8k,math"),
   ("export",),
