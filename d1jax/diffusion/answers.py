@@ -247,9 +247,7 @@ def answer_logps(
   return jnp.mean(found.reshape(samples // strata, strata, -1), axis=1).T
 
 
-def is_greedy(
-  denoiser: Denoiser, params: Params, answers: Answers, *, cfg_scale: float = 0.0
-) -> Bool[Array, "B"]:
+def is_greedy(denoiser: Denoiser, params: Params, answers: Answers, *, cfg_scale: float = 0.0) -> Bool[Array, "B"]:
   """Whether the answer is what greedy decoding writes, one token a step, the most probable first (LLaDA's
   `suffix_greedy_prediction`).
 

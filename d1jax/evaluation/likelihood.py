@@ -30,7 +30,7 @@ ANSWER_BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """The answer lengths that are compiled."""
 
 STRATA = 32
-"""Masks of a set: LLaDA's batch."""
+"""The most masks of a set, by default: LLaDA's batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def log_likelihood(
 class _Row(NamedTuple):
   """One request, and the shapes that it needs."""
 
-  index: int
+  place: int
   prompt: list[int]
   answer: list[int]
   identity: int
@@ -120,8 +120,8 @@ def scored(
     params: the weights, from `Model.publish`; None: the weights with which the model starts.
     samples: masks of each answer, a forward pass each (LLaDA's mc_num). Answers whose log-probability is exact take
       one.
-    strata: masks of a set, among which the counts of masked tokens are spread evenly; None: 32, or all of `samples` if
-      they are fewer. 1: every mask on its own.
+    strata: masks of a set, among which the counts of masked tokens are spread evenly; None: the largest divisor of
+      `samples` up to 32. 1: every mask on its own.
     cfg_scale: w of classifier-free guidance; twice the passes.
     check_greedy: whether greedy decoding would write the answer is found out too, at most one pass a token.
     seed: the seed of the draws.
@@ -135,7 +135,7 @@ def scored(
   """
   for name, value, least in (("samples", samples, 1), ("seed", seed, 0), ("batch_size", batch_size, 1)):
     check_integer(name, value, least)
-  strata = min(STRATA, samples) if strata is None else strata
+  strata = max(n for n in range(1, STRATA + 1) if samples % n == 0) if strata is None else strata
   check_integer("strata", strata, 1)
   check_samples(samples, strata)
   check_guidance(model.rollout_denoiser, cfg_scale)
@@ -166,7 +166,7 @@ def scored(
         estimates = logps[number]
         error = float(np.std(estimates, ddof=1) / math.sqrt(len(estimates))) if len(estimates) > 1 else math.nan
         yield (
-          row.index,
+          row.place,
           Likelihood(
             float(np.mean(estimates)),
             0.0 if row.exact else error,
@@ -258,9 +258,7 @@ def _logps(
   model: Model, samples: int, strata: int, cfg_scale: float, params: Params, answers: Answers, key: jax.Array
 ) -> jax.Array:
   key = keys.purpose_key(key, keys.Purpose.LIKELIHOOD)
-  return answer_logps(
-    model.rollout_denoiser, params, answers, key, samples=samples, strata=strata, cfg_scale=cfg_scale
-  )
+  return answer_logps(model.rollout_denoiser, params, answers, key, samples=samples, strata=strata, cfg_scale=cfg_scale)
 
 
 def _greedy(

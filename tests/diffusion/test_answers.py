@@ -178,7 +178,7 @@ def test_blocks_follow_the_chain_rule_and_are_bounded_within(block, shift):
   for row, (prompt, answer, _) in enumerate(rows_of(given)):
     total, whole = 0.0, prompt + answer
     for start in range(len(prompt) // block * block, len(whole), block):
-      own = [i for i in range(max(start, len(prompt)), min(start + block, len(whole)))]
+      own = list(range(max(start, len(prompt)), min(start + block, len(whole))))
       groups = [own[:1], own[1:]] if shift and own[0] == start else [own]
       for group in filter(None, groups):
         known_before = groups[0] if group is not groups[0] else []
