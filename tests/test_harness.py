@@ -233,3 +233,22 @@ def test_auto_is_a_batch_for_all_devices(lm, monkeypatch):
     assert lm.rows == rows
   assert Settings.of({"pretrained": 7, "batch_size": "5"}) == Settings(pretrained="7", batch_size=5)
   assert jnp.float32 == lm.model.params["embedding"].dtype
+
+
+@pytest.mark.slow(reason="reads a trained run, and compiles programs of its own")
+def test_a_run_is_read_with_its_own_tokenizer(model_class):
+  from d1jax.evaluation import subject
+  from tests import runs
+
+  workdir, _, _ = runs.finished()
+  lm = model_class(checkpoint=str(workdir), length=8, block_length=8, mc_num=1, max_length=64)
+  config = jobs.load("eval")
+  config.checkpoint = str(workdir)
+  found = subject.load(config)
+  text = "0300413012003420"
+  ids = np.asarray(lm.tokenizer.encode(text), np.int32)
+  spec = sampler(lm.settings, None, 8, 0.0)
+  (one,) = d1jax.generate(found.experiment.model, [ids], params=found.params(), spec=spec, prompt_buckets=(56,))
+  assert lm.generate_until([Instance((text, {"until": []}))]) == [one.text]
+  with pytest.raises(RunError, match="the tokenizer has no chat template: leave --apply_chat_template out"):
+    lm.apply_chat_template([{"role": "user", "content": text}])

@@ -20,7 +20,7 @@ from d1jax.state import Params
 from d1jax.tasks.base import Message
 from d1jax.tasks.common import check_integer
 
-Ids = Sequence[int] | Int[np.ndarray, "n"]
+Ids = Sequence[int] | Int[np.ndarray, "_"]
 """Token ids, which are taken as they are."""
 
 PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -21,7 +21,7 @@ from d1jax.state import Params
 from d1jax.tasks.base import Message
 from d1jax.tasks.common import check_integer
 
-Prompt = str | Sequence[Message] | Int[np.ndarray, "n"]
+Prompt = str | Sequence[Message] | Int[np.ndarray, "_"]
 """A user's message, or a conversation, which the chat template writes; or token ids, which are taken as they are."""
 
 GREEDY = SamplerSpec(completion_length=128, diffusion_steps=64, block_length=32, temperature=0.0, early_exit=True)

@@ -82,13 +82,6 @@ class Settings:
   cache: str = "none"
 
   def __post_init__(self) -> None:
-    for name, hint in typing.get_type_hints(Settings).items():
-      value = getattr(self, name)
-      kinds = typing.get_args(hint) or (hint,)
-      fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
-      if not fits or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-        raise ValueError(f"model_args: {name}={value!r} must be of the type {wanted}")
     for name in ("block", "max_batch_size", "max_length", "mc_num", "length", "block_length", "tokens_per_step"):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -112,12 +105,21 @@ class Settings:
     unknown = [name for name in arguments if name not in known]
     if unknown:
       raise ValueError(f"unknown model_args {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-    paths: dict[str, Any] = {
-      name: str(value) for name, value in arguments.items() if name in ("pretrained", "checkpoint") and value
-    }
-    size = arguments.get("batch_size", 1)
-    paths["batch_size"] = int(size) if isinstance(size, str) and size.isdecimal() else size
-    return cls(**{**arguments, **paths})
+    given = dict(arguments)
+    for name in ("pretrained", "checkpoint"):
+      if isinstance(given.get(name), int):
+        given[name] = str(given[name])
+    size = given.get("batch_size")
+    if isinstance(size, str) and size.isdecimal():
+      given["batch_size"] = int(size)
+    hints = typing.get_type_hints(cls)
+    for name, value in given.items():
+      kinds = typing.get_args(hints[name]) or (hints[name],)
+      fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+      if not fits or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise ValueError(f"model_args: {name}={value!r} must be of the type {wanted}")
+    return cls(**given)
 
 
 class Asked(NamedTuple):
