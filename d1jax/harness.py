@@ -22,6 +22,7 @@ from d1jax.evaluation.perplexity import body, prefix, windows
 from d1jax.generation.generate import MOST_PROMPTS, stream
 from d1jax.generation.requests import Settings, asked, encode_pair, sampler, until_stop
 from d1jax.model import Model
+from d1jax.parallel import multihost
 from d1jax.parallel.mesh import MESH_AXES, make_mesh
 from d1jax.state import Params
 
@@ -63,6 +64,7 @@ class D1jaxLM(LM):
       RunError: an argument is unknown or wrong, or the model cannot be read; the message is one line.
     """
     super().__init__()
+    multihost.check_alone("lm_eval")
     with input_checked():
       self.settings = Settings.of(arguments)
       self.model, self._params = _loaded(self.settings)

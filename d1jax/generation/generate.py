@@ -170,6 +170,8 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longe
   encoded = []
   for number, prompt in enumerate(prompts, start=1):
     if isinstance(prompt, np.ndarray):
+      if prefill:
+        raise ValueError(f"prompt {number} is token ids, which are taken as they are: leave prefill out")
       encoded.append(_checked(prompt.tolist(), number, longest))
       continue
     turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
