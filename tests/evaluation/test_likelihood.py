@@ -41,6 +41,7 @@ def found(model):
   return score(model, PROMPTS, ANSWERS, check_greedy=True)
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_it_is_the_estimate_of_each_request_alone(model, found):
   assert d1jax.log_likelihood is log_likelihood
   key = keys.purpose_key(keys.seeded(0), keys.Purpose.LIKELIHOOD)
@@ -60,6 +61,7 @@ def test_it_is_the_estimate_of_each_request_alone(model, found):
     assert one.greedy is False
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_batches_buckets_order_and_company_change_nothing_and_programs_are_compiled_once(model, found):
   one_at_a_time = dict(scored(model, PROMPTS, ANSWERS, samples=4, strata=2, batch_size=1, prompt_buckets=(40,)))
   np.testing.assert_allclose(logps([one_at_a_time[i] for i in range(4)]), logps(found), rtol=1e-4)
