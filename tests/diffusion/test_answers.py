@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax import keys
 from d1jax.diffusion.answers import Answers, answer_logps, is_greedy
 from tests import toy
 from tests.diffusion import causal
@@ -223,4 +222,3 @@ def test_what_makes_no_sense_is_refused():
     estimates(answers(), samples=6, strata=4)
   with pytest.raises(ValueError, match=r"cfg_scale=0\.5 masks the prompt .* use cfg_scale=0"):
     answer_logps(causal.denoiser(4), causal.params(), answers(), KEY, samples=1, cfg_scale=0.5)
-  assert keys.Purpose.LIKELIHOOD == 9
