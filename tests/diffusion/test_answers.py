@@ -35,8 +35,12 @@ def logits(canvas: list[int]) -> np.ndarray:
 
 @functools.cache
 def _encoded(canvas: tuple[int, ...]) -> np.ndarray:
-  tokens = jnp.asarray([canvas])
-  return np.asarray(toy.encode(PARAMS, tokens, jnp.ones(tokens.shape, bool)) @ toy.head(PARAMS))[0]
+  return np.asarray(_forward(np.asarray([canvas], np.int32)))[0]
+
+
+@jax.jit
+def _forward(tokens):
+  return toy.encode(PARAMS, tokens, jnp.ones(tokens.shape, bool)) @ toy.head(PARAMS)
 
 
 def masked_logp(prompt: list[int], answer: list[int], masked: tuple[bool, ...], cfg_scale=0.0) -> float:
@@ -86,7 +90,7 @@ def bound(prompt: list[int], answer: list[int]) -> float:
 
 
 def estimates(given: Answers, key=KEY, **options) -> np.ndarray:
-  return np.asarray(answer_logps(toy.DENOISER, PARAMS, given, key, **options))
+  return np.asarray(jax.jit(lambda *given: answer_logps(toy.DENOISER, PARAMS, *given, **options))(given, key))
 
 
 @pytest.mark.few(1, reason="each case compiles programs of its own")
@@ -123,6 +127,7 @@ def test_every_count_is_as_frequent_as_the_others_in_each_stratum():
     assert (np.abs(np.bincount(counts, minlength=4)[1:] / many - 1 / 3) < 0.04).all()
 
 
+@pytest.mark.slow(reason="compiles programs of its own")
 def test_neither_padding_nor_company_changes_a_row():
   alone = estimates(answers(), samples=4, strata=2)
   np.testing.assert_allclose(estimates(answers(9, 11), samples=4, strata=2), alone, rtol=2e-5)
@@ -159,13 +164,13 @@ BLOCKED = [(4, 1), (4, 0), (1, 0), (1, 1)]
 def block_case(block, shift):
   denoiser, params = causal.denoiser(block, shift), causal.params()
   given = answers(5, 6, causal.MASK)
-  encode = jax.jit(denoiser.encode)
+  encode = lambda tokens: denoiser.encode(params, tokens, jnp.ones(tokens.shape, bool))
+  logits = jax.jit(lambda tokens: denoiser.logits(params, encode(tokens)))
 
   def logp(canvas: list[int]) -> np.ndarray:
     """Of a sequence of whole blocks; [L V], the row of a token predicts it."""
-    tokens = jnp.asarray([canvas], jnp.int32)
-    logits = denoiser.logits(params, encode(params, tokens, jnp.ones(tokens.shape, bool)))[0]
-    return np.roll(toy.log_softmax(np.asarray(logits)), shift, axis=0)
+    found = logits(np.asarray([canvas], np.int32))[0]
+    return np.roll(toy.log_softmax(np.asarray(found)), shift, axis=0)
 
   return denoiser, params, given, logp
 
