@@ -167,7 +167,7 @@ def _masks(
   first = jnp.minimum(jnp.floor(drawn * size).astype(jnp.int32), size - 1)
   # Counts of a set are spread evenly over 1..n: with n = 8 tokens and 4 strata, a first count of 3 gives 3, 5, 7, 1.
   # Every count alone is uniform on 1..n, so that the estimate is unbiased. Halves are rounded up; LLaDA rounds them to
-  # even numbers, which favours even counts where n is odd.
+  # even numbers, which makes some counts more frequent: with n = 3 and 2 strata, 1, 2, 3 have 50%, 33% and 17%.
   step = (2 * stratum * size + strata) // (2 * strata)
   count = (first + step) % size + 1
   order = keys.uniforms(keys.fold(own, 1 + stratum), width)

@@ -20,6 +20,10 @@ JSON_LINES = (".jsonl", ".ndjson")
 """The endings of files with a document a line; any other file is one document."""
 
 
+_LARGEST = 700.0
+"""Nats a unit, beyond which the perplexity is no finite number: a text without blanks is one word."""
+
+
 class Window(NamedTuple):
   """A part of a document that is scored at a time, and the tokens before it that the model sees."""
 
@@ -99,7 +103,8 @@ def of_logps(logps: Sequence[float], errors: Sequence[float], counts: Sequence[i
   """
   total, units = math.fsum(logps), sum(counts)
   mean = -total / units
-  value, slope = (mean / math.log(2), 1 / math.log(2)) if bits else (math.exp(mean), math.exp(mean))
+  perplexity = math.exp(mean) if mean < _LARGEST else math.inf
+  value, slope = (mean / math.log(2), 1 / math.log(2)) if bits else (perplexity, perplexity)
   masks = math.sqrt(math.fsum(error**2 for error in errors)) / units
   rest = [logp + mean * count for logp, count in zip(logps, counts, strict=True)]
   number = len(logps)
@@ -111,7 +116,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """Scores `config.perplexity`; prints a table and a JSON line.
 
   Returns:
-    The content of the JSON line: each figure with its standard errors (`null` where one is not known), and the counts.
+    The content of the JSON line: each figure with its standard errors (`null` where one is not known or not finite),
+    and the counts.
   """
   path = Path(config.perplexity)
   with input_checked():
@@ -167,10 +173,10 @@ def _report(
   print(f"{path}: {len(texts)} documents, " + ", ".join(f"{n:,} {name}" for name, n in totals.items()))
   print(f"{'':<22}{'value':>12}{'+- masks':>12}{'+- documents':>14}")
   for name, unit in figures.items():
-    print(f"{name.replace('_', ' '):<22}{unit.value:>12.4f}{unit.masks:>12.4f}{unit.documents:>14.4f}")
+    print(f"{name.replace('_', ' '):<22}{unit.value:>12.6g}{unit.masks:>12.3g}{unit.documents:>14.3g}")
   line: dict[str, Any] = {"documents": len(texts)} | totals
   for name, unit in figures.items():
-    known = [None if math.isnan(error) else error for error in unit[1:]]
-    line |= {name: unit.value, f"{name}_error": known[0], f"{name}_error_over_documents": known[1]}
+    known = [number if math.isfinite(number) else None for number in unit]
+    line |= dict(zip((name, f"{name}_error", f"{name}_error_over_documents"), known, strict=True))
   print(json.dumps(line))
   return line

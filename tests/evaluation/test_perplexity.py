@@ -26,6 +26,7 @@ def test_figures_and_their_errors():
   assert bits.masks == pytest.approx(5 / 30 / math.log(2))
   rest = np.asarray([-10 + 40 / 3, -30 + 80 / 3])
   assert bits.documents == pytest.approx(math.sqrt(2 * (rest**2).sum()) / 30 / math.log(2))
+  assert of_logps([-1e4], [1.0], [1]).value == math.inf, "a text without blanks is one long word"
   words = of_logps([-10.0], [math.nan], [10])
   assert words.value == pytest.approx(math.e)
   assert math.isnan(words.masks)
