@@ -77,6 +77,17 @@ class ConfinedTokenizer:
       self._unknown.check("".join(message["content"] for message in messages) + prefill)
     return ids
 
+  def plain(self, text: str) -> list[int]:
+    """The start token, if there is one, and the ids of a text, without a chat template.
+
+    Raises:
+      ValueError: the text becomes the mask, or takes too much time or memory.
+    """
+    ids: list[int] = self._ask("plain", self._vocabulary, text)
+    if self._unk_id in ids:
+      self._unknown.check(text)
+    return ids
+
   def completion(self, text: str) -> list[int]:
     """The ids of an answer: the text, the text that the template writes after an answer, and the end of sequence.
 

@@ -98,7 +98,7 @@ class HuggingFaceTokenizer:
       ValueError: the template fails, or the text becomes a mask.
     """
     if self._template is None:
-      return [*self._start, *self._encode("".join(m["content"] for m in messages) + prefill)]
+      return self.plain("".join(m["content"] for m in messages) + prefill)
     # What is special in the messages is covered before the template sees it and read as characters afterwards.
     spelled: list[str] = []
     key = _unused([self._template.source, prefill, *(text for message in messages for text in message.values())])
@@ -116,6 +116,14 @@ class HuggingFaceTokenizer:
     for i, piece in enumerate(re.split(f"{key}(\\d+){key}", written)):
       ids += self._encode(spelled[int(piece)]) if i % 2 else self._ids(piece)
     return ids
+
+  def plain(self, text: str) -> list[int]:
+    """The start token, where the folder names one and does not say `"add_bos_token": false`, and the text.
+
+    Raises:
+      ValueError: the text becomes a mask.
+    """
+    return [*self._start, *self._encode(text)]
 
   def completion(self, text: str) -> list[int]:
     """The ids of an answer: the text, the text that the template writes after it, and the end of sequence.

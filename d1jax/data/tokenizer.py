@@ -39,6 +39,12 @@ class Tokenizer(Protocol):
     """The ids of a conversation that the model is to continue, the given start of its answer included."""
     ...
 
+  def plain(self, text: str) -> list[int]:
+    """The ids of a text that the model is to continue as it stands, without a chat template; a start token comes first
+    if the model has one.
+    """
+    ...
+
   def completion(self, text: str) -> list[int]:
     """The ids of an answer, the end of the assistant's turn and the end of sequence included."""
     ...
@@ -199,8 +205,12 @@ class SentencePieceTokenizer:
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
     """A start token if the model has one, the contents of the messages one after the other, and the prefill."""
+    return self.plain("".join(m["content"] for m in messages) + prefill)
+
+  def plain(self, text: str) -> list[int]:
+    """A start token if the model has one, and the text."""
     start = [] if self.bos_id is None else [self.bos_id]
-    return [*start, *self._encode("".join(m["content"] for m in messages) + prefill)]
+    return [*start, *self._encode(text)]
 
   def completion(self, text: str) -> list[int]:
     """The text and the end-of-sequence token."""
