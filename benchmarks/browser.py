@@ -115,7 +115,8 @@ class Browser:
     """Presses and releases a key; Enter writes a line feed where the page lets it."""
     code = {"Enter": 13, "Escape": 27, "Tab": 9}[key]
     more: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
-    self.call("Input.dispatchKeyEvent", type="keyDown", **more, **({"text": "\r"} if key == "Enter" else {}))
+    typed: dict[str, Any] = {"text": "\r"} if key == "Enter" else {}
+    self.call("Input.dispatchKeyEvent", type="keyDown", **more, **typed)
     self.call("Input.dispatchKeyEvent", type="keyUp", **more)
 
   def look(self, width: int, height: int, *, dark: bool = False, scale: float = 1, calm: bool = False) -> None:

@@ -127,15 +127,7 @@ class Answer {
   finish(reason = this.reason) {
     this.reason = reason;
     this.node.removeAttribute("aria-busy");
-    let rest = this.text;
-    let kept = 0;
-    for (; kept < this.tokens.length && rest && this.tokens[kept] !== null; kept += 1) {
-      const token = this.tokens[kept];
-      if (!rest.startsWith(token) && !token.startsWith(rest)) break;
-      if (token.length > rest.length) this.tokens = this.tokens.with(kept, rest);
-      rest = rest.slice(token.length);
-    }
-    this.tokens = rest ? [] : this.tokens.slice(0, kept);
+    this.tokens = aligned(this.tokens, this.text);
     this.steps = this.steps.slice(0, this.tokens.length);
     append(() => {
       this.draw();
@@ -155,6 +147,32 @@ class Answer {
     });
     label.prepend(slider);
   }
+}
+
+/**
+ * The part of a text that each token has, up to the end of the text; no tokens if they do not go together.
+ *
+ * A token by itself may read differently than in its place: half a character, or a space before the first word. Such
+ * tokens have what stands before the next one that is found.
+ */
+function aligned(tokens, text) {
+  const parts = [];
+  let at = 0;
+  while (at < text.length && parts.length < tokens.length) {
+    const token = tokens[parts.length];
+    if (token === null) return [];
+    let end = at + token.length;
+    if (!text.startsWith(token, at) && !token.startsWith(text.slice(at))) {
+      let next = parts.length + 1;
+      while (next < tokens.length && !/^[^\ufffd]+$/.test(tokens[next] ?? "")) next += 1;
+      end = next < tokens.length ? text.indexOf(tokens[next], at) : text.length;
+      if (end < 0) return [];
+      while (parts.length < next - 1) parts.push("");
+    }
+    parts.push(text.slice(at, end));
+    at = end;
+  }
+  return at < text.length ? [] : parts;
 }
 
 function round(number) {

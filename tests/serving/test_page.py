@@ -143,6 +143,22 @@ def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
 
 
 @SLOW
+def test_tokens_have_their_parts_of_the_text(opened):
+  page, _ = opened
+  for tokens, text, parts in (
+    (["a", " b", "", None], "a b", ["a", " b"]),
+    (["a", " be", "c"], "a b", ["a", " b"]),  # cut at a stop text
+    ([" a", "b"], "ab", ["a", "b"]),  # the first word of a text has no space
+    (["a", "\ufffd", "\ufffd", "b"], "a\u00e9b", ["a", "", "\u00e9", "b"]),
+    (["\ufffd", "\ufffd"], "\u00e9", ["", "\u00e9"]),
+    (["a", None, "c"], "abc", []),
+    (["x", "y"], "ab", []),
+    ([], "ab", []),
+  ):
+    assert page.run(f"aligned({json.dumps(tokens)}, {json.dumps(text)})") == parts, tokens
+
+
+@SLOW
 def test_hostile_tokens_stay_text(opened):
   page, _ = opened
   ask(page, "hostile")
