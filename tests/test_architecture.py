@@ -50,6 +50,7 @@ ALLOWED["evaluation"] = set(ALLOWED) - {"telemetry"}
 ALLOWED["training"] = set(ALLOWED) - {"evaluation"}
 ALLOWED["aot"] = ALLOWED["training"] | {"training"}
 ALLOWED["generation"] = ALLOWED["export"] = ALLOWED["evaluation"] | {"evaluation"}
+ALLOWED["serving"] = ALLOWED["generation"] | {"generation"}
 ALLOWED["report"] = ALLOWED["export"] | {"telemetry"}
 ALLOWED["results"] = ALLOWED["report"] | {"report"}
 ALLOWED["recipe"] = ALLOWED["results"] | {"results", "training"}
@@ -250,7 +251,7 @@ def test_what_is_public_is_documented(path):
 def test_compiled_programs_state_where_things_live(path):
   room = room_of(module_of(path))
   jits = calls(TREES[path], "jit")
-  compiling = ("training", "evaluation", "generation", "weights", "publish", "completer", "recipe")
+  compiling = ("training", "evaluation", "generation", "weights", "publish", "completer", "recipe", "serving")
   if room in compiling or name_of(path) == "d1jax/models/load.py":
     for call in jits:
       stated = {keyword.arg for keyword in call.keywords}

@@ -1,1 +1,1 @@
-"""Serves a model over HTTP."""
+"""Serving: requests of any length share the device, and leave it when they are done."""
