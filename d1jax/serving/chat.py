@@ -28,7 +28,8 @@ from d1jax.generation import command
 from d1jax.generation.generate import Generation
 from d1jax.model import Model
 from d1jax.run.limits import TABLE
-from d1jax.serving.engine import Engine, Request, Update
+from d1jax.serving.engine import Engine
+from d1jax.serving.request import Request, Update
 from d1jax.serving.view import View, follow
 from d1jax.state import Params
 from d1jax.tasks.base import Message

@@ -10,7 +10,8 @@ from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.generation import canvas as canvases
 from d1jax.generation import command, terminal
-from d1jax.serving.engine import Ticket, Update
+from d1jax.serving.engine import Ticket
+from d1jax.serving.request import Update
 
 
 def follow(submit: Callable[[Callable[[Update], None]], Ticket], show: Callable[[Update], None]) -> Update:

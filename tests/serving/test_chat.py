@@ -17,7 +17,8 @@ from d1jax.generation.canvas import HIDDEN, SCALE
 from d1jax.generation.terminal import Screen
 from d1jax.serving import chat as chats
 from d1jax.serving.chat import COMMANDS, Chat
-from d1jax.serving.engine import Engine, Ticket, Update
+from d1jax.serving.engine import Engine, Ticket
+from d1jax.serving.request import Update
 from d1jax.serving.view import View, follow
 from tests import hub, jobs
 from tests.data.folders import small_files
@@ -50,11 +51,11 @@ class StandIn(Engine):
 
   def submit(self, request, listen):
     StandIn.asked += (request,)
-    ticket = Held()
-    threading.Thread(target=self._play, args=(request, listen, ticket), daemon=True).start()
-    return ticket
+    cancelled = threading.Event()
+    threading.Thread(target=self._play, args=(request, listen, cancelled), daemon=True).start()
+    return Ticket(cancelled.set)
 
-  def _play(self, request, listen, ticket):
+  def _play(self, request, listen, cancelled):
     spec, tokenizer = request.spec, self._model.tokenizer
     ids = np.full(spec.completion_length, tokenizer.stop_ids[0])
     said = tokenizer.completion(self.answer)[: spec.completion_length]
@@ -75,19 +76,11 @@ class StandIn(Engine):
       if step == 0 and self.drawn:
         assert self.drawn.wait(10)
       if self.answer == "wait for it" and block == 1:
-        ticket.cancelled.wait(10)
+        cancelled.wait(10)
         update(spec.block_length, "cancelled")
         return
     stops = np.isin(ids, tokenizer.stop_ids)
     update(int(stops.argmax()) + 1 if stops.any() else ids.size, "stop" if stops.any() else "length")
-
-
-class Held(Ticket):
-  def __init__(self):
-    self.cancelled = threading.Event()
-
-  def cancel(self):
-    self.cancelled.set()
 
 
 class Terminal(io.StringIO):
