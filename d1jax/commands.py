@@ -74,11 +74,16 @@ COMMANDS: Mapping[str, Command] = {
     },
   ),
   "generate": Command(
-    "Completes prompts: one that is given, or the lines of standard input.",
+    "Completes prompts: one that is given, or the lines of standard input; or talks with you.",
     "generate",
-    ('--checkpoint=runs/grpo --prompt="What is 2 + 2?"', "--pretrained=FOLDER --show_steps=True"),
+    (
+      '--checkpoint=runs/grpo --prompt="What is 2 + 2?"',
+      "--pretrained=FOLDER --show_steps=True",
+      "--pretrained=FOLDER --chat=True",
+    ),
     _WHO
     | {
+      "chat": "a conversation, in which an answer is shown as it is denoised",
       "prompt": "None: the lines of standard input",
       "length": "tokens of the completion",
       "tokens_per_step": "tokens that a denoising step reveals",

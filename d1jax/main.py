@@ -36,6 +36,10 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
     from d1jax import export
 
     return export.run
+  if config.mode == "generate" and config.chat:
+    from d1jax.serving import chat
+
+    return chat.run
   if config.mode == "generate":
     from d1jax.generation import command as generation
 

@@ -192,6 +192,7 @@ def test_few_files_know_of_configurations(path):
     "d1jax/aot/command.py",
     "d1jax/recipe.py",
     "d1jax/results.py",
+    "d1jax/serving/chat.py",
     "d1jax/run/",
     "d1jax/presets.py",
   )
