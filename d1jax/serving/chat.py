@@ -313,7 +313,7 @@ class Chat:
     """The engine of a canvas, compiled when it is first needed."""
     if length not in self._engines:
       engine = Engine(self._model, self._params, slots=1, lengths=(length,), block_length=self._block)
-      engine.prepare(_say if self._live else lambda line: None)
+      engine.prepare((lambda line: _say(f"(compiling for {line})")) if self._live else lambda line: None)
       self._engines[length] = engine
     return self._engines[length]
 

@@ -1,9 +1,15 @@
 """The chat on a terminal: what it remembers, commands, what it shows and what it refuses; the engine is a stand-in."""
 
 import io
+import os
+import pty
 import re
+import select
+import signal
+import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +26,7 @@ from d1jax.serving.chat import COMMANDS, Chat
 from d1jax.serving.engine import Engine, Ticket
 from d1jax.serving.request import Update
 from d1jax.serving.view import View, follow
-from tests import hub, jobs
+from tests import QUICK_TO_COMPILE, hub, jobs
 from tests.data.folders import small_files
 from tests.generation.test_canvas import IDS
 
@@ -300,13 +306,14 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_finished_blocks(begin, monkeypatch
   def interrupted(self, update):
     shown(self, update)
     if update.known:
-      raise KeyboardInterrupt
+      signal.raise_signal(signal.SIGINT)
 
   monkeypatch.setattr(View, "show", interrupted)
   assert chat.take("Hello")
   assert chat.messages[-1]["content"] == "wait for"
   assert "stopped" in capsys.readouterr().err
   assert chat.last.tokens.size == 8
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_update_that_arrives_before_the_ticket_is_not_lost():
@@ -348,3 +355,62 @@ def test_a_pipe_is_answered_line_by_line(monkeypatch, capsys):
   assert "line 2 of standard input is not UTF-8" in err
   assert "seed 3\n" in err
   assert [request.seed for request in StandIn.asked] == [0, 0, 3]
+
+
+class AtPty:
+  """The real command on a terminal of its own."""
+
+  def __init__(self, *fields: str):
+    self._ours, theirs = pty.openpty()
+    line = [
+      "setsid",
+      "--ctty",
+      sys.executable,
+      "-m",
+      "d1jax.main",
+      "--config=configs/generate.py",
+      "--config.chat=True",
+      *fields,
+    ]
+    environment = os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    self.process = subprocess.Popen(line, cwd=jobs.ROOT, env=environment, **streams)
+    os.close(theirs)
+    self.said = ""
+
+  def until(self, pattern: str, seconds: float = 120) -> str:
+    """What it says, with the first match of a pattern."""
+    end = time.monotonic() + seconds
+    while not (found := re.search(pattern, self.said)):
+      assert time.monotonic() < end, self.said
+      if select.select([self._ours], [], [], 0.2)[0]:
+        self.said += os.read(self._ours, 1 << 16).decode(errors="replace")
+    said, self.said = self.said[: found.end()], self.said[found.end() :]
+    return said
+
+  def type(self, text: str) -> None:
+    os.write(self._ours, text.encode())
+
+
+@pytest.mark.slow(reason="a process that imports JAX")
+def test_the_real_command_on_a_terminal(tmp_path):
+  chat = AtPty(f"--config.pretrained={jobs.START}", "--config.length=512", "--config.tokens_per_step=1")
+  try:
+    chat.until("> ")
+    chat.type("/seed 3\n")
+    chat.until("seed 3\r\n> ")
+    chat.type("\x03")
+    chat.until("Ctrl-D or /quit ends the chat\r\n> ")
+    chat.type("1003\n")
+    chat.until(r"step (3[3-9]|[4-9]\d|\d{3}), \d+ of 512 tokens; Ctrl-C stops")  # in the second block or behind it
+    chat.type("\x03")
+    assert "\x1b[J" in chat.until(r"stopped\)")
+    chat.until("> ")
+    chat.type(f"/film {tmp_path / 'a.gif'}\n")
+    chat.until("KiB\r\n> ")
+    chat.type("\x04")
+    assert chat.process.wait(60) == 0
+  finally:
+    chat.process.kill()
+    chat.process.wait()
+  assert (tmp_path / "a.gif").stat().st_size > 1000
