@@ -192,6 +192,7 @@ class Chat:
       _say("\n".join(f"{usage:{width}}  {does}" for usage, does in COMMANDS.items()))
     elif name == "clear":
       self.messages = []
+      _say("the conversation is forgotten")
     elif name == "film":
       self._film(argument)
     elif name in _SETTINGS:
@@ -275,7 +276,7 @@ class Chat:
     command.write((harmless(self.last.text) if sys.stdout.isatty() else self.last.text) + "\n")
     if self._live:
       steps = len(np.unique(self.last.reveal_step[self.last.reveal_step >= 0]))
-      rate = f"{self.last.length / max(seconds, 1e-9):.3g} tokens a second"
+      rate = f"{self.last.length / max(seconds, 1e-9):.{0 if self.last.length > 10 * seconds else 2}f} tokens a second"
       stopped = ", stopped" if update.reason == "cancelled" else ""
       _say(f"({steps} steps, {seconds:.3g} s, {rate}{stopped})\n")
     if self.has_turns:
