@@ -33,7 +33,8 @@ PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 MOST_SEEDS = 1 << 32
 """The number of seeds: JAX uses 32 bits of a seed and silently drops the others."""
 
-_STRIDE = 1 << 20
+STRIDE = 1 << 20
+"""The number of a draw is that of the sample times this, plus the prompt's index."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +135,7 @@ def stream(
       filled = [own[i % len(own)] for i in range(size)]
       width = bucket_for(max(len(encoded[index]) for index, _ in own), prompt_buckets)
       tokens, valid = pad_left([encoded[index] for index, _ in filled], width or 0, tokenizer.pad_id)
-      sample_id = np.asarray([number * _STRIDE + index for index, number in filled], np.int32)
+      sample_id = np.asarray([number * STRIDE + index for index, number in filled], np.int32)
       placed = meshes.place((tokens, valid, sample_id, sample_id), model.rollout_by_row)
       rollout = completer(spec, weights, placed, key, step)
       completion, mask, reveal_step = jax.device_get((rollout.completion, rollout.completion_mask, rollout.reveal_step))
@@ -182,7 +183,7 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longe
   return encoded
 
 
-def _revealed(reveal_step: Int[np.ndarray, "C"], first: int, spec: SamplerSpec) -> Int[np.ndarray, "C"]:
+def _revealed(reveal_step: Int[np.ndarray, "W"], first: int, spec: SamplerSpec) -> Int[np.ndarray, "C"]:
   """The recorded steps, with -1 for blocks that were not computed: step 0 unmasks only tokens of the first block.
 
   `first` is the place of the completion among the columns that the sampler's blocks cover.
