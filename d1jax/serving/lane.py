@@ -81,7 +81,7 @@ class Lane:
     self.passes = self.token_forwards = 0
     spec = SamplerSpec(1, 1, 1)
     row = slots.row_of(self.denoiser, spec, np.zeros(1, np.int32), np.zeros(2, np.uint32), length)
-    row = row._replace(alive=np.zeros(1, bool), valid=np.ones((1, length), bool))
+    row = row._replace(valid=row.valid | True, alive=row.alive & False)
     self.rows: Rows = jax.tree.map(lambda x: np.repeat(x, self.slots, axis=0), row)
     self._programs: dict[int, Any] = {}
     self._cache: PyTree = None
@@ -158,7 +158,8 @@ class Lane:
   ) -> tuple[Rows, Bool[np.ndarray, "B"]]:
     """The rows of a batch after a call of its program, and which have finished a block."""
     began = time.perf_counter()
-    rows = Rows(*(x[np.minimum(places, self.slots - 1)] for x in self.rows))._replace(alive=alive)
+    own = {name: x[np.minimum(places, self.slots - 1)] for name, x in self.rows._asdict().items()}
+    rows = Rows(**(own | {"alive": alive}))
     by_row, scalar = self.model.rollout_by_row, self.model.replicated
     placed, indices = meshes.place((rows, places.astype(np.int32)), by_row)
     changed, ended, passes, self._cache = self._programs[size](

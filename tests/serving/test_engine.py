@@ -77,12 +77,14 @@ def engine(model):
 
 
 def same(found, expected):
-  for a, b in zip(found, expected, strict=True):
-    np.testing.assert_array_equal(a, b)
+  """Log-probabilities of programs for other numbers of rows are rounded otherwise (`tests.diffusion.test_slots`)."""
+  for name in ("tokens", "reveal_step", "known", "reason"):
+    np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+  np.testing.assert_allclose(found.reveal_logp, expected.reveal_logp, rtol=0, atol=1e-6)
 
 
 def check_against_generate(engine, model, specs, texts=TEXTS, samples=2):
-  """All at once; token for token up to the end; then one of them alone, bit for bit."""
+  """All at once; token for token up to the end; then one of them alone."""
   requests = [asked(model, t, spec, seed=5, sample=n) for spec in specs for n in range(samples) for t in texts]
   heard = [Heard() for _ in requests]
   for request, listen in zip(requests, heard, strict=True):
@@ -134,9 +136,7 @@ def test_a_mesh_changes_no_token(folders, block, sizes):
     found.append([listen.last for listen in heard])
     engine.close()
   for one, other in zip(*found, strict=True):
-    for name in ("tokens", "reveal_step", "known", "reason"):
-      np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    np.testing.assert_allclose(one.reveal_logp, other.reveal_logp, rtol=0, atol=1e-5)
+    same(one, other)
 
 
 def test_nothing_is_compiled_for_a_request(engine, model):
