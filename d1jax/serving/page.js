@@ -319,11 +319,22 @@ settings.addEventListener("submit", (event) => event.preventDefault());
 $("key").addEventListener("change", () => { sessionStorage.setItem(KEY, $("key").value.trim()); greet(); });
 $("colored").addEventListener("change", () => $("turns").classList.toggle("colored", $("colored").checked));
 
-/** Asks which model is served. */
+/** Shows the server's default values where nothing is chosen. */
+function suggest(defaults) {
+  for (const field of settings.querySelectorAll("[name]")) {
+    const value = defaults[field.name];
+    if (value === undefined || value === null) continue;
+    if (field.tagName === "SELECT") field.options[0].textContent = String(value);
+    else field.placeholder = String(value);
+  }
+}
+
+/** Asks which model is served, and with which defaults. */
 async function greet() {
   try {
     const models = await (await checked(await fetch("v1/models", { headers: headers() }))).json();
     served = models.data[0].id;
+    suggest(models.data[0].d1jax?.defaults ?? {});
     $("model").textContent = served.replace(HIDDEN, "\ufffd");
     fail("");
   } catch (error) {

@@ -12,9 +12,11 @@ from d1jax import serving
 PAGE = Path(serving.__file__).parent
 TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 POLICY = (
-  "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none';"
-  " frame-ancestors 'none'"
+  "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none';"
+  " form-action 'none'; frame-ancestors 'none'"
 )
+
+MODEL = {"id": "a <b>model</b>", "d1jax": {"defaults": {"temperature": 0.0, "steps": 64, "schedule": "static"}}}
 
 ANSWERS = {
   "hello": [["Hel", "lo"], [" you", "."]],
@@ -88,7 +90,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if name in TYPES:
       self.reply(200, f"{TYPES[name]}; charset=utf-8", (PAGE / name).read_bytes())
     elif name == "v1/models" and self.allowed():
-      self.reply(200, "application/json", json.dumps({"data": [{"id": "a <b>model</b>"}]}).encode())
+      self.reply(200, "application/json", json.dumps({"data": [MODEL]}).encode())
     elif name != "v1/models":
       self.fail(404, "nothing there")
 
