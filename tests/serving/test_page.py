@@ -109,7 +109,7 @@ def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
   page, server = opened
   assert page.run("document.getElementById('model').textContent") == "a <b>model</b>"
   assert page.run("[...settings.querySelectorAll('[name]')].map(x => x.placeholder ?? x.options[0].text).join()") == (
-    "0,64,default,default,default,static,default"
+    "0,64,default,default,random,static,default"
   )
   ask(page, "hello")
   page.wait(f"{DONE} && document.querySelector('.replay')")
