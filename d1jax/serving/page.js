@@ -230,7 +230,7 @@ async function read(answer, content) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new Error(chunk.error.message);
+    if (chunk.error) throw new Error(chunk.error.message || "The server failed.");
     answer.take(chunk);
   }
   if (!answer.reason) throw new Error("The connection ended before the answer did.");

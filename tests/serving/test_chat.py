@@ -321,6 +321,30 @@ def test_an_update_that_arrives_before_the_ticket_is_not_lost():
   assert follow(lambda listen: listen(update), lambda update: None) is update
 
 
+@pytest.mark.slow(reason="compiles an engine and a sampler")
+@pytest.mark.parametrize("family", ["llada", "sdar"])
+def test_answers_are_those_of_generate(tmp_path, family, capsys):
+  block = {} if family == "llada" else {"block": 4}
+  model = d1jax.from_pretrained(hub.write(tmp_path / family, family, dtype="float32"), **block)
+  spec = SamplerSpec(completion_length=16, diffusion_steps=8, block_length=4, temperature=1.0, early_exit=True)
+  chat = Chat(model, spec, params=model.params, seed=5, prefill="So", prompt_buckets=(64, 128))
+  try:
+    for text in ("What is it?", "And then?"):
+      before = [*chat.messages]
+      assert chat.take(text)
+      (expected,) = d1jax.generate(
+        model, [[*before, {"role": "user", "content": text}]], spec=spec, seed=5, prefill="So"
+      )
+      assert chat.last.text == expected.text
+      assert chat.last.length == expected.length
+      np.testing.assert_array_equal(chat.last.tokens[: expected.length], expected.tokens[: expected.length])
+      np.testing.assert_array_equal(chat.last.reveal_step[: expected.length], expected.reveal_step[: expected.length])
+  finally:
+    chat.close()
+  assert len(chat.messages) == 4
+  assert capsys.readouterr().err == ""
+
+
 def configured(**changes):
   config = jobs.load("generate")
   config.update({"chat": True} | changes)
