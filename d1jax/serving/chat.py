@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from d1jax import files
-from d1jax.data.chat import find_template
+from d1jax.data.chat import tells_turns
 from d1jax.data.pipeline import bucket_for
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
@@ -154,7 +154,7 @@ class Chat:
   @property
   def has_turns(self) -> bool:
     """Whether the model's chat template tells turns apart. Without one, each message is asked by itself."""
-    return find_template(self._tokenizer.files) is not None
+    return tells_turns(self._tokenizer.files)
 
   def greet(self) -> None:
     """Says how to go on, if somebody is there."""

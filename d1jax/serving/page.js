@@ -335,6 +335,7 @@ async function greet() {
     const models = await (await checked(await fetch("v1/models", { headers: headers() }))).json();
     served = models.data[0].id;
     suggest(models.data[0].d1jax?.defaults ?? {});
+    if (models.data[0].d1jax?.turns === false) $("remember").checked = false; // it could not tell them apart
     $("model").textContent = served.replace(HIDDEN, "\ufffd");
     fail("");
   } catch (error) {

@@ -16,8 +16,6 @@ POLICY = (
   " form-action 'none'; frame-ancestors 'none'"
 )
 
-MODEL = {"id": "a <b>model</b>", "d1jax": {"defaults": {"temperature": 0.0, "steps": 64, "schedule": "static"}}}
-
 ANSWERS = {
   "hello": [["Hel", "lo"], [" you", "."]],
   "hostile": [["<img src=x onerror=alert(1)>", "\u202e<script>alert(2)</script>"], ["\0\x1b[2J", "&lt;b&gt;"]],
@@ -50,6 +48,13 @@ def delta(content: dict, reason: str | None = None, **more) -> dict:
   } | more
 
 
+MODEL: dict = {
+  "id": "a <b>model</b>",
+  "d1jax": {"turns": True, "defaults": {"temperature": 0.0, "steps": 64, "schedule": "static"}},
+}
+"""What `/v1/models` says of the model."""
+
+
 class Server(http.server.ThreadingHTTPServer):
   """Answers by the last message: `ANSWERS`, or "wait", which stops in its second block until `goes_on`."""
 
@@ -58,6 +63,7 @@ class Server(http.server.ThreadingHTTPServer):
   def __init__(self) -> None:
     super().__init__(("127.0.0.1", 0), Handler)
     self.key: str | None = None
+    self.model = MODEL
     self.asked: list[dict] = []
     self.goes_on = threading.Event()
     self.left = threading.Event()
@@ -90,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if name in TYPES:
       self.reply(200, f"{TYPES[name]}; charset=utf-8", (PAGE / name).read_bytes())
     elif name == "v1/models" and self.allowed():
-      self.reply(200, "application/json", json.dumps({"data": [MODEL]}).encode())
+      self.reply(200, "application/json", json.dumps({"data": [self.server.model]}).encode())
     elif name != "v1/models":
       self.fail(404, "nothing there")
 

@@ -9,7 +9,7 @@ from benchmarks import browser as browsers
 from d1jax.generation.canvas import SCALE, rgb
 from tests.evaluation.test_html import Page
 from tests.generation.test_canvas import luminance
-from tests.serving.stand_in import ANSWERS, PAGE, serving_page
+from tests.serving.stand_in import ANSWERS, MODEL, PAGE, serving_page
 
 HTML, CSS, JS = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
 SLOW = pytest.mark.slow(reason="a browser")
@@ -133,6 +133,7 @@ def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
   page.wait(f"{DONE} && document.querySelectorAll('.answer').length === 2")
   first, second = server.asked
   asked = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Hello you."}]
+  assert page.run("document.getElementById('remember').checked")
   assert first == {
     "model": "a <b>model</b>", "messages": asked[:1], "stream": True, "d1jax": {"canvas": True}
   }  # fmt: skip
@@ -143,6 +144,18 @@ def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
   ask(page, "hello")
   page.wait(f"{DONE} && document.querySelector('.replay')")
   assert server.asked[-1]["messages"] == asked[:1]
+
+
+@SLOW
+def test_a_model_that_tells_no_turns_is_asked_message_by_message(opened):
+  page, server = opened
+  server.model = MODEL | {"d1jax": {"turns": False}}
+  page.open(server.address)
+  page.wait("!document.getElementById('remember').checked")
+  for _ in range(2):
+    ask(page, "hello")
+    page.wait(DONE)
+  assert server.asked[0]["messages"] == server.asked[1]["messages"] == [{"role": "user", "content": "hello"}]
 
 
 @SLOW
