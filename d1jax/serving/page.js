@@ -112,7 +112,7 @@ class Answer {
   describe() {
     const facts = this.facts;
     const steps = facts.steps ?? this.order.length;
-    const parts = [];
+    const parts = this.reason && !this.text ? ["an empty answer"] : [];
     if (facts.tokens_per_second !== undefined) parts.push(`${round(facts.tokens_per_second)} tokens a second`);
     else if (this.first !== null) parts.push(`${round(this.tokens.filter((x) => x !== null).length / this.seconds)} tokens a second`);
     if (steps) parts.push(`${steps} ${steps === 1 ? "step" : "steps"}`);
@@ -222,7 +222,7 @@ function request(content) {
   return { ...(served && { model: served }), messages, stream: true, ...chosen, d1jax: { canvas: true } };
 }
 
-/** Reads an answer to its end; whether it was complete. */
+/** Reads an answer to its end. */
 async function read(answer, content) {
   const response = await checked(await fetch("v1/chat/completions", {
     method: "POST", headers: headers(), body: JSON.stringify(request(content)), signal: running.signal,
@@ -257,7 +257,7 @@ async function send(content) {
   if (!asked.isConnected) return; // the chat was cleared
   if (answer.text || !failure) {
     answer.finish(stopped ? "stopped" : failure ? "incomplete" : undefined);
-    turns.push({ role: "user", content }, { role: "assistant", content: answer.text });
+    if (answer.text) turns.push({ role: "user", content }, { role: "assistant", content: answer.text });
   } else { // nothing was said: the message goes back to where it can be sent again
     asked.remove();
     answer.node.remove();

@@ -19,6 +19,7 @@ POLICY = (
 ANSWERS = {
   "hello": [["Hel", "lo"], [" you", "."]],
   "hostile": [["<img src=x onerror=alert(1)>", "\u202e<script>alert(2)</script>"], ["\0\x1b[2J", "&lt;b&gt;"]],
+  "nothing": [["", ""]],
   "long": [[f"word{i} " for i in range(8 * b, 8 * b + 8)] for b in range(8)],
 }
 """The tokens of each block, by the message that asks for them."""

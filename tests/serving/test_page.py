@@ -141,6 +141,8 @@ def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
   assert (second["temperature"], second["seed"]) == (0.5, 3)
   page.run("document.getElementById('clear').click()")
   assert page.run(TEXTS) == []
+  ask(page, "nothing")  # which is no turn of the conversation
+  page.wait(f"{DONE} && document.querySelector('.figures').textContent.startsWith('an empty answer')")
   ask(page, "hello")
   page.wait(f"{DONE} && document.querySelector('.replay')")
   assert server.asked[-1]["messages"] == asked[:1]
