@@ -93,6 +93,21 @@ COMMANDS: Mapping[str, Command] = {
       "film": "the same as a picture: a .gif",
     },
   ),
+  "serve": Command(
+    "Serves a checkpoint or a model's folder to OpenAI's clients, with a chat as a page.",
+    "serve",
+    ("--checkpoint=runs/grpo", "--pretrained=FOLDER --port=8080 --api_key_file=KEY"),
+    _WHO
+    | {
+      "name": "of the model, as clients say it; None: the folder's",
+      "host": "0.0.0.0 listens for other machines too",
+      "port": "0 takes any that is free",
+      "api_key_file": "a file with the key that clients send; None: none is asked for",
+      "slots": "answers at a time",
+      "lengths": "of a prompt and its answer together, in tokens",
+      "queue": "answers that wait; more are refused",
+    },
+  ),
   "export": Command(
     "Writes a run's result as a model's folder for PyTorch, or as a PEFT adapter.",
     "export",

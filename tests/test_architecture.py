@@ -189,6 +189,7 @@ def test_few_files_know_of_configurations(path):
   known = ("d1jax/main.py", "d1jax/export.py", "d1jax/evaluation/", "d1jax/training/configured.py")
   known += (
     "d1jax/generation/command.py",
+    "d1jax/serving/command.py",
     "d1jax/aot/command.py",
     "d1jax/recipe.py",
     "d1jax/results.py",
@@ -378,6 +379,7 @@ CONFIGS = [
   ("eval", "llada_8b,gsm8k,math"),
   ("export",),
   ("generate",),
+  ("serve",),
   ("aot", "llada_8b,v5e,full"),
 ]
 

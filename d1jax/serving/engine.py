@@ -39,8 +39,13 @@ class BusyError(Exception):
 class Ticket:
   """A submitted request."""
 
-  def __init__(self, cancel: Callable[[], None]):
-    self._cancel = cancel
+  def __init__(self, cancel: Callable[[], None], began: Callable[[], float | None] = lambda: None):
+    self._cancel, self._began = cancel, began
+
+  @property
+  def began(self) -> float | None:
+    """The time when it got its slot, of `time.monotonic()`; None: it has none yet."""
+    return self._began()
 
   def cancel(self) -> None:
     """Ends the request after the forward passes that run; its listener gets a last update, unless it had one. Any
@@ -168,7 +173,7 @@ class Engine:
         job.cancelled = job.cancelled or "cancelled"
         self._changed.notify()
 
-    return Ticket(cancel)
+    return Ticket(cancel, lambda: job.began)
 
   def _retry_after(self) -> float:
     """Seconds until a quarter of the queue is done, at the pace of the last requests."""
@@ -272,7 +277,7 @@ class Engine:
     finally:
       with self._changed:
         self._waiting.remove(job)
-        job.slot = slot
+        job.slot, job.began = slot, time.monotonic()
       if slot is None:
         self._tell(job, job.update(self._denoiser.mask_id, "error", "the prompt could not be computed"))
 
