@@ -63,6 +63,7 @@ class Job:
     lane: where it runs.
     submitted: when, in seconds of a clock that never goes back.
     first: the column of its first completion token.
+    began: when it got a slot.
     slot: its place in the lane; None: it waits, or has ended.
     known: tokens of finished blocks.
     cancelled: the reason to end it.
@@ -73,6 +74,7 @@ class Job:
   lane: Lane
   submitted: float
   first: int
+  began: float | None = None
   slot: int | None = None
   known: int = 0
   cancelled: str | None = None
