@@ -43,7 +43,7 @@ CHUNK = 256
 
 
 class Rows(NamedTuple):
-  """Rows of a batch, each with its progress and its sampler. Shapes: B rows, L canvas.
+  """Rows of a batch, each with its progress and its sampler: arrays of NumPy on the host. Shapes: B rows, L canvas.
 
   Attributes:
     tokens: the canvas.
@@ -131,7 +131,7 @@ def row_of(
     number = (start - before) // spec.block_length
     within = -1 if denoiser.shift and start % block == 0 else 0
   one = lambda value, dtype: np.asarray([value], dtype)
-  return Rows(
+  arrays: dict[str, Any] = dict(
     tokens=tokens,
     valid=columns >= first - len(prompt),
     reveal_step=np.full((1, length), -1, np.int32),
@@ -150,6 +150,7 @@ def row_of(
     factor=one(spec.factor, np.float32),
     max_reveal=one(min(spec.max_reveal, spec.block_length), np.int32),
   )
+  return Rows(**arrays)
 
 
 def completion_start(denoiser: Denoiser, spec: SamplerSpec, prompt: int, length: int) -> int:
@@ -165,11 +166,10 @@ def columns_needed(denoiser: Denoiser, spec: SamplerSpec, prompt: int) -> int:
 
 def next_block(denoiser: Denoiser, rows: Rows, finished: Bool[np.ndarray, "B"]) -> Rows:
   """The rows on the host, those that have finished a block at the beginning of the next one."""
-  start = rows.start + np.where(finished, rows.block_length, 0)
+  start: Any = rows.start + np.where(finished, rows.block_length, 0)
   begins = 0 if denoiser.block is None else -(start % denoiser.block == 0).astype(np.int32)
-  return rows._replace(
-    start=start, block=rows.block + finished, within=np.where(finished, begins, rows.within).astype(np.int32)
-  )
+  within: Any = np.where(finished, begins, rows.within).astype(np.int32)
+  return rows._replace(start=start, block=rows.block + finished, within=within)
 
 
 def advance(

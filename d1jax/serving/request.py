@@ -63,7 +63,7 @@ class Job:
     lane: where it runs.
     submitted: when, in seconds of a clock that never goes back.
     first: the column of its first completion token.
-    began: when it got its slot, by the same clock; None: it waits.
+    began: when it got a slot.
     slot: its place in the lane; None: it waits, or has ended.
     known: tokens of finished blocks.
     cancelled: the reason to end it.
@@ -82,9 +82,13 @@ class Job:
   def update(self, mask_id: int, reason: str | None, message: str = "") -> Update:
     """What the request has now."""
     length, rows = self.request.spec.completion_length, self.lane.rows
-    if self.slot is None:
-      empty = np.full(length, mask_id, np.int32), np.full(length, -1, np.int32), np.zeros(length, np.float32)
-      return Update(*empty, 0, reason, message)
-    own = slice(self.first, self.first + length)
-    arrays = (x[self.slot, own].copy() for x in (rows.tokens, rows.reveal_step, rows.reveal_logp))
-    return Update(*arrays, self.known, reason, message)
+    tokens, steps, logp = (
+      np.full(length, mask_id, np.int32),
+      np.full(length, -1, np.int32),
+      np.zeros(length, np.float32),
+    )
+    if self.slot is not None:
+      own = slice(self.first, self.first + length)
+      for mine, row in ((tokens, rows.tokens), (steps, rows.reveal_step), (logp, rows.reveal_logp)):
+        mine[:] = row[self.slot, own]
+    return Update(tokens, steps, logp, self.known, reason, message)

@@ -50,24 +50,29 @@ class Asked:
 ASKED = [(prompt, spec, 10 * i + j) for i, spec in enumerate(SPECS) for j, prompt in enumerate(range(5))]
 
 
+@functools.cache
+def programs(name: str) -> tuple[Any, Any]:
+  """`advance`, and what fills the cache of a row."""
+  denoiser, _ = NETWORKS[name]
+
+  def fill(params, tokens, stop, cache, place):
+    return slots.put_back(cache, slots.batch_axes(denoiser, LENGTH), place, slots.fill(denoiser, params, tokens, stop))
+
+  return jax.jit(functools.partial(slots.advance, denoiser, width=WIDTH)), jax.jit(fill)
+
+
 class Lane:
   """The host's side of a lane: lets rows in and out of a batch of so many."""
 
   def __init__(self, name: str, size: int):
     self.denoiser, self.params = NETWORKS[name]
     self.size, self.running = size, [None] * size
-    self.advance = jax.jit(functools.partial(slots.advance, self.denoiser, width=WIDTH))
+    self.advance, self.fill = programs(name)
     self.rows = jax.tree.map(lambda x: np.concatenate([x] * size), self.row(Asked(0, BASE, 0)))
     self.rows = self.rows._replace(alive=np.zeros(size, bool))
     self.cache = None
     if self.denoiser.block:
       self.cache = self.denoiser.init_cache(jnp.ones((size, LENGTH), bool))
-      axes = slots.batch_axes(self.denoiser, LENGTH)
-      self.fill = jax.jit(
-        lambda params, tokens, stop, cache, place: slots.put_back(
-          cache, axes, place, slots.fill(self.denoiser, params, tokens, stop)
-        )
-      )
 
   def row(self, asked: Asked) -> slots.Rows:
     key = np.asarray(jax.random.key_data(jax.random.fold_in(KEY, asked.number)))
@@ -113,12 +118,11 @@ def together(name: str) -> dict[int, Any]:
   return completed(name, 4, np.random.default_rng(0).permutation(len(ASKED)).tolist())
 
 
+@pytest.mark.few(6, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("spec", SPECS, ids=range(len(SPECS)))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_token_for_token_what_sample_draws(name, spec):
   denoiser, params = NETWORKS[name]
-  if denoiser.block and spec.completion_length % 4:
-    return
   numbers = [number for _, other, number in ASKED if other is spec]
   prompt, valid = np.zeros((5, 8), np.int32), np.zeros((5, 8), bool)
   for row, tokens in enumerate(PROMPTS):
@@ -134,3 +138,12 @@ def test_token_for_token_what_sample_draws(name, spec):
     np.testing.assert_allclose(
       logp[keep], expected.reveal_logp[row, : spec.completion_length][keep], rtol=1e-5, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("name", ["full", pytest.param("blocks", marks=pytest.mark.slow(reason="compiles programs"))])
+def test_a_row_draws_the_same_bits_alone_and_in_company(name):
+  """Tokens, steps and log-probabilities, of one program: an empty place computes as much as a full one."""
+  for place in (3, 17):
+    number = ASKED[place][2]
+    for found, expected in zip(completed(name, 4, [place])[number], together(name)[number], strict=True):
+      np.testing.assert_array_equal(found, expected)
