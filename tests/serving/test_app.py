@@ -277,6 +277,7 @@ def test_a_key_is_asked_for_where_there_is_one(path, headers, status):
     ("http://evil.example:8000", "http://evil.example:8000", 403),
     ("http://evil.example:8000", None, 403),
     ("http://192.168.1.7:8000", None, 403),
+    ("http://localhost:8000", "http://[::", 400),
   ],
 )
 def test_pages_of_other_sites_may_not_ask(base, origin, status):
