@@ -85,8 +85,9 @@ class Browser:
 
   def open(self, address: str) -> None:
     """Loads a page and waits until its scripts have run."""
+    self.run("window.before = true")
     self.call("Page.navigate", url=address)
-    self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(address)}")
+    self.wait("!window.before && document.readyState === 'complete'")
 
   def run(self, script: str) -> Any:
     """The value of a JavaScript expression; a promise is waited for."""

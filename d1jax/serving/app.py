@@ -18,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from d1jax.data.chat import tells_turns
 from d1jax.serving import protocol
 from d1jax.serving.answers import dumped
 from d1jax.serving.fields import ApiError
@@ -252,6 +253,7 @@ def _model(service: Service) -> dict[str, Any]:
   own = {
     "longest": served.longest,
     "block": served.block,
+    "turns": tells_turns(service.tokenizer.files),
     "defaults": {
       "max_tokens": usual.completion_length,
       "steps": usual.diffusion_steps,

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from d1jax import files
-from d1jax.data.chat import find_template
+from d1jax.data.chat import tells_turns
 from d1jax.data.pipeline import bucket_for
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
@@ -154,7 +154,7 @@ class Chat:
   @property
   def has_turns(self) -> bool:
     """Whether the model's chat template tells turns apart. Without one, each message is asked by itself."""
-    return find_template(self._tokenizer.files) is not None
+    return tells_turns(self._tokenizer.files)
 
   def greet(self) -> None:
     """Says how to go on, if somebody is there."""
@@ -192,6 +192,7 @@ class Chat:
       _say("\n".join(f"{usage:{width}}  {does}" for usage, does in COMMANDS.items()))
     elif name == "clear":
       self.messages = []
+      _say("the conversation is forgotten")
     elif name == "film":
       self._film(argument)
     elif name in _SETTINGS:
@@ -275,7 +276,7 @@ class Chat:
     command.write((harmless(self.last.text) if sys.stdout.isatty() else self.last.text) + "\n")
     if self._live:
       steps = len(np.unique(self.last.reveal_step[self.last.reveal_step >= 0]))
-      rate = f"{self.last.length / max(seconds, 1e-9):.3g} tokens a second"
+      rate = f"{self.last.length / max(seconds, 1e-9):.{0 if self.last.length > 10 * seconds else 2}f} tokens a second"
       stopped = ", stopped" if update.reason == "cancelled" else ""
       _say(f"({steps} steps, {seconds:.3g} s, {rate}{stopped})\n")
     if self.has_turns:
@@ -313,7 +314,7 @@ class Chat:
     """The engine of a canvas, compiled when it is first needed."""
     if length not in self._engines:
       engine = Engine(self._model, self._params, slots=1, lengths=(length,), block_length=self._block)
-      engine.prepare(_say if self._live else lambda line: None)
+      engine.prepare((lambda line: _say(f"(compiling for {line})")) if self._live else lambda line: None)
       self._engines[length] = engine
     return self._engines[length]
 

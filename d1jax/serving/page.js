@@ -112,7 +112,7 @@ class Answer {
   describe() {
     const facts = this.facts;
     const steps = facts.steps ?? this.order.length;
-    const parts = [];
+    const parts = this.reason && !this.text ? ["an empty answer"] : [];
     if (facts.tokens_per_second !== undefined) parts.push(`${round(facts.tokens_per_second)} tokens a second`);
     else if (this.first !== null) parts.push(`${round(this.tokens.filter((x) => x !== null).length / this.seconds)} tokens a second`);
     if (steps) parts.push(`${steps} ${steps === 1 ? "step" : "steps"}`);
@@ -222,7 +222,7 @@ function request(content) {
   return { ...(served && { model: served }), messages, stream: true, ...chosen, d1jax: { canvas: true } };
 }
 
-/** Reads an answer to its end; whether it was complete. */
+/** Reads an answer to its end. */
 async function read(answer, content) {
   const response = await checked(await fetch("v1/chat/completions", {
     method: "POST", headers: headers(), body: JSON.stringify(request(content)), signal: running.signal,
@@ -230,7 +230,7 @@ async function read(answer, content) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new Error(chunk.error.message);
+    if (chunk.error) throw new Error(chunk.error.message || "The server failed.");
     answer.take(chunk);
   }
   if (!answer.reason) throw new Error("The connection ended before the answer did.");
@@ -257,7 +257,7 @@ async function send(content) {
   if (!asked.isConnected) return; // the chat was cleared
   if (answer.text || !failure) {
     answer.finish(stopped ? "stopped" : failure ? "incomplete" : undefined);
-    turns.push({ role: "user", content }, { role: "assistant", content: answer.text });
+    if (answer.text) turns.push({ role: "user", content }, { role: "assistant", content: answer.text });
   } else { // nothing was said: the message goes back to where it can be sent again
     asked.remove();
     answer.node.remove();
@@ -319,11 +319,23 @@ settings.addEventListener("submit", (event) => event.preventDefault());
 $("key").addEventListener("change", () => { sessionStorage.setItem(KEY, $("key").value.trim()); greet(); });
 $("colored").addEventListener("change", () => $("turns").classList.toggle("colored", $("colored").checked));
 
-/** Asks which model is served. */
+/** Shows the server's default values where nothing is chosen. */
+function suggest(defaults) {
+  for (const field of settings.querySelectorAll("[name]")) {
+    const value = defaults[field.name];
+    if (value === undefined || value === null) continue;
+    if (field.tagName === "SELECT") field.options[0].textContent = String(value);
+    else field.placeholder = String(value);
+  }
+}
+
+/** Asks which model is served, and with which defaults. */
 async function greet() {
   try {
     const models = await (await checked(await fetch("v1/models", { headers: headers() }))).json();
     served = models.data[0].id;
+    suggest(models.data[0].d1jax?.defaults ?? {});
+    if (models.data[0].d1jax?.turns === false) $("remember").checked = false; // it could not tell them apart
     $("model").textContent = served.replace(HIDDEN, "\ufffd");
     fail("");
   } catch (error) {

@@ -1,6 +1,7 @@
 """An answer on a terminal while it is denoised."""
 
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 
@@ -29,13 +30,14 @@ def follow(submit: Callable[[Callable[[Update], None]], Ticket], show: Callable[
     arrived.set()
 
   ticket = submit(listen)
-  while not (latest and latest[0].reason):
-    try:
+  before = signal.signal(signal.SIGINT, lambda *_: ticket.cancel())  # an exception could tear a drawing in two
+  try:
+    while not (latest and latest[0].reason):
       arrived.wait()
       arrived.clear()
       show(latest[0])
-    except KeyboardInterrupt:
-      ticket.cancel()
+  finally:
+    signal.signal(signal.SIGINT, before)
   return latest[0]
 
 

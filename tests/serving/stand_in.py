@@ -12,13 +12,14 @@ from d1jax import serving
 PAGE = Path(serving.__file__).parent
 TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 POLICY = (
-  "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none';"
-  " frame-ancestors 'none'"
+  "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none';"
+  " form-action 'none'; frame-ancestors 'none'"
 )
 
 ANSWERS = {
   "hello": [["Hel", "lo"], [" you", "."]],
   "hostile": [["<img src=x onerror=alert(1)>", "\u202e<script>alert(2)</script>"], ["\0\x1b[2J", "&lt;b&gt;"]],
+  "nothing": [["", ""]],
   "long": [[f"word{i} " for i in range(8 * b, 8 * b + 8)] for b in range(8)],
 }
 """The tokens of each block, by the message that asks for them."""
@@ -48,6 +49,13 @@ def delta(content: dict, reason: str | None = None, **more) -> dict:
   } | more
 
 
+MODEL: dict = {
+  "id": "a <b>model</b>",
+  "d1jax": {"turns": True, "defaults": {"temperature": 0.0, "steps": 64, "schedule": "static"}},
+}
+"""What `/v1/models` says of the model."""
+
+
 class Server(http.server.ThreadingHTTPServer):
   """Answers by the last message: `ANSWERS`, or "wait", which stops in its second block until `goes_on`."""
 
@@ -56,6 +64,7 @@ class Server(http.server.ThreadingHTTPServer):
   def __init__(self) -> None:
     super().__init__(("127.0.0.1", 0), Handler)
     self.key: str | None = None
+    self.model = MODEL
     self.asked: list[dict] = []
     self.goes_on = threading.Event()
     self.left = threading.Event()
@@ -88,7 +97,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if name in TYPES:
       self.reply(200, f"{TYPES[name]}; charset=utf-8", (PAGE / name).read_bytes())
     elif name == "v1/models" and self.allowed():
-      self.reply(200, "application/json", json.dumps({"data": [{"id": "a <b>model</b>"}]}).encode())
+      self.reply(200, "application/json", json.dumps({"data": [self.server.model]}).encode())
     elif name != "v1/models":
       self.fail(404, "nothing there")
 

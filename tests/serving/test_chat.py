@@ -1,9 +1,15 @@
 """The chat on a terminal: what it remembers, commands, what it shows and what it refuses; the engine is a stand-in."""
 
 import io
+import os
+import pty
 import re
+import select
+import signal
+import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,7 +26,7 @@ from d1jax.serving.chat import COMMANDS, Chat
 from d1jax.serving.engine import Engine, Ticket
 from d1jax.serving.request import Update
 from d1jax.serving.view import View, follow
-from tests import hub, jobs
+from tests import QUICK_TO_COMPILE, hub, jobs
 from tests.data.folders import small_files
 from tests.generation.test_canvas import IDS
 
@@ -300,18 +306,43 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_finished_blocks(begin, monkeypatch
   def interrupted(self, update):
     shown(self, update)
     if update.known:
-      raise KeyboardInterrupt
+      signal.raise_signal(signal.SIGINT)
 
   monkeypatch.setattr(View, "show", interrupted)
   assert chat.take("Hello")
   assert chat.messages[-1]["content"] == "wait for"
   assert "stopped" in capsys.readouterr().err
   assert chat.last.tokens.size == 8
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_update_that_arrives_before_the_ticket_is_not_lost():
   update = Update(np.zeros(1, int), np.zeros(1, int), np.zeros(1), 1, "stop")
   assert follow(lambda listen: listen(update), lambda update: None) is update
+
+
+@pytest.mark.slow(reason="compiles an engine and a sampler")
+@pytest.mark.parametrize("family", ["llada", "sdar"])
+def test_answers_are_those_of_generate(tmp_path, family, capsys):
+  block = {} if family == "llada" else {"block": 4}
+  model = d1jax.from_pretrained(hub.write(tmp_path / family, family, dtype="float32"), **block)
+  spec = SamplerSpec(completion_length=16, diffusion_steps=8, block_length=4, temperature=1.0, early_exit=True)
+  chat = Chat(model, spec, params=model.params, seed=5, prefill="So", prompt_buckets=(64, 128))
+  try:
+    for text in ("What is it?", "And then?"):
+      before = [*chat.messages]
+      assert chat.take(text)
+      (expected,) = d1jax.generate(
+        model, [[*before, {"role": "user", "content": text}]], spec=spec, seed=5, prefill="So"
+      )
+      assert chat.last.text == expected.text
+      assert chat.last.length == expected.length
+      np.testing.assert_array_equal(chat.last.tokens[: expected.length], expected.tokens[: expected.length])
+      np.testing.assert_array_equal(chat.last.reveal_step[: expected.length], expected.reveal_step[: expected.length])
+  finally:
+    chat.close()
+  assert len(chat.messages) == 4
+  assert capsys.readouterr().err == ""
 
 
 def configured(**changes):
@@ -348,3 +379,62 @@ def test_a_pipe_is_answered_line_by_line(monkeypatch, capsys):
   assert "line 2 of standard input is not UTF-8" in err
   assert "seed 3\n" in err
   assert [request.seed for request in StandIn.asked] == [0, 0, 3]
+
+
+class AtPty:
+  """The real command on a terminal of its own."""
+
+  def __init__(self, *fields: str):
+    self._ours, theirs = pty.openpty()
+    line = [
+      "setsid",
+      "--ctty",
+      sys.executable,
+      "-m",
+      "d1jax.main",
+      "--config=configs/generate.py",
+      "--config.chat=True",
+      *fields,
+    ]
+    environment = os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    self.process = subprocess.Popen(line, cwd=jobs.ROOT, env=environment, **streams)
+    os.close(theirs)
+    self.said = ""
+
+  def until(self, pattern: str, seconds: float = 120) -> str:
+    """What it says, with the first match of a pattern."""
+    end = time.monotonic() + seconds
+    while not (found := re.search(pattern, self.said)):
+      assert time.monotonic() < end, self.said
+      if select.select([self._ours], [], [], 0.2)[0]:
+        self.said += os.read(self._ours, 1 << 16).decode(errors="replace")
+    said, self.said = self.said[: found.end()], self.said[found.end() :]
+    return said
+
+  def type(self, text: str) -> None:
+    os.write(self._ours, text.encode())
+
+
+@pytest.mark.slow(reason="a process that imports JAX")
+def test_the_real_command_on_a_terminal(tmp_path):
+  chat = AtPty(f"--config.pretrained={jobs.START}", "--config.length=512", "--config.tokens_per_step=1")
+  try:
+    chat.until("> ")
+    chat.type("/seed 3\n")
+    chat.until("seed 3\r\n> ")
+    chat.type("\x03")
+    chat.until("Ctrl-D or /quit ends the chat\r\n> ")
+    chat.type("1003\n")
+    chat.until(r"step (3[3-9]|[4-9]\d|\d{3}), \d+ of 512 tokens; Ctrl-C stops")  # in the second block or behind it
+    chat.type("\x03")
+    assert "\x1b[J" in chat.until(r"stopped\)")
+    chat.until("> ")
+    chat.type(f"/film {tmp_path / 'a.gif'}\n")
+    chat.until("KiB\r\n> ")
+    chat.type("\x04")
+    assert chat.process.wait(60) == 0
+  finally:
+    chat.process.kill()
+    chat.process.wait()
+  assert (tmp_path / "a.gif").stat().st_size > 1000

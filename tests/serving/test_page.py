@@ -9,7 +9,7 @@ from benchmarks import browser as browsers
 from d1jax.generation.canvas import SCALE, rgb
 from tests.evaluation.test_html import Page
 from tests.generation.test_canvas import luminance
-from tests.serving.stand_in import ANSWERS, PAGE, serving_page
+from tests.serving.stand_in import ANSWERS, MODEL, PAGE, serving_page
 
 HTML, CSS, JS = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
 SLOW = pytest.mark.slow(reason="a browser")
@@ -19,8 +19,8 @@ def test_the_page_loads_its_own_two_files_and_nothing_else():
   page = Page(HTML)
   assert page.open == []
   loaded = [value for _, name, value in page.attributes if name in ("href", "src", "srcset", "action", "data")]
-  assert loaded == ["page.css", "page.js"]
-  assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
+  assert [value for value in loaded if not value.startswith("data:image/svg+xml,")] == ["page.css", "page.js"]
+  assert not [name for _, name, _ in page.attributes if re.match("on|style$", name)]
   assert not re.search(r"url\(|@import", CSS)
   assert not re.search(r"https?:|import[ (]", re.sub(r"(?m)//.*$", "", JS))
 
@@ -108,6 +108,9 @@ def ask(page, text: str) -> None:
 def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
   page, server = opened
   assert page.run("document.getElementById('model').textContent") == "a <b>model</b>"
+  assert page.run("[...settings.querySelectorAll('[name]')].map(x => x.placeholder ?? x.options[0].text).join()") == (
+    "0,64,default,default,random,static,default"
+  )
   ask(page, "hello")
   page.wait(f"{DONE} && document.querySelector('.replay')")
   assert page.run(TEXTS) == ["hello", "Hello you."]
@@ -130,6 +133,7 @@ def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
   page.wait(f"{DONE} && document.querySelectorAll('.answer').length === 2")
   first, second = server.asked
   asked = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Hello you."}]
+  assert page.run("document.getElementById('remember').checked")
   assert first == {
     "model": "a <b>model</b>", "messages": asked[:1], "stream": True, "d1jax": {"canvas": True}
   }  # fmt: skip
@@ -137,9 +141,23 @@ def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
   assert (second["temperature"], second["seed"]) == (0.5, 3)
   page.run("document.getElementById('clear').click()")
   assert page.run(TEXTS) == []
+  ask(page, "nothing")  # which is no turn of the conversation
+  page.wait(f"{DONE} && document.querySelector('.figures').textContent.startsWith('an empty answer')")
   ask(page, "hello")
   page.wait(f"{DONE} && document.querySelector('.replay')")
   assert server.asked[-1]["messages"] == asked[:1]
+
+
+@SLOW
+def test_a_model_that_tells_no_turns_is_asked_message_by_message(opened):
+  page, server = opened
+  server.model = MODEL | {"d1jax": {"turns": False}}
+  page.open(server.address)
+  page.wait("!document.getElementById('remember').checked")
+  for _ in range(2):
+    ask(page, "hello")
+    page.wait(DONE)
+  assert server.asked[0]["messages"] == server.asked[1]["messages"] == [{"role": "user", "content": "hello"}]
 
 
 @SLOW
@@ -219,10 +237,10 @@ def test_failures_are_the_servers_sentence(opened):
 @SLOW
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_a_phone_and_the_dark(opened, dark):
-  page, _ = opened
+  page, server = opened
   page.look(360, 640, dark=dark, calm=True)
-  page.run("location.reload()")
-  page.wait("document.getElementById('model')?.textContent !== 'Chat'")
+  page.open(server.address)
+  page.wait("document.getElementById('model').textContent !== 'Chat'")
   assert not page.run("document.getElementById('panel').open")
   ask(page, "long")
   page.wait(f"{DONE} && document.querySelector('.replay')")
