@@ -38,11 +38,32 @@ TEMPERATURE = 0.9
 
 
 class Load(NamedTuple):
-  """What clients saw: tokens a second, and of each request the seconds to its first block and to its end."""
+  """What clients saw.
+
+  Attributes:
+    tokens_per_second: of all.
+    processor_milliseconds: of this process, a token: on a CPU that others use too, it says more than the seconds do.
+    first: seconds to the first block of each request, but for the first one of each client: all clients begin at the
+      same moment, and later requests meet no such crowd.
+    whole: seconds to the end of the same requests.
+  """
 
   tokens_per_second: float
+  processor_milliseconds: float
   first: list[float]
   whole: list[float]
+
+
+class Stopwatch:
+  """Measures tokens a second, and a token's milliseconds of all cores."""
+
+  def __init__(self) -> None:
+    self.began, self.worked = time.perf_counter(), time.process_time()
+
+  def load(self, tokens: int, first: list[float], whole: list[float]) -> Load:
+    """What was measured for so many tokens."""
+    seconds, worked = time.perf_counter() - self.began, time.process_time() - self.worked
+    return Load(tokens / seconds, 1e3 * worked / tokens, first, whole)
 
 
 def load(send: Send, clients: int, requests: int) -> Load:
@@ -65,12 +86,13 @@ def load(send: Send, clients: int, requests: int) -> Load:
       whole[number] = time.perf_counter() - began
 
   threads = [threading.Thread(target=client) for _ in range(clients)]
-  began = time.perf_counter()
+  watch = Stopwatch()
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  return Load(sum(tokens) / (time.perf_counter() - began), first, whole)
+  later = clients if requests > clients else 0
+  return watch.load(sum(tokens), first[later:], whole[later:])
 
 
 def build(case: Case, block: int | None) -> Model:
@@ -109,23 +131,23 @@ def sender(engine: Engine, model: Model, texts: list[str], spec: SamplerSpec) ->
 
 def generated(model: Model, texts: list[str], spec: SamplerSpec, batch: int, bucket: int) -> Load:
   """Calls `d1jax.generate` with batches of so many prompts, one after the other."""
-  whole = []
-  began = time.perf_counter()
+  watch, whole = Stopwatch(), []
   for first in range(0, len(texts), batch):
     start = time.perf_counter()
     part = texts[first : first + batch]
     d1jax.generate(model, part, spec=spec, batch_size=batch, prompt_buckets=(bucket,))
     whole += [time.perf_counter() - start] * len(part)
-  return Load(len(texts) * spec.completion_length / (time.perf_counter() - began), whole, whole)
+  return watch.load(len(texts) * spec.completion_length, whole, whole)
 
 
 def line(name: str, rounds: list[Load]) -> dict[str, Any]:
   """What is printed of an arm."""
-  first, whole = (sorted(itertools.chain(*column)) for column in list(zip(*rounds, strict=True))[1:])
+  first, whole = (sorted(itertools.chain(*column)) for column in list(zip(*rounds, strict=True))[2:])
   at = lambda values, share: values[min(int(share * len(values)), len(values) - 1)]
   return {
     "arm": name,
     "tokens_per_second": statistics.median(one.tokens_per_second for one in rounds),
+    "processor_milliseconds_per_token": statistics.median(one.processor_milliseconds for one in rounds),
     "first_block_p50": at(first, 0.5),
     "first_block_p95": at(first, 0.95),
     "completion_p50": at(whole, 0.5),
@@ -141,7 +163,12 @@ def ratios(rounds: dict[str, list[Load]], most: int) -> dict[str, float]:
     return statistics.median(value(a) / value(b) for a, b in pairs)
 
   speed, first = lambda one: one.tokens_per_second, lambda one: statistics.median(one.first)
-  found = {f"throughput_of_{most}_clients_to_static": median(f"{most} clients", "static", speed)}
+  found = {
+    f"throughput_of_{most}_clients_to_static": median(f"{most} clients", "static", speed),
+    f"processor_time_of_static_to_{most}_clients": median(
+      "static", f"{most} clients", lambda x: x.processor_milliseconds
+    ),
+  }
   if {"1 clients", "4 clients"} <= set(rounds):
     found["first_block_of_4_clients_to_1"] = median("4 clients", "1 clients", first)
   return found
@@ -152,7 +179,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--case", choices=CASES, help="default: mid on a CPU, else llada_8b")
   parser.add_argument("--clients", nargs="*", type=int, default=[1, 4, 16, 64])
-  parser.add_argument("--each", type=int, default=2, help="requests of a client; a single one sends four times as many")
+  parser.add_argument("--each", type=int, default=3, help="requests of a client; a single one sends four times as many")
   parser.add_argument("--slots", type=int, default=16, help="rows of the engine, and of a static batch")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--block", type=int, help="of a block-causal network; default: full attention")

@@ -140,7 +140,7 @@ class Answer:
       rows = self._tokenizer.decode_all([ids[:end] for end in range(self.count + 1, count + 1)])
       count = next((end for end, row in enumerate(rows, self.count + 1) if stop in row[emitted:]), count)
     else:
-      safe = len(text.rstrip("\ufffd"))
+      safe = len(_whole(text))
       if finish is None:
         safe -= max((_overlap(text[emitted:safe], stop) for stop in self._ask.stop), default=0)
     self.text += text[emitted : max(safe, emitted)]
@@ -150,7 +150,7 @@ class Answer:
     """Notes where the text of each new token ends; a character of several tokens belongs to the last of them."""
     rows = self._tokenizer.decode_all([ids[:end] for end in range(len(self._ends) + 1, count + 1)])
     for row in rows:
-      self._ends.append(max(len(row.rstrip("\ufffd")), self._ends[-1] if self._ends else 0))
+      self._ends.append(max(len(_whole(row)), self._ends[-1] if self._ends else 0))
 
   def _tokens(self, update: Update) -> list[Token]:
     """The tokens whose text is final, and that were not given yet; a stop id has no text and is left out."""
@@ -165,6 +165,13 @@ class Answer:
       found.append(Token(self.text[start:end], start, max(logp, LOWEST)))
       self._given += 1
     return found
+
+
+def _whole(text: str) -> str:
+  """A text without the bytes of an unfinished character at its end, which are three at most: decoders write U+FFFD for
+  each of them, or for all.
+  """
+  return text[:-3] + text[-3:].rstrip("\ufffd")
 
 
 def _overlap(text: str, stop: str) -> int:

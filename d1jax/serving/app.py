@@ -6,10 +6,9 @@ import functools
 import hmac
 import ipaddress
 import math
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -57,17 +56,20 @@ _HEADERS = {
 
 
 class Events(StreamingResponse):
-  """A stream of events, whose generator is closed whatever ends it: a client that goes frees its rows."""
+  """The events of a stream; whatever ends it frees its rows."""
 
-  def __init__(self, events: AsyncGenerator[bytes, None]):
-    """Streams events."""
-    super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
-    self._events = events
+  def __init__(self, run: Run):
+    """Streams the answers of a request."""
+    self._run, self._events = run, events(run)
+    super().__init__(self._events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
   async def stream_response(self, send: Send) -> None:
     """Sends the events."""
-    async with contextlib.aclosing(self._events):
-      await super().stream_response(send)
+    try:
+      async with contextlib.aclosing(self._events):
+        await super().stream_response(send)
+    finally:
+      self._run.cancel()  # a generator that was never asked knows nothing of its end
 
 
 async def _read(request: Request) -> bytes:
@@ -97,7 +99,7 @@ async def _complete(service: Service, request: Request, *, chat: bool) -> Respon
   rows = await asyncio.to_thread(service.rows, ask)
   run = Run(service, ask, rows)
   if ask.stream:
-    return Events(events(run))
+    return Events(run)
   answer = asyncio.ensure_future(whole(run))
   gone = asyncio.ensure_future(request.receive())  # of a request that was read, only its client's end comes
   try:
@@ -172,11 +174,11 @@ class Guard:
   def _admit(self, headers: Headers, path: str) -> None:
     """Raises an `ApiError` if this client may not ask this."""
     host, origin, key = headers.get("host", ""), headers.get("origin"), self._service.key
-    if key is None and self._service.local and host and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+    if key is None and self._service.local and host and not is_loopback(_split(f"//{host}").hostname or ""):
       raise ApiError(
         f"the server listens on this machine alone, and not for {host[:80]!r}: ask it as localhost", status=403
       )
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+    if origin is not None and _split(origin).netloc.lower() != host.lower():
       raise ApiError(f"pages of {origin[:80]!r} may not ask this server", status=403)
     if key is not None and path not in PAGE and path != "/health":
       kind, _, given = headers.get("authorization", "").partition(" ")
@@ -184,6 +186,14 @@ class Guard:
         raise ApiError(
           "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
         )
+
+
+def _split(address: str) -> SplitResult:
+  """The parts of an address; an `ApiError` if it is none."""
+  try:
+    return urlsplit(address)
+  except ValueError:
+    raise ApiError(f"{address[:80]!r} in Host or Origin is no address") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -102,6 +102,8 @@ def _service(config: ConfigDict, key: bytes | None, local: bool) -> Service:
   with input_checked():
     lengths = tuple(sorted(config.lengths))
     sampler = usual(trained, model, config.block_length, lengths[-1])
+    if trained.cfg_scale:
+      _warn(f"the rollouts of this model have cfg_scale={trained.cfg_scale}, which no request here has")
     check(model.rollout_denoiser, sampler)
     engine = Engine(
       model,
@@ -131,12 +133,15 @@ def usual(trained: SamplerSpec, model: Model, block_length: int | None, longest:
   block = min(trained.block_length, block_length or trained.block_length)
   per_step = trained.completion_length / trained.diffusion_steps
   grid = model.denoiser.block or block
+  if grid % block:
+    raise ValueError(f"block_length={block} does not divide the network's block of {grid} tokens: use {grid}")
   length = min(trained.completion_length, max(longest // 2, grid)) // grid * grid
   return dataclasses.replace(
     trained.greedy(),
     completion_length=length,
     block_length=block,
     diffusion_steps=length // block * max(1, round(block / per_step)),
+    cfg_scale=0.0,
     early_exit=True,
   )
 
@@ -159,7 +164,7 @@ async def _serve(service: Service, listening: socket.socket, drain_seconds: floa
     if running.done():
       running.result()
     await preparing
-    print(f"ready after {time.monotonic() - began:.0f} s: {service.served.name}", flush=True)
+    print(f"ready after {time.monotonic() - began:.0f} s, as the model {service.served.name}", flush=True)
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
   service.draining = True
   if not preparing.done():

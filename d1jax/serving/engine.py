@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from d1jax.diffusion.slots import check_row, columns_needed, completion_start
@@ -39,13 +40,14 @@ class BusyError(Exception):
 class Ticket:
   """A submitted request."""
 
-  def __init__(self, cancel: Callable[[], None], began: Callable[[], float | None] = lambda: None):
-    self._cancel, self._began = cancel, began
+  def __init__(self, job: Job, cancel: Callable[[], None]):
+    self._job, self._cancel = job, cancel
 
   @property
-  def began(self) -> float | None:
-    """The time when it got its slot, of `time.monotonic()`; None: it has none yet."""
-    return self._began()
+  def queued_seconds(self) -> float:
+    """How long the request has waited for a free slot."""
+    began = self._job.began
+    return (time.monotonic() if began is None else began) - self._job.submitted
 
   def cancel(self) -> None:
     """Ends the request after the forward passes that run; its listener gets a last update, unless it had one. Any
@@ -58,7 +60,7 @@ class Engine:
   """Completes requests on the device of a model.
 
   Attributes:
-    ready: whether `prepare` is done.
+    ready: whether requests are served: `prepare` is done, and the engine is not closed.
   """
 
   def __init__(
@@ -112,9 +114,10 @@ class Engine:
     """Compiles every program, calls `report` with a line before each, and starts the thread; nothing is compiled
     afterwards.
     """
-    if self.ready:
+    if self._thread is not None:
       return
     self._key = key_program(self._model)
+    jax.block_until_ready(self._params())  # read or drawn here, not while the first pass is timed
     for lane in self._lanes:
       lane.prepare(report)
     self._thread = threading.Thread(target=self._run, name="d1jax-engine", daemon=True)
@@ -173,7 +176,7 @@ class Engine:
         job.cancelled = job.cancelled or "cancelled"
         self._changed.notify()
 
-    return Ticket(cancel, lambda: job.began)
+    return Ticket(job, cancel)
 
   def _retry_after(self) -> float:
     """Seconds until a quarter of the queue is done, at the pace of the last requests."""
@@ -188,7 +191,7 @@ class Engine:
       drain: seconds after which requests that still run or wait are cancelled; None: they are completed.
     """
     with self._changed:
-      self._closed = True
+      self._closed, self.ready = True, False
       self._changed.notify()
     if self._thread is None:
       self._end_all("cancelled", "the engine was closed before it was ready")
@@ -224,7 +227,7 @@ class Engine:
       self._serve()
     except Exception:
       log.exception("the engine stops: it could not go on after an error")
-      self._closed = True
+      self._closed, self.ready = True, False
       self._end_all("error", "the engine has stopped after an error")
 
   def _serve(self) -> None:

@@ -63,7 +63,7 @@ class Job:
     lane: where it runs.
     submitted: when, in seconds of a clock that never goes back.
     first: the column of its first completion token.
-    began: when it got its slot, by the same clock; None: it waits.
+    began: when it got a slot.
     slot: its place in the lane; None: it waits, or has ended.
     known: tokens of finished blocks.
     cancelled: the reason to end it.

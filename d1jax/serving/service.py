@@ -79,7 +79,7 @@ class Service:
       for row in rows:
         self.engine.check(row)
     except ValueError as error:
-      raise ApiError(str(error)) from None
+      raise ApiError(str(error).replace("completion_length", "max_tokens")) from None
     return rows
 
   def _ids(self, prompt: Any, prefill: str, name: str) -> list[int]:
@@ -181,7 +181,7 @@ class Run:
 
   def queued(self, indices: list[int]) -> float:
     """The seconds that the last of these completions waited for a slot."""
-    return max(max((self.tickets[i].began or self.began) - self.began for i in indices), 0.0)
+    return max(self.tickets[i].queued_seconds for i in indices)
 
   def figures(self, indices: list[int]) -> dict[str, Any]:
     """What d1jax says of completions that have ended."""
@@ -246,8 +246,6 @@ async def events(run: Run) -> AsyncGenerator[bytes, None]:
     yield b"data: [DONE]\n\n"
   except ApiError as error:
     yield event(error.body())
-  finally:
-    run.cancel()
 
 
 async def whole(run: Run) -> dict[str, Any]:

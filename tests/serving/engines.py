@@ -65,8 +65,14 @@ class StandInTicket(Ticket):
   """Of a thread, which looks whether it is cancelled."""
 
   def __init__(self) -> None:
-    self.cancelled, self.since = threading.Event(), time.monotonic()
-    super().__init__(self.cancelled.set, lambda: self.since)
+    self.cancelled = threading.Event()
+
+  @property
+  def queued_seconds(self) -> float:
+    return 0.0
+
+  def cancel(self) -> None:
+    self.cancelled.set()
 
 
 class StandIn(Engine):

@@ -93,9 +93,7 @@ def test_parts_make_the_whole_of_any_bytes(ids, stops, size, tokens, logprobs):
   (plain,) = tokenizer().decode_all([ids[: min(read, tokens)]])
   assert plain.startswith(answer.text)
   if not stops:
-    assert answer.text.rstrip("\ufffd") == plain.rstrip("\ufffd")
-  for piece in found[:-1]:
-    assert not piece.text.endswith("\ufffd")
+    assert plain.removeprefix(answer.text) in ("", *("\ufffd" * n for n in (1, 2, 3)))
   if logprobs:
     assert "".join(token.text for piece in found for token in piece.tokens) == answer.text
     placed = [token for piece in found for token in piece.tokens]

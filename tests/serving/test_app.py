@@ -203,7 +203,7 @@ def test_health_says_what_the_server_does():
 def test_models_and_paths():
   own = service()
   (model,) = request(own, "GET", "/v1/models").json()["data"]
-  assert (model["id"], model["d1jax"]["defaults"]["max_tokens"]) == ("tiny", 32)
+  assert (model["id"], model["d1jax"]["defaults"]["max_tokens"], model["d1jax"]["turns"]) == ("tiny", 32, True)
   assert request(own, "GET", "/v1/models/tiny").json() == model
   assert request(own, "GET", "/v1/models/a/b").json()["error"]["code"] == "model_not_found"
   for method, path, status in (
@@ -277,6 +277,7 @@ def test_a_key_is_asked_for_where_there_is_one(path, headers, status):
     ("http://evil.example:8000", "http://evil.example:8000", 403),
     ("http://evil.example:8000", None, 403),
     ("http://192.168.1.7:8000", None, 403),
+    ("http://localhost:8000", "http://[::", 400),
   ],
 )
 def test_pages_of_other_sites_may_not_ask(base, origin, status):

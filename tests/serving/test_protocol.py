@@ -244,9 +244,8 @@ NAMES = sorted({name for chat in (True, False) for name in (*protocol._KNOWN[cha
 
 @hypothesis.given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), ANY, max_size=4), st.booleans())
 def test_any_object_is_a_request_or_an_error(fields, chat):
-  body = protocol.read(json.dumps((HELLO if chat else SAY) | fields).encode())
   try:
-    ask = protocol.parse(body, SERVED, chat=chat)
+    ask = protocol.parse(protocol.read(json.dumps((HELLO if chat else SAY) | fields).encode()), SERVED, chat=chat)
   except ApiError as error:
     json.dumps(error.body()).encode("ascii")
   else:
