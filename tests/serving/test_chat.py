@@ -23,12 +23,13 @@ from d1jax.generation.canvas import HIDDEN, SCALE
 from d1jax.generation.terminal import Screen
 from d1jax.serving import chat as chats
 from d1jax.serving.chat import COMMANDS, Chat
-from d1jax.serving.engine import Engine, Ticket
+from d1jax.serving.engine import Engine
 from d1jax.serving.request import Update
 from d1jax.serving.view import View, follow
 from tests import QUICK_TO_COMPILE, hub, jobs
 from tests.data.folders import small_files
 from tests.generation.test_canvas import IDS
+from tests.serving.engines import StandInTicket
 
 SPEC = SamplerSpec(completion_length=16, diffusion_steps=8, block_length=8, temperature=0.0)
 
@@ -57,9 +58,9 @@ class StandIn(Engine):
 
   def submit(self, request, listen):
     StandIn.asked += (request,)
-    cancelled = threading.Event()
-    threading.Thread(target=self._play, args=(request, listen, cancelled), daemon=True).start()
-    return Ticket(cancelled.set)
+    ticket = StandInTicket()
+    threading.Thread(target=self._play, args=(request, listen, ticket.cancelled), daemon=True).start()
+    return ticket
 
   def _play(self, request, listen, cancelled):
     spec, tokenizer = request.spec, self._model.tokenizer
