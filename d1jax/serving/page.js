@@ -119,7 +119,7 @@ class Answer {
     if (this.first !== null) parts.push(`first block after ${round(this.first)} s`);
     if (facts.queued_seconds > 0.1) parts.push(`${round(facts.queued_seconds)} s in the queue`);
     if (facts.seed !== undefined) parts.push(`seed ${facts.seed}`);
-    if (this.reason && this.reason !== "stop") parts.push(this.reason === "length" ? "ended at the most tokens" : this.reason);
+    if (this.reason && this.reason !== "stop") parts.push(this.reason === "length" ? "cut at max tokens" : this.reason);
     return parts.join(" \u00b7 ") || "waiting";
   }
 
