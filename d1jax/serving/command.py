@@ -157,7 +157,7 @@ async def _serve(service: Service, listening: socket.socket, drain_seconds: floa
   host, port = listening.getsockname()[:2]
   print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, compiling", flush=True)
   began = time.monotonic()
-  preparing = asyncio.create_task(asyncio.to_thread(service.engine.prepare, print))
+  preparing = asyncio.create_task(asyncio.to_thread(service.engine.prepare, _say))
   stopping = asyncio.create_task(stop.wait())
   await asyncio.wait({running, preparing, stopping}, return_when=asyncio.FIRST_COMPLETED)
   if not stop.is_set():
@@ -172,6 +172,10 @@ async def _serve(service: Service, listening: socket.socket, drain_seconds: floa
   await asyncio.to_thread(service.engine.close, drain_seconds)
   serving.should_exit = True
   await running
+
+
+def _say(what: str) -> None:
+  print(f"compiling for {what}", flush=True)
 
 
 def _note(number: signal.Signals, stop: asyncio.Event) -> None:
