@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import signal
@@ -78,9 +79,8 @@ def listener(host: str, port: int) -> socket.socket:
   """A socket that listens, before anything is read or compiled, so that a port in use is found at once."""
   remedy = "choose another with --config.port, or 0 for any that is free"
   try:
-    family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-      0
-    ]
+    choices = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, number, _, address = choices[0]
     found = socket.socket(family, kind, number)
   except (OSError, UnicodeError) as error:
     reason = error.strerror if isinstance(error, OSError) else "not a name"
@@ -91,6 +91,8 @@ def listener(host: str, port: int) -> socket.socket:
     found.listen(128)
   except OSError as error:
     found.close()
+    if error.errno == errno.EADDRNOTAVAIL:
+      raise RunError(f"host={host!r} is no address of this machine ({error.strerror}); try 127.0.0.1") from None
     raise RunError(f"port={port} of host={host} cannot be listened on ({error.strerror}); {remedy}") from None
   return found
 
