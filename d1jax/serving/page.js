@@ -347,4 +347,5 @@ $("turns").classList.toggle("colored", $("colored").checked);
 $("key").value = sessionStorage.getItem(KEY) ?? "";
 $("keyed").hidden = !$("key").value;
 if (matchMedia("(max-width: 46rem)").matches) $("panel").open = false;
+else $("text").focus(); // on a phone it would call up the keyboard
 greet();

@@ -11,6 +11,7 @@ from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.generation import canvas as canvases
 from d1jax.generation import command, terminal
+from d1jax.serving.answers import Words
 from d1jax.serving.engine import Ticket
 from d1jax.serving.request import Update
 
@@ -50,7 +51,7 @@ class View:
     self._tokenizer, self._spec, self._prefill = tokenizer, spec, prefill
     self._columns, self._colored = min(command.WIDEST, size.columns - 1), command.has_colors()
     self._screen = terminal.Screen(command.write, size.lines - 2)
-    self._words: dict[int, str] = dict.fromkeys(tokenizer.stop_ids, canvases.END)
+    self._words = Words(tokenizer)
 
   def show(self, update: Update) -> None:
     """Draws what is revealed, up to the end of the active block."""
@@ -58,8 +59,8 @@ class View:
     if not shown.any():
       return
     end = min(len(update.tokens), update.known + self._spec.block_length)
-    ids, masked = update.tokens[:end].tolist(), ~shown[:end]
-    texts = [canvases.HIDDEN if hidden else self._word(i) for i, hidden in zip(ids, masked, strict=True)]
+    masked, ids = ~shown[:end], update.tokens[:end].tolist()
+    texts = [canvases.HIDDEN if hidden else self._text(i) for i, hidden in zip(ids, masked, strict=True)]
     ranks = np.searchsorted(np.unique(update.reveal_step[shown]), update.reveal_step[:end])
     steps = np.where(masked, canvases.NEVER, ranks)
     if self._prefill:
@@ -73,9 +74,9 @@ class View:
     """Takes the drawing away."""
     self._screen.show([])
 
-  def _word(self, token: int) -> str:
-    """The text of a token by itself, with its space, which SentencePiece leaves out before a text's first word."""
-    if token not in self._words:
-      once, twice = self._tokenizer.decode_all([[token], [token, token]])
-      self._words[token] = twice[len(once) :] or canvases.SILENT
-    return self._words[token]
+  def _text(self, token: int) -> str:
+    """What is drawn for a token."""
+    if token in self._tokenizer.stop_ids:
+      return canvases.END
+    (text,) = self._words.texts([token])
+    return text or canvases.SILENT

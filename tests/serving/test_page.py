@@ -1,17 +1,27 @@
-"""The page of the server: its three files, and how it behaves in headless Chromium before a stand-in server."""
+"""The page of the server: its three files, and how it behaves in headless Chromium before a stand-in of the engine."""
 
+import contextlib
+import dataclasses
 import json
 import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from benchmarks import browser as browsers
+from d1jax import serving
+from d1jax.data import tokenizer as tokenizers
 from d1jax.generation.canvas import SCALE, rgb
+from tests.data.folders import small_files
 from tests.evaluation.test_html import Page
-from tests.generation.test_canvas import luminance
-from tests.serving.stand_in import ANSWERS, MODEL, PAGE, serving_page
+from tests.generation.test_canvas import IDS, luminance
+from tests.serving.engines import SERVED, StandIn, service, tokenizer, updates, written
+from tests.serving.servers import running
 
-HTML, CSS, JS = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
+FILES = Path(serving.__file__).parent
+HTML, CSS, JS = ((FILES / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
 SLOW = pytest.mark.slow(reason="a browser")
 
 
@@ -81,21 +91,54 @@ def chromium():
     yield found
 
 
-@pytest.fixture
-def opened(chromium):
-  """The page before a stand-in of its server; nothing may be refused by its policy or raised in its script."""
-  with serving_page() as server:
-    chromium.look(1100, 700)
-    chromium.complaints.clear()
-    chromium.open(server.address)
-    chromium.run("sessionStorage.clear()")
-    chromium.wait("document.getElementById('model').textContent !== 'Chat'")
-    yield chromium, server
-    assert not [one for one in chromium.complaints if "Failed to load resource" not in one]
+ANSWERS = {
+  "hello": "Hello you.",
+  "hostile": "<b>\u202e\0\x1b[2J&lt;<img src=x onerror=alert()>",
+  "long": "word " * 30,
+  "nothing": "",
+}
 
 
-TEXTS = "[...document.querySelectorAll('#turns li')].map(li => li.querySelector('p').innerText)"
+class Engine(StandIn):
+  """Says what `ANSWERS` has for the last message; for "break" a block, and that it failed."""
+
+  def __init__(self) -> None:
+    super().__init__(self.say)
+    self.asked: list = []
+
+  def say(self, request) -> list[int]:
+    self.asked.append(request)
+    (prompt,) = tokenizer().decode_all([request.prompt.tolist()])
+    return written(ANSWERS.get(prompt.strip().removesuffix("assistant").strip().splitlines()[-1], "Half an answer"))
+
+  def _run(self, request, listen, ticket) -> None:
+    if "break" not in tokenizer().decode_all([request.prompt.tolist()])[0]:
+      super()._run(request, listen, ticket)
+      return
+    block = next(u for u in updates(request, self.say(request), 261, (258,)) if u.known)
+    listen(block)
+    time.sleep(0.3)  # for the server to send it
+    listen(block._replace(reason="error", message="the device is gone"))
+
+
+@contextlib.contextmanager
+def shown(page, **changes) -> Iterator[Engine]:
+  """Opens the page of a server; nothing may be refused by its policy or raised in its script."""
+  engine = Engine()
+  own = service(engine, served=dataclasses.replace(SERVED, name="a <b>model</b>"))
+  with running(dataclasses.replace(own, **changes)) as server:
+    page.look(1100, 700)
+    page.complaints.clear()
+    page.open(f"{server.url}/")
+    page.run("sessionStorage.clear()")
+    page.wait("document.getElementById('model').textContent !== 'Chat' || !document.getElementById('error').hidden")
+    yield engine
+    assert not [one for one in page.complaints if "Failed to load resource" not in one]
+
+
+TEXTS = "[...document.querySelectorAll('#turns li')].map(li => li.querySelector('p').textContent)"
 DONE = "document.getElementById('stop').hidden"
+SPANS = "[...document.querySelectorAll('.answer p')[0].children].map(span => [span.textContent, span.className])"
 
 
 def ask(page, text: str) -> None:
@@ -104,152 +147,170 @@ def ask(page, text: str) -> None:
   page.press("Enter")
 
 
-@SLOW
-def test_answers_are_coloured_by_step_and_the_conversation_is_sent(opened):
-  page, server = opened
-  assert page.run("document.getElementById('model').textContent") == "a <b>model</b>"
-  assert page.run("[...settings.querySelectorAll('[name]')].map(x => x.placeholder ?? x.options[0].text).join()") == (
-    "0,64,default,default,random,static,default"
-  )
-  ask(page, "hello")
-  page.wait(f"{DONE} && document.querySelector('.replay')")
-  assert page.run(TEXTS) == ["hello", "Hello you."]
-  spans = "[...document.querySelectorAll('.answer p')[0].children].map(span => [span.textContent, span.className])"
-  assert page.run(spans) == [["Hel", "s3"], ["lo", "s0"], [" you", "s9"], [".", "s6"]]
-  assert page.run("document.querySelector('.figures').textContent").startswith(
-    "12 tokens a second · 4 steps · first block"
-  )
-  assert page.run("document.getElementById('said').textContent") == "Hello you."
-  # The slider goes back to any step.
-  page.run("const s = document.querySelector('.replay input'); s.value = 1; s.dispatchEvent(new Event('input'))")
-  assert page.run(spans) == [["", "masked active"], ["lo", "s0 fresh"], ["", "masked"], ["", "masked"]]
-  page.run(
-    "document.querySelector('[name=temperature]').value = '0.5'; document.querySelector('[name=seed]').value = 3"
-  )
-  page.write("two")
-  page.press("Enter", shift=True)
-  page.write("lines")
-  page.press("Enter")
-  page.wait(f"{DONE} && document.querySelectorAll('.answer').length === 2")
-  first, second = server.asked
-  asked = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Hello you."}]
-  assert page.run("document.getElementById('remember').checked")
-  assert first == {
-    "model": "a <b>model</b>", "messages": asked[:1], "stream": True, "d1jax": {"canvas": True}
-  }  # fmt: skip
-  assert second["messages"] == [*asked, {"role": "user", "content": "two\nlines"}]
-  assert (second["temperature"], second["seed"]) == (0.5, 3)
-  page.run("document.getElementById('clear').click()")
-  assert page.run(TEXTS) == []
-  ask(page, "nothing")  # which is no turn of the conversation
-  page.wait(f"{DONE} && document.querySelector('.figures').textContent.startsWith('an empty answer')")
-  ask(page, "hello")
-  page.wait(f"{DONE} && document.querySelector('.replay')")
-  assert server.asked[-1]["messages"] == asked[:1]
+def answered(page, text: str) -> None:
+  """Asks, and waits for the end of the answer."""
+  before = page.run("document.querySelectorAll('.answer:not([aria-busy])').length")
+  ask(page, text)
+  page.wait(f"document.querySelectorAll('.answer:not([aria-busy])').length > {before}")
 
 
 @SLOW
-def test_a_model_that_tells_no_turns_is_asked_message_by_message(opened):
-  page, server = opened
-  server.model = MODEL | {"d1jax": {"turns": False}}
-  page.open(server.address)
-  page.wait("!document.getElementById('remember').checked")
-  for _ in range(2):
-    ask(page, "hello")
-    page.wait(DONE)
-  assert server.asked[0]["messages"] == server.asked[1]["messages"] == [{"role": "user", "content": "hello"}]
+def test_answers_are_coloured_by_step_and_the_conversation_is_sent(chromium):
+  page = chromium
+  with shown(page) as engine:
+    assert page.run("document.getElementById('model').textContent") == "a <b>model</b>"
+    assert page.run("[...settings.querySelectorAll('[name]')].map(x => x.placeholder ?? x.options[0].text).join()") == (
+      "0,16,8,32,random,static,0.9"
+    )
+    answered(page, "hello")
+    assert page.run(TEXTS) == ["hello", "Hello you."]
+    # Blocks of 8 tokens, each from right to left.
+    steps = [*range(7, -1, -1), 9, 8]
+    assert page.run(SPANS) == [[char, f"s{step}"] for char, step in zip("Hello you.", steps, strict=True)]
+    figures = r"\d+ tokens a second · \d+ steps · first block after [\d.]+ s · seed \d+"
+    assert re.fullmatch(figures, page.run("document.querySelector('.figures').textContent"))
+    assert page.run("document.getElementById('said').textContent") == "Hello you."
+    # The slider goes back to any step.
+    page.run("const s = document.querySelector('.replay input'); s.value = 2; s.dispatchEvent(new Event('input'))")
+    assert page.run(SPANS)[5:] == [
+      ["", "masked active"],
+      ["y", "s1 fresh"],
+      ["o", "s0"],
+      ["", "masked"],
+      ["", "masked"],
+    ]
+    page.run("settings.elements.temperature.value = '0.5'; settings.elements.seed.value = 3")
+    page.write("two")
+    page.press("Enter", shift=True)
+    answered(page, "lines")
+    first, second = engine.asked
+    asked = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Hello you."}]
+    prompt = lambda *turns: tokenizer().prompt(turns, "")
+    assert first.prompt.tolist() == prompt(asked[0])
+    assert second.prompt.tolist() == prompt(*asked, {"role": "user", "content": "two\nlines"})
+    assert (second.spec.temperature, second.seed) == (0.5, 3)
+    page.run("document.getElementById('clear').click()")
+    assert page.run(TEXTS) == []
+    answered(page, "nothing")  # which is no turn of the conversation
+    assert page.run("document.querySelector('.figures').textContent").startswith("an empty answer")
+    answered(page, "hello")
+    assert engine.asked[-1].prompt.tolist() == prompt(asked[0])
 
 
 @SLOW
-def test_tokens_have_their_parts_of_the_text(opened):
-  page, _ = opened
-  for tokens, text, parts in (
-    (["a", " b", "", None], "a b", ["a", " b"]),
-    (["a", " be", "c"], "a b", ["a", " b"]),  # cut at a stop text
-    ([" a", "b"], "ab", ["a", "b"]),  # the first word of a text has no space
-    (["a", "\ufffd", "\ufffd", "b"], "a\u00e9b", ["a", "", "\u00e9", "b"]),
-    (["\ufffd", "\ufffd"], "\u00e9", ["", "\u00e9"]),
-    (["a", None, "c"], "abc", []),
-    (["x", "y"], "ab", []),
-    ([], "ab", []),
-  ):
-    assert page.run(f"aligned({json.dumps(tokens)}, {json.dumps(text)})") == parts, tokens
+def test_a_model_that_tells_no_turns_is_asked_message_by_message(chromium):
+  bare = tokenizers.from_files(small_files(None) | {"config.json": IDS})
+  with shown(chromium, tokenizer=bare) as engine:
+    assert not chromium.run("document.getElementById('remember').checked")
+    for _ in range(2):
+      answered(chromium, "hello")
+    assert [request.prompt.tolist() for request in engine.asked] == [bare.prompt([{"content": "hello"}], "")] * 2
 
 
 @SLOW
-def test_hostile_tokens_stay_text(opened):
-  page, _ = opened
-  ask(page, "hostile")
-  page.wait(f"{DONE} && document.querySelector('.replay')")
-  said = "".join(token for block in ANSWERS["hostile"] for token in block)
-  shown = re.sub("[\u202e\0\x1b]", "\ufffd", said)
-  assert page.run("document.querySelector('.answer p').textContent") == shown
-  assert page.run("document.querySelectorAll('#turns img, #turns script, #turns b').length") == 0
+def test_tokens_have_their_parts_of_the_text(chromium):
+  with shown(chromium):
+    for tokens, text, parts in (
+      (["a", " b", "", None], "a b", ["a", " b"]),
+      (["a", " be", "c"], "a b", ["a", " b"]),  # cut at a stop text
+      ([" a", "b"], "ab", ["a", "b"]),  # the first word of a text has no space
+      (["a", "\ufffd", "\ufffd", "b"], "a\u00e9b", ["a", "", "\u00e9", "b"]),
+      (["\ufffd", "\ufffd"], "\u00e9", ["", "\u00e9"]),
+      (["a", None, "c"], "abc", []),
+      (["x", "y"], "ab", []),
+      ([], "ab", []),
+    ):
+      assert chromium.run(f"aligned({json.dumps(tokens)}, {json.dumps(text)})") == parts, tokens
+
+
+@SLOW
+def test_hostile_answers_stay_text(chromium):
+  with shown(chromium) as engine:
+    chromium.run("settings.elements.max_tokens.value = 64")
+    answered(chromium, "hostile")
+    assert engine.asked
+    assert chromium.run("document.querySelector('.answer p').textContent") == (
+      re.sub("[\u202e\0\x1b]", "\ufffd", ANSWERS["hostile"])
+    )
+    assert chromium.run("document.querySelectorAll('#turns img, #turns script, #turns b').length") == 0
 
 
 @SLOW
 @pytest.mark.parametrize("way", ["button", "key"])
-def test_an_answer_is_stopped_and_what_was_final_stays(opened, way):
-  page, server = opened
-  ask(page, "wait")
-  page.wait("document.querySelectorAll('.masked').length > 20")
-  assert page.run("document.querySelector('.answer').getAttribute('aria-busy')") == "true"
-  if way == "key":
-    page.press("Escape")
-  else:
-    page.run("document.getElementById('stop').click()")
-  page.wait(DONE)
-  assert server.left.wait(10)
-  assert page.run(TEXTS) == ["wait", "Hello"]
-  assert page.run("document.querySelectorAll('.masked').length") == 1  # of the legend
-  assert page.run("document.querySelector('.figures').textContent").endswith("stopped")
-  assert page.run("document.getElementById('error').hidden")
+def test_an_answer_is_stopped_and_what_was_final_stays(chromium, way):
+  page = chromium
+  with shown(page) as engine:
+    engine.seconds = 0.03
+    page.run("settings.elements.max_tokens.value = 128")
+    ask(page, "long")
+    page.wait("document.querySelectorAll('.masked').length > 40 && document.querySelector('.s9')")
+    page.wait("document.querySelector('.figures').textContent.includes('first block')")
+    assert page.run("document.querySelector('.answer').getAttribute('aria-busy')") == "true"
+    if way == "key":
+      page.press("Escape")
+    else:
+      page.run("document.getElementById('stop').click()")
+    page.wait(DONE)
+    assert engine.tickets[-1].cancelled.wait(10)
+    asked, said = page.run(TEXTS)
+    assert (asked, len(said) % 8, said) == ("long", 0, ANSWERS["long"][: len(said)])
+    assert 8 <= len(said) < 128
+    assert page.run("document.querySelectorAll('.masked').length") == 1  # of the legend
+    assert page.run("document.querySelector('.figures').textContent").endswith("stopped")
+    assert page.run("document.getElementById('error').hidden")
 
 
 @SLOW
-def test_failures_are_the_servers_sentence(opened):
-  page, server = opened
-  for asked, sentence in (
-    ("fail", "temperature=-1 must be at least 0 <b>"),
-    ("break", "the device is gone"),
-  ):
-    ask(page, asked)
+def test_failures_are_the_servers_sentence(chromium):
+  page = chromium
+  with shown(page):
+    page.run("settings.elements.max_tokens.value = 1000")
+    ask(page, "hello")
     page.wait("!document.getElementById('error').hidden")
-    assert page.run("document.getElementById('error').textContent") == sentence
+    assert "max_tokens=1000" in page.run("document.getElementById('error').textContent")
     # A message without an answer goes back into its field, to be sent again.
-    assert page.run("document.getElementById('text').value") == ("fail" if asked == "fail" else "")
-    page.run("document.getElementById('text').value = ''")
-  assert page.run(TEXTS) == ["break", "Half"]
-  server.key = "secret"
-  assert page.run("document.getElementById('keyed').hidden")
-  ask(page, "hello")
-  page.wait("!document.getElementById('keyed').hidden")
-  assert page.run("document.activeElement.id") == "key"
-  page.write("secret")
-  page.press("Enter")
-  page.wait("document.getElementById('error').hidden")
-  ask(page, "")  # what was refused stands there still
-  page.wait(f"{DONE} && document.querySelector('.replay')")
-  assert page.run("({...sessionStorage})") == {"d1jax api key": "secret"}
-  assert page.run("localStorage.length + document.cookie.length") == 0
+    assert page.run("document.getElementById('text').value") == "hello"
+    page.run("document.getElementById('text').value = ''; settings.reset()")
+    ask(page, "break")
+    page.wait("!document.getElementById('error').hidden")
+    assert "the device is gone" in page.run("document.getElementById('error').textContent")
+    assert page.run(TEXTS) == ["break", "Half an "]
+    assert page.run("document.querySelector('.figures').textContent").endswith("incomplete")
+
+
+@SLOW
+def test_a_server_with_a_key_is_asked_with_it(chromium):
+  page = chromium
+  with shown(page, key=b"secret"):
+    assert "the API key is missing or wrong" in page.run("document.getElementById('error').textContent")
+    assert page.run("document.activeElement.id") == "key"
+    page.write("secret")
+    page.press("Enter")
+    page.wait("document.getElementById('error').hidden && document.getElementById('model').textContent !== 'Chat'")
+    answered(page, "hello")
+    assert page.run(TEXTS) == ["hello", "Hello you."]
+    assert page.run("({...sessionStorage})") == {"d1jax api key": "secret"}
+    assert page.run("localStorage.length + document.cookie.length") == 0
 
 
 @SLOW
 @pytest.mark.parametrize("dark", [False, True])
-def test_it_fits_a_phone_and_the_dark(opened, dark):
-  page, server = opened
-  page.look(360, 640, dark=dark, calm=True)
-  page.open(server.address)
-  page.wait("document.getElementById('model').textContent !== 'Chat'")
-  assert not page.run("document.getElementById('panel').open")
-  ask(page, "long")
-  page.wait(f"{DONE} && document.querySelector('.replay')")
-  size = page.run("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
-  assert size == [360, 640]
-  assert page.run("(e => e.scrollHeight - e.scrollTop - e.clientHeight)(document.getElementById('turns'))") < 2
-  ground = page.run("getComputedStyle(document.body).backgroundColor")
-  assert ground == ("rgb(21, 23, 26)" if dark else "rgb(255, 255, 255)")
-  box = page.run("(({left, right}) => [left, right])(document.getElementById('send').getBoundingClientRect())")
-  assert 0 <= box[0] < box[1] <= 360
-  assert len(page.picture()) > 5000
-  assert json.dumps(page.run(TEXTS)).count("word") == 64
+def test_it_fits_a_phone_and_the_dark(chromium, dark):
+  page = chromium
+  with shown(page):
+    page.look(360, 640, dark=dark, calm=True)
+    page.open(page.run("location.href"))
+    page.wait("document.getElementById('model').textContent !== 'Chat'")
+    assert not page.run("document.getElementById('panel').open")
+    page.run("settings.elements.max_tokens.value = 128; document.getElementById('remember').checked = false")
+    for _ in range(4):
+      answered(page, "long")
+    size = page.run("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+    assert size == [360, 640]
+    scrolled = "(e => [e.scrollTop, e.scrollHeight - e.scrollTop - e.clientHeight])(document.getElementById('turns'))"
+    assert page.run(scrolled)[0] > 0
+    assert page.run(scrolled)[1] < 2
+    ground = page.run("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(21, 23, 26)" if dark else "rgb(255, 255, 255)")
+    box = page.run("(({left, right}) => [left, right])(document.getElementById('send').getBoundingClientRect())")
+    assert 0 <= box[0] < box[1] <= 360
