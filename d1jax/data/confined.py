@@ -77,17 +77,6 @@ class ConfinedTokenizer:
       self._unknown.check("".join(message["content"] for message in messages) + prefill)
     return ids
 
-  def plain(self, text: str) -> list[int]:
-    """The start token, if there is one, and the ids of a text, without a chat template.
-
-    Raises:
-      ValueError: the text becomes the mask, or takes too much time or memory.
-    """
-    ids: list[int] = self._ask("plain", self._vocabulary, text)
-    if self._unk_id in ids:
-      self._unknown.check(text)
-    return ids
-
   def completion(self, text: str) -> list[int]:
     """The ids of an answer: the text, the text that the template writes after an answer, and the end of sequence.
 
@@ -95,6 +84,27 @@ class ConfinedTokenizer:
       ValueError: the text becomes the mask, or takes too much time or memory.
     """
     found: list[int] = self._ask("completion", self._vocabulary, text)
+    if self._unk_id in found:
+      self._unknown.check(text)
+    return found
+
+  def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
+    """A conversation as the chat template writes it; without a template, the contents one after the other.
+
+    Raises:
+      ValueError: the template fails, or takes too much time or memory.
+    """
+    name = self._template or self._vocabulary
+    found: str = self._ask("written", name, [dict(message) for message in messages], begin_answer)
+    return found
+
+  def encode(self, text: str) -> list[int]:
+    """The ids that transformers gives a text: special tokens that it spells are special.
+
+    Raises:
+      ValueError: the text becomes a mask, or takes too much time or memory.
+    """
+    found: list[int] = self._ask("encode", self._vocabulary, text)
     if self._unk_id in found:
       self._unknown.check(text)
     return found

@@ -39,14 +39,16 @@ class Tokenizer(Protocol):
     """The ids of a conversation that the model is to continue, the given start of its answer included."""
     ...
 
-  def plain(self, text: str) -> list[int]:
-    """The ids of a text that the model is to continue as it stands, without a chat template; a start token comes first
-    if the model has one.
-    """
-    ...
-
   def completion(self, text: str) -> list[int]:
     """The ids of an answer, the end of the assistant's turn and the end of sequence included."""
+    ...
+
+  def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
+    """A conversation as text, with or without the start of an assistant's turn at the end."""
+    ...
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text as it stands, behind the start token: `written` becomes the ids of `prompt`."""
     ...
 
   def unknown(self, text: str) -> list[str]:
@@ -205,16 +207,21 @@ class SentencePieceTokenizer:
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
     """A start token if the model has one, the contents of the messages one after the other, and the prefill."""
-    return self.plain("".join(m["content"] for m in messages) + prefill)
-
-  def plain(self, text: str) -> list[int]:
-    """A start token if the model has one, and the text."""
     start = [] if self.bos_id is None else [self.bos_id]
-    return [*start, *self._encode(text)]
+    return [*start, *self._encode("".join(m["content"] for m in messages) + prefill)]
 
   def completion(self, text: str) -> list[int]:
     """The text and the end-of-sequence token."""
     return [*self._encode(text), self.stop_ids[0]]
+
+  def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
+    """The contents of the messages one after the other."""
+    del begin_answer
+    return "".join(message["content"] for message in messages)
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text behind the start token if the model has one."""
+    return self.prompt([{"role": "user", "content": text}], "")
 
   def unknown(self, text: str) -> list[str]:
     """The characters of a text that have no token, each once."""

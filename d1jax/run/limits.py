@@ -125,6 +125,8 @@ TABLE: Mapping[str, Limit] = {
   "batch_size": MAYBE_COUNT,
   "samples": COUNT,
   "questions": MAYBE_COUNT,
+  "window": TOKENS,
+  "mc_num": COUNT,
   "prompt_buckets": TOKENS._replace(several=True),
   "slices": COUNT,
   # Fields of servers.
@@ -141,7 +143,7 @@ MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow")
 
 LOCAL = (
   *("model.pretrained", "data.root", "task.module", "sft.data"),
-  *("pretrained", "adapter", "generations", "module", "data_root", "film", "api_key_file"),
+  *("pretrained", "adapter", "generations", "perplexity", "module", "data_root", "film", "api_key_file"),
 )
 """The path fields that must not be in a bucket. `output` may be, but only in an evaluation, which checks it itself."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import signal
@@ -78,9 +79,8 @@ def listener(host: str, port: int) -> socket.socket:
   """A socket that listens, before anything is read or compiled, so that a port in use is found at once."""
   remedy = "choose another with --config.port, or 0 for any that is free"
   try:
-    family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-      0
-    ]
+    choices = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, number, _, address = choices[0]
     found = socket.socket(family, kind, number)
   except (OSError, UnicodeError) as error:
     reason = error.strerror if isinstance(error, OSError) else "not a name"
@@ -91,6 +91,8 @@ def listener(host: str, port: int) -> socket.socket:
     found.listen(128)
   except OSError as error:
     found.close()
+    if error.errno == errno.EADDRNOTAVAIL:
+      raise RunError(f"host={host!r} is no address of this machine ({error.strerror}); try 127.0.0.1") from None
     raise RunError(f"port={port} of host={host} cannot be listened on ({error.strerror}); {remedy}") from None
   return found
 
@@ -157,7 +159,7 @@ async def _serve(service: Service, listening: socket.socket, drain_seconds: floa
   host, port = listening.getsockname()[:2]
   print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, compiling", flush=True)
   began = time.monotonic()
-  preparing = asyncio.create_task(asyncio.to_thread(service.engine.prepare, print))
+  preparing = asyncio.create_task(asyncio.to_thread(service.engine.prepare, _say))
   stopping = asyncio.create_task(stop.wait())
   await asyncio.wait({running, preparing, stopping}, return_when=asyncio.FIRST_COMPLETED)
   if not stop.is_set():
@@ -172,6 +174,10 @@ async def _serve(service: Service, listening: socket.socket, drain_seconds: floa
   await asyncio.to_thread(service.engine.close, drain_seconds)
   serving.should_exit = True
   await running
+
+
+def _say(what: str) -> None:
+  print(f"compiling for {what}", flush=True)
 
 
 def _note(number: signal.Signals, stop: asyncio.Event) -> None:

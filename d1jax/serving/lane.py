@@ -13,15 +13,15 @@ from d1jax import keys
 from d1jax.diffusion import slots
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.diffusion.slots import Rows
-from d1jax.generation.generate import STRIDE
+from d1jax.generation.generate import MOST_PROMPTS
 from d1jax.model import Model
 from d1jax.state import Params
 
 SLICE = 0.1
 """Seconds of a call, about: so long do new requests wait until they are seen."""
 
-EFFICIENT, FIRST_BLOCK = 0.95, 0.75
-"""The share of the best rate that a smaller batch must reach: any batch, or one of rows in their first block."""
+EFFICIENT, QUICK = 0.95, 0.75
+"""The share of the best rate that a batch must reach: while most slots are taken, and where quickness is worth more."""
 
 _CHANGED = ("tokens", "reveal_step", "reveal_logp", "within")
 
@@ -40,15 +40,18 @@ def how_many(seconds: Mapping[int, float], rows: int, first: int) -> int:
   of them: the first to come is finished sooner, and the last one not later, if they advance one after the other. The
   measured seconds tell which it is.
 
+  A batch of few rows is somewhat slower, a row. This is accepted while at least half of the slots are free, and for
+  rows without a finished block, whose listeners have nothing to read yet.
+
   Args:
-    seconds: of a pass, for each size of a batch.
+    seconds: of a pass, for each size of a batch, of which the largest is the number of slots.
     rows: that run.
     first: how many of them have no finished block yet, which advance before the others.
   """
   rate = lambda n: n / seconds[min(size for size in seconds if size >= n)]
   counts = sorted({*(size for size in seconds if size < rows), rows} | ({first} if first else set()))
-  best = max(map(rate, counts))
-  return next(n for n in counts if rate(n) >= (FIRST_BLOCK if n <= first else EFFICIENT) * best)
+  best, light = max(map(rate, counts)), 2 * rows <= max(seconds)
+  return next(n for n in counts if rate(n) >= best * (QUICK if light or n <= first else EFFICIENT))
 
 
 class Lane:
@@ -248,6 +251,6 @@ def key_program(model: Model) -> Callable[[int, int], UInt32[np.ndarray, "2"]]:
   program = jax.jit(key, in_shardings=(scalar, scalar), out_shardings=scalar).lower(*abstract).compile()
 
   def call(seed: int, sample: int) -> UInt32[np.ndarray, "2"]:
-    return np.asarray(program(np.uint32(seed), np.int32(sample * STRIDE)))
+    return np.asarray(program(np.uint32(seed), np.int32(sample * MOST_PROMPTS)))
 
   return call

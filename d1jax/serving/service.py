@@ -104,7 +104,7 @@ class Service:
           f"the prompt has characters that the tokenizer does not know: {', '.join(map(repr, unknown[:20]))}",
           param=name,
         )
-      return self.tokenizer.plain(prompt) if isinstance(prompt, str) else self.tokenizer.prompt(prompt, prefill)
+      return self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.prompt(prompt, prefill)
     except ValueError as error:
       raise ApiError(str(error), param=name) from None
 

@@ -266,14 +266,3 @@ def test_a_tokenizer_comes_back_from_a_folder_of_its_own_files(tmp_path):
   turns = [{"role": "user", "content": "12 the <|hole|>"}]
   assert again.prompt(turns, "a") == first.prompt(turns, "a")
   assert (again.mask_id, again.stop_ids, again.pad_id, again.vocab) == (261, (258,), 258, 262)
-
-
-def test_a_plain_text_is_a_prompt_without_the_template(tokenizer):
-  assert tokenizer.plain("a b") == tokenizer.prompt([{"role": "user", "content": "a b"}], "")
-  chatting = from_files(small_files(bos_token_id=259))
-  (start,) = chatting.plain("")
-  ids = chatting.plain("a <|im_end|>")
-  assert ids[0] == start
-  assert chatting.decode_all([ids]) == ["a <|im_end|>"], "special tokens are read as characters"
-  assert chatting.prompt([{"role": "user", "content": "a"}], "") != chatting.plain("a")
-  assert from_files(small_files(None)).plain("a") == from_files(small_files(None)).prompt([{"content": "a"}], "")

@@ -123,7 +123,7 @@ def test_tokens_of_a_stop_text_have_no_log_probability():
 
 
 def test_a_canvas_has_texts_and_steps_and_holes():
-  ids = tokenizer().plain("ab") + [261] * 6
+  ids = tokenizer().encode("ab") + [261] * 6
   steps = np.asarray([7, 4, *[-1] * 6], np.int32)
   update = Update(np.asarray(ids, np.int32), steps, np.zeros(8, np.float32), 0, None)
   shown = canvas(update, Words(tokenizer()), 261, 4)

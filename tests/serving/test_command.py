@@ -33,7 +33,7 @@ def configured(**changes):
     ({"request_seconds": 0.0}, r"request_seconds=0\.0 must be a finite number above 0"),
     ({"drain_seconds": -1.0}, r"drain_seconds=-1\.0 must be"),
     ({"host": "256.0.0.1"}, "host='256.0.0.1' is no address of this machine"),
-    ({"host": "192.0.2.1"}, "port=8000 of host=192.0.2.1 cannot be listened on"),
+    ({"host": "192.0.2.1"}, "host='192.0.2.1' is no address of this machine .Cannot assign"),
     ({"api_key_file": "nowhere"}, "nowhere is missing, expected a file"),
     ({"port": 0, "pretrained": "nowhere"}, "nowhere"),
     ({"port": 0, "checkpoint": "nowhere"}, "no checkpoint in nowhere"),
