@@ -20,6 +20,9 @@ def get_config() -> config_dict.ConfigDict:
   c.checkpoint = none(str)  # a run's work directory, or the folder of one checkpoint
   c.pretrained = none(str)  # a model folder; with `checkpoint`: the new place of the run's base model, if it moved
 
+  # A conversation on the terminal, answer by answer (docs/generation.md); a prompt is then its first message.
+  c.chat = False
+
   # The prompts.
   c.prompt = none(str)  # None: the lines of standard input
   c.prefill = ""  # the start of each answer

@@ -75,11 +75,16 @@ COMMANDS: Mapping[str, Command] = {
     },
   ),
   "generate": Command(
-    "Completes prompts: one that is given, or the lines of standard input.",
+    "Completes prompts: one that is given, or the lines of standard input; or talks with you.",
     "generate",
-    ('--checkpoint=runs/grpo --prompt="What is 2 + 2?"', "--pretrained=FOLDER --show_steps=True"),
+    (
+      '--checkpoint=runs/grpo --prompt="What is 2 + 2?"',
+      "--pretrained=FOLDER --show_steps=True",
+      "--pretrained=FOLDER --chat=True",
+    ),
     _WHO
     | {
+      "chat": "a conversation, in which an answer is shown as it is denoised",
       "prompt": "None: the lines of standard input",
       "length": "tokens of the completion",
       "tokens_per_step": "tokens that a denoising step reveals",
@@ -87,6 +92,21 @@ COMMANDS: Mapping[str, Command] = {
       "samples": "answers to each prompt",
       "show_steps": "shows the answer as it is revealed",
       "film": "the same as a picture: a .gif",
+    },
+  ),
+  "serve": Command(
+    "Serves a checkpoint or a model's folder to OpenAI's clients, with a chat as a page.",
+    "serve",
+    ("--checkpoint=runs/grpo", "--pretrained=FOLDER --port=8080 --api_key_file=KEY"),
+    _WHO
+    | {
+      "name": "of the model, as clients say it; None: the folder's",
+      "host": "0.0.0.0 listens for other machines too",
+      "port": "0 takes any that is free",
+      "api_key_file": "a file with the key that clients send; None: none is asked for",
+      "slots": "answers at a time",
+      "lengths": "of a prompt and its answer together, in tokens",
+      "queue": "answers that wait; more are refused",
     },
   ),
   "export": Command(

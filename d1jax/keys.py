@@ -56,6 +56,11 @@ def fold(keys: Key[Array, "B"], counter: Int[Array, ""] | int) -> Key[Array, "B"
   return jax.vmap(lambda k: jax.random.fold_in(k, counter))(keys)
 
 
+def fold_each(keys: Key[Array, "B"], counters: Int[Array, "B"]) -> Key[Array, "B"]:
+  """Folds a counter of its own into each of a batch of keys."""
+  return jax.vmap(jax.random.fold_in)(keys, counters)
+
+
 def token_keys(key: Key[Array, ""], sample_id: Int[Array, "B"], place: UInt32[Array, "L"]) -> Key[Array, "B L"]:
   """One key per token; it depends only on the sample's id and the token's place."""
   one = lambda sample_key: jax.vmap(lambda i: jax.random.fold_in(sample_key, i))(place)

@@ -36,6 +36,10 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
     from d1jax import export
 
     return export.run
+  if config.mode == "generate" and config.chat:
+    from d1jax.serving import chat
+
+    return chat.run
   if config.mode == "generate":
     from d1jax.generation import command as generation
 
@@ -44,7 +48,12 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
     from d1jax.aot import command as aot
 
     return aot.run
-  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export, generate, aot")
+  if config.mode == "serve":
+    with errors.extra("serve"):
+      from d1jax.serving import command as serving
+
+    return serving.run
+  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export, generate, serve, aot")
 
 
 def _meet(config: ConfigDict) -> None:

@@ -45,7 +45,7 @@ hypothesis.settings.load_profile("quick")
 # All rooms but tasks, whose annotations hold no arrays and whose graders run a hundred thousand times.
 ROOMS = ("models", "diffusion", "rl", "data", "parallel", "run", "telemetry", "training", "evaluation", "generation")
 ROOMS += ("completer", "fingerprint", "intervals", "keys", "microbatch", "model", "optimizer", "publish", "recipe")
-ROOMS += ("report", "results", "source", "state", "weights")
+ROOMS += ("report", "results", "serving", "source", "state", "weights")
 install_import_hook([f"d1jax.{room}" for room in ROOMS], f"{typechecker.__name__}.checked")
 
 

@@ -50,6 +50,7 @@ ALLOWED["evaluation"] = set(ALLOWED) - {"telemetry"}
 ALLOWED["training"] = set(ALLOWED) - {"evaluation"}
 ALLOWED["aot"] = ALLOWED["training"] | {"training"}
 ALLOWED["generation"] = ALLOWED["export"] = ALLOWED["evaluation"] | {"evaluation"}
+ALLOWED["serving"] = ALLOWED["generation"] | {"generation"}
 ALLOWED["report"] = ALLOWED["export"] | {"telemetry"}
 ALLOWED["results"] = ALLOWED["report"] | {"report"}
 ALLOWED["recipe"] = ALLOWED["results"] | {"results", "training"}
@@ -190,9 +191,11 @@ def test_few_files_know_of_configurations(path):
   known = ("d1jax/main.py", "d1jax/export.py", "d1jax/evaluation/", "d1jax/training/configured.py")
   known += (
     "d1jax/generation/command.py",
+    "d1jax/serving/command.py",
     "d1jax/aot/command.py",
     "d1jax/recipe.py",
     "d1jax/results.py",
+    "d1jax/serving/chat.py",
     "d1jax/run/",
     "d1jax/presets.py",
   )
@@ -252,7 +255,7 @@ def test_what_is_public_is_documented(path):
 def test_compiled_programs_state_where_things_live(path):
   room = room_of(module_of(path))
   jits = calls(TREES[path], "jit")
-  compiling = ("training", "evaluation", "generation", "weights", "publish", "completer", "recipe")
+  compiling = ("training", "evaluation", "generation", "weights", "publish", "completer", "recipe", "serving")
   if room in compiling or name_of(path) == "d1jax/models/load.py":
     for call in jits:
       stated = {keyword.arg for keyword in call.keywords}
@@ -379,6 +382,7 @@ CONFIGS = [
   ("eval", "llada_8b,gsm8k,math"),
   ("export",),
   ("generate",),
+  ("serve",),
   ("aot", "llada_8b,v5e,full"),
 ]
 

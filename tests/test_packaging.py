@@ -29,8 +29,8 @@ def names(requirements: list[str]) -> set[str]:
 
 EXTRAS = {extra: names(lines) for extra, lines in PROJECT["optional-dependencies"].items()}
 BASE = names(PROJECT["dependencies"])
-COMPANIONS = {"ml-dtypes", "markupsafe", "sympy", "latex2sympy2-extended"}
-"""What jax, jinja2 and math-verify cannot be without."""
+COMPANIONS = {"ml-dtypes", "markupsafe", "sympy", "latex2sympy2-extended", "h11"}
+"""What jax, jinja2, math-verify and uvicorn cannot be without."""
 
 
 distributions = functools.cache(packages_distributions)
@@ -72,6 +72,7 @@ def needed(*modules: str) -> set[str]:
   [
     (["d1jax.commands", "d1jax.main", "d1jax.generation.command", "d1jax.export", "d1jax.aot.command"], []),
     (["d1jax.evaluation.command", "d1jax.generation.film"], ["eval"]),
+    (["d1jax.serving.command"], ["serve"]),
     (["d1jax.recipe", "d1jax.run.trackers.tensorboard"], ["train"]),
     (["d1jax.tasks.verifier_process"], ["math"]),
     (["d1jax.run.trackers.wandb"], ["wandb"]),
@@ -93,7 +94,7 @@ def test_the_names_of_the_top_need_no_extra():
 
 def test_the_pins_are_of_all_that_is_declared():
   pinned = {line.split("==")[0].lower() for line in PINS.splitlines() if not line.startswith("#")}
-  assert BASE | EXTRAS["train"] | EXTRAS["eval"] | EXTRAS["math"] <= pinned
+  assert BASE | EXTRAS["train"] | EXTRAS["eval"] | EXTRAS["math"] | EXTRAS["serve"] <= pinned
   assert not re.search(r"^[^#]*[\[>~]\S*$", PINS, re.MULTILINE), "pip takes exact versions alone as constraints"
 
 
@@ -140,6 +141,7 @@ def test_a_wheel_has_the_presets_and_samples_without_extras(tmp_path):
   assert (info / "entry_points.txt").read_text() == "[console_scripts]\nd1jax = d1jax.commands:main\n"
 
   missing = {"grain", "math_verify", "matplotlib", "PIL", "tensorboardX", "tqdm", "wandb", "trackio", "lm_eval"}
+  missing |= {"starlette", "uvicorn"}
   script = ALONE.format(names=missing, site=str(site), start=str(jobs.START))
   (tmp_path / "empty").mkdir()
   environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": QUICK_TO_COMPILE}

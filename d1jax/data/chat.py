@@ -111,6 +111,13 @@ def find_template(files: Mapping[str, bytes]) -> tuple[str, str] | None:
   return template, name
 
 
+def tells_turns(files: Mapping[str, bytes]) -> bool:
+  """Whether a folder has a chat template. Without one, a conversation is one text, and a model cannot tell who said
+  what.
+  """
+  return find_template(files) is not None
+
+
 class ChatTemplate:
   """A conversation written as the model was trained to read it.
 

@@ -35,7 +35,7 @@ class Denoiser:
     init_cache: `valid[B L] -> cache`, an empty cache; None if the network has no cached form.
     encode_window: `(params, tokens[B W], start, cache) -> (hidden[B W D], cache)`: encodes the positions from `start`
       on, which attend to the cache with their own entries renewed. The window that covers the canvas is a refresh and
-      equals `encode`.
+      equals `encode`. `start` is a number, or an array [B] that has one for each row.
     block: the length inside which attention of a block-causal network goes both ways. Blocks are counted from the first
       position of the canvas; in `encode` and `encode_window` a position sees its own block and all before it. None:
       attention goes both ways everywhere.
@@ -75,12 +75,18 @@ class Denoiser:
     ):
       raise ValueError(f"block={self.block} needs encode_streams, init_cache and encode_window")
 
-  def hidden_predicting(self, hidden: Float[Array, "B L D"], positions: Int[Array, "W"]) -> Float[Array, "B W D"]:
-    """The hidden states that predict these positions; the only place that knows whether a position predicts itself.
+  def hidden_predicting(
+    self, hidden: Float[Array, "B L D"], positions: Int[Array, "W"] | Int[Array, "B W"]
+  ) -> Float[Array, "B W D"]:
+    """The hidden states that predict these positions, of all rows or of each row; the only place that knows whether a
+    position predicts itself.
 
     It is called once a forward pass, with all that the pass has encoded.
     """
-    return jnp.take(checkpoint_name(hidden, FORWARD_PASS), positions - self.shift, axis=1)
+    hidden, predicting = checkpoint_name(hidden, FORWARD_PASS), positions - self.shift
+    if predicting.ndim == 1:
+      return jnp.take(hidden, predicting, axis=1)
+    return jnp.take_along_axis(hidden, predicting[..., None], axis=1)
 
   def logits(self, params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Logits in float32 with the forbidden ids at minus infinity: the one density that is sampled, scored and

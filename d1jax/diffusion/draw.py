@@ -1,5 +1,7 @@
 """Exact draws from a tempered softmax, one uniform a draw, in float32."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -49,23 +51,23 @@ def inverse_cdf(logits: Float[Array, "*B V"], uniform: Float[Array, "*B"]) -> In
     uniform: in [0, 1).
   """
   if logits.shape[-1] > TILE:
-    return _through_tiles(logits, uniform, 1.0)[0]
+    return _through_tiles(logits, uniform, lambda x: x)[0]
   mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
   cumulative = jnp.cumsum(mass, axis=-1)
   return _search(mass, cumulative, uniform * cumulative[..., -1])
 
 
 def _through_tiles(
-  logits: Float[Array, "*B V"], uniform: Float[Array, "*B"], temperature: float
+  logits: Float[Array, "*B V"], uniform: Float[Array, "*B"], temper: Callable[[jax.Array], jax.Array]
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
-  """Draws from softmax(logits / temperature); returns the tokens and the logarithm of the softmax's denominator."""
+  """Draws from softmax(temper(logits)); returns the tokens and the logarithm of the softmax's denominator."""
   # With tiles of 2 ids for an example: masses [1, 2 | 3, 4] have tile masses [3, 7], cumulative [3, 10]. The uniform
   # 0.5 has the target 5. The first tile beyond 5 is tile 1; 3 lie before it, so that the target inside it is 2. Its
   # masses [3, 4] are cumulative [3, 7], the first beyond 2 is entry 0: the draw is token 1 * 2 + 0 = 2, as it is in the
   # cumulative sum of all, [1, 3, 6, 10]. Two short sums replace one of V entries, and a device that holds whole tiles
   # computes the same sums as one that holds all of them.
-  top = jnp.max(logits, axis=-1) / temperature  # the confidence needs the maximum of the raw logits too: one pass less
-  mass = jnp.exp(logits / temperature - top[..., None])
+  top = temper(jnp.max(logits, axis=-1))  # the confidence needs the maximum of the raw logits too: one pass less
+  mass = jnp.exp(temper(logits) - top[..., None])
   mass = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % TILE)])
   tiles = mass.reshape(*mass.shape[:-1], -1, TILE)
   tile_mass = jnp.sum(tiles, axis=-1)
@@ -83,6 +85,18 @@ def _at(x: Float[Array, "*B N"], index: Int[Array, "*B"]) -> Float[Array, "*B"]:
   return jnp.take_along_axis(x, index[..., None], axis=-1)[..., 0]
 
 
+def propose_each(
+  logits: Float[Array, "*B V"], uniform: Float[Array, "*B"], temperature: Float[Array, "*B"]
+) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
+  """`propose` with a temperature for each position, an argument of the compiled program."""
+  # A compiler turns a division by a constant into a product with its reciprocal, which rounds otherwise than a
+  # division: the product here gives the bits of `propose`, whose temperature is a constant.
+  warm = temperature > 0
+  reciprocal = 1 / jnp.where(warm, temperature, 1.0)
+  drawn, logp = _drawn(logits, uniform, lambda x: x * jnp.expand_dims(reciprocal, range(temperature.ndim, x.ndim)))
+  return jnp.where(warm, drawn, _most_probable(logits)), jnp.where(warm, logp, 0.0)
+
+
 def propose(
   logits: Float[Array, "*B V"], uniform: Float[Array, "*B"], temperature: float
 ) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
@@ -92,11 +106,22 @@ def propose(
     The tokens, and the log-probability that the tempered distribution gives them (0 at temperature 0).
   """
   if temperature == 0:
-    tokens = _first_true(logits == jnp.max(logits, axis=-1, keepdims=True))
+    tokens = _most_probable(logits)
     return tokens, jnp.zeros(tokens.shape, jnp.float32)
+  return _drawn(logits, uniform, lambda x: x / temperature)
+
+
+def _most_probable(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+  return _first_true(logits == jnp.max(logits, axis=-1, keepdims=True))
+
+
+def _drawn(
+  logits: Float[Array, "*B V"], uniform: Float[Array, "*B"], temper: Callable[[jax.Array], jax.Array]
+) -> tuple[Int[Array, "*B"], Float[Array, "*B"]]:
+  """Draws from softmax(temper(logits)), and the log-probabilities of the draws; `temper` also takes [*B]."""
   if logits.shape[-1] > TILE:
-    tokens, log_total = _through_tiles(logits, uniform, temperature)
-    return tokens, _at(logits, tokens) / temperature - log_total
-  tempered = logits / temperature
+    tokens, log_total = _through_tiles(logits, uniform, temper)
+    return tokens, temper(_at(logits, tokens)) - log_total
+  tempered = temper(logits)
   tokens = inverse_cdf(tempered, uniform)
   return tokens, log_prob(tempered, tokens)

@@ -33,7 +33,8 @@ COMPACT_FROM = 512
 copies cost."""
 
 _HALVINGS = 3
-_TOKEN_STREAM, _ORDER_STREAM = 0, 1
+TOKEN_STREAM, ORDER_STREAM = 0, 1
+"""The draws of a step are folded with these: for tokens, and for the order of random remasking."""
 
 
 class _Canvas(NamedTuple):
@@ -287,7 +288,7 @@ class _Loop:
     with jax.named_scope(NEXT_BLOCK):
       logits = self.denoiser.logits(self.params, self.denoiser.hidden_predicting(hidden, jnp.asarray([size])))
     index = block * self.spec.steps_per_block
-    uniform = keys.uniforms(keys.fold(keys.fold(self.keys, index), _TOKEN_STREAM), self.active)
+    uniform = keys.uniforms(keys.fold(keys.fold(self.keys, index), TOKEN_STREAM), self.active)
     offset = block * self.spec.block_length
     proposal, logp = propose(logits, jax.lax.dynamic_slice_in_dim(uniform, offset, 1, axis=1), self.spec.temperature)
     old = jax.lax.dynamic_slice_in_dim(state.canvas.tokens, start, 1, axis=1)
@@ -334,11 +335,11 @@ class _Loop:
     logits, caches = block_logits(
       self.denoiser, self.params, canvas.tokens, self.valid, state.caches, start, spec=spec, window=window
     )
-    proposal, logp = propose(logits, draw(_TOKEN_STREAM), spec.temperature)
+    proposal, logp = propose(logits, draw(TOKEN_STREAM), spec.temperature)
     if spec.schedule == "sequential":
       confidence = jnp.broadcast_to(-jnp.arange(spec.block_length, dtype=jnp.float32), logp.shape)
     else:
-      confidence = draw(_ORDER_STREAM) if spec.remasking == "random" else log_prob(logits, proposal)
+      confidence = draw(ORDER_STREAM) if spec.remasking == "random" else log_prob(logits, proposal)
     masked = cut(canvas.tokens, start) == self.denoiser.mask_id
     rank = rank_descending(jnp.where(masked, confidence, -jnp.inf))
     if not spec.by_confidence:

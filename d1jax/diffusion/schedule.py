@@ -50,8 +50,27 @@ def confident_count(
   """
   confidence = jnp.exp(log_confidence)
   if spec.schedule == "threshold":
-    count = jnp.sum(masked & (confidence >= spec.threshold), axis=1, dtype=jnp.int32)
+    count = at_least(spec.threshold, confidence, masked)
   else:
-    fails = masked & (confidence < 1 - spec.factor / (rank + 2))  # the entry of rank r is the k-th, k = r + 1
-    count = jnp.min(jnp.where(fails, rank, spec.block_length), axis=1)
+    count = in_a_row(spec.factor, confidence, rank, masked)
   return jnp.clip(count, 1, spec.max_reveal)
+
+
+def at_least(
+  threshold: float | Float[Array, "B 1"], confidence: Float[Array, "B W"], masked: Bool[Array, "B W"]
+) -> Int[Array, "B"]:
+  """How many masked entries of each row have at least this confidence."""
+  return jnp.sum(masked & (confidence >= threshold), axis=1, dtype=jnp.int32)
+
+
+def in_a_row(
+  factor: float | Float[Array, "B 1"],
+  confidence: Float[Array, "B W"],
+  rank: Int[Array, "B W"],
+  masked: Bool[Array, "B W"],
+) -> Int[Array, "B"]:
+  """The largest n such that of each row the k-th most confident masked entry has, for each k <= n, at least the
+  confidence 1 - factor / (k + 1); W where no entry has less.
+  """
+  fails = masked & (confidence < 1 - factor / (rank + 2))  # the entry of rank r is the k-th, k = r + 1
+  return jnp.min(jnp.where(fails, rank, rank.shape[1]), axis=1)

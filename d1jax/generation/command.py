@@ -35,13 +35,7 @@ WIDEST = 100
 
 def run(config: ConfigDict) -> list[Generation]:
   """Completes `config.prompt`, or the lines of standard input, prints the texts and returns them."""
-  if config.checkpoint is None and not config.pretrained:
-    raise RunError(
-      "nobody to answer: set config.checkpoint (a work directory or a checkpoint's folder) or config.pretrained (a"
-      " model's folder)"
-    )
-  with input_checked():
-    limits.check(config)
+  check_fields(config)
   try:
     prompts = _prompts(config)
     path = _film_path(config, len(prompts))
@@ -52,12 +46,23 @@ def run(config: ConfigDict) -> list[Generation]:
   return shown
 
 
+def check_fields(config: ConfigDict) -> None:
+  """Raises a RunError unless a model is named and the numbers are allowed."""
+  if config.checkpoint is None and not config.pretrained:
+    raise RunError(
+      "nobody to answer: set config.checkpoint (a work directory or a checkpoint's folder) or config.pretrained (a"
+      " model's folder)"
+    )
+  with input_checked():
+    limits.check(config)
+
+
 def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[Generation]:
   """Reads the model, completes, prints, and saves the film."""
   found = subject.load(config)
   experiment = found.experiment
   with input_checked():
-    sampler = _sampler(config, experiment.sampler)
+    sampler = sampler_of(config, experiment.sampler)
     check(experiment.model.rollout_denoiser, sampler, length="length")
     generations = stream(
       experiment.model,
@@ -116,7 +121,7 @@ def _prompts(config: ConfigDict) -> list[str]:
   return prompts
 
 
-def _sampler(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
+def sampler_of(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
   """The sampler of answers; fields that are not set are those of the rollouts, including the tokens per step."""
   length = trained.completion_length if config.length is None else config.length
   block = min(trained.block_length, length) if config.block_length is None else config.block_length
@@ -141,23 +146,27 @@ def _printed(
   generations: Iterator[Generation], config: ConfigDict, tokenizer: Tokenizer, *, several: bool
 ) -> Iterator[Generation]:
   """Prints each completion and yields it."""
-  terminals = sys.stdout.isatty()
-  colored = terminals and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+  terminals, colored = sys.stdout.isatty(), has_colors()
   columns = min(WIDEST, shutil.get_terminal_size().columns - 1)
   for one in generations:
     names = [f"prompt {one.index + 1}"] * several + [f"sample {one.sample + 1}"] * (config.samples > 1)
     if names:
       asked = " ".join(one.prompt.split())
       head = f"[{', '.join(names)}] {asked if len(asked) <= columns // 2 else asked[: columns // 2] + '...'}"
-      _write(harmless(head) + "\n")
+      write(harmless(head) + "\n")
     if config.show_steps:
       view = terminal.show(canvases.of(one, tokenizer), columns=columns, colored=colored)
-      _write(view + "\n\n")
-    _write((harmless(one.text) if terminals else one.text) + "\n" * (1 + bool(names)))
+      write(view + "\n\n")
+    write((harmless(one.text) if terminals else one.text) + "\n" * (1 + bool(names)))
     yield one
 
 
-def _write(text: str) -> None:
+def has_colors() -> bool:
+  """Whether standard output is a terminal with colours that its user wants."""
+  return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def write(text: str) -> None:
   """Writes to standard output; characters that its encoding lacks become question marks.
 
   Raises:

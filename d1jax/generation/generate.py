@@ -202,7 +202,7 @@ def _said(tokenizer: Tokenizer, prompt: Prompt) -> str:
   return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _revealed(reveal_step: Int[np.ndarray, "C"], first: int, spec: SamplerSpec) -> Int[np.ndarray, "C"]:
+def _revealed(reveal_step: Int[np.ndarray, "W"], first: int, spec: SamplerSpec) -> Int[np.ndarray, "C"]:
   """The recorded steps, with -1 for blocks that were not computed: step 0 unmasks only tokens of the first block.
 
   `first` is the place of the completion among the columns that the sampler's blocks cover.

@@ -1,7 +1,7 @@
 """Shows the canvas on a terminal, step by step; each token has the colour of the step that unmasked it."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from d1jax.generation import canvas as canvases
 from d1jax.generation.canvas import GIVEN, SCALE, Canvas, Glyph, evenly, layout
@@ -32,6 +32,33 @@ def show(canvas: Canvas, *, columns: int, colored: bool) -> str:
   scale = "".join(_paint("■", f"38;5;{number}", colored) for number in SCALE)
   parts.append(f"revealed early {scale} late   {LEGEND}" if colored else LEGEND)
   return "\n".join(parts)
+
+
+def frame(canvas: Canvas, *, columns: int, colored: bool) -> list[str]:
+  """The lines of a canvas that is not finished, after its last step.
+
+  Args:
+    canvas: what is revealed, and the masks to draw.
+    columns: the width of the terminal.
+    colored: whether the terminal supports colours.
+  """
+  last = canvas.total - 1
+  return ["".join(_line(canvas, line, last, last - 1, colored)) for line in layout(canvas.texts, columns)]
+
+
+class Screen:
+  """A part of a terminal, at the cursor, that is written again and again."""
+
+  def __init__(self, write: Callable[[str], None], rows: int):
+    """Writes with `write`, and never more than so many lines: the last ones."""
+    self._write, self._rows, self._up = write, rows, 0
+
+  def show(self, lines: Sequence[str]) -> None:
+    """Replaces what is shown, in one piece, so that it does not flicker; no lines: nothing is left of it."""
+    kept = lines[-self._rows :]
+    back = f"\x1b[{self._up}A" if self._up else ""
+    self._write(back + "\r\x1b[J" * bool(back or kept) + "".join(f"{line}\n" for line in kept))
+    self._up = len(kept)
 
 
 def _line(canvas: Canvas, line: list[Glyph], step: int, before: int, colored: bool) -> Iterator[str]:

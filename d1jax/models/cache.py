@@ -52,7 +52,7 @@ def empty(
 def renewed(
   cache: Cache,
   layer: Int[Array, ""],
-  start: int | Int[Array, ""],
+  start: int | Int[Array, ""] | Int[Array, "B"],
   k: Float[Array, "B W K H"],
   v: Float[Array, "B W K H"],
   constrain: Constrain,
@@ -62,7 +62,7 @@ def renewed(
   Args:
     cache: the old cache, which must not be used afterwards.
     layer: the index of the layer.
-    start: the position of the window's first row, at most L - W.
+    start: the position of the window's first row, at most L - W; an array [B] has one for each row of the batch.
     k: the keys of the window.
     v: the values of the window.
     constrain: sets the placement of the cache.
@@ -72,7 +72,10 @@ def renewed(
   """
 
   def write(stack: jax.Array, new: jax.Array) -> jax.Array:
-    return constrain(jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, start, 0, 0)), AXES)
+    if isinstance(start, int) or not start.ndim:
+      return constrain(jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, start, 0, 0)), AXES)
+    row = lambda stack, new, start: jax.lax.dynamic_update_slice(stack, new[None], (layer, start, 0, 0))
+    return constrain(jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(stack, new, start), AXES)
 
   cache = cache._replace(key=write(cache.key, k), value=write(cache.value, v))
   if k.shape[1] == cache.valid.shape[1]:  # a refresh: the window is the whole canvas, so nothing else must be read

@@ -32,21 +32,28 @@ class Visible(NamedTuple):
   Attributes:
     valid: false at padding.
     rule: see `d1jax.models.visibility`; None: attention goes both ways.
-    start: the index of the first query among the keys: 0, or where the window of a cache begins.
+    start: the index of the first query among the keys: 0, or where the window of a cache begins; an array [B] has one
+      for each row.
     segment: the document of each key of a packed row, of which queries are `segment[start : start + T]`; None: each row
       is one document.
   """
 
   valid: Bool[Array, "B S"]
   rule: Rule | None = None
-  start: int | Int[Array, ""] = 0
+  start: int | Int[Array, ""] | Int[Array, "B"] = 0
   segment: Int[Array, "B S"] | None = None
+
+  @property
+  def by_row(self) -> bool:
+    """Whether each row has a start of its own."""
+    return not isinstance(self.start, int) and self.start.ndim > 0
 
   def seen(self, queries: int) -> Bool[Array, "#B 1 #T S"]:
     """The mask as an array, for `queries` queries."""
     seen = self.valid[:, None, None, :]
     if self.rule is not None:
-      seen = seen & self.rule(self.start + jnp.arange(queries)[:, None], jnp.arange(self.valid.shape[1])[None, :])
+      start = jnp.reshape(self.start, (-1, 1, 1, 1)) if self.by_row else self.start
+      seen = seen & self.rule(start + jnp.arange(queries)[:, None], jnp.arange(self.valid.shape[1])[None, :])
     if self.segment is not None:
       own = jax.lax.dynamic_slice_in_dim(self.segment, self.start, queries, axis=1)
       seen = seen & (own[:, None, :, None] == self.segment[:, None, None, :])
@@ -199,7 +206,7 @@ def rotary_frequencies(half: int, theta: float, scaling: RopeScaling | None = No
 
 
 def rotary(
-  x: Float[Array, "B L N H"], frequency: Float[Array, "half"], positions: Int[Array, "L"]
+  x: Float[Array, "B L N H"], frequency: Float[Array, "half"], positions: Int[Array, "*B L"]
 ) -> Float[Array, "B L N H"]:
   """Rotary position embedding, half-split form, in float32 (Su et al. 2021; Llama's convention).
 
@@ -208,9 +215,11 @@ def rotary(
   Args:
     x: queries or keys.
     frequency: radians per position.
-    positions: the position of each row.
+    positions: of the tokens, [L], or [B L] where each row has its own.
   """
-  angle = positions.astype(jnp.float32)[None, :, None, None] * frequency[None, None, None]
+  places = positions.astype(jnp.float32)
+  places = places[None, :, None, None] if places.ndim == 1 else places[:, :, None, None]
+  angle = places * frequency[None, None, None]
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -273,13 +282,13 @@ class SelfAttention(nnx.Module):
     return heads
 
   def __call__(
-    self, x: Float[Array, "B L D"], positions: Int[Array, "L"], attend: Attend, dropout: DropoutKeys = None
+    self, x: Float[Array, "B L D"], positions: Int[Array, "*B L"], attend: Attend, dropout: DropoutKeys = None
   ) -> tuple[Float[Array, "B L D"], Any]:
     """Applies attention over positions.
 
     Args:
       x: the input.
-      positions: the position of each row of it.
+      positions: of its tokens, see `rotary`.
       attend: the attention, see `Attend`.
       dropout: keys for the projections' dropout.
 
@@ -368,7 +377,7 @@ class Block(nnx.Module):
     self.mlp = GatedMlp(size.embed, size.mlp, dtype=dtype, project=project, rngs=rngs)
 
   def __call__(
-    self, x: Float[Array, "B L D"], positions: Int[Array, "L"], attend: Attend, dropout: DropoutKeys = None
+    self, x: Float[Array, "B L D"], positions: Int[Array, "*B L"], attend: Attend, dropout: DropoutKeys = None
   ) -> tuple[Float[Array, "B L D"], Any]:
     """Maps the residual stream to the residual stream; arguments and results are those of `SelfAttention`."""
     mixed, kept = self.attention(self.attention_norm(x), positions, attend, fold_tokens(dropout, 0))

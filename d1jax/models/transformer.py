@@ -36,7 +36,13 @@ from d1jax.models.visibility import Rule
 Params = dict[str, Any]
 
 
-def _positions(rule: Rule | None, start: int | Int[Array, ""], length: int) -> Int[Array, "length"]:
+Start = int | Int[Array, ""] | Int[Array, "B"]
+"""The position of a window, or one for each row of a batch."""
+
+
+def _positions(rule: Rule | None, start: Start, length: int) -> Int[Array, "*B length"]:
+  if not isinstance(start, int) and start.ndim:
+    return jax.vmap(lambda own: _positions(rule, own, length))(start)
   return start + jnp.arange(length) if rule is None else rule.positions(start, length)
 
 
@@ -91,7 +97,7 @@ class Transformer(nnx.Module):
   def encode_window(
     self,
     tokens: Int[Array, "B W"],
-    start: int | Int[Array, ""],
+    start: Start,
     cache: Cache,
     rule: Rule | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:
@@ -99,7 +105,7 @@ class Transformer(nnx.Module):
 
     Args:
       tokens: the tokens of the window.
-      start: the position of the window; it is clipped to 0 .. L - W.
+      start: the position of the window, or one for each row; it is clipped to 0 .. L - W.
       cache: the old cache, which must not be used afterwards.
       rule: who sees whom on the canvas, see `Network`.
     """
@@ -154,8 +160,9 @@ class Network(NamedTuple):
     head: `params -> weight[D V]` in its stored dtype; logits are `hidden @ head`.
     init_cache: `valid[B L] -> cache`, an empty cache: the first window must cover the canvas.
     encode_window: `(params, tokens[B W], start, cache, rule=None) -> (hidden[B W D], cache)` computes W positions from
-      `start` on. First their keys and values are updated in the cache, then they attend to the cache. A start beyond
-      L - W becomes L - W. For a window that covers the canvas, the result equals `encode`. `rule` is the canvas's.
+      `start` on, a number, or an array [B] that has one for each row. First their keys and values are updated in the
+      cache, then they attend to the cache. A start beyond L - W becomes L - W. For a window that covers the canvas, the
+      result equals `encode`. `rule` is the canvas's.
     axes: the tree of logical axes, with one tuple of names per parameter.
     size: the sizes.
   """
@@ -232,7 +239,7 @@ def build(
   def encode_window(
     params: Params,
     tokens: Int[Array, "B W"],
-    start: int | Int[Array, ""],
+    start: Start,
     cache: Cache,
     rule: Rule | None = None,
   ) -> tuple[Float[Array, "B W D"], Cache]:

@@ -80,7 +80,7 @@ def per_device(kernel: Attention, mesh: Mesh, rules: meshes.Rules) -> Attention:
 
     if moves:
       arrays = [jnp.asarray(visible.start), *arrays]
-    axes = [row if x.ndim else () for x in arrays]
+    axes = [row[: x.ndim] for x in arrays]
     return meshes.per_device(part, mesh, rules, (queries, keys, keys, *axes), queries)(q, k, v, *arrays)
 
   return attend
@@ -95,11 +95,12 @@ def splash_attention(
   query is traced, as where devices share the positions, it computes all tiles: under the rules that we have, the device
   with the last queries needs nearly all of them, and the others would only wait for it.
 
-  `in_chunks` serves head sizes that are no multiple of 8 or beyond 128, and fewer than 128 queries: the kernel's
+  `in_chunks` serves a start for each row, head sizes that are no multiple of 8 or beyond 128, and fewer than 128
+  queries: the kernel's
   backward pass takes 128 at a time, and in a short window of a cache the kernel's transpose of all keys and values
   [B S K H -> B K S H] moves more bytes than the logits that it saves.
   """
-  if not _served_by_splash(q):
+  if visible.by_row or not _served_by_splash(q):
     return in_chunks(q, k, v, visible)
   (block_q, rows), (block_kv, columns) = _blocks(q.shape[1]), _blocks(k.shape[1])
   kernel = splash.make_splash_mha(

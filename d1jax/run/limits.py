@@ -129,6 +129,12 @@ TABLE: Mapping[str, Limit] = {
   "mc_num": COUNT,
   "prompt_buckets": TOKENS._replace(several=True),
   "slices": COUNT,
+  # Fields of servers.
+  "port": Limit(True, 0, 2**16 - 1),
+  "slots": COUNT,
+  "queue": COUNT,
+  "request_seconds": POSITIVE,
+  "drain_seconds": SIZE,
 }
 """The conditions on the numbers of all configurations, by dotted name."""
 MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow")
@@ -137,7 +143,7 @@ MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow")
 
 LOCAL = (
   *("model.pretrained", "data.root", "task.module", "sft.data"),
-  *("pretrained", "adapter", "generations", "perplexity", "module", "data_root", "film"),
+  *("pretrained", "adapter", "generations", "perplexity", "module", "data_root", "film", "api_key_file"),
 )
 """The path fields that must not be in a bucket. `output` may be, but only in an evaluation, which checks it itself."""
 

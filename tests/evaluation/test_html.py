@@ -30,7 +30,7 @@ ATTACKS = [
   "\U0001f600 é 中",
   "",
 ]
-VOID = {"meta", "input", "br"}
+VOID = {"meta", "input", "br", "link"}
 
 
 class Page(html.parser.HTMLParser):

@@ -12,6 +12,7 @@ from d1jax.models import cache as caches
 from d1jax.models import layers, lora
 from d1jax.models.families.qwen3 import NormedAttention
 from d1jax.models.transformer import TransformerSize, build
+from d1jax.models.visibility import BlockCausal
 from d1jax.parallel import mesh as meshes
 
 LENGTH, WINDOW = 10, 4
@@ -137,6 +138,23 @@ def test_windows_of_other_tokens_are_those_of_a_plain_loop(name):
     np.testing.assert_allclose(cache.value, np.stack(value), rtol=1e-4, atol=1e-5)
   fresh = encode(params, canvas, VALID)[:, 3:7]
   assert np.abs(np.asarray(fresh - found)).mean() > 0.01, "the cache is of no account here"
+
+
+@pytest.mark.few(1, reason="each case compiles programs of its own")
+@pytest.mark.parametrize("rule", [BlockCausal(2), None])
+def test_a_window_may_begin_elsewhere_in_each_row(rule):
+  """Also beyond both ends; what a row gets is what it gets alone."""
+  network, params = model("dream")[:2]
+  window = jax.jit(functools.partial(network.encode_window, rule=rule))
+  starts = np.asarray([3, -1, 6, 9])
+  columns = np.clip(starts, 0, LENGTH - WINDOW)[:, None] + np.arange(WINDOW)
+  tokens = jnp.take_along_axis(CHANGED, columns, axis=1)
+  hidden, cache = window(params, tokens, jnp.asarray(starts), refreshed("dream"))
+  for row, start in enumerate(starts.tolist()):
+    alone, after = window(params, tokens, jnp.asarray(start), refreshed("dream"))
+    np.testing.assert_allclose(hidden[row], alone[row], rtol=1e-5, atol=1e-5)
+    for a, b in zip(cache[:2], after[:2], strict=True):
+      np.testing.assert_allclose(a[:, row], b[:, row], rtol=1e-5, atol=1e-5)
 
 
 def test_the_cache_holds_what_the_projections_give():

@@ -83,6 +83,15 @@ def test_devices_that_share_positions_know_where_theirs_begin(interpreted):
   assert interpreted[0] == (2, 256, 384)
 
 
+@pytest.mark.parametrize(("t", "sizes"), [(8, (2, 2, 2)), (130, (1, 2, 1, 2))])
+def test_each_row_may_begin_elsewhere(interpreted, t, sizes):
+  inputs = ruled(t, 300, BlockCausal(7), b=4)
+  starts = jnp.asarray(np.random.default_rng(0).integers(0, 300 - t, len(inputs[0])))
+  attention = kernels.per_device(kernels.splash_attention, mesh_of(*sizes), RULES)
+  assert_agree(attention, (*inputs[:3], inputs[3]._replace(start=starts)), traced=True)
+  assert not interpreted
+
+
 @pytest.mark.parametrize("start", [0, 70])
 @pytest.mark.parametrize("rule", [BlockCausal(1), BlockCausal(4), BlockCausal(32), STREAMS, TwoStreams(4, 120, 80)])
 def test_the_kernel_computes_the_rule(rule, start):
