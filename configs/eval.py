@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint, a model folder, or completions in a file.
+"""Evaluates a checkpoint, a model folder, or completions in a file; or scores a file of text.
 
 `--config=configs/eval.py:WORDS --config.checkpoint=DIR`, words separated by commas: a size (`tiny`, the default, which
 takes lengths, steps and prompts from the checkpoint; `d1`, d1's evaluation, once `llada_8b`), any number of
@@ -36,6 +36,11 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   c.checkpoint = none(str)  # a run's work directory, or the folder of one checkpoint
   c.pretrained = none(str)  # a model folder; with `checkpoint`: the new place of the run's base model, if it moved
   c.generations = none(str)  # completions to grade without a model: a file, or a folder with one file per process
+
+  # Instead of questions: the text that the model is to predict, a file of one document or JSON lines with `text`.
+  c.perplexity = none(str)
+  c.window = 1024  # the most tokens that are scored at a time
+  c.mc_num = 128  # masks of each window, a forward pass each; one is enough for blocks of one token
 
   # The questions. If neither `tasks` nor `module` is set, the tasks of the checkpoint are used.
   c.tasks = tuple(word for word in chosen if word in RECIPE["TASKS"])

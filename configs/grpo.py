@@ -1,11 +1,11 @@
 """d1's recipe: masked SFT, then diffu-GRPO, then evaluation.
 
-`--config=configs/grpo.py:WORDS`, words separated by commas: what is trained (`tiny`, the default; `smoke`; `lora`,
-adapters on a downloaded model; `full`, all weights of one), a task (`sudoku`, the default; `countdown`, `gsm8k`,
-`math`), or several, which are mixed, `block` for a block-causal network, and a method (`d1`, the default; `wd1`,
-`coupled`, `espo`, `gdpo`, `spg`, `stepmerge`, `tracerl`, `ebpo`, `agrpo`, `justgrpo`; docs/methods.md). Any field can
-be set on the command line: `--config.grpo.learning_rate=1e-4`. docs/configuration.md lists more fields, which few
-people set.
+`--config=configs/grpo.py:WORDS`, words separated by commas: what is trained (`tiny`, the default; `smoke`; `small`,
+ten times as many weights; `lora`, adapters on a downloaded model; `full`, all weights of one), a task (`sudoku`, the
+default; `countdown`, `gsm8k`, `math`, `word_problems`), or several, which are mixed, `block` for a block-causal
+network, and a method (`d1`, the default; `wd1`, `coupled`, `espo`, `gdpo`, `spg`, `stepmerge`, `tracerl`, `ebpo`,
+`agrpo`, `justgrpo`; docs/methods.md). Any field can be set on the command line: `--config.grpo.learning_rate=1e-4`.
+docs/configuration.md lists more fields, which few people set.
 
 `lora` and `full` are d1's diffu-GRPO on the model that `--config.model.pretrained` names; docs/d1.md sets each of their
 values beside d1's. They take one more word: `v5e`, `v5p`, `v6e` or `h100` sets the mesh for 8 or more of these chips
@@ -23,7 +23,8 @@ METHODS = runpy.run_path(str(Path(__file__).with_name("methods.py")))["METHODS"]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 ATTENTION = ("block",)
-SIZES, TASKS = ("tiny", "smoke", "lora", "full"), ("sudoku", "countdown", "gsm8k", "math")
+SIZES = ("tiny", "smoke", "small", "lora", "full")
+TASKS = ("sudoku", "countdown", "gsm8k", "math", "word_problems")
 
 # Sizes of the mesh axes (fsdp, tensor), with adapters and with every weight trained. In an update, fsdp x tensor chips
 # share the weights; in a rollout, only `tensor` chips do: with (2, 4), 8 and 4 chips. A small `tensor` keeps
@@ -188,21 +189,26 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     "full": (_full,),
     "tiny": (_tiny,),
     "smoke": (_tiny, _smoke),
+    "small": (_tiny, _small),
     "sudoku": (_sudoku,),
     "countdown": (_countdown,),
     "gsm8k": (_gsm8k,),
     "math": (_math,),
+    "word_problems": (_word_problems,),
   }
   for apply in (*presets[sizes[0]], *presets[tasks[0]]):
     apply(c)
   if alone and (sizes[0], tasks[0]) == ("tiny", "countdown"):
     _tiny_countdown(c)
-  if "block" in chosen:
+  if alone and (sizes[0], tasks[0]) == ("small", "word_problems"):
+    _small_word_problems(c)
+  in_blocks = "block" in chosen or "block" in c.model
+  if in_blocks and "block" not in c.model:
     _block(c)
   if chips:
     _lay_out(c, chips[0])
   for name in named:
-    _choose(c, METHODS[name], tasks[0], "block" in chosen)
+    _choose(c, METHODS[name], tasks[0], in_blocks)
   return c
 
 
@@ -222,7 +228,7 @@ def _choose(c: config_dict.ConfigDict, method: Any, task: str, block_causal: boo
   """Sets the fields of a method and, on the large model, the paper's hyperparameters; `tiny` keeps its own rates."""
   for section, fields in method.fields(c.rollout.to_dict(), block_causal=block_causal).items():
     set_fields(c[section], fields)
-  if c.model.size == "tiny":
+  if c.model.size in ("tiny", "small"):
     return
   given, optimiser_steps = (
     method.paper(c.rollout.to_dict(), task, block_causal=block_causal),
@@ -318,12 +324,18 @@ def _tiny(c: config_dict.ConfigDict) -> None:
   c.evaluation.update(batch_size=128, prompt_buckets=(33,))
 
 
+def _small(c: config_dict.ConfigDict) -> None:
+  """A model of 2M parameters, for tasks in words."""
+  c.workdir = "runs/small"
+  c.model.update(size="small", unroll=4)
+
+
 def _block(c: config_dict.ConfigDict) -> None:
   """A block-causal network, such as SDAR's: its blocks are completed one after the other, on an exact cache.
 
   A downloaded model says how long its blocks are, or needs `model.block`; `tiny` has three blocks.
   """
-  if c.model.size == "tiny":
+  if c.model.size in ("tiny", "small"):
     size = c.rollout.completion_length // 3
     c.model.block = size
     # A block chooses among few proposals: at the temperature 4 of full attention few completions are well-formed.
@@ -394,3 +406,49 @@ def _math(c: config_dict.ConfigDict) -> None:
   c.task.sizes.update(demonstrations=12000, train=12000, test=500)
   if c.task.style != "terse":
     c.grpo.update(steps=550, warmup_steps=9)
+
+
+def _word_problems(c: config_dict.ConfigDict) -> None:
+  c.task.name = "word_problems"
+  c.task.sizes.update(demonstrations=600, train=8000, validation=160, test=700)
+  if c.task.style == "terse":
+    # A token is a whole word, a digit or a sign; the longest demonstration has 85.
+    c.tokenizer = dict(model_type="bpe", vocab_size=512)
+    c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (64,)
+    c.sft.completion_buckets = (96,)
+    c.rollout.update(completion_length=96, block_length=96, diffusion_steps=48, temperature=1.0)
+  else:
+    c.grpo.update(steps=642, num_iterations=12, warmup_steps=6)  # as for GSM8K
+
+
+def _small_word_problems(c: config_dict.ConfigDict) -> None:
+  """A block-causal network: half of a sentence is a block, and the cache of finished ones is exact.
+
+  With full attention each of the 44 steps would be a pass over 152 tokens, in validations too.
+  """
+  c.model.block = 8
+  c.task.options = dict(largest=99)
+  c.rollout.update(completion_length=88, block_length=8, diffusion_steps=44, early_exit=True)
+  # A masked number cannot be used. A row of 240 tokens holds two or three demonstrations.
+  c.sft.update(
+    steps=400,
+    batch_size=16,
+    packed=True,
+    prompt_buckets=(96,),
+    completion_buckets=(144,),
+    learning_rate=2e-3,
+    weight_decay=0.1,
+    p_mask_prompt=0.0,
+  )
+  # Of 16 groups the first 8 whose rewards differ are trained on: an update of all costs twice as much as their rollout.
+  c.grpo.update(
+    steps=90,
+    prompts_per_iteration=8,
+    num_generations=8,
+    oversample=2,
+    accumulation=2,
+    rollout_chunks=1,
+    learning_rate=3e-4,
+    warmup_steps=5,
+    validate_every=15,
+  )

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   from d1jax.diffusion.rollout import SamplerSpec as Sampler
   from d1jax.diffusion.sampler import sample
   from d1jax.evaluation.evaluator import evaluate
+  from d1jax.evaluation.likelihood import log_likelihood
   from d1jax.generation.generate import generate
   from d1jax.model import Model, from_pretrained, from_scratch
   from d1jax.models.lora import LoraSpec as Lora
@@ -53,6 +54,7 @@ _PLACES = {
   "from_pretrained": "d1jax.model",
   "from_scratch": "d1jax.model",
   "generate": "d1jax.generation.generate",
+  "log_likelihood": "d1jax.evaluation.likelihood",
   "losses": "d1jax.rl.losses:",
   "make_mesh": "d1jax.parallel.mesh",
   "sample": "d1jax.diffusion.sampler",
@@ -84,6 +86,7 @@ __all__ = [
   "from_pretrained",
   "from_scratch",
   "generate",
+  "log_likelihood",
   "losses",
   "make_mesh",
   "sample",

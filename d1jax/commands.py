@@ -65,6 +65,7 @@ COMMANDS: Mapping[str, Command] = {
     _WHO
     | {
       "generations": "instead: completions to grade without a model, a file or a folder",
+      "perplexity": "instead of questions: a file of text that the model is to predict",
       "split": "whose questions are asked",
       "questions": "at most so many of each task; None: all",
       "protocol": "how answers are graded: strict, or d1",

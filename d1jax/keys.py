@@ -25,6 +25,7 @@ class Purpose(enum.IntEnum):
   DROPOUT = 6
   ADAPTER = 7
   MASK_EMBEDDING = 8
+  LIKELIHOOD = 9
 
 
 def seeded(seed: int) -> Key[Array, ""]:

@@ -2,7 +2,8 @@
 
 Programs are compiled quickly, to slow code (`tests.QUICK_TO_COMPILE`): compiling is most of what tests do. XLA's own
 passes over a program run as always. `XLA_FLAGS` that are set outside come later, and win. What takes long to compile is
-compiled once for all tests of a session and the jobs that they start.
+compiled once for all tests of a session and the jobs that they start; or of several sessions, if `D1JAX_TEST_CACHE`
+names a folder for it.
 """
 
 import os
@@ -21,7 +22,10 @@ os.environ["XLA_FLAGS"] = " ".join(
   )
 )
 # JAX does not lock it: what is read while it is written is not understood, and compiled once more.
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(FOLDER / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+os.environ |= {
+  "JAX_COMPILATION_CACHE_DIR": os.environ.get("D1JAX_TEST_CACHE", str(FOLDER / "cache")),
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
 
 import hypothesis
 import jax

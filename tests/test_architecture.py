@@ -55,6 +55,8 @@ ALLOWED["report"] = ALLOWED["export"] | {"telemetry"}
 ALLOWED["results"] = ALLOWED["report"] | {"report"}
 ALLOWED["recipe"] = ALLOWED["results"] | {"results", "training"}
 ALLOWED["presets"] = set(ALLOWED)
+ALLOWED["harness"] = set(ALLOWED)
+ALLOWED["lm_eval"] = set(ALLOWED)
 ALLOWED["main"] = set(ALLOWED)
 ALLOWED[""] = set(ALLOWED)  # the package's own file
 ALLOWED["commands"] = set(ALLOWED)
@@ -373,6 +375,7 @@ CONFIGS = [
   ("grpo", "llada_8b,math"),
   ("sft", "llada_8b"),
   ("grpo", "tiny,sudoku,countdown"),
+  ("grpo", "small,word_problems"),
   ("eval", ""),
   ("eval", "llada_8b,gsm8k,math"),
   ("export",),

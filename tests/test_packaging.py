@@ -76,6 +76,7 @@ def needed(*modules: str) -> set[str]:
     (["d1jax.tasks.verifier_process"], ["math"]),
     (["d1jax.run.trackers.wandb"], ["wandb"]),
     (["d1jax.run.trackers.trackio"], ["trackio"]),
+    (["d1jax.harness"], ["lm_eval"]),
   ],
   ids=lambda value: "+".join(value) if value else "none",
 )
@@ -138,7 +139,7 @@ def test_a_wheel_has_the_presets_and_samples_without_extras(tmp_path):
   assert {"d1jax/py.typed", "d1jax/tasks/held_out.txt", "d1jax/evaluation/report.css"} <= packed
   assert (info / "entry_points.txt").read_text() == "[console_scripts]\nd1jax = d1jax.commands:main\n"
 
-  missing = {"grain", "math_verify", "matplotlib", "PIL", "tensorboardX", "tqdm", "wandb", "trackio"}
+  missing = {"grain", "math_verify", "matplotlib", "PIL", "tensorboardX", "tqdm", "wandb", "trackio", "lm_eval"}
   script = ALONE.format(names=missing, site=str(site), start=str(jobs.START))
   (tmp_path / "empty").mkdir()
   environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": QUICK_TO_COMPILE}

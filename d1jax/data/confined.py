@@ -88,6 +88,27 @@ class ConfinedTokenizer:
       self._unknown.check(text)
     return found
 
+  def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
+    """A conversation as the chat template writes it; without a template, the contents one after the other.
+
+    Raises:
+      ValueError: the template fails, or takes too much time or memory.
+    """
+    name = self._template or self._vocabulary
+    found: str = self._ask("written", name, [dict(message) for message in messages], begin_answer)
+    return found
+
+  def encode(self, text: str) -> list[int]:
+    """The ids that transformers gives a text: special tokens that it spells are special.
+
+    Raises:
+      ValueError: the text becomes a mask, or takes too much time or memory.
+    """
+    found: list[int] = self._ask("encode", self._vocabulary, text)
+    if self._unk_id in found:
+      self._unknown.check(text)
+    return found
+
   def unknown(self, text: str) -> list[str]:
     """The characters of a text that have no token, each once."""
     found: list[str] = self._ask("unknown", self._vocabulary, text)

@@ -68,7 +68,8 @@ class Server:
     tokenizer = self._tokenizers[number]
     if what == "ids":
       return {name: getattr(tokenizer, name) for name in ("vocab", "mask_id", "stop_ids", "pad_id", "unk_id")}
-    methods = ("try_template", "try_tokenizer", "prompt", "completion", "unknown", "decode_all", "decode_raw")
+    tried, decoded = ("try_template", "try_tokenizer"), ("decode_all", "decode_raw")
+    methods = (*tried, "prompt", "completion", "written", "encode", "unknown", *decoded)
     return {name: getattr(tokenizer, name) for name in methods}[what](*arguments)
 
 

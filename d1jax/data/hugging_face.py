@@ -129,6 +129,28 @@ class HuggingFaceTokenizer:
     end = self._end if self._end and self._end[-1] in self.stop_ids else [*self._end, self.stop_ids[0]]
     return [*self._encode(text), *end]
 
+  def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
+    """A conversation as the chat template writes it; without a template, the contents one after the other.
+
+    Raises:
+      ValueError: the template fails.
+    """
+    if self._template is None:
+      return "".join(message["content"] for message in messages)
+    return self._template.render(messages, add_generation_prompt=begin_answer)
+
+  def encode(self, text: str) -> list[int]:
+    """The ids that transformers gives a text: special tokens that it spells are special.
+
+    The start token stands in front, where the folder names one and does not say `"add_bos_token": false`, and the text
+    does not spell it.
+
+    Raises:
+      ValueError: the text becomes a mask.
+    """
+    ids = self._ids(text)
+    return ids if ids[:1] == list(self._start) else [*self._start, *ids]
+
   def unknown(self, text: str) -> list[str]:
     """The characters of a text that have no token, each once."""
     distinct = list(dict.fromkeys(text))

@@ -43,6 +43,14 @@ class Tokenizer(Protocol):
     """The ids of an answer, the end of the assistant's turn and the end of sequence included."""
     ...
 
+  def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
+    """A conversation as text, with or without the start of an assistant's turn at the end."""
+    ...
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text as it stands, behind the start token: `written` becomes the ids of `prompt`."""
+    ...
+
   def unknown(self, text: str) -> list[str]:
     """The characters of a text that have no token, each once."""
     ...
@@ -205,6 +213,15 @@ class SentencePieceTokenizer:
   def completion(self, text: str) -> list[int]:
     """The text and the end-of-sequence token."""
     return [*self._encode(text), self.stop_ids[0]]
+
+  def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
+    """The contents of the messages one after the other."""
+    del begin_answer
+    return "".join(message["content"] for message in messages)
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of a text behind the start token if the model has one."""
+    return self.prompt([{"role": "user", "content": text}], "")
 
   def unknown(self, text: str) -> list[str]:
     """The characters of a text that have no token, each once."""

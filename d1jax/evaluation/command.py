@@ -16,7 +16,7 @@ from d1jax.completer import Completer
 from d1jax.diffusion.blocks import check
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import explained, harmless, input_checked, smaller_batches
-from d1jax.evaluation import generations, output, subject
+from d1jax.evaluation import generations, output, perplexity, subject
 from d1jax.evaluation.evaluator import Evaluator, grade_completions
 from d1jax.evaluation.items import Item, append, parse, question_id
 from d1jax.evaluation.subject import Subject
@@ -31,7 +31,7 @@ from d1jax.tasks.common import check_choice
 
 ELSEWHERE = (
   *("checkpoint", "pretrained", "chosen_beforehand", "output", "compare"),
-  *("mesh", "cpu_devices", "distributed", "batch_size"),
+  *("mesh", "cpu_devices", "distributed", "batch_size", "perplexity", "window", "mc_num"),
 )
 """Fields that affect neither completions nor grades, or whose content the fingerprints identify."""
 
@@ -58,11 +58,16 @@ class Arm:
 def run(config: ConfigDict) -> dict[str, Any]:
   """Evaluates a model, or grades `config.generations`; prints a table and JSON lines, and writes the output folder.
 
+  With `config.perplexity` it scores a file of text, and writes nothing.
+
   Returns:
-    The content of `results.json`; see docs/evaluation.md.
+    The content of `results.json`, or of the line about the perplexity; see docs/evaluation.md.
   """
   with input_checked():
     limits.check(config)
+  if config.perplexity is not None:
+    return perplexity.run(config)
+  with input_checked():
     check_choice("protocol", config.protocol, tasks.PROTOCOLS)
     multihost.from_main(lambda: output.compared_with(config))  # an error here comes before any computation
     if config.generations is not None:

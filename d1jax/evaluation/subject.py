@@ -186,7 +186,7 @@ def load(config: ConfigDict) -> Subject:
 
 def _checkpoint(found: Found, config: ConfigDict) -> Subject:
   best = multihost.from_main(found.checkpoints.best_step)
-  is_test = "split" in config and config.split == "test"
+  is_test = "split" in config and config.split == "test" and config.perplexity is None
   if is_test and int(found.home.name) != best and not config.chosen_beforehand:
     raise RunError(
       f"{found.home} meets the test split, but validation chose checkpoint {best}: a choice among test results would be"

@@ -21,8 +21,8 @@ from d1jax.state import Params
 from d1jax.tasks.base import Message
 from d1jax.tasks.common import check_integer
 
-Prompt = str | Sequence[Message]
-"""A user's message, or a conversation."""
+Prompt = str | Sequence[Message] | Int[np.ndarray, "_"]
+"""A user's message, or a conversation, which the chat template writes; or token ids, which are taken as they are."""
 
 GREEDY = SamplerSpec(completion_length=128, diffusion_steps=64, block_length=32, temperature=0.0, early_exit=True)
 """Unmasks the two most probable tokens in each step."""
@@ -33,8 +33,8 @@ PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096)
 MOST_SEEDS = 1 << 32
 """The number of seeds: JAX uses 32 bits of a seed and silently drops the others."""
 
-STRIDE = 1 << 20
-"""The number of a draw is that of the sample times this, plus the prompt's index."""
+MOST_PROMPTS = 1 << 20
+"""The number of prompts whose draws differ from each other."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,6 +83,7 @@ def stream(
   prefill: str = "",
   samples: int = 1,
   seed: int = 0,
+  identities: Sequence[int] | None = None,
   batch_size: int = 16,
   prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
 ) -> Iterator[Generation]:
@@ -93,12 +94,13 @@ def stream(
 
   Args:
     model: network, tokenizer and mesh.
-    prompts: texts or conversations, which the tokenizer's chat template writes.
+    prompts: texts or conversations, which the tokenizer's chat template writes, or arrays of token ids.
     params: the weights, from `Model.publish`; None: the weights with which the model starts.
     spec: the sampler; None: `GREEDY`, with the blocks of a block-causal network.
     prefill: the start of each answer.
     samples: the number of completions of each prompt.
     seed: the seed of the draws.
+    identities: a number below 2**20 for each prompt, by which its draws are known; None: its index in the list.
     batch_size: the number of completions per batch.
     prompt_buckets: the prompt lengths that are compiled; a batch is padded to the smallest one that holds it.
 
@@ -122,7 +124,10 @@ def stream(
   if tokenizer is None:
     raise ValueError("there is no tokenizer; put tokenizer.json, or its parts, beside the model's config.json")
   encoded = _encode(tokenizer, prompts, prefill, max(prompt_buckets))
-  said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+  said = [_said(tokenizer, prompt) for prompt in prompts]
+  identities = range(len(prompts)) if identities is None else identities
+  if len(identities) != len(prompts) or not all(0 <= i < MOST_PROMPTS for i in identities):
+    raise ValueError(f"identities must be {len(prompts)} numbers below {MOST_PROMPTS}, one a prompt")
   completer, ways = Completer.of(model, keys.Purpose.EVALUATION), model.rollout_ways
   key, step = meshes.place((keys.seeded(seed), np.int32(0)), model.replicated)
   rows = [(index, number) for index in range(len(encoded)) for number in range(samples)]
@@ -135,7 +140,7 @@ def stream(
       filled = [own[i % len(own)] for i in range(size)]
       width = bucket_for(max(len(encoded[index]) for index, _ in own), prompt_buckets)
       tokens, valid = pad_left([encoded[index] for index, _ in filled], width or 0, tokenizer.pad_id)
-      sample_id = np.asarray([number * STRIDE + index for index, number in filled], np.int32)
+      sample_id = np.asarray([number * MOST_PROMPTS + identities[index] for index, number in filled], np.int32)
       placed = meshes.place((tokens, valid, sample_id, sample_id), model.rollout_by_row)
       rollout = completer(spec, weights, placed, key, step)
       completion, mask, reveal_step = jax.device_get((rollout.completion, rollout.completion_mask, rollout.reveal_step))
@@ -164,6 +169,11 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longe
     raise ValueError("there are no prompts; give one text at least")
   encoded = []
   for number, prompt in enumerate(prompts, start=1):
+    if isinstance(prompt, np.ndarray):
+      if prefill:
+        raise ValueError(f"prompt {number} is token ids, which are taken as they are: leave prefill out")
+      encoded.append(_checked(prompt.tolist(), number, longest))
+      continue
     turns: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     written = "".join(turn["content"] for turn in turns)
     if not written.strip():
@@ -174,13 +184,22 @@ def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longe
         f"prompt {number} has characters that the tokenizer does not know: {', '.join(map(repr, unknown))};"
         " write it as the model was trained to read it"
       )
-    ids = tokenizer.prompt(turns, prefill)
-    if len(ids) > longest:
-      raise ValueError(
-        f"prompt {number} has {len(ids)} tokens, prompt_buckets hold {longest}: shorten it, or raise them"
-      )
-    encoded.append(ids)
+    encoded.append(_checked(tokenizer.prompt(turns, prefill), number, longest))
   return encoded
+
+
+def _checked(ids: list[int], number: int, longest: int) -> list[int]:
+  if not ids:
+    raise ValueError(f"prompt {number} is empty; write something")
+  if len(ids) > longest:
+    raise ValueError(f"prompt {number} has {len(ids)} tokens, prompt_buckets hold {longest}: shorten it, or raise them")
+  return ids
+
+
+def _said(tokenizer: Tokenizer, prompt: Prompt) -> str:
+  if isinstance(prompt, np.ndarray):
+    return tokenizer.decode_all([prompt.tolist()])[0]
+  return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _revealed(reveal_step: Int[np.ndarray, "W"], first: int, spec: SamplerSpec) -> Int[np.ndarray, "C"]:

@@ -204,7 +204,7 @@ def check_start(config: ConfigDict) -> None:
       "rollout.temperature=0 gives every prompt the same answer each time, so that the rewards of a group are equal and"
       " nothing is learned: let it be above 0"
     )
-  if config.model.pretrained is None and config.model.size != "tiny":
+  if config.model.pretrained is None and config.model.size not in ("tiny", "small"):
     raise ValueError(
       f"model.size={config.model.size} has no weights: name the folder of a downloaded model with"
       " --config.model.pretrained=FOLDER"

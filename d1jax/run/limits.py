@@ -125,6 +125,8 @@ TABLE: Mapping[str, Limit] = {
   "batch_size": MAYBE_COUNT,
   "samples": COUNT,
   "questions": MAYBE_COUNT,
+  "window": TOKENS,
+  "mc_num": COUNT,
   "prompt_buckets": TOKENS._replace(several=True),
   "slices": COUNT,
 }
@@ -135,7 +137,7 @@ MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow")
 
 LOCAL = (
   *("model.pretrained", "data.root", "task.module", "sft.data"),
-  *("pretrained", "adapter", "generations", "module", "data_root", "film"),
+  *("pretrained", "adapter", "generations", "perplexity", "module", "data_root", "film"),
 )
 """The path fields that must not be in a bucket. `output` may be, but only in an evaluation, which checks it itself."""
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from d1jax.diffusion.slots import check_row, columns_needed, completion_start
-from d1jax.generation.generate import MOST_SEEDS, STRIDE
+from d1jax.generation.generate import MOST_PROMPTS, MOST_SEEDS
 from d1jax.model import Model
 from d1jax.serving.lane import Lane, how_many, key_program, sizes_of
 from d1jax.serving.request import Job, Request, Update
@@ -21,7 +21,7 @@ from d1jax.tasks.common import check_integer
 
 log = logging.getLogger(__name__)
 
-MOST_SAMPLES = 2**31 // STRIDE
+MOST_SAMPLES = 2**31 // MOST_PROMPTS
 """The number of samples of a prompt."""
 
 

@@ -13,7 +13,7 @@ from d1jax import keys
 from d1jax.diffusion import slots
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.diffusion.slots import Rows
-from d1jax.generation.generate import STRIDE
+from d1jax.generation.generate import MOST_PROMPTS
 from d1jax.model import Model
 from d1jax.state import Params
 
@@ -251,6 +251,6 @@ def key_program(model: Model) -> Callable[[int, int], UInt32[np.ndarray, "2"]]:
   program = jax.jit(key, in_shardings=(scalar, scalar), out_shardings=scalar).lower(*abstract).compile()
 
   def call(seed: int, sample: int) -> UInt32[np.ndarray, "2"]:
-    return np.asarray(program(np.uint32(seed), np.int32(sample * STRIDE)))
+    return np.asarray(program(np.uint32(seed), np.int32(sample * MOST_PROMPTS)))
 
   return call

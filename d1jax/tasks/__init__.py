@@ -18,6 +18,7 @@ from d1jax.tasks.gsm8k import Gsm8k
 from d1jax.tasks.hendrycks_math import HendrycksMath
 from d1jax.tasks.mixture import Mixture
 from d1jax.tasks.sudoku import Sudoku
+from d1jax.tasks.word_problems import WordProblems
 
 __all__ = [
   "PROTOCOLS",
@@ -36,6 +37,7 @@ __all__ = [
   "Sudoku",
   "Task",
   "TaskError",
+  "WordProblems",
   "build",
   "build_mix",
   "split_hash",
@@ -46,6 +48,7 @@ TASKS: Mapping[str, type[Sudoku] | type[Countdown] | type[Gsm8k] | type[Hendryck
   "countdown": Countdown,
   "gsm8k": Gsm8k,
   "math": HendrycksMath,
+  "word_problems": WordProblems,
 }
 """The known tasks by name."""
 
@@ -64,7 +67,7 @@ def build(
   Args:
     name: a key of `TASKS`; ignored with `module`, since that task has its own name.
     seed: seeds whatever the task generates.
-    root: the data folder to read, or None to generate (sudoku and countdown only).
+    root: the data folder to read, or None to generate (not for gsm8k and math).
     sizes: records per split; splits not named, or None, have the task's default.
     module: the path of a Python file that defines `build(*, seed, root, sizes, **options)`; see `custom`.
     options: the task's other fields, such as `clues` of sudoku.

@@ -39,12 +39,17 @@ def assert_same(found, kept):
     assert size == pytest.approx(sizes(kept)[name], rel=0.05, abs=2**17), name
 
 
-COMPILED = [Case("v5e:4x4", small=True), Case("v5p:2x2x4", full=True, small=True), Case("v6e:16x16", True, True)]
-"""Each kind of chip; the large network is compiled for `v5e:2x4`."""
+COMPILED = [Case("v6e:4x4", full=True, small=True)]
+ALSO_COMPILED = [Case("v5e:4x4", small=True), Case("v5p:2x2x4", full=True, small=True), Case("v6e:16x16", True, True)]
+"""With the first one each kind of chip; the large network is compiled for `v5e:2x4`."""
 
 
-@pytest.mark.slow(reason="the TPU's compiler, for three topologies")
-@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
+@pytest.mark.slow(reason="the TPU's compiler")
+@pytest.mark.parametrize(
+  "case",
+  [*COMPILED, *(pytest.param(case, marks=pytest.mark.long) for case in ALSO_COMPILED)],
+  ids=lambda case: case.name,
+)
 def test_a_small_network_is_as_kept(case):
   small = analysis(case.config)
   programs = {name: small.program(name) for name in small.tracing}

@@ -48,6 +48,9 @@ def test_it_does_what_the_tokenizer_does():
   assert outside.completion("a\nb") == inside.completion("a\nb")
   assert outside.decode_all([ids, []]) == inside.decode_all([ids, []])
   assert outside.decode_raw([ids]) == inside.decode_raw([ids])
+  for begin in (True, False):
+    assert outside.written(USER, begin) == inside.written(USER, begin)
+  assert outside.encode("a<|end|>") == inside.encode("a<|end|>")
   assert outside.unknown("aé\n 漢") == inside.unknown("aé\n 漢") == []
   with pytest.raises(ValueError, match="is not Unicode"):
     outside.completion("a\ud800")

@@ -72,6 +72,21 @@ def test_samples_and_seeds_differ_and_their_number_changes_no_draw(model):
   assert (one != other).any(axis=1).all()
 
 
+def test_ids_stand_for_a_text_and_identities_for_its_place(model):
+  written = [model.tokenizer.prompt([{"role": "user", "content": text}], "") for text in PROMPTS[:2]]
+  ids = [np.asarray(row, np.int32) for row in written]
+  found = generate(model, ids[::-1], spec=DRAWN, identities=[1, 0])
+  np.testing.assert_array_equal(tokens(found)[::-1], tokens(generate(model, PROMPTS[:2], spec=DRAWN)))
+  assert PROMPTS[1] in found[0].prompt
+  for message, prompts, options in (
+    ("prompt 1 is token ids, which are taken as they are: leave prefill out", ids, {"prefill": "so "}),
+    ("prompt 1 is empty", [ids[0][:0]], {}),
+    ("identities must be 2 numbers below 1048576, one a prompt", ids, {"identities": [0, 1 << 20]}),
+  ):
+    with pytest.raises(ValueError, match=message):
+      generate(model, prompts, spec=DRAWN, **options)
+
+
 def test_a_conversation_is_written_by_the_chat_template(model):
   said = {"role": "user", "content": PROMPTS[0]}
   plain, alone, turns = generate(

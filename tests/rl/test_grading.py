@@ -30,6 +30,12 @@ class Letters:
   def decode_raw(self, rows):
     raise NotImplementedError
 
+  def written(self, messages, begin_answer):
+    raise NotImplementedError
+
+  def encode(self, text):
+    raise NotImplementedError
+
   def unknown(self, text):
     raise NotImplementedError
 

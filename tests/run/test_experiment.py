@@ -79,7 +79,11 @@ def test_training_every_weight_takes_sixteen_of_the_small_chips(chip):
   [
     ("grpo", "llada_8b,v5e,v6e", "preset words v5e, v6e exclude each other: name one of v5e, v6e, v5p, h100"),
     ("grpo", "v5e", "preset word v5e is for lora and full: name one of them too"),
-    ("grpo", "tiny,full,h100", "preset words tiny, full exclude each other: name one of tiny, smoke, lora, full"),
+    (
+      "grpo",
+      "tiny,full,h100",
+      "preset words tiny, full exclude each other: name one of tiny, smoke, small, lora, full",
+    ),
     ("eval", "llada_8b,v5e,h100", "preset words v5e, h100 exclude each other"),
     ("eval", "full", "unknown preset word 'full'"),
   ],

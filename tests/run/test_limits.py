@@ -84,7 +84,16 @@ def test_a_value_that_makes_no_sense_is_refused(name, field, value):
   assert "\n" not in str(caught.value)
 
 
-WORDS = ["", "smoke", "countdown", "llada_8b", "llada_8b,gsm8k,full,v5p", "llada_8b,sudoku,tracerl", "sudoku,countdown"]
+WORDS = [
+  "",
+  "smoke",
+  "countdown",
+  "small,word_problems",
+  "llada_8b",
+  "llada_8b,gsm8k,full,v5p",
+  "llada_8b,sudoku,tracerl",
+  "sudoku,countdown",
+]
 
 
 @pytest.mark.parametrize("words", WORDS)

@@ -17,6 +17,7 @@ RECORDS = {
   "sudoku": {"puzzle": "0204032001400402", "solution": "1234432121433412"},
   "countdown": {"nums": [97, 98, 99], "target": 98, "expression": "97*98/99"},
   "gsm8k": {"question": "How many?", "solution": "Two and two.", "answer": "1,004"},
+  "word_problems": {"question": "How many?", "solution": "There are 2*502=1004.", "answer": "1004", "template": "few"},
   "math": {"problem": "Find $q$.", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "answer": "\\frac{1}{2}"},
 }
 ATTACKS = [
@@ -108,6 +109,9 @@ SLOW = pytest.mark.slow(reason="a hundred attacks on each task, in one more wrap
 
 each_task = pytest.mark.parametrize("name", TASKS)
 
+# Tasks with the same grader are graded once.
+each_grader = pytest.mark.parametrize("name", [n for n in TASKS if n != "word_problems"])
+
 
 def check(grade: Grade) -> None:
   assert grade.components
@@ -124,6 +128,7 @@ def test_every_task_is_one(name):
   assert task.splits == SPLITS
   assert pickle.loads(pickle.dumps(task)) == task
   assert RECORDS.keys() == TASKS.keys()
+  assert TASKS["word_problems"].grade is TASKS["gsm8k"].grade
 
 
 def cpu_seconds(task, text, record, protocol) -> float:
@@ -139,7 +144,7 @@ def slowness() -> float:
   return max(1.0, yardstick() / YARDSTICK)
 
 
-@each_task
+@each_grader
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("wrapper", [WRAPPERS[2], *(pytest.param(w, marks=SLOW) for w in WRAPPERS if w != WRAPPERS[2])])
 def test_attacks_are_graded_quickly_and_nothing_is_run(name, protocol, wrapper, capfd):
@@ -158,7 +163,7 @@ def test_attacks_are_graded_quickly_and_nothing_is_run(name, protocol, wrapper, 
   assert capfd.readouterr() == ("", "")
 
 
-@each_task
+@each_grader
 @given(st.text() | st.lists(st.sampled_from(PIECES) | st.text(max_size=3)).map("".join))
 def test_any_string_gets_a_finite_grade(name, text):
   task, record = build(name), RECORDS[name]
@@ -179,9 +184,11 @@ def test_answers_are_normal_forms(name):
     "sudoku": ("1234 4321 2143 3412", "<answer>\n1234432121433412\n</answer>", "123443212143341"),
     "countdown": ("97 * 98/99", "\\boxed{97*98/99}", "97*98/"),
     "gsm8k": ("\\boxed{$1,004.0}", "<answer>1004 apples</answer>", "no 1 knows 2"),
+    "word_problems": ("\\boxed{1,004}", "<answer>1004 apples</answer>", "no 1 knows 2"),
     "math": ("\\boxed{\\left(0.5,\\frac{6}{2}\\right)}", "(\\dfrac12, 3)", " "),
   }
   answers = {"sudoku": "1234432121433412", "countdown": "97*98/99", "gsm8k": "1004", "math": "(1/2,3)"}
+  answers["word_problems"] = answers["gsm8k"]
   for protocol in PROTOCOLS:
     read = [task.grade(text, RECORDS[name], protocol).answer for text in pairs[name]]
     assert read == [answers[name], answers[name], None]

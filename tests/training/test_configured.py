@@ -7,7 +7,7 @@ from configs.methods import METHODS
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.run import experiment as experiments
-from d1jax.run import parts
+from d1jax.run import parts, run_tokenizer
 from d1jax.run.identity import flatten
 from d1jax.training import configured
 from tests import jobs
@@ -94,6 +94,30 @@ def test_a_mix_has_room_for_the_largest_of_each_field():
   config = jobs.load("grpo", "llada_8b,sudoku,gsm8k,math,stepmerge")
   assert (config.rollout.completion_length, config.rollout.diffusion_steps) == (512, 256)
   assert (config.rollout.temperature, config.grpo.estimator.segments, config.grpo.num_iterations) == (0.9, 16, 12)
+
+
+def test_small_models_of_word_problems_are_block_causal():
+  config = jobs.load("grpo", "small,word_problems")
+  assert config.to_dict() == jobs.load("grpo", "small,word_problems,block").to_dict()
+  for words in ("small,word_problems,stepmerge", "small,sudoku,word_problems", "tiny,word_problems,block"):
+    SamplerSpec(**jobs.load("grpo", words).rollout)
+  assert jobs.load("grpo", "small,word_problems,wd1").grpo.learning_rate == config.grpo.learning_rate
+
+
+@pytest.mark.slow(reason="trains a tokenizer")
+def test_word_problems_fit_the_small_preset():
+  config = jobs.load("grpo", "small,word_problems")
+  task = experiments.build_task(config)
+  tokenizer = run_tokenizer.train(task, config.task.style, **config.tokenizer)
+  for split in task.splits:
+    for record in task.records(split):
+      prompt = tokenizer.prompt(*task.prompt(record, config.task.style))
+      completion = tokenizer.completion(task.demonstration(record, config.task.style))
+      assert len(prompt) <= max(config.data.prompt_buckets)
+      assert len(completion) <= config.rollout.completion_length
+  asked = record["question"]
+  assert tokenizer.decode_all([tokenizer.prompt(*task.prompt(record, "terse"))]) == [asked]
+  assert len(prompt) < 2 * len(asked.split()), "words are pieces"
 
 
 def test_one_method_at_a_time():

@@ -92,7 +92,7 @@ def flip(folder):
 
 WRONG = [
   (["--config=configs/grpo.py", "--config.grpo.learning_rate=fast"], "could not convert string to float: 'fast'"),
-  (["--config=configs/grpo.py:tinny"], "unknown preset word 'tinny'; known: tiny, smoke, lora, full"),
+  (["--config=configs/grpo.py:tinny"], "unknown preset word 'tinny'; known: tiny, smoke, small, lora, full"),
   (["--config=configs/grpo.py:tiny,smoke"], "preset words tiny, smoke exclude each other"),
   (["--config=configs/nothing.py"], "no such file; the configurations are in configs/"),
   (["--confg=configs/grpo.py"], "Unknown command line flag 'confg'"),

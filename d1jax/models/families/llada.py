@@ -110,6 +110,7 @@ FAMILY = Family(
   fixed=FIXED,
   presets={
     "tiny": TransformerSize(vocab=32, embed=64, heads=4, mlp=192, layers=3, rope_theta=100.0),
+    "small": TransformerSize(vocab=512, embed=192, heads=6, mlp=576, layers=4, rope_theta=1000.0),
     "llada_8b": TransformerSize(vocab=126464, embed=4096, heads=32, mlp=12288, layers=32),
   },
 )
