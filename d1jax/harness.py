@@ -29,7 +29,7 @@ from d1jax.state import Params
 ROWS = 16
 """Rows a device of `batch_size=auto`."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("lm_eval.d1jax")  # the harness shows what is logged below its own name
 
 
 def _identity(text: str) -> int:
