@@ -22,7 +22,9 @@ it writes may never see the answer.
 """
 
 MOST_CONNECTIONS = 512
-"""Connections at a time; more are answered with status 503."""
+"""Connections at a time. Beyond them the one is ended whose client has let wait longest for a request, or for the rest
+of one; if all wait for answers, status 503 is the answer to more.
+"""
 
 HEADER_BYTES = 16 << 10
 """The largest headers of a request."""
@@ -34,12 +36,16 @@ class Connection(H11Protocol):
   _reading: asyncio.TimerHandle | None = None
   _seconds: float | None = None
   _writing: asyncio.TimerHandle | None = None
+  _since = 0.0
 
   def connection_made(self, transport: asyncio.BaseTransport) -> None:
     """Begins."""
     assert isinstance(transport, asyncio.Transport)
     super().connection_made(transport)
+    self._since = self.loop.time()
     self._expect()
+    if len(self.connections) > MOST_CONNECTIONS:
+      self._make_room()
 
   def data_received(self, data: bytes) -> None:
     """Reads."""
@@ -49,6 +55,7 @@ class Connection(H11Protocol):
   def on_response_complete(self) -> None:
     """Waits for the next request, or for the rest of this one."""
     super().on_response_complete()
+    self._since = self.loop.time()
     self._expect()
 
   def connection_lost(self, exc: Exception | None) -> None:
@@ -68,6 +75,15 @@ class Connection(H11Protocol):
     super().resume_writing()
     if self._writing is not None:
       self._writing.cancel()
+
+  def _make_room(self) -> None:
+    """Ends the connection whose client has let wait longest."""
+    others = [one for one in self.connections if isinstance(one, Connection) and one is not self]
+    waiting = [one for one in others if one.conn.their_state in (h11.IDLE, h11.SEND_BODY)]
+    if waiting:
+      longest = min(waiting, key=lambda one: one._since)
+      longest.transport.abort()
+      self.connections.discard(longest)
 
   def _expect(self) -> None:
     """Sets the timer where the client has to send something; what it sends does not set it back."""
@@ -107,7 +123,7 @@ def server(app: ASGIApp) -> Server:
       server_header=False,
       timeout_keep_alive=WAIT_SECONDS,
       timeout_graceful_shutdown=5,
-      limit_concurrency=MOST_CONNECTIONS,
+      limit_concurrency=MOST_CONNECTIONS + 1,
       h11_max_incomplete_event_size=HEADER_BYTES,
     )
   )

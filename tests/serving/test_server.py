@@ -140,6 +140,23 @@ def test_half_requests_and_slow_readers_are_cut_off_and_harm_nobody(monkeypatch)
     until(lambda: not own.server.server_state.connections)
 
 
+def test_connections_that_only_wait_make_room_for_others(monkeypatch):
+  monkeypatch.setattr(connection, "MOST_CONNECTIONS", 3)
+  with running(service()) as own, contextlib.ExitStack() as stack:
+    idle = []
+    for number in range(3):
+      idle.append(stack.enter_context(socket.create_connection(own.address)))
+      until(lambda number=number: len(own.server.server_state.connections) == number + 1)
+    idle[1].sendall(head() + b"{")
+    until(lambda: own.server.server_state.tasks)
+    for number in range(2):
+      asked = stack.enter_context(client(own))
+      assert asked.chat.completions.create(**ASK).choices[0].message.content == "Hello 7 0"
+      assert closed(idle[number]) == b""
+    idle[2].sendall(asking())
+    assert idle[2].recv(20).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_large_body_is_refused_at_once():
   with running(service()) as own, socket.create_connection(own.address) as one:
     one.sendall(head(length=100_000_000))
