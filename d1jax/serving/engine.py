@@ -287,8 +287,7 @@ class Engine:
   def _advance(self, lane: Lane) -> None:
     """Advances some rows of a lane, and tells their listeners."""
     running = sorted((job for job in lane.jobs if job is not None), key=lambda job: (job.known > 0, job.submitted))
-    young = sum(job.known == 0 for job in running)
-    chosen = running[: how_many(lane.seconds, len(running), young)]
+    chosen = running[: how_many(lane.seconds, len(running))]
     each = any(job.request.every_step for job in chosen)
     finished = lane.advance([job.slot for job in chosen if job.slot is not None], 1 if each else None)
     for job in chosen:

@@ -21,7 +21,7 @@ SLICE = 0.1
 """Seconds of a call, about: so long do new requests wait until they are seen."""
 
 EFFICIENT, QUICK = 0.95, 0.75
-"""The share of the best rate that a batch must reach: while most slots are taken, and where quickness is worth more."""
+"""The share of the best rate that a batch must reach: while most slots are taken, and while half of them are free."""
 
 _CHANGED = ("tokens", "reveal_step", "reveal_logp", "within")
 
@@ -32,26 +32,23 @@ def sizes_of(most: int, ways: int) -> list[int]:
   return [ways * n for n in (*(1 << k for k in range(each.bit_length()) if 1 << k < each), each)]
 
 
-def how_many(seconds: Mapping[int, float], rows: int, first: int) -> int:
+def how_many(seconds: Mapping[int, float], rows: int) -> int:
   """How many of the running rows to advance.
 
   On a chip that reads its weights as long as it computes, a pass of many rows takes hardly longer than one of few: all
   rows advance. On one that computes longer, twice the rows take twice the time, and nothing is gained by advancing all
   of them: the first to come is finished sooner, and the last one not later, if they advance one after the other. The
-  measured seconds tell which it is.
-
-  A batch of few rows is somewhat slower, a row. This is accepted while at least half of the slots are free, and for
-  rows without a finished block, whose listeners have nothing to read yet.
+  measured seconds tell which it is. While at least half of the slots are free, the answer to one client is worth more
+  than the last quarter of the rate.
 
   Args:
     seconds: of a pass, for each size of a batch, of which the largest is the number of slots.
     rows: that run.
-    first: how many of them have no finished block yet, which advance before the others.
   """
   rate = lambda n: n / seconds[min(size for size in seconds if size >= n)]
-  counts = sorted({*(size for size in seconds if size < rows), rows} | ({first} if first else set()))
-  best, light = max(map(rate, counts)), 2 * rows <= max(seconds)
-  return next(n for n in counts if rate(n) >= best * (QUICK if light or n <= first else EFFICIENT))
+  counts = [*(size for size in seconds if size < rows), rows]
+  enough = max(map(rate, counts)) * (QUICK if 2 * rows <= max(seconds) else EFFICIENT)
+  return next(n for n in sorted(counts) if rate(n) >= enough)
 
 
 class Lane:

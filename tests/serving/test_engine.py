@@ -313,19 +313,17 @@ MEMORY, COMPUTE, BETWEEN = (
 
 
 @pytest.mark.parametrize(
-  ("seconds", "rows", "first", "expected"),
+  ("seconds", "rows", "expected"),
   [
-    (MEMORY, 8, 1, 8),
-    (MEMORY, 3, 3, 3),
-    (COMPUTE, 8, 0, 2),
-    (COMPUTE, 8, 1, 1),
-    (COMPUTE, 7, 3, 1),
-    (COMPUTE, 4, 0, 1),
-    (COMPUTE, 1, 1, 1),
-    (BETWEEN, 7, 3, 2),
-    (BETWEEN, 4, 0, 2),
-    ({8: 1.0}, 5, 1, 5),
+    (MEMORY, 8, 8),
+    (MEMORY, 3, 3),
+    (COMPUTE, 8, 2),
+    (COMPUTE, 4, 1),
+    (COMPUTE, 1, 1),
+    (BETWEEN, 7, 2),
+    (BETWEEN, 4, 2),
+    ({8: 1.0}, 5, 5),
   ],
 )
-def test_as_many_rows_advance_as_pays(seconds, rows, first, expected):
-  assert how_many(seconds, rows, first) == expected
+def test_as_many_rows_advance_as_pays(seconds, rows, expected):
+  assert how_many(seconds, rows) == expected
