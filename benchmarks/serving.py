@@ -17,7 +17,7 @@ import statistics
 import string
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,22 +155,20 @@ def line(name: str, rounds: list[Load]) -> dict[str, Any]:
   }
 
 
-def ratios(rounds: dict[str, list[Load]], most: int) -> dict[str, float]:
-  """The engine at `most` clients against the full batch, and four clients against one: medians of the rounds."""
+def ratios(rounds: dict[str, list[Load]], clients: Sequence[int]) -> dict[str, float]:
+  """The engine at each number of clients against the full batch, and four clients against one: medians."""
 
   def median(numerator: str, denominator: str, value: Callable[[Load], float]) -> float:
     pairs = zip(rounds[numerator], rounds[denominator], strict=True)
     return statistics.median(value(a) / value(b) for a, b in pairs)
 
-  speed, first = lambda one: one.tokens_per_second, lambda one: statistics.median(one.first)
-  found = {
-    f"throughput_of_{most}_clients_to_static": median(f"{most} clients", "static", speed),
-    f"processor_time_of_static_to_{most}_clients": median(
-      "static", f"{most} clients", lambda x: x.processor_milliseconds
-    ),
-  }
+  found = {}
+  for number in clients:
+    arm = f"{number} clients"
+    found[f"throughput_of_{number}_clients_to_static"] = median(arm, "static", lambda x: x.tokens_per_second)
+    found[f"processor_time_of_static_to_{number}_clients"] = median("static", arm, lambda x: x.processor_milliseconds)
   if {"1 clients", "4 clients"} <= set(rounds):
-    found["first_block_of_4_clients_to_1"] = median("4 clients", "1 clients", first)
+    found["first_block_of_4_clients_to_1"] = median("4 clients", "1 clients", lambda x: statistics.median(x.first))
   return found
 
 
@@ -214,7 +212,7 @@ def main() -> None:
       rounds[arm].append(run())
   for arm, found in rounds.items():
     print(json.dumps(line(arm, found)), flush=True)
-  print(json.dumps(ratios(rounds, max(n for n in options.clients if n <= options.slots)) | engine.gauges()), flush=True)
+  print(json.dumps(ratios(rounds, options.clients) | engine.gauges()), flush=True)
   engine.close()
 
 
