@@ -285,7 +285,7 @@ def test_sft_alone(tmp_path, capsys):
     ({"evaluation__prompt_buckets": (20,)}, "every test prompt is longer than evaluation.prompt_buckets"),
     ({"task__name": "sodoku"}, "unknown task 'sodoku'"),
     ({"task__style": "wordy"}, "unknown style 'wordy'"),
-    ({"model__size": "huge"}, "model.size='huge' is unknown; known: .*dream_7b, .*tiny, llada_8b, .*"),
+    ({"model__size": "huge"}, "model.size='huge' is unknown; known: .*dream_7b, .*tiny, small, llada_8b, .*"),
     ({"model__dtype": "float99"}, "model.dtype='float99' is unknown"),
     ({"tokenizer__model_type": "words"}, "tokenizer.model_type='words' is unknown"),
     ({"grpo__steps": 0}, r"grpo\.steps is 0"),

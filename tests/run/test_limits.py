@@ -108,7 +108,9 @@ def test_other_configurations_make_sense(name, words):
 
 
 def test_every_limit_is_of_a_field():
-  known = {name for config in ("grpo", "eval", "generate", "aot") for name in limits.flatten(load(config).to_dict())}
+  known = {
+    name for config in ("grpo", "eval", "generate", "serve", "aot") for name in limits.flatten(load(config).to_dict())
+  }
   assert limits.TABLE.keys() <= known
 
 
