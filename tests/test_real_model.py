@@ -32,6 +32,7 @@ def run(*arguments: str) -> str:
   return out
 
 
+@pytest.mark.long
 @pytest.mark.slow(reason="seven commands, each with a model of 14M parameters")
 def test_sft_export_grpo_eval_export_by_the_command_line(tmp_path):
   data = shared_tokenizers().parent
@@ -110,6 +111,7 @@ def _with_test_questions(data, root):
   return root
 
 
+@pytest.mark.long
 @pytest.mark.slow(reason="the TPU's compiler takes minutes for LLaDA-8B")
 def test_the_8b_update_and_rollout_fit_one_v5e_chip():
   """By the TPU compiler's own account: NF4 base, adapters of rank 128 on all seven projections, d1's batch."""
