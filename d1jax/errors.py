@@ -186,7 +186,7 @@ def missing(package: str, name: str) -> str:
   """The message about a package that is not installed, with the extra that installs it."""
   return (
     f'{package} is not installed: pip install "d1jax[{name}]" brings it; in a clone of the repository,'
-    " pip install -r requirements.txt"
+    f' pip install ".[{name}]"'
   )
 
 

@@ -140,3 +140,10 @@ def test_an_exception_is_one_line_whatever_it_says(text):
 
 def test_text_cannot_steer_the_terminal():
   assert errors.harmless("a\x1b[2Jb\tc\nd\u202e\x9b") == "a\ufffd[2Jb\tc\nd\ufffd\ufffd"
+
+
+def test_a_missing_package_is_installed_by_its_extra_in_a_clone_too():
+  """requirements.txt does not hold the packages of all extras."""
+  remedy = r'wandb is not installed: pip install "d1jax\[wandb\]" .* clone .* pip install "\.\[wandb\]"$'
+  with pytest.raises(errors.RunError, match=remedy), errors.extra("wandb"):
+    raise ModuleNotFoundError(name="wandb")
