@@ -79,7 +79,7 @@ class Service:
       for row in rows:
         self.engine.check(row)
     except ValueError as error:
-      raise ApiError(str(error).replace("completion_length", "max_tokens")) from None
+      raise ApiError(str(error).replace("completion_length", "max_tokens"), param=name) from None
     return rows
 
   def _ids(self, prompt: Any, prefill: str, name: str) -> list[int]:

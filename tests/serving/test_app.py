@@ -151,6 +151,7 @@ def test_an_error_is_openais(fields, status, message):
   error = answer.json()["error"]
   assert message in error["message"]
   assert set(error) == {"message", "type", "param", "code"}
+  assert error["param"] == ("model" if status == 404 else "messages")
 
 
 @pytest.mark.parametrize(
