@@ -22,7 +22,7 @@ from d1jax.data.chat import tells_turns
 from d1jax.serving import protocol
 from d1jax.serving.answers import dumped
 from d1jax.serving.fields import ApiError
-from d1jax.serving.service import Run, Service, events, whole
+from d1jax.serving.service import Reply, Service, events, whole
 
 MOST_BYTES = 4 << 20
 """The largest body of a request."""
@@ -58,9 +58,9 @@ _HEADERS = {
 class Events(StreamingResponse):
   """The events of a stream; whatever ends it frees its rows."""
 
-  def __init__(self, run: Run):
+  def __init__(self, reply: Reply):
     """Streams the answers of a request."""
-    self._run, self._events = run, events(run)
+    self._reply, self._events = reply, events(reply)
     super().__init__(self._events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
   async def stream_response(self, send: Send) -> None:
@@ -69,7 +69,7 @@ class Events(StreamingResponse):
       async with contextlib.aclosing(self._events):
         await super().stream_response(send)
     finally:
-      self._run.cancel()  # a generator that was never asked knows nothing of its end
+      self._reply.cancel()  # a generator that was never asked knows nothing of its end
 
 
 async def _read(request: Request) -> bytes:
@@ -97,10 +97,10 @@ async def _complete(service: Service, request: Request, *, chat: bool) -> Respon
   service.check_open()
   ask = protocol.parse(protocol.read(content), service.served, chat=chat)
   rows = await asyncio.to_thread(service.rows, ask)
-  run = Run(service, ask, rows)
+  reply = Reply(service, ask, rows)
   if ask.stream:
-    return Events(run)
-  answer = asyncio.ensure_future(whole(run))
+    return Events(reply)
+  answer = asyncio.ensure_future(whole(reply))
   gone = asyncio.ensure_future(request.receive())  # of a request that was read, only its client's end comes
   try:
     await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -110,7 +110,7 @@ async def _complete(service: Service, request: Request, *, chat: bool) -> Respon
   finally:
     answer.cancel()
     gone.cancel()
-    run.cancel()
+    reply.cancel()
 
 
 def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

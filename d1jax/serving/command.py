@@ -20,8 +20,8 @@ from d1jax.diffusion.blocks import check
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import InterruptedRunError, RunError, explained, harmless, input_checked, smaller_batches
 from d1jax.evaluation import subject
+from d1jax.generation.command import check_fields
 from d1jax.model import Model
-from d1jax.run import limits
 from d1jax.serving import app
 from d1jax.serving.connection import server
 from d1jax.serving.engine import Engine
@@ -36,13 +36,8 @@ _KEY_BYTES = 4096
 
 def run(config: ConfigDict) -> None:
   """Serves until SIGTERM or Ctrl-C, and then finishes what runs."""
-  if config.checkpoint is None and not config.pretrained:
-    raise RunError(
-      "nothing to serve: set config.checkpoint (a work directory or a checkpoint's folder) or config.pretrained (a"
-      " model's folder)"
-    )
+  check_fields(config)
   with input_checked():
-    limits.check(config)
     if not config.lengths:
       raise ValueError("lengths is empty; it must hold the length of a canvas, like (256,)")
     key = api_key(config.api_key_file)

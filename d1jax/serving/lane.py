@@ -96,7 +96,7 @@ class Lane:
       report(f"the cache for {self.slots} rows of {self.length} tokens")
       self._prepare_cache()
     for size in self.sizes:
-      report(f"{size} rows of {self.length} tokens")
+      report(f"{size} row{'s' * (size > 1)} of {self.length} tokens")
       self._programs[size] = self._compiled(size)
     for size in self.sizes:
       for _ in range(3):

@@ -109,7 +109,7 @@ class Service:
       raise ApiError(str(error), param=name) from None
 
 
-class Run:
+class Reply:
   """The completions of one request, while the engine writes them."""
 
   def __init__(self, service: Service, ask: Ask, rows: list[Request]):
@@ -218,13 +218,13 @@ class Run:
     return ApiError(f"the answer failed: {update.message}", status=500)
 
 
-async def events(run: Run) -> AsyncGenerator[bytes, None]:
+async def events(reply: Reply) -> AsyncGenerator[bytes, None]:
   """The server-sent events of a stream."""
-  ask, service = run.ask, run.service
+  ask, service = reply.ask, reply.service
   writer = Writer(ask, service.served.name)
-  indices = range(len(run.answers))
+  indices = range(len(reply.answers))
   try:
-    async with contextlib.aclosing(run.advance()) as found:
+    async with contextlib.aclosing(reply.advance()) as found:
       if ask.chat:
         for index in indices:
           yield writer.part(index, Piece(ask.prefill, []), role=True)
@@ -233,31 +233,31 @@ async def events(run: Run) -> AsyncGenerator[bytes, None]:
           yield b": the answer is on its way\n\n"
           continue
         index, update, piece = one
-        answer = run.answers[index]
+        answer = reply.answers[index]
         if ask.canvas:
           shown = canvas(update, service.words, service.mask_id, ask.tokens if answer.finish is None else answer.count)
           yield writer.part(index, Piece("", []), own=shown)
         if piece.text or piece.tokens:
           yield writer.part(index, piece)
         if answer.finish is not None:
-          yield writer.part(index, Piece("", []), answer.finish, run.figures([index]))
+          yield writer.part(index, Piece("", []), answer.finish, reply.figures([index]))
     if ask.usage:
-      yield writer.last(run.usage)
+      yield writer.last(reply.usage)
     yield b"data: [DONE]\n\n"
   except ApiError as error:
     yield event(error.body())
 
 
-async def whole(run: Run) -> dict[str, Any]:
+async def whole(reply: Reply) -> dict[str, Any]:
   """The answer that is not streamed."""
-  tokens: list[list[Any]] = [[] for _ in run.answers]
-  async with contextlib.aclosing(run.advance()) as found:
+  tokens: list[list[Any]] = [[] for _ in reply.answers]
+  async with contextlib.aclosing(reply.advance()) as found:
     async for one in found:
       if one is not None:
         tokens[one[0]] += one[2].tokens
   pieces = [
-    (Piece(run.ask.prefill + answer.text, own), answer.finish or "length")
-    for answer, own in zip(run.answers, tokens, strict=True)
+    (Piece(reply.ask.prefill + answer.text, own), answer.finish or "length")
+    for answer, own in zip(reply.answers, tokens, strict=True)
   ]
-  figures = run.figures([*range(len(run.answers))])
-  return Writer(run.ask, run.service.served.name).whole(pieces, run.usage, figures)
+  figures = reply.figures([*range(len(reply.answers))])
+  return Writer(reply.ask, reply.service.served.name).whole(pieces, reply.usage, figures)

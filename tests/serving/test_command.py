@@ -24,7 +24,7 @@ def configured(**changes):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"pretrained": None}, r"nothing to serve: set config\.checkpoint .* or config\.pretrained"),
+    ({"pretrained": None}, r"nobody to answer: set config\.checkpoint .* or config\.pretrained"),
     ({"port": 70000}, "port=70000 must be a whole number of at least 0 and at most 65535"),
     ({"slots": 0}, "slots=0 must be a whole number of at least 1"),
     ({"queue": 0}, "queue=0 must be a whole number of at least 1"),

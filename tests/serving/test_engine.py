@@ -71,7 +71,7 @@ def engine(model):
   lines = []
   engine.prepare(lines.append)
   assert engine.ready
-  assert lines == [f"{rows} rows of {length} tokens" for length in (52, 104) for rows in (1, 2)]
+  assert lines == [f"{rows} of {length} tokens" for length in (52, 104) for rows in ("1 row", "2 rows")]
   yield engine
   engine.close()
 
