@@ -25,6 +25,7 @@ def get_config() -> config_dict.ConfigDict:
 
   # The prompts.
   c.prompt = none(str)  # None: the lines of standard input
+  c.task = none(str)  # sudoku or countdown: prompts are its questions, written as the model was trained, and graded
   c.prefill = ""  # the start of each answer
   c.samples = 1  # answers to each prompt
   c.seed = 0

@@ -14,7 +14,10 @@ from jaxtyping import Int
 
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.errors import steers
+from d1jax.generation import board as boards
+from d1jax.generation.board import Board
 from d1jax.generation.generate import Generation
+from d1jax.tasks.base import Record
 
 HIDDEN, NEW_LINE, END, BEHIND, SILENT, UNPRINTABLE = "░", "↵", "∎", "·", "◦", "\ufffd"
 """Signs of a masked token, a line break, the stop, a token after it, a token without text, a control character."""
@@ -54,11 +57,13 @@ class Canvas:
     prompt: the prompt.
     texts: the visible text of each token.
     steps: the step that unmasked each token, counted from 0 without gaps; or `GIVEN` or `NEVER`.
+    board: the Sudoku that the answer fills in, which is drawn in place of the texts; None: there is none.
   """
 
   prompt: str
   texts: tuple[str, ...]
   steps: Int[np.ndarray, "N"]
+  board: Board | None = None
 
   @functools.cached_property
   def total(self) -> int:
@@ -75,12 +80,13 @@ class Canvas:
     return round(int(self.steps[token]) / max(self.total - 1, 1) * (len(SCALE) - 1))
 
 
-def of(generation: Generation, tokenizer: Tokenizer) -> Canvas:
+def of(generation: Generation, tokenizer: Tokenizer, record: Record | None = None) -> Canvas:
   """The canvas of a completion.
 
   Args:
     generation: the completion.
     tokenizer: the model's tokenizer.
+    record: the question, if it is known; a Sudoku is drawn as a grid.
   """
   ids = generation.tokens.tolist()
   ended = ids[generation.length - 1] in tokenizer.stop_ids
@@ -91,7 +97,8 @@ def of(generation: Generation, tokenizer: Tokenizer) -> Canvas:
   steps = np.where(recorded < 0, NEVER, np.searchsorted(np.unique(recorded[recorded >= 0]), recorded))
   if generation.prefill:
     texts, steps = [generation.prefill, *texts], np.append(GIVEN, steps)
-  return Canvas(generation.prompt, tuple(texts), steps)
+  board = boards.of(texts, record) if record and "puzzle" in record else None
+  return Canvas(generation.prompt, tuple(texts), steps, board)
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:

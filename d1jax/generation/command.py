@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -25,22 +25,34 @@ from d1jax.errors import (
 )
 from d1jax.evaluation import subject
 from d1jax.generation import canvas as canvases
-from d1jax.generation import terminal
+from d1jax.generation import puzzle, terminal
 from d1jax.generation.generate import Generation, stream
 from d1jax.run import limits
+from d1jax.tasks.base import Record
 
 WIDEST = 100
 """The largest width of a canvas in columns, even on a wider terminal."""
 
 
-def run(config: ConfigDict) -> list[Generation]:
-  """Completes `config.prompt`, or the lines of standard input, prints the texts and returns them."""
+Live = Callable[..., Generation]
+"""Completes one prompt and shows its steps, see `serving.chat.live`."""
+
+
+def run(config: ConfigDict, live: Live | None = None) -> list[Generation]:
+  """Completes `config.prompt`, or the lines of standard input, prints the texts and returns them.
+
+  Args:
+    config: a configuration of configs/generate.py.
+    live: shows the steps of a single answer while they are computed; None: recorded steps are printed.
+  """
   check_fields(config)
   try:
     prompts = _prompts(config)
     path = _film_path(config, len(prompts))
+    with input_checked():
+      records = [puzzle.read(config.task, prompt) for prompt in prompts] if config.task else []
     with explained("generation", smaller_batches("batch_size", config.batch_size)):
-      shown = _answer(config, prompts, path)
+      shown = _answer(config, prompts, records, path, live)
   except KeyboardInterrupt:
     raise InterruptedRunError("SIGINT: stopped before everything was answered") from None
   return shown
@@ -57,30 +69,62 @@ def check_fields(config: ConfigDict) -> None:
     limits.check(config)
 
 
-def _answer(config: ConfigDict, prompts: list[str], path: Path | None) -> list[Generation]:
+def _answer(
+  config: ConfigDict, prompts: list[str], records: list[Record], path: Path | None, live: Live | None
+) -> list[Generation]:
   """Reads the model, completes, prints, and saves the film."""
   found = subject.load(config)
   experiment = found.experiment
   with input_checked():
     sampler = sampler_of(config, experiment.sampler)
     check(experiment.model.rollout_denoiser, sampler, length="length")
+    style = experiment.config.task.style
+    questions = [puzzle.Question.of(config.task, record, style) for record in records]
+    texts = [question.prompt for question in questions] or prompts
+    prefill, params = config.prefill or (questions[0].prefill if questions else ""), found.params()
+    if live and len(texts) * config.samples == 1 and not sampler.cfg_scale and sampler.cache == "none":
+      one = live(
+        experiment.model,
+        texts[0],
+        sampler,
+        params=params,
+        config=config,
+        prefill=prefill,
+        record=records[0] if records else None,
+      )
+      with config.unlocked():
+        config.show_steps = False  # they were shown
+      return _shown(iter([one]), config, experiment.tokenizer, questions, path)
     generations = stream(
       experiment.model,
-      prompts,
-      params=found.params(),
+      texts,
+      params=params,
       spec=sampler,
-      prefill=config.prefill,
+      prefill=prefill,
       samples=config.samples,
       seed=config.seed,
       batch_size=config.batch_size,
       prompt_buckets=tuple(config.prompt_buckets),
     )
-  shown = list(_printed(generations, config, experiment.tokenizer, several=len(prompts) > 1))
+  return _shown(generations, config, experiment.tokenizer, questions, path, several=len(prompts) > 1)
+
+
+def _shown(
+  generations: Iterator[Generation],
+  config: ConfigDict,
+  tokenizer: Tokenizer,
+  questions: list[puzzle.Question],
+  path: Path | None,
+  *,
+  several: bool = False,
+) -> list[Generation]:
+  """Prints answers and saves the film."""
+  shown = list(_printed(generations, config, tokenizer, questions, several=several))
   if path is not None:
     from d1jax.generation import film
 
     try:
-      film.save(path, [canvases.of(one, experiment.tokenizer) for one in shown])
+      film.save(path, [_canvas(one, tokenizer, questions) for one in shown])
     except OSError as error:
       raise StorageError(f"film={str(path)!r} could not be written ({error.strerror}); name another place") from None
     print(harmless(f"{path}: {path.stat().st_size / 1024:.0f} KiB"), file=sys.stderr)
@@ -142,8 +186,18 @@ def sampler_of(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
   )
 
 
+def _canvas(one: Generation, tokenizer: Tokenizer, questions: list[puzzle.Question]) -> canvases.Canvas:
+  """The canvas of a completion; of an answer to a Sudoku with its grid."""
+  return canvases.of(one, tokenizer, questions[one.index].record if questions else None)
+
+
 def _printed(
-  generations: Iterator[Generation], config: ConfigDict, tokenizer: Tokenizer, *, several: bool
+  generations: Iterator[Generation],
+  config: ConfigDict,
+  tokenizer: Tokenizer,
+  questions: list[puzzle.Question],
+  *,
+  several: bool,
 ) -> Iterator[Generation]:
   """Prints each completion and yields it."""
   terminals, colored = sys.stdout.isatty(), has_colors()
@@ -155,15 +209,24 @@ def _printed(
       head = f"[{', '.join(names)}] {asked if len(asked) <= columns // 2 else asked[: columns // 2] + '...'}"
       write(harmless(head) + "\n")
     if config.show_steps:
-      view = terminal.show(canvases.of(one, tokenizer), columns=columns, colored=colored)
+      view = terminal.show(_canvas(one, tokenizer, questions), columns=columns, colored=colored)
       write(view + "\n\n")
-    write((harmless(one.text) if terminals else one.text) + "\n" * (1 + bool(names)))
+    text = harmless(one.text) if terminals else one.text
+    if questions:
+      board = _canvas(one, tokenizer, questions).board
+      text = "\n".join([text, *([str(board)] if board else []), questions[one.index].verdict(one.text)])
+    write(text + "\n" * (1 + bool(names)))
     yield one
+
+
+def has_screen() -> bool:
+  """Whether standard output is a terminal that can be written over."""
+  return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def has_colors() -> bool:
   """Whether standard output is a terminal with colours that its user wants."""
-  return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+  return has_screen() and not os.environ.get("NO_COLOR")
 
 
 def write(text: str) -> None:

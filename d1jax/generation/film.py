@@ -12,7 +12,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from d1jax.generation.canvas import GIVEN, SCALE, Canvas, Glyph, evenly, layout, rgb
+from d1jax.generation import board as boards
+from d1jax.generation.canvas import GIVEN, NEVER, SCALE, Canvas, Glyph, evenly, layout, rgb
 from d1jax.run.workdir import write_atomically
 
 MOST_FRAMES = 240
@@ -27,6 +28,8 @@ _PROMPT_LINES = 5
 _FIRST, _SHORTEST, _LONGEST, _LAST = 700, 40, 500, 3000  # milliseconds
 _WHOLE = 8000  # milliseconds of all steps together, if that is neither too fast nor too slow
 _BACKGROUND, _DIM, _BRIGHT, _WHITE = (21, 23, 28), (125, 132, 145), (222, 226, 232), (255, 255, 255)
+_RED, _GREEN = (240, 98, 98), (110, 200, 130)
+_SQUARE, _GAP = 78, 12  # pixels: a cell of a Sudoku, the space between its boxes
 _GRID = ImageFont.Layout.BASIC  # every letter has a whole number of pixels
 
 _Color = tuple[int, int, int]
@@ -57,10 +60,10 @@ def save(path: Path, canvases: Sequence[Canvas]) -> None:
     OSError: the disk is full.
   """
   check(path)
-  longest = max(sum(len(text) for text in canvas.texts) for canvas in canvases)
+  longest = max((sum(map(len, canvas.texts)) for canvas in canvases if canvas.board is None), default=0)
   columns = min(100, max(44, math.isqrt(5 * longest // 2)))
-  scenes = [_Scene(canvas, columns) for canvas in canvases]
-  width = 2 * _MARGIN + (columns + 1) * _CELL
+  scenes = [_Scene(canvas, columns) if canvas.board is None else _BoardScene(canvas) for canvas in canvases]
+  width = max(scene.width for scene in scenes)
   height = max(scene.height for scene in scenes)
   frames: list[Image.Image] = []
   durations: list[int] = []
@@ -109,7 +112,7 @@ class _Scene:
         self._runs.setdefault(token, []).append(run)
         left += sum(glyph.columns for glyph in run.glyphs) * _CELL
       top += _LINE
-    self.height = top + 2 * _LINE + _MARGIN
+    self.width, self.height = 2 * _MARGIN + (columns + 1) * _CELL, top + 2 * _LINE + _MARGIN
 
   def frames(self, size: tuple[int, int], most: int) -> Iterator[tuple[Image.Image, int]]:
     """Yields the frames, each with its duration in milliseconds."""
@@ -133,7 +136,11 @@ class _Scene:
         self._draw(ImageDraw.Draw(image), token, _mixed(color, _BACKGROUND, 0.35), _mixed(_WHITE, color, 0.7))
         self._draw(drawn, token, _BACKGROUND, _mixed(_WHITE, color, 0.25))
       yield self._with_progress(image, step), each
+    self._finish(drawn)
     yield self._with_progress(base, steps[-1]), _LAST
+
+  def _finish(self, draw: ImageDraw.ImageDraw) -> None:
+    """Draws what the last picture has more than the step before."""
 
   def _draw(self, draw: ImageDraw.ImageDraw, token: int, pill: _Color, letters: _Color | None) -> None:
     """Draws a token over the picture; without a colour for letters, the token is masked."""
@@ -160,6 +167,50 @@ class _Scene:
     draw.text((left, top + 12), step_of, _DIM, self._font)
     draw.text((right, top + 12), tokens_of, _DIM, self._font, anchor="ra")
     return image
+
+
+class _BoardScene(_Scene):
+  """A Sudoku that an answer fills in: clues are grey, digits coloured by step, errors are marked at last."""
+
+  def __init__(self, canvas: Canvas):
+    assert canvas.board is not None
+    self._canvas, self._board = canvas, canvas.board
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf"
+    self._font = ImageFont.truetype(path, _SIZE, layout_engine=_GRID)
+    self._digits = ImageFont.truetype(path, 2 * _SIZE, layout_engine=_GRID)
+    self._prompt = ["4x4 Sudoku"]
+    top = _MARGIN + 3 * _LINE // 2
+    step = lambda place: place * _SQUARE + (place >= boards.BOX) * _GAP
+    self._corners = [
+      (_MARGIN + step(cell % boards.SIDE), top + step(cell // boards.SIDE)) for cell in range(boards.CELLS)
+    ]
+    side = step(boards.SIDE)
+    self.width, self.height = 2 * _MARGIN + side, top + side + 2 * _LINE + _MARGIN
+
+  def _draw(self, draw: ImageDraw.ImageDraw, token: int, pill: _Color, letters: _Color | None) -> None:
+    """Draws the cell of a token, if it has one; without a colour for letters, it is masked."""
+    if token not in self._board.tokens:
+      return
+    cell = self._board.tokens.index(token)
+    kind = self._board.kind(cell, shown=letters is not None)
+    color = _DIM if kind == boards.CLUE else letters
+    self._square(draw, cell, pill if kind != boards.CLUE else _BACKGROUND, color, shown=letters is not None)
+
+  def _square(self, draw: ImageDraw.ImageDraw, cell: int, ground: _Color, color: _Color | None, *, shown: bool) -> None:
+    left, top = self._corners[cell]
+    draw.rounded_rectangle((left, top, left + _SQUARE - 4, top + _SQUARE - 4), 6, ground, PILL, 2)
+    if color:
+      middle = (left + _SQUARE // 2 - 2, top + _SQUARE // 2 - 2)
+      draw.text(middle, self._board.text(cell, shown=shown), color, self._digits, anchor="mm")
+
+  def _finish(self, draw: ImageDraw.ImageDraw) -> None:
+    """Marks the errors, and says how many there are."""
+    for cell, token in enumerate(self._board.tokens):
+      if self._canvas.steps[token] < NEVER and self._board.kind(cell, shown=True) == boards.WRONG:
+        self._square(draw, cell, _mixed(_RED, _BACKGROUND, 0.35), _RED, shown=True)
+    wrong = self._board.wrong
+    text, color = (f"{wrong} wrong", _RED) if wrong else ("solved", _GREEN)
+    draw.text((self.width - _MARGIN, _MARGIN), text, color, self._font, anchor="ra")
 
 
 def _mixed(color: _Color, ground: _Color, share: float) -> _Color:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -62,8 +62,32 @@ class Generation:
   reveal_step: Int[np.ndarray, "C"]
 
 
-def generate(model: Model, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
-  """Completes prompts; the options are those of `stream`.
+def generate(
+  model: Model,
+  prompts: Sequence[Prompt],
+  *,
+  max_tokens: int | None = None,
+  temperature: float | None = None,
+  tokens_per_step: int | None = None,
+  samples: int = 1,
+  seed: int = 0,
+  prefill: str = "",
+  spec: SamplerSpec | None = None,
+  **options: Any,
+) -> list[Generation]:
+  """Completes prompts: `generate(model, ["Name a river."], temperature=0.7, max_tokens=64)`.
+
+  Args:
+    model: network, tokenizer and mesh.
+    prompts: texts or conversations, which the tokenizer's chat template writes, or arrays of token ids.
+    max_tokens: the tokens of an answer, a multiple of the block length if they are more; None: those of `spec`.
+    temperature: of the draws; 0 is greedy; None: that of `spec`.
+    tokens_per_step: the tokens that a denoising step unmasks: 1 is slow and best; None: as many as with `spec`.
+    samples: the number of completions of each prompt.
+    seed: the seed of the draws.
+    prefill: the start of each answer.
+    spec: the sampler, with all its options; None: the default of `stream`.
+    options: `params`, `identities`, `batch_size` and `prompt_buckets`, see `stream`.
 
   Returns:
     One `Generation` per sample: first those of the first prompt, then those of the second, and so on.
@@ -71,7 +95,52 @@ def generate(model: Model, prompts: Sequence[Prompt], **options: Any) -> list[Ge
   Raises:
     ValueError: a prompt or an option cannot be used.
   """
-  return list(stream(model, prompts, **options))
+  changes = Changes(max_tokens, temperature, tokens_per_step)
+  return list(
+    stream(model, prompts, spec=spec, changes=changes, samples=samples, seed=seed, prefill=prefill, **options)
+  )
+
+
+class Changes(NamedTuple):
+  """What a caller wants otherwise than a sampler has it; None: as it is.
+
+  Attributes:
+    max_tokens: the tokens of an answer.
+    temperature: of the draws.
+    tokens_per_step: the tokens that a denoising step unmasks.
+  """
+
+  max_tokens: int | None = None
+  temperature: float | None = None
+  tokens_per_step: int | None = None
+
+  def of(self, spec: SamplerSpec) -> SamplerSpec:
+    """The changed sampler; with another length, it keeps the tokens per step.
+
+    Raises:
+      ValueError: a value is not allowed.
+    """
+    for name, value in (("max_tokens", self.max_tokens), ("tokens_per_step", self.tokens_per_step)):
+      if value is not None:
+        check_integer(name, value, 1)
+    length = spec.completion_length if self.max_tokens is None else self.max_tokens
+    block = min(spec.block_length, length)
+    if length % block:
+      raise ValueError(
+        f"max_tokens={length} is no multiple of the block length {block}: take"
+        f" {max(length // block, 1) * block} or {-(-length // block) * block}"
+      )
+    steps = spec.diffusion_steps
+    if self.max_tokens is not None or self.tokens_per_step is not None:
+      per_step = self.tokens_per_step or spec.completion_length / spec.diffusion_steps
+      steps = length // block * max(1, round(block / per_step))
+    temperature = spec.temperature if self.temperature is None else float(self.temperature)
+    return dataclasses.replace(
+      spec, completion_length=length, block_length=block, diffusion_steps=steps, temperature=temperature
+    )
+
+
+UNCHANGED = Changes()
 
 
 def stream(
@@ -80,6 +149,7 @@ def stream(
   *,
   params: Params | None = None,
   spec: SamplerSpec | None = None,
+  changes: Changes = UNCHANGED,
   prefill: str = "",
   samples: int = 1,
   seed: int = 0,
@@ -97,6 +167,7 @@ def stream(
     prompts: texts or conversations, which the tokenizer's chat template writes, or arrays of token ids.
     params: the weights, from `Model.publish`; None: the weights with which the model starts.
     spec: the sampler; None: `GREEDY`, with the blocks of a block-causal network.
+    changes: of the sampler.
     prefill: the start of each answer.
     samples: the number of completions of each prompt.
     seed: the seed of the draws.
@@ -117,6 +188,7 @@ def stream(
     check_integer("a length of prompt_buckets", length, 1)
   block = model.denoiser.block
   spec = GREEDY.for_block(block) if spec is None else spec
+  spec = changes.of(spec)
   check(model.rollout_denoiser, spec)
   if samples > 1 and spec.temperature == 0 and spec.remasking != "random":
     raise ValueError(f"samples is {samples}, but at temperature 0 they are all the same: set a temperature, like 0.9")

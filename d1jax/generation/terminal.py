@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+from d1jax.generation import board as boards
 from d1jax.generation import canvas as canvases
 from d1jax.generation.canvas import GIVEN, SCALE, Canvas, Glyph, evenly, layout
 
@@ -13,6 +14,11 @@ LEGEND = (
   f"{canvases.HIDDEN} hidden   {canvases.NEW_LINE} line break   {canvases.END} end   {canvases.BEHIND} behind the end"
 )
 
+BOARD_LEGEND = (f"{canvases.HIDDEN} hidden   * not as in the solution", "clues grey, errors red")
+"""That of a Sudoku, without colours and with them."""
+
+_GREY, _RED = "90", "31;1"
+
 
 def show(canvas: Canvas, *, columns: int, colored: bool) -> str:
   """The canvas after each step (after evenly spaced steps if there are many), and a legend.
@@ -22,15 +28,15 @@ def show(canvas: Canvas, *, columns: int, colored: bool) -> str:
     columns: the width of the terminal.
     colored: whether the terminal supports colours; unmasked and masked tokens also differ without them.
   """
-  lines = layout(canvas.texts, columns)
   before = GIVEN
   parts = []
   for step in evenly(range(canvas.total), MOST):
     head = ", ".join(canvas.progress(step))
-    parts.append("\n".join([head, *("".join(_line(canvas, line, step, before, colored)) for line in lines), ""]))
+    parts.append("\n".join([head, *_picture(canvas, step, before, columns, colored), ""]))
     before = step
   scale = "".join(_paint("■", f"38;5;{number}", colored) for number in SCALE)
-  parts.append(f"revealed early {scale} late   {LEGEND}" if colored else LEGEND)
+  legend = LEGEND if canvas.board is None else BOARD_LEGEND[colored]
+  parts.append(f"revealed early {scale} late   {legend}" if colored else legend)
   return "\n".join(parts)
 
 
@@ -43,7 +49,23 @@ def frame(canvas: Canvas, *, columns: int, colored: bool) -> list[str]:
     colored: whether the terminal supports colours.
   """
   last = canvas.total - 1
-  return ["".join(_line(canvas, line, last, last - 1, colored)) for line in layout(canvas.texts, columns)]
+  return _picture(canvas, last, last - 1, columns, colored)
+
+
+def _picture(canvas: Canvas, step: int, before: int, columns: int, colored: bool) -> list[str]:
+  """The lines of a canvas after a step: its texts, or the grid of its Sudoku."""
+  if canvas.board is None:
+    return ["".join(_line(canvas, line, step, before, colored)) for line in layout(canvas.texts, columns)]
+  board, cells = canvas.board, []
+  for cell, token in enumerate(board.tokens):
+    shown = bool(canvas.steps[token] <= step)
+    kind = board.kind(cell, shown=shown)
+    fresh = ";1" if shown and canvas.steps[token] > before else ""
+    code = {boards.CLUE: _GREY, boards.WRONG: _RED, boards.HIDDEN: "2"}.get(kind)
+    code = code or f"38;5;{SCALE[canvas.shade(token)]}{fresh}"
+    text = board.text(cell, shown=shown) or canvases.HIDDEN
+    cells.append(_paint(text, code, colored) + ("" if colored else "*" if kind == boards.WRONG else " "))
+  return boards.rows(cells, 1 if colored else 2)
 
 
 class Screen:

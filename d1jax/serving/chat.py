@@ -32,7 +32,7 @@ from d1jax.serving.engine import Engine
 from d1jax.serving.request import Request, Update
 from d1jax.serving.view import View, follow
 from d1jax.state import Params
-from d1jax.tasks.base import Message
+from d1jax.tasks.base import Message, Record
 
 COMMANDS: Mapping[str, str] = {
   "/clear": "forgets the conversation",
@@ -46,13 +46,16 @@ COMMANDS: Mapping[str, str] = {
 }
 """What a line that begins with `/` does. A message that begins so is written with two: `//etc is a folder`."""
 
+PACE = 0.15
+"""Seconds of a step that `live` shows, at least."""
+
 _SETTINGS = ("temperature", "seed", "steps", "length")
 
 
 def run(config: ConfigDict) -> None:
   """Talks with a model until the user has enough, or standard input ends."""
   command.check_fields(config)
-  for field, usual in (("samples", 1), ("show_steps", False), ("film", None)):
+  for field, usual in (("samples", 1), ("show_steps", False), ("film", None), ("task", None)):
     if config[field] != usual:
       raise RunError(
         f"config.{field}={config[field]!r} is for completions without config.chat: leave it out; in a chat, /film PATH"
@@ -80,6 +83,38 @@ def run(config: ConfigDict) -> None:
           break
     finally:
       chat.close()
+
+
+def live(
+  model: Model,
+  prompt: str,
+  spec: SamplerSpec,
+  *,
+  params: Params,
+  config: ConfigDict,
+  prefill: str,
+  record: Record | None = None,
+) -> Generation:
+  """Completes one prompt and shows the answer while it is denoised, as slowly as a person can follow.
+
+  Args:
+    model: network, tokenizer and mesh.
+    prompt: the prompt.
+    spec: the sampler.
+    params: the published weights.
+    config: a configuration of configs/generate.py.
+    prefill: the start of the answer.
+    record: what the prompt asks, if that is known.
+
+  Raises:
+    ValueError: the prompt cannot be used, or the engine has not this sampler.
+  """
+  buckets = tuple(config.prompt_buckets)
+  chat = Chat(model, spec, params=params, seed=config.seed, prefill=prefill, prompt_buckets=buckets)
+  try:
+    return chat.answer(prompt, PACE, record)[0]
+  finally:
+    chat.close()
 
 
 def _lines() -> Iterator[str]:
@@ -257,14 +292,27 @@ class Chat:
       raise ValueError(f"film={argument!r} could not be written ({error.strerror}); name another place") from None
     _say(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
 
-  def _ask(self, text: str) -> None:
-    """Asks a message, shows the answer, and remembers both."""
+  def answer(self, text: str, pace: float = 0.0, record: Record | None = None) -> tuple[Generation, str]:
+    """Asks a message, and shows the answer while it is denoised, if standard output is a terminal.
+
+    Args:
+      text: the message.
+      pace: the least seconds of a step.
+      record: what the message asks, if that is known; a Sudoku is drawn as a grid.
+
+    Returns:
+      The answer, which is taken away from the screen; and what it took, in words.
+
+    Raises:
+      ValueError: the message cannot be used, or there is no answer.
+    """
     messages, ids = self._fitted(text)
     engine = self._engine(self._canvas(len(ids), self.spec))
     request = Request(np.asarray(ids, np.int32), self.spec, seed=self.seed, every_step=self._live)
-    view = View(self._tokenizer, self.spec, self._prefill) if self._live else None
+    view = View(self._tokenizer, self.spec, self._prefill, record) if self._live else None
     began = time.monotonic()
-    update = follow(lambda listen: engine.submit(request, listen), view.show if view else lambda update: None)
+    submit = lambda listen: engine.submit(request, listen)
+    update = follow(submit, view.show if view else lambda update: None, pace)
     seconds = time.monotonic() - began
     if view:
       view.clear()
@@ -272,15 +320,20 @@ class Chat:
       raise ValueError(f"there is no answer: {update.message}")
     if not update.known:
       raise ValueError("stopped before a block was finished; the message is forgotten")
-    self.last = _generation(update, text, self._prefill, self._tokenizer)
-    command.write((harmless(self.last.text) if sys.stdout.isatty() else self.last.text) + "\n")
-    if self._live:
-      steps = len(np.unique(self.last.reveal_step[self.last.reveal_step >= 0]))
-      rate = f"{self.last.length / max(seconds, 1e-9):.{0 if self.last.length > 10 * seconds else 2}f} tokens a second"
-      stopped = ", stopped" if update.reason == "cancelled" else ""
-      _say(f"({steps} steps, {seconds:.3g} s, {rate}{stopped})\n")
+    one = self.last = _generation(update, text, self._prefill, self._tokenizer)
     if self.has_turns:
-      self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
+      self.messages = [*messages, {"role": "assistant", "content": one.text}]
+    steps = len(np.unique(one.reveal_step[one.reveal_step >= 0]))
+    rate = f"{one.length / max(seconds, 1e-9):.{0 if one.length > 10 * seconds else 2}f} tokens a second"
+    stopped = ", stopped" if update.reason == "cancelled" else ""
+    return one, f"{steps} steps, {seconds:.3g} s, {rate}{stopped}"
+
+  def _ask(self, text: str) -> None:
+    """Asks a message, and prints the answer."""
+    one, took = self.answer(text)
+    command.write((harmless(one.text) if sys.stdout.isatty() else one.text) + "\n")
+    if self._live:
+      _say(f"({took})\n")
 
   def _fitted(self, text: str) -> tuple[list[Message], list[int]]:
     """The conversation with a new message, and its ids; the oldest turns are left out where all would be too long."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from d1jax.errors import InterruptedRunError, RunError, StorageError
 from d1jax.generation import command, terminal
+from d1jax.generation.generate import stream
 from tests import QUICK_TO_COMPILE, hub, jobs, runs
 from tests.training import test_adapters
 
@@ -119,6 +120,32 @@ def test_steps_are_shown_without_escapes_where_nobody_sees_colours(finished, cap
   assert out.endswith(f"{terminal.LEGEND}\n\n{answers[0]}\n")
 
 
+def test_a_question_of_a_task_is_written_as_it_was_trained_and_graded(finished, capsys, tmp_path):
+  prompts, answers = asked(finished)
+  fields = {"checkpoint": str(finished), "task": "sudoku", "prompt": prompts[0][:16], "film": str(tmp_path / "a.gif")}
+  (found,) = command.run(configured(**fields))
+  assert (found.prompt, found.text) == (prompts[0], answers[0])
+  first, *grid, verdict = capsys.readouterr().out.splitlines()
+  assert first == answers[0]
+  assert len(grid) in (0, 5)
+  assert re.match(r"right$|wrong: ", verdict)
+
+
+def test_a_single_answer_is_shown_while_it_is_computed_where_somebody_can(finished, capsys):
+  prompts, answers = asked(finished)
+  seen = []
+
+  def live(model, prompt, spec, *, params, config, prefill, record):
+    assert record is None
+    seen.append(prompt)
+    (one,) = stream(model, [prompt], params=params, spec=spec, prefill=prefill)
+    return one
+
+  fields = {"checkpoint": str(finished), "show_steps": True}
+  command.run(configured(prompt=prompts[0], **fields), live)
+  assert (seen, capsys.readouterr().out) == ([prompts[0]], answers[0] + "\n")
+
+
 def test_a_film_is_saved(finished, tmp_path, capsys):
   prompts, _ = asked(finished)
   command.run(configured(checkpoint=str(finished), prompt=prompts[0], film=str(tmp_path / "a.gif")))
@@ -164,6 +191,8 @@ def test_text_that_the_output_cannot_spell_is_no_failure(finished, monkeypatch, 
     ({"schedule": "fast"}, "schedule='fast' is unknown"),
     ({"samples": 0}, "samples=0 must be"),
     ({"samples": 2}, "samples is 2, but at temperature 0 they are all the same"),
+    ({"task": "sudoku"}, "prompt='1003' is no Sudoku: write 16 digits"),
+    ({"task": "chess"}, "task='chess' is unknown; known: sudoku, countdown"),
     ({"film": "a.mp4"}, r"film='a\.mp4' does not end in \.gif"),
     ({"film": "nowhere/a.gif"}, r"film='nowhere/a\.gif' cannot be written \(No such file or directory\)"),
     ({"film": "a.gif", "samples": 9, "temperature": 1.0}, "a film of 1 prompts with 9 samples is too long"),

@@ -12,7 +12,7 @@ from d1jax import keys
 from d1jax.data import tokenizer as tokenizers
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.diffusion.sampler import sample
-from d1jax.generation.generate import GREEDY, generate, stream
+from d1jax.generation.generate import GREEDY, Changes, generate, stream
 from d1jax.parallel.mesh import make_mesh
 from tests import hub
 
@@ -53,6 +53,40 @@ def test_draws_are_those_of_the_sampler(model):
   assert found.length == int(rollout.completion_mask.sum())
   assert found.text == "so " + tokenizer.decode_all([found.tokens[: found.length].tolist()])[0]
   assert (found.prompt, found.index, found.sample, found.prefill) == (PROMPTS[0], 0, 0, "so ")
+
+
+@pytest.mark.parametrize(
+  ("changes", "spec"),
+  [
+    ({}, SMALL),
+    ({"temperature": 0.7}, dataclasses.replace(SMALL, temperature=0.7)),
+    ({"max_tokens": 24}, dataclasses.replace(SMALL, completion_length=24, diffusion_steps=12)),
+    ({"max_tokens": 4}, dataclasses.replace(SMALL, completion_length=4, diffusion_steps=2, block_length=4)),
+    ({"tokens_per_step": 1}, dataclasses.replace(SMALL, diffusion_steps=12)),
+    ({"tokens_per_step": 3, "max_tokens": 6}, dataclasses.replace(SMALL, completion_length=6, diffusion_steps=2)),
+  ],
+)
+def test_keywords_change_the_sampler(changes, spec):
+  assert Changes(**changes).of(SMALL) == spec
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"max_tokens": 20}, "max_tokens=20 is no multiple of the block length 6: take 18 or 24"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"tokens_per_step": 0}, "tokens_per_step"),
+    ({"temperature": -1}, "temperature"),
+  ],
+)
+def test_keywords_that_are_wrong_are_named(model, changes, message):
+  with pytest.raises(ValueError, match=message):
+    generate(model, PROMPTS[:1], spec=SMALL, **changes)
+
+
+def test_keywords_are_those_of_the_sampler_they_make(model):
+  drawn = generate(model, PROMPTS[:2], spec=dataclasses.replace(SMALL), temperature=1.0)
+  np.testing.assert_array_equal(tokens(drawn), tokens(generate(model, PROMPTS[:2], spec=DRAWN)))
 
 
 @pytest.mark.slow(reason="compiles programs of its own")

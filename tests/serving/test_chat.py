@@ -270,6 +270,19 @@ def test_an_answer_is_drawn_and_then_stands_there(begin, monkeypatch, capsys):
   assert screen.getvalue() == "Hi, all well\n"
 
 
+def test_one_prompt_is_completed_as_slowly_as_a_person_can_follow(begin, monkeypatch, model, capsys):
+  screen = at_terminal(monkeypatch)
+  begin("well")
+  monkeypatch.setattr(chats, "PACE", 0.01)
+  config = jobs.load("generate")
+  began = time.monotonic()
+  one = chats.live(model, "Hello", SPEC, params=model.params, config=config, prefill="")
+  assert time.monotonic() - began >= 16 * 0.01
+  assert (one.text, one.prompt) == ("well", "Hello")
+  assert len(re.findall(r"step \d+, ", screen.getvalue())) > 4
+  assert screen.getvalue().endswith("\x1b[2A\r\x1b[J"), "the drawing is gone"
+
+
 def test_a_drawing_has_the_active_block_its_masks_and_its_newest_token(model, monkeypatch):
   screen = at_terminal(monkeypatch)
   tokenizer = model.tokenizer
