@@ -7,6 +7,8 @@ docs/library.md walks through them; `d1jax.train`, or `d1jax train` on the comma
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from d1jax.version import __version__
+
 if TYPE_CHECKING:
   from d1jax import tasks
   from d1jax.diffusion.denoiser import Denoiser
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
   from d1jax.run.run_tokenizer import train as train_tokenizer
   from d1jax.run.trackers import Tracker
   from d1jax.training.sft import sft_step
-
-__version__ = "0.1.0"
-"""The version, which pyproject.toml reads from here."""
 
 _PLACES = {
   "ClippedToken": "d1jax.rl.losses",

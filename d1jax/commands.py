@@ -4,11 +4,14 @@ Nothing here imports JAX, so that `--help` and a mistyped command are answered a
 """
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from d1jax import __version__, errors, presets
+from d1jax import errors
+from d1jax.version import __version__
+
+with errors.environment():
+  from d1jax import presets
 
 
 class Command(NamedTuple):
@@ -78,7 +81,7 @@ COMMANDS: Mapping[str, Command] = {
     "Completes prompts: one that is given, or the lines of standard input; or talks with you.",
     "generate",
     (
-      '--checkpoint=runs/grpo --prompt="What is 2 + 2?"',
+      "--checkpoint=runs/grpo --task=sudoku --prompt=0300413012003420",
       "--pretrained=FOLDER --show_steps=True",
       "--pretrained=FOLDER --chat=True",
     ),
@@ -86,6 +89,7 @@ COMMANDS: Mapping[str, Command] = {
     | {
       "chat": "a conversation, in which an answer is shown as it is denoised",
       "prompt": "None: the lines of standard input",
+      "task": "sudoku or countdown: the prompt is its question, and the answer is graded",
       "length": "tokens of the completion",
       "tokens_per_step": "tokens that a denoising step reveals",
       "temperature": "0 is greedy",
@@ -131,10 +135,11 @@ COMMANDS: Mapping[str, Command] = {
     },
   ),
 }
-_FIELD = re.compile(r"--(?!config\b)(?=\w)")
+_FIELD = re.compile(r"--(?!config\b|print_config$)(?=\w)")
 
 
-def _usage() -> str:
+def usage() -> str:
+  """What `d1jax --help` prints: the commands."""
   width = max(map(len, COMMANDS))
   return "\n".join(
     [
@@ -142,14 +147,15 @@ def _usage() -> str:
       "",
       *(f"  {name:{width}}  {command.does}" for name, command in COMMANDS.items()),
       "",
-      "d1jax COMMAND --help lists presets, their words and the fields that are set most.",
+      "d1jax COMMAND --help lists presets, their words and the fields that are set most; d1jax COMMAND PRESET",
+      "--print_config lists all fields, with values and comments. python -m d1jax is the same command in a clone.",
       "d1jax --config=FILE.py:WORDS takes a configuration of your own. d1jax --version says which release this is.",
     ]
   )
 
 
-def _help(name: str, preset: str) -> str:
-  """The help text of a command, with the values of a preset."""
+def help_of(name: str, preset: str) -> str:
+  """What `d1jax NAME PRESET --help` prints: words, fields with the values of the preset, examples."""
   command, config = COMMANDS[name], presets.load(preset)
   lines = [f"usage: d1jax {name} [PRESET] [--FIELD=VALUE ...]", "", command.does, ""]
   kind = preset.partition(":")[0]
@@ -167,8 +173,17 @@ def _help(name: str, preset: str) -> str:
   width = max(map(len, values.values()))
   lines += [f"The fields that are set most, with the values of {preset}:"]
   lines += [f"  {value:{width}}  {command.fields[field]}" for field, value in values.items()]
-  lines += ["", f"All fields are in {presets.shown()}{kind}.py, with a comment each.", ""]
+  lines += [
+    "",
+    f"All fields: d1jax {name} {preset} --print_config, or {presets.shown()}{kind}.py. What may be empty takes None.",
+    "",
+  ]
   return "\n".join([*lines, *(f"  d1jax {name} {example}" for example in command.examples)])
+
+
+def about(mode: str) -> dict[str, str]:
+  """What the fields of a mode mean that are set most, by dotted name."""
+  return dict(next((command.fields for name, command in COMMANDS.items() if mode in (name, command.preset)), {}))
 
 
 def _preset(name: str, given: str | None) -> str:
@@ -196,7 +211,7 @@ def flags(arguments: Sequence[str]) -> list[str] | None:
     print(f"d1jax {__version__}")
     return None
   if name in ("--help", "-h", "help"):
-    print(_usage())
+    print(usage())
     return None
   if name.startswith("-"):
     return list(arguments)
@@ -204,22 +219,8 @@ def flags(arguments: Sequence[str]) -> list[str] | None:
     raise errors.RunError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
   preset = _preset(name, rest.pop(0) if rest and not rest[0].startswith("-") else None)
   if "--help" in rest or "-h" in rest:
-    print(_help(name, preset))
+    print(help_of(name, preset))
     return None
   presets.load(preset)
   kind, colon, words = preset.partition(":")
   return [f"--config={presets.folder() / kind}.py{colon}{words}", *(_FIELD.sub("--config.", flag) for flag in rest)]
-
-
-def main() -> None:
-  """Runs the command `d1jax`; a failure is one line on standard error and an exit code, as in `d1jax.main`."""
-  try:
-    written = flags(sys.argv[1:])
-  except errors.RunError as error:
-    print(f"d1jax: {errors.harmless(str(error))}", file=sys.stderr)
-    sys.exit(error.exit_code)
-  if written is not None:
-    sys.argv[1:] = written  # ml_collections reads the flags of a configuration from here
-    from d1jax import main as program
-
-    program.main()

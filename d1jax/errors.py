@@ -182,6 +182,22 @@ def extra(name: str) -> Iterator[None]:
     raise RunError(missing(error.name or str(error), name)) from error
 
 
+@contextlib.contextmanager
+def environment() -> Iterator[None]:
+  """Ends the program in one line if Python lacks a package that each command needs: no environment is active, say."""
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    if (error.name or "d1jax").startswith("d1jax"):
+      raise
+    line = (
+      f"d1jax: {error.name} is not installed in {sys.executable}: run make setup, then source .venv/bin/activate"
+      " (docs/install.md has other ways)"
+    )
+    print(line, file=sys.stderr)
+    sys.exit(RunError.exit_code)
+
+
 def missing(package: str, name: str) -> str:
   """The message about a package that is not installed, with the extra that installs it."""
   return (

@@ -1,8 +1,10 @@
 """`python -m d1jax.main --config=configs/grpo.py`: reads the configuration and runs the mode that it names."""
 
 import contextlib
+import functools
 import logging
 import os
+import runpy
 import sys
 import threading
 import traceback
@@ -10,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from d1jax import errors
 
-from d1jax import errors, presets
-from d1jax.parallel import cluster, multihost
-from d1jax.run import fields
+with errors.environment():
+  from absl import app, flags
+  from ml_collections import ConfigDict, config_flags
+
+  from d1jax import commands, presets
+  from d1jax.parallel import cluster, multihost
+  from d1jax.run import fields
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with preset words behind a colon.")
 
@@ -43,6 +48,10 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
   if config.mode == "generate":
     from d1jax.generation import command as generation
 
+    if config.show_steps and generation.has_screen():
+      from d1jax.serving import chat
+
+      return functools.partial(generation.run, live=chat.live)
     return generation.run
   if config.mode == "aot":
     from d1jax.aot import command as aot
@@ -97,30 +106,118 @@ def _start(config: ConfigDict, stack: contextlib.ExitStack) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses the flags; an error in them is one line."""
-  for path in (arg.partition("=")[2].partition(":")[0] for arg in argv if arg.startswith("--config=")):
-    if not Path(path).is_file():
-      raise errors.RunError(f"--config={path}: no such file; the configurations are in {presets.shown()}")
+  return read(argv, flags.FLAGS)
+
+
+def read(argv: list[str], values: flags.FlagValues) -> list[str]:
+  """Reads a command line; for `--help` and `--print_config`, it prints and ends the program.
+
+  Args:
+    argv: the name of the program, and its arguments; those of the configuration are taken out.
+    values: where the configuration goes, as the value of `config`.
+
+  Returns:
+    The arguments that are no flags.
+
+  Raises:
+    RunError: a flag is wrong; the message is one line, and names the fields that may be meant.
+    SystemExit: something was printed.
+  """
+  given = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), None)
+  if {"--help", "-h", "--helpfull", "--helpshort"} & {*argv}:
+    print(_help(given), file=cast(TextIO, Output(sys.stdout)))
+    sys.exit()
+  if given is not None:
+    _check_file(given)
+  asked, argv[:] = "--print_config" in argv, [arg for arg in argv if arg != "--print_config"]
   optional, argv[:] = fields.take_flags(argv)
   chosen: list[tuple[str, str, str]] = []
   if any("config.grpo." in arg for arg in argv):
     from d1jax.run import parts
 
     chosen, argv[:] = parts.take_flags(argv)
+  empty, argv[:] = fields.take_none(argv)
   try:
-    rest = flags.FLAGS(argv)
-    if _CONFIG.value is not None:
-      fields.choose(_CONFIG.value, optional)
-      fields.complete(_CONFIG.value)
-    if chosen:
-      parts.choose(_CONFIG.value.grpo, chosen)
-    return rest
-  except (AttributeError, KeyError) as error:
-    reason = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("\"'").split())
-    raise errors.RunError(f"unknown field '{reason}") from error
+    rest = _with_argv(values, argv)
+    config = values["config"].value
+    if config is not None:
+      fields.choose(config, optional)
+      fields.complete(config)
+    if empty:
+      from d1jax.run import limits
+
+      known = [*limits.LOCAL, *(name for name, limit in limits.TABLE.items() if limit.optional)]
+      fields.clear(config, empty, known)
+    if chosen and config is not None:
+      parts.choose(config.grpo, chosen)
+  except (AttributeError, KeyError, flags.UnrecognizedFlagError) as error:
+    raise errors.RunError(_unknown(given, argv) or f"unknown flag: {errors.line_of(error)}") from error
   except (flags.Error, TypeError, ValueError) as error:
     # An exception of the configuration file arrives with its traceback; the last line has the message.
     reason = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
     raise errors.RunError(f"wrong flag: {reason.removeprefix('ValueError: ')}") from error
+  if asked:
+    if given is None:
+      raise errors.RunError("no configuration to print; try --config=configs/grpo.py --print_config")
+    print(_listing(config, given), file=cast(TextIO, Output(sys.stdout)))
+    sys.exit()
+  return rest
+
+
+def _help(given: str | None) -> str:
+  """The help text for a configuration file that was named, or for the program."""
+  name = Path((given or "").partition(":")[0]).stem
+  command = next((each for each, one in commands.COMMANDS.items() if one.preset == name), None)
+  if command is None:
+    return commands.usage()
+  return commands.help_of(command, f"{name}:{given.partition(':')[2]}".rstrip(":") if given else name)
+
+
+def _listing(config: ConfigDict, given: str) -> str:
+  """All fields of a configuration, with the comments of its file."""
+  from d1jax.run import listing
+
+  source = Path(given.partition(":")[0]).read_text(encoding="utf-8")
+  return listing.listing(config, commands.about(config.mode) | listing.comments(source))
+
+
+def _check_file(given: str) -> None:
+  """Raises a RunError unless there is the configuration file, and it takes the words behind the colon."""
+  path, _, words = given.partition(":")
+  if not Path(path).is_file():
+    raise errors.RunError(f"--config={path}: no such file; the configurations are in {presets.shown()}")
+  if words and Path(path).resolve().parent == presets.folder().resolve():
+    presets.check_words(Path(path).stem, words)
+
+
+def _with_argv(values: flags.FlagValues, argv: list[str]) -> list[str]:
+  """Parses flags. ml_collections takes the fields from `sys.argv`, whatever it is given."""
+  before, sys.argv = sys.argv, argv
+  try:
+    found: list[str] = values(argv)
+    return found
+  finally:
+    sys.argv = before
+
+
+def _unknown(given: str | None, argv: list[str]) -> str:
+  """The message about the first argument that sets no field; empty if there is none."""
+  if given is None:
+    return ""
+  path, colon, words = given.partition(":")
+  config = runpy.run_path(path)["get_config"](*([words] if colon else []))
+  fields.complete(config)
+  names = {field for field, _ in fields.leaves(config)}
+  for arg in argv[1:]:
+    name = arg.partition("=")[0].lstrip("-")
+    own = name.removeprefix("config.")
+    if not arg.startswith("-") or name == "config" or (own != name and own in names):
+      continue
+    if own in names:
+      return f"unknown flag --{name}; fields are set with --config.{name}=VALUE"
+    if own != name:
+      return fields.unknown(config, own)
+  return ""
 
 
 class Formatter(logging.Formatter):

@@ -4,7 +4,6 @@ In a clone the files are in the folder `configs` beside the package, in an insta
 """
 
 import contextlib
-import difflib
 import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +40,12 @@ def words(name: str) -> Mapping[str, Sequence[str]]:
   return _loaded(name).get("WORDS", {})
 
 
+def check_words(name: str, chosen: str) -> None:
+  """Raises a RunError if a preset gets words, but takes none."""
+  if chosen and "WORDS" not in _loaded(name):
+    raise errors.RunError(f"preset {name} takes no words, but has {chosen!r} behind the colon: leave it out")
+
+
 def load(preset: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
   """The configuration of a preset.
 
@@ -53,9 +58,8 @@ def load(preset: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
       ones.
   """
   name, _, chosen = preset.partition(":")
+  check_words(name, chosen)
   found = _loaded(name)
-  if chosen and "WORDS" not in found:
-    raise errors.RunError(f"preset {name} takes no words, but has {chosen!r} behind the colon: leave it out")
   with errors.input_checked():
     config: ConfigDict = found["get_config"](*([chosen] if chosen else []))
   return _changed(config, overrides or {})
@@ -85,14 +89,12 @@ def _changed(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
 
 def _set(config: ConfigDict, field: str, value: Any) -> None:
   """Sets a field or a whole section, by its dotted name."""
-  section, path, last = config, "", field
+  section, last = config, field
   while "." in last and isinstance(section.get(last.partition(".")[0]), ConfigDict):
     name, _, last = last.partition(".")
-    section, path = section[name], f"{path}{name}."
+    section = section[name]
   if last not in section:
-    near = difflib.get_close_matches(last.partition(".")[0], section, 1)
-    known = f"did you mean {path}{near[0]}?" if near else f"known: {', '.join(f'{path}{name}' for name in section)}"
-    raise ValueError(f"unknown field {field!r}; {known}")
+    raise ValueError(fields.unknown(config, field))
   try:
     with config.unlocked():
       section[last] = ConfigDict(value) if isinstance(value, Mapping) else value

@@ -77,6 +77,7 @@ attempt() {
 
 start() {
   local code=0
+  dry || command -v "${COMMAND[0]}" >/dev/null || fail "${COMMAND[0]} is missing: run make setup first"
   trap 'STOPPED=yes; signal TERM' TERM HUP
   trap 'STOPPED=yes; signal INT' INT
   retry attempt || code=$?

@@ -20,12 +20,14 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 # A room, and the rooms it may import beside itself, all of which stand above it in this table: no arrow of the import
 # graph runs back up. Files at the top of the package are rooms of their own.
-# `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs; everybody may use them.
-BASE = {"errors", "files", "helper"}
+# `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs, `version` is a number;
+# everybody may use them.
+BASE = {"errors", "files", "helper", "version"}
 ALLOWED = {
   "errors": set(),
   "files": set(),
   "helper": set(),
+  "version": set(),
   "intervals": set(),
   "keys": set(),
   "microbatch": set(),
@@ -57,9 +59,9 @@ ALLOWED["recipe"] = ALLOWED["results"] | {"results", "training"}
 ALLOWED["presets"] = set(ALLOWED)
 ALLOWED["harness"] = set(ALLOWED)
 ALLOWED["lm_eval"] = set(ALLOWED)
+ALLOWED["commands"] = set(ALLOWED)
 ALLOWED["main"] = set(ALLOWED)
 ALLOWED[""] = set(ALLOWED)  # the package's own file
-ALLOWED["commands"] = set(ALLOWED)
 ALLOWED["__main__"] = set(ALLOWED)
 
 NNX = {

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import d1jax
-from d1jax import commands, errors, presets
+from d1jax import __main__, commands, errors, presets
 from tests import jobs
 
 GRPO = f"--config={jobs.ROOT / 'configs' / 'grpo.py'}"
@@ -20,6 +20,7 @@ GRPO = f"--config={jobs.ROOT / 'configs' / 'grpo.py'}"
     ("train grpo", [GRPO]),
     ("train grpo:tiny,countdown --config.grpo.steps=5", [f"{GRPO}:tiny,countdown", "--config.grpo.steps=5"]),
     ("train smoke --grpo.steps=5 --workdir x", [f"{GRPO}:smoke", "--config.grpo.steps=5", "--config.workdir", "x"]),
+    ("train smoke --print_config", [f"{GRPO}:smoke", "--print_config"]),
     ("train --grpo.loss=sandwich", [GRPO, "--config.grpo.loss=sandwich"]),
     ("generate --checkpoint=runs/x", [GRPO.replace("grpo.py", "generate.py"), "--config.checkpoint=runs/x"]),
     ("--config=configs/grpo.py:smoke --config.seed=1", ["--config=configs/grpo.py:smoke", "--config.seed=1"]),
@@ -41,7 +42,7 @@ def test_a_command_is_flags(typed, flags):
 def test_what_is_unknown_is_a_line_with_what_is_known(typed, message, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["d1jax", *typed.split()])
   with pytest.raises(SystemExit) as caught:
-    commands.main()
+    __main__.main()
   assert caught.value.code == 2
   out, said = capsys.readouterr()
   assert out == ""

@@ -70,7 +70,17 @@ def needed(*modules: str) -> set[str]:
 @pytest.mark.parametrize(
   ("modules", "extras"),
   [
-    (["d1jax.commands", "d1jax.main", "d1jax.generation.command", "d1jax.export", "d1jax.aot.command"], []),
+    (
+      [
+        "d1jax.__main__",
+        "d1jax.commands",
+        "d1jax.main",
+        "d1jax.generation.command",
+        "d1jax.export",
+        "d1jax.aot.command",
+      ],
+      [],
+    ),
     (["d1jax.evaluation.command", "d1jax.generation.film"], ["eval"]),
     (["d1jax.serving.command"], ["serve"]),
     (["d1jax.recipe", "d1jax.run.trackers.tensorboard"], ["train"]),
@@ -107,7 +117,7 @@ class Missing:
       raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Missing())
-from d1jax.commands import main
+from d1jax.__main__ import main
 import d1jax
 
 assert d1jax.__file__.startswith({site!r}), d1jax.__file__
@@ -138,7 +148,7 @@ def test_a_wheel_has_the_presets_and_samples_without_extras(tmp_path):
   kept = {path.relative_to(jobs.ROOT).as_posix() for path in there if path.suffix != ".pyc"}
   assert packed == {re.sub(r"^configs/", "d1jax/configs/", name) for name in kept}
   assert {"d1jax/py.typed", "d1jax/tasks/held_out.txt", "d1jax/evaluation/report.css"} <= packed
-  assert (info / "entry_points.txt").read_text() == "[console_scripts]\nd1jax = d1jax.commands:main\n"
+  assert (info / "entry_points.txt").read_text() == "[console_scripts]\nd1jax = d1jax.__main__:main\n"
 
   missing = {"grain", "math_verify", "matplotlib", "PIL", "tensorboardX", "tqdm", "wandb", "trackio", "lm_eval"}
   missing |= {"starlette", "uvicorn"}
@@ -150,3 +160,14 @@ def test_a_wheel_has_the_presets_and_samples_without_extras(tmp_path):
   )
   assert done.stdout == "2\n128\n", done.stderr
   assert 'd1jax: matplotlib is not installed: pip install "d1jax[train]"' in done.stderr
+
+
+def test_make_setup_brings_jax_for_an_accelerator(tmp_path):
+  plan = lambda *flags: subprocess.run(
+    ["make", "-n", "setup", f"VENV={tmp_path}", *flags], cwd=jobs.ROOT, capture_output=True, text=True
+  )
+  assert "jax[" not in plan().stdout
+  assert '-c requirements.txt "jax[tpu]"' in plan("JAX=tpu").stdout
+  wrong = plan("JAX=rocm")
+  assert wrong.returncode == 2
+  assert "JAX=rocm is unknown; known: cuda12, cuda13, tpu" in wrong.stderr

@@ -4,8 +4,9 @@
 """
 
 import ast
+import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -175,3 +176,74 @@ def choose(config: ConfigDict, flags: Sequence[tuple[str, str]]) -> None:
       if section is None:
         raise ValueError(f"this configuration has no field {name}")
       section[name.rpartition(".")[2]] = _value(name, text)
+
+
+def take_none(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Splits a command line: the names of fields that are set to None, `--config.NAME=None`, and all other arguments."""
+  found, others = [], []
+  for argument in arguments:
+    flag, _, text = argument.partition("=")
+    if text == "None" and flag.startswith("-") and flag.lstrip("-").startswith("config."):
+      found.append(flag.lstrip("-").removeprefix("config."))
+    else:
+      others.append(argument)
+  return found, others
+
+
+def clear(config: ConfigDict, names: Sequence[str], optional: Sequence[str]) -> None:
+  """Sets fields to None.
+
+  Args:
+    config: the configuration.
+    names: the fields.
+    optional: the fields that may be None. Those that are None already may be, too.
+
+  Raises:
+    ValueError: a field does not exist, or cannot be None.
+  """
+  for name in names:
+    section = _inside(config, name)
+    last = name.rpartition(".")[2]
+    if section is None or last not in section:
+      raise ValueError(unknown(config, name))
+    if name not in optional and section[last] is not None:
+      raise ValueError(f"{name} cannot be None; it is {section[last]!r}, leave the flag out to keep it")
+    with config.unlocked():
+      section[last] = None
+
+
+def _inside(config: ConfigDict, name: str) -> ConfigDict | None:
+  """The section that a field's dotted name leads to; None if there is none."""
+  section: Any = config
+  for part in name.split(".")[:-1]:
+    section = section.get(part) if isinstance(section, ConfigDict) else None
+  return section if isinstance(section, ConfigDict) else None
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields the dotted name and the value of each field."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict) and len(value):
+      yield from leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
+
+
+def unknown(config: ConfigDict, name: str) -> str:
+  """The message about a field that does not exist, with those of all sections that may be meant."""
+  known = [field for field, _ in leaves(config)]
+  ends: dict[str, list[str]] = {}
+  for field in known:
+    if not field.startswith("bare."):
+      ends.setdefault(field.rpartition(".")[2], []).append(field)
+  last = name.rpartition(".")[2]
+  near = ends.get(last, [])
+  if not near:
+    near = difflib.get_close_matches(name, known, 1, 0.8)
+    near += [field for end in difflib.get_close_matches(last, ends, 1, 0.75) for field in ends[end]]
+  if near:
+    return f"unknown field {name!r}; did you mean {' or '.join([*dict.fromkeys(near)][:3])}?"
+  section, path = _inside(config, name), name.rpartition(".")[0]
+  if section is None:
+    section, path = config, ""
+  return f"unknown field {name!r}; known: {', '.join(f'{path}.{field}'.lstrip('.') for field in section)}"

@@ -198,3 +198,9 @@ def _words(path: Path) -> list[str]:
     return path.read_text().split("\0")
   except OSError:
     return []
+
+
+def test_without_an_environment_it_is_a_line_with_the_remedy(tmp_path):
+  missing = str(tmp_path / "python")
+  code, out, err = finish(launch(tmp_path, "", PYTHON=missing))
+  assert (code, out, err) == (2, "", f"launch: {missing} is missing: run make setup first\n")
