@@ -19,7 +19,7 @@ from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.results import Outcome, finished_results, write_results
 from d1jax.rl.prompts import Prompts
-from d1jax.run import compiled, fields, parts, run_tokenizer, trackers
+from d1jax.run import compiled, fields, opening, parts, run_tokenizer, trackers
 from d1jax.run import experiment as experiments
 from d1jax.run.checkpoint import Checkpoints, Restored
 from d1jax.run.identity import check_splits, holds_run, record_changes
@@ -48,11 +48,13 @@ class Validation(NamedTuple):
     compile: compiles everything that `score` needs.
     score: scores weights; higher is better.
     remedy: advice for the case that device memory runs out.
+    questions: how many prompts are completed; 0: none, it is a loss.
   """
 
   compile: Callable[[], None]
   score: Callable[[Params], float]
   remedy: str
+  questions: int = 0
 
 
 class Recipe:
@@ -122,7 +124,7 @@ class Recipe:
     def score(trainable: Params) -> float:
       return evaluator(self._published(trainable)).share(VALIDATION_METRIC).value
 
-    return Validation(evaluator.compile, score, self._smaller_batches)
+    return Validation(evaluator.compile, score, self._smaller_batches, len(evaluator.prompts.records))
 
   def _by_loss(self, held_out: sft.Demonstrations) -> Validation:
     loss = HeldOutLoss(self._model, held_out, self._fine_tuning)
@@ -140,15 +142,16 @@ class Recipe:
   def read_base(self) -> None:
     """Reads the base of the adapters before this run claims the folder: with a smaller base it is another run."""
     smaller = self.config.lora.rank and self.config.model.quantize != "nf4" and not self._held
-    with explained("reading the base", "--config.model.quantize=nf4, or more devices" if smaller else "more devices"):
+    remedy = "--config.model.quantize=nf4, or more devices" if smaller else "more devices"
+    with explained("reading the base", remedy):
       _ = self.experiment.model.weights.base_fingerprint
 
   def compile(self) -> None:
     """Compiles validations and the final evaluation, so that their compilation cannot fail after hours of training."""
     for name, validation in self._validations.items():
-      with explained(f"{name}: validation", validation.remedy):
+      with explained(f"{name}: validation", validation.remedy), opening.timed(f"compiling the validation of {name}"):
         validation.compile()
-    with explained("the final evaluation", self._smaller_batches):
+    with explained("the final evaluation", self._smaller_batches), opening.timed("compiling the final evaluation"):
       self._test.compile()
       self._model.publisher.compile()
 
@@ -170,10 +173,17 @@ class Recipe:
         check_base(weights, start.metadata)
     if start and loop.is_over(start.step, start.metadata, section.steps, section.patience):
       return
-    start = start or Restored(0, fresh(), {})
-    for tree in (start.state, start.state.trainable):
-      fingerprint(tree)  # compiles the program that each checkpoint uses
-    finite = jax.jit(all_finite, in_shardings=(weights.state_placement(optimizer),), out_shardings=weights.replicated)
+    if start:
+      print(f"{name}: goes on from iteration {start.step} of {section.steps}")
+    if not start:
+      with opening.timed(f"reading the weights for {name}"):
+        start = Restored(0, fresh(), {})
+    with opening.timed(f"compiling the iterations of {name}"):
+      for tree in (start.state, start.state.trainable):
+        fingerprint(tree)  # compiles the program that each checkpoint uses
+      placement = (weights.state_placement(optimizer),)
+      finite = jax.jit(all_finite, in_shardings=placement, out_shardings=weights.replicated).lower(abstract).compile()
+      advance = advancer(start.step)
 
     def validate(trainable: Params) -> float:
       with explained(f"{name}: validation", validation.remedy):
@@ -182,9 +192,9 @@ class Recipe:
     stage = loop.Stage(
       name,
       section.steps,
-      advancer(start.step),
+      advance,
       validate,
-      finite.lower(abstract).compile(),
+      finite,
       loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
       self._rates[name],
       trackers.named(self.config.trackers),
@@ -192,8 +202,24 @@ class Recipe:
       self.experiment.metadata(),
       began,
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
+      self._later(name),
     )
     loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
+
+  def _later(self, name: str) -> float:
+    """What the run does after a stage, in validations of the stage; 0 if its validation completes no prompts.
+
+    A completion counts 1, and a pass of an update 3 of its steps: forward, backward and what is computed twice.
+    """
+    config, questions = self.config, self._validations[name].questions
+    if not questions:
+      return 0.0
+    rows = len(self._test.prompts.records) * (2 if config.mode == "grpo" else 1)
+    if name == "sft" and config.mode == "grpo":
+      updated = config.grpo.prompts_per_iteration * config.grpo.num_generations
+      steps = config.rollout.diffusion_steps
+      rows += config.grpo.steps * updated * (config.grpo.oversample + 3 * config.grpo.num_iterations / steps)
+    return rows / questions
 
   def _run_stage(
     self,
@@ -333,6 +359,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
       recipe = Recipe(config, workdir, interrupts)
       splits = recipe.splits()
     multihost.check_same("the data", splits)
+    opening.say(recipe.experiment.model, workdir)
     recipe.read_base()
     multihost.from_main(lambda: _claim(recipe, splits))
     if finished:  # only its tokenizer was damaged, and has been repaired

@@ -39,7 +39,7 @@ def summary(results: Mapping[str, Any], workdir: Folder) -> str:
   rows[" + ".join(stages)] = results["after"]
   seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
   lines = [
-    f"Held-out split of {results['task']}, greedy:",
+    f"Held-out split of {results['task']}, greedy, shares with 95% intervals:",
     "",
     tables(rows),
     "",

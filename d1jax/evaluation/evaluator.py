@@ -255,16 +255,17 @@ def evaluate(
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-  """A table of shares in percent with their 95% intervals, one row per arm."""
-  metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in next(iter(rows.values()))]
-  head = f"{'':<18}" + "".join(f"{name.replace('_', ' '):>14}{'95% interval':>17}" for name in metrics) + f"{'n':>7}"
+  """A table of shares in percent with their 95% intervals, one row per arm, in at most 80 columns."""
+  first = next(iter(rows.values()))
+  metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in first]
+  head = f"n = {first['n']:<12}" + "".join(f"{name.replace('_', ' '):>21}" for name in metrics)
   lines = [head, "-" * len(head)]
   for name, row in rows.items():
     cells = ""
     for metric in metrics:
       low, high = row[f"{metric}_interval"]
-      cells += f"{100 * row[metric]:>13.1f}%" + f"[{100 * low:.1f}, {100 * high:.1f}]".rjust(17)
-    lines.append(f"{name:<18}{cells}{row['n']:>7}")
+      cells += f"{100 * row[metric]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]".rjust(21)
+    lines.append(f"{name:<16}{cells}")
   return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ NVIDIA's data sheets of A100, H100 and H200 (dense bfloat16; NVLink is stated fo
 """
 
 import dataclasses
+from pathlib import Path
 
 GIB = 2**30
 
@@ -61,3 +62,34 @@ _CHIPS = {  # by the name that JAX gives to the device
 def of(device_kind: str) -> Chip | None:
   """The chip that JAX calls `device_kind`; None for a CPU and for what is not listed."""
   return _CHIPS.get(device_kind)
+
+
+_NVIDIA, _GOOGLE = "0x10de", "0x1ae0"  # makers on the PCI bus
+_TPUS = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v3, v4, v5p, v5e, v6e, 7x
+
+
+def attached(root: Path = Path("/")) -> str | None:
+  """The accelerator that the machine has, whether or not JAX can use it: `cuda13` or `tpu`, as `make setup JAX=` calls
+  it; None if there is none.
+
+  Args:
+    root: the root of the file system, whose device files and PCI bus are looked at.
+  """
+  if any(root.glob("dev/nvidia[0-9]*")):
+    return "cuda13"
+  if any(root.glob("dev/accel[0-9]*")):
+    return "tpu"
+  for vendor in root.glob("sys/bus/pci/devices/*/vendor"):
+    maker, kind, device = (_line(vendor.with_name(name)) for name in ("vendor", "class", "device"))
+    if maker == _NVIDIA and kind.startswith("0x03"):  # a display controller: its sound and switches are others
+      return "cuda13"
+    if maker == _GOOGLE and device in _TPUS:
+      return "tpu"
+  return None
+
+
+def _line(path: Path) -> str:
+  try:
+    return path.read_text(encoding="ascii", errors="replace").strip()
+  except OSError:
+    return ""

@@ -116,36 +116,73 @@ class MetricsWriter:
       self._file.close()
 
 
+def duration(seconds: float) -> str:
+  """A time as a person says it: `44 s`, `12 min`, `3.4 h`."""
+  if seconds < 120:
+    return f"{seconds:.0f} s"
+  return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
-  """A progress bar on a terminal, plain lines otherwise; only on process 0."""
+  """A progress bar on a terminal, plain lines otherwise, and a line for each validation; only on process 0."""
 
   def __init__(self, stage: str, total: int, start: int, *, lines: int = 20):
-    """`lines` is the number of plain lines per stage if the output is not a terminal."""
-    self._stage, self._total, self._done = stage, total, start
+    """Begins at an iteration.
+
+    Args:
+      stage: the name of the stage.
+      total: its iterations.
+      start: those that are done.
+      lines: the number of plain lines if the output is not a terminal.
+    """
+    self._stage, self._total, self._later = stage, total, 0.0
     self._every = max(total // lines, 1)
-    self._bar: Any = None
+    self._first: tuple[float, int] | None = None  # when the first iteration ended: those before it compile
     self._prints = multihost.is_main()
+    self._bar: Any = None
     if self._prints and sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=total, initial=start, desc=stage, unit="it", dynamic_ncols=True)
-    else:
-      self._clock = tqdm.tqdm(total=total, initial=start, disable=False, file=_Nowhere())
+
+  def expect(self, seconds: float) -> None:
+    """Says how long the run will take after this stage, for the eta of the run; until then there is none."""
+    self._later = seconds
 
   def update(self, iteration: int, shown: Mapping[str, float | str]) -> None:
-    """Moves the bar to `iteration` and shows a few values."""
-    text = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-    bar = self._clock if self._bar is None else self._bar
-    bar.update(iteration - self._done)
-    self._done = iteration
+    """Shows that an iteration is done, with a few values; `validation` gets a line of its own."""
+    if not self._prints:
+      return
+    values = {name: f"{x:.3g}" if isinstance(x, float) else x for name, x in shown.items()}
+    if "validation" in values:
+      self._say(f"{self._stage} {iteration}/{self._total}  validation {values.pop('validation')}")
+    text = "  ".join(f"{name} {value}" for name, value in values.items())
     if self._bar is not None:
-      bar.set_postfix_str(text, refresh=False)
-    elif self._prints and (iteration % self._every == 0 or iteration == self._total or "validation" in shown):
-      rate = bar.format_dict["rate"]
-      eta = f"{(self._total - iteration) / rate:.0f} s" if rate else "?"
+      whole = f"  eta of the run {self._eta(iteration, self._later)}" if self._later else ""
+      self._bar.set_postfix_str(text + whole, refresh=False)
+      self._bar.update(iteration - self._bar.n)
+    elif iteration % self._every == 0 or iteration == self._total:
+      eta = self._eta(iteration, 0.0) + (f", of the run {self._eta(iteration, self._later)}" if self._later else "")
       print(f"{self._stage} {iteration}/{self._total}  {text}  eta {eta}", flush=True)
+    if self._first is None:
+      self._first = time.monotonic(), iteration
+
+  def _eta(self, iteration: int, later: float) -> str:
+    """The time until the end of the stage and of what comes later, at the average pace so far."""
+    if self._first is None or iteration == self._first[1]:
+      return "?"
+    began, first = self._first
+    each = (time.monotonic() - began) / (iteration - first)
+    return duration((self._total - iteration) * each + later)
+
+  def _say(self, line: str) -> None:
+    if self._bar is None:
+      print(line, flush=True)
+    else:
+      self._bar.write(line)
 
   def close(self) -> None:
     """Ends the bar."""
-    (self._clock if self._bar is None else self._bar).close()
+    if self._bar is not None:
+      self._bar.close()
 
 
 class _Object:
@@ -167,13 +204,3 @@ class _Object:
     """Uploads the text."""
     write_atomically(self._path, self._text.encode())
     self._written = time.monotonic()
-
-
-class _Nowhere:
-  """A file that discards its input, so that tqdm only measures time."""
-
-  def write(self, text: str) -> None:
-    """Drops the text."""
-
-  def flush(self) -> None:
-    """Does nothing."""

@@ -109,6 +109,7 @@ class Stage:
     metadata: the metadata of its checkpoints.
     began: the start of the stage's preparation (`time.perf_counter`).
     profile: the profile of some iterations.
+    later: what the run does after this stage, in validations of this one; for the eta of the run.
   """
 
   name: str
@@ -123,6 +124,7 @@ class Stage:
   metadata: Mapping[str, Any]
   began: float
   profile: Profile
+  later: float = 0.0
 
 
 def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder, interrupts: Interrupts) -> float:
@@ -163,7 +165,9 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       if last or (not refused and iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
+          asked = time.monotonic()
           score = metrics["validation"] = stage.validate(evaluated(state))
+          progress.expect(stage.later * (time.monotonic() - asked))
         is_better = not math.isnan(score) and (best is None or score > best)
         counts = counts._replace(stale=0 if is_better else counts.stale + 1)
         last = last or is_over(iteration, {"counts": counts._asdict()}, stage.iterations, cadence.patience)

@@ -124,24 +124,55 @@ def test_no_file_no_records(tmp_path):
   assert read_records(tmp_path / "metrics.jsonl") == []
 
 
-def test_plain_lines_without_a_terminal(capsys):
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that a test moves."""
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  return now
+
+
+def test_plain_lines_without_a_terminal(capsys, clock):
   progress = Progress("grpo", 40, 10, lines=4)
   for iteration in range(11, 41):
+    clock[0] += 600 if iteration == 11 else 2  # what the first one compiles says nothing about the others
     progress.update(iteration, {"reward": 0.12345, "alarm": "entropy"})
   progress.close()
-  lines = capsys.readouterr().out.splitlines()
-  assert [line.split()[1] for line in lines] == ["20/40", "30/40", "40/40"]
-  assert lines[0].startswith("grpo 20/40  reward 0.123  alarm entropy  eta ")
+  assert capsys.readouterr().out.splitlines() == [
+    "grpo 20/40  reward 0.123  alarm entropy  eta 40 s",
+    "grpo 30/40  reward 0.123  alarm entropy  eta 20 s",
+    "grpo 40/40  reward 0.123  alarm entropy  eta 0 s",
+  ]
+
+
+def test_a_validation_has_its_own_line_and_the_eta_of_the_run_comes_with_it(capsys, clock):
+  progress = Progress("sft", 4, 0, lines=2)
+  for iteration, shown in enumerate(({}, {"validation": 0.25}, {}, {"validation": 0.5}), 1):
+    clock[0] += 1
+    progress.update(iteration, {"loss": 0.5} | shown)
+    if shown:
+      progress.expect(600)
+  assert capsys.readouterr().out.splitlines() == [
+    "sft 2/4  validation 0.25",
+    "sft 2/4  loss 0.5  eta 2 s",
+    "sft 4/4  validation 0.5",
+    "sft 4/4  loss 0.5  eta 0 s, of the run 10 min",
+  ]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (119, "119 s"), (600, "10 min"), (8000, "2.2 h")])
+def test_a_time_is_said_as_a_person_says_it(seconds, said):
+  assert metrics.duration(seconds) == said
 
 
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
   monkeypatch.setattr("sys.stderr.isatty", lambda: True)
   progress = Progress("sft", 2, 0)
-  progress.update(1, {"loss": 0.5})
+  progress.update(1, {"loss": 0.5, "validation": 0.75})
   progress.update(2, {"loss": 0.25})
   progress.close()
   captured = capsys.readouterr()
-  assert captured.out == ""
+  assert captured.out == "sft 1/2  validation 0.75\n"
   assert "sft: 100%" in captured.err
   assert "loss 0.25" in captured.err
 
