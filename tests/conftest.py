@@ -25,6 +25,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ |= {
   "JAX_COMPILATION_CACHE_DIR": os.environ.get("D1JAX_TEST_CACHE", str(FOLDER / "cache")),
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+  "HF_HUB_OFFLINE": "1",
+  "HF_DATASETS_OFFLINE": "1",
 }
 
 import hypothesis
