@@ -201,6 +201,6 @@ def _words(path: Path) -> list[str]:
 
 
 def test_without_an_environment_it_is_a_line_with_the_remedy(tmp_path):
-  missing = str(tmp_path / "python")
+  missing = str(tmp_path / "nowhere")
   code, out, err = finish(launch(tmp_path, "", PYTHON=missing))
   assert (code, out, err) == (2, "", f"launch: {missing} is missing: run make setup first\n")

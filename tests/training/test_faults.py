@@ -124,7 +124,7 @@ def check_refused(code, out, err, message):
 
 def test_a_wrong_command_line_is_one_line():
   process = jobs.start("--config=configs/grpo.py", "--config.grpo.lerning_rate=1")
-  check_refused(*jobs.finish(process), "unknown field 'lerning_rate' Did you mean")
+  check_refused(*jobs.finish(process), "unknown field 'grpo.lerning_rate'; did you mean grpo.learning_rate or sft.")
 
 
 @pytest.mark.slow(reason="one more process that imports JAX")
