@@ -77,8 +77,8 @@ TRAINING = Figure("solved", "Solved, training samples", "%")
 GROUPS: Mapping[str, tuple[Figure, ...]] = {
   "What it learns": (
     TRAINING,
-    Figure("reward", "Reward", "", None, ""),
-    Figure("reward_std", "Spread of rewards in a group", "standard deviation"),
+    Figure("reward", "Reward"),
+    Figure("reward_std", "Spread of rewards in a group", "std"),
     Figure("well_formed", "Well-formed answers, training", "%"),
     Figure("cell_accuracy", "Right cells, training", "%"),
   ),
@@ -90,7 +90,7 @@ GROUPS: Mapping[str, tuple[Figure, ...]] = {
   ),
   "Optimisation": (
     Figure("loss", "Loss"),
-    Figure("masked_ce", "Cross-entropy of masked tokens", "nats a token"),
+    Figure("masked_ce", "Masked cross-entropy", "nats a token"),
     Figure("grad_norm", "Norm of the gradient"),
     Figure("clip_fraction", "Clipped ratios", "%"),
     Figure("learning_rate", "Learning rate"),

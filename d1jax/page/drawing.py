@@ -39,10 +39,13 @@ class Scale(NamedTuple):
   logarithmic: bool = False
 
   def __call__(self, value: np.ndarray | float) -> np.ndarray:
-    """Pixels; values beyond the ends stay close to them."""
-    low, high, given = (np.log10(x) if self.logarithmic else np.asarray(x) for x in (self.low, self.high, value))
-    share = np.clip((given - low) / (high - low), -0.02, 1.02)
-    return np.asarray(self.first + share * (self.last - self.first), float)
+    """Pixels; a value beyond an end is drawn there."""
+    ends = np.asarray([self.low, self.high])
+    given = np.clip(np.asarray(value, float), *ends)
+    if self.logarithmic:
+      ends, given = np.log10(ends), np.log10(given)
+    share = (given - ends[0]) / (ends[1] - ends[0])
+    return np.asarray(self.first + share * (self.last - self.first))
 
   @property
   def data(self) -> str:
@@ -116,9 +119,9 @@ class Chart(NamedTuple):
 
   @property
   def is_constant(self) -> bool:
-    """Whether all its values are the same."""
+    """Whether all its values are the same but for rounding."""
     values = np.concatenate([part for line in self.lines for part in (line.curve.y, line.curve.raw_y)])
-    return bool(np.all(values == values[0]))
+    return bool(np.ptp(values) <= 1e-9 * np.max(np.abs(values)))
 
 
 def short(value: float) -> str:
@@ -147,7 +150,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 def drawn(chart: Chart, width: int = 360, height: int = 188) -> Markup:
   """The chart as an `<svg>` element, without outside references."""
-  right = 40 if any(line.run for line in chart.lines) else 34
+  right = 62 if any(line.run for line in chart.lines) else 48  # for the last values
   top = _TOP + (_LINE + 4 if any(span.title for span in chart.spans) else 0)
   y = _y_scale(chart, height - _BOTTOM, top)
   x = _x_scales(chart.spans, _LEFT, width - right)
@@ -217,7 +220,7 @@ def _axes(chart: Chart, x: Sequence[Scale], y: Scale, top: float) -> Iterator[st
   for span, scale in zip(chart.spans, x, strict=True):
     yield f'<path class="axis" d="M{scale.first:.1f} {y.first:g}H{scale.last:.1f}"/>'
     for mark in ticks(scale.low, scale.high, max(2, int((scale.last - scale.first) // 70))):
-      if mark == int(mark):
+      if mark == int(mark) and (mark or scale is x[0]):  # the first number of a stage would touch the last one before
         place = float(scale(mark))
         yield f'<text class="tick" x="{place:.1f}" y="{y.first + 14:g}" text-anchor="middle">{short(mark)}</text>'
     if span.title:

@@ -18,6 +18,9 @@ NAMES = {"sft": "SFT", "grpo": "diffu-GRPO"}
 SAME = ("workdir", "report.compare", "trackers")
 """Fields that say nothing about how two runs differ."""
 
+_NARROW = "\u202f"
+"""The space between a number and its unit, where no line breaks."""
+
 Value = tuple[str, str]
 """A value of a run, and a remark about it."""
 
@@ -82,13 +85,13 @@ def elapsed(run: RunFiles, stage: str) -> float:
 
 
 def time(seconds: float) -> str:
-  """Seconds as text: 12 s, 3 min 20 s, 2 h 5 min."""
+  """Seconds as text, such as 12 s, 3 min 20 s or 2 h 5 min."""
   whole = round(max(seconds, 0.0))
   if whole < 60:
-    return f"{whole} s"
+    return f"{whole}{_NARROW}s"
   if whole < 3600:
-    return f"{whole // 60} min {whole % 60} s"
-  return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 60}{_NARROW}min {whole % 60}{_NARROW}s"
+  return f"{whole // 3600}{_NARROW}h {whole % 3600 // 60}{_NARROW}min"
 
 
 def status(run: RunFiles) -> str:
@@ -133,7 +136,7 @@ def tiles(runs: Sequence[RunFiles]) -> list[Tile]:
 
 
 def _score(score: float) -> str:
-  return f"{short(-score)}" if score < 0 else f"{100 * score:.1f} %"
+  return f"{short(-score)}" if score < 0 else f"{100 * score:.1f}{_NARROW}%"
 
 
 def _best(run: RunFiles) -> Value:
@@ -163,7 +166,7 @@ def _recent(run: RunFiles, name: str) -> Value:
   curve = curves.curve(run.records.get("grpo", []), curves.Figure(name, "", "%"))
   if curve is None:
     return "–", ""
-  return f"{curve.last:.0f} %", f"{curve.y[0]:.0f} % at the start"
+  return f"{curve.last:.0f}{_NARROW}%", f"{curve.y[0]:.0f}{_NARROW}% at the start"
 
 
 def _time(run: RunFiles) -> Value:

@@ -63,7 +63,7 @@ function shape(name, parent, attributes) {
 function point(chart, at) {
   const cursor = chart.querySelector(".cursor");
   cursor.replaceChildren();
-  const own = lines.get(chart).filter(({ x }) => at >= x.first - 7 && at <= x.last + 7);
+  const own = lines.get(chart).filter(({ x, points }) => at >= x.first - 7 && at <= Math.min(x.last, points.at(-1)[0]) + 7);
   if (!own.length) return clear(chart);
   const nearest = (points) => points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
   const { x, y } = own[0];
@@ -162,7 +162,7 @@ function drawLook() {
     const parent = card.querySelector(".answers");
     parent.replaceChildren();
     answer(parent, look, number, letters[0]);
-    if (runs.length > 1) answer(parent, beside(look), number, letters[1]);
+    if (runs[1]?.length) answer(parent, beside(look), number, letters[1]);
     card.querySelectorAll(".marks button").forEach((mark) => mark.setAttribute("aria-pressed", mark.value === String(place)));
   });
   const most = Math.max(0, ...films.map((film) => film.total));

@@ -32,7 +32,7 @@ def record(stage: str, iteration: int, every: int = 20) -> dict:
       "reward": 1.5 * part,
       "reward_std": 0.2,
       "reward/solved": part,
-      "no_signal": 0.95 if iteration > 60 else 0.5 + 0.3 * part,
+      "no_signal": 0.95 if iteration > 50 else 0.5 + 0.3 * part,
       "entropy": 1 - 0.9 * part,
       "kl": 0.0,
       "completion_length": 16 + part,

@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import d1jax.page
+from benchmarks import browser as browsers
 from d1jax import serving
 from d1jax.errors import RunError
 from d1jax.page import command, samples, writer
@@ -32,7 +33,9 @@ def charts(found: Page) -> list[str]:
 
 
 def titles(found: Page) -> set[str]:
-  return {label.partition(":")[0] for label in charts(found)}
+  return {"".join(node) for tag, a, node in found.elements if tag == "b"} | {
+    label.partition(":")[0] for label in charts(found) if label.startswith("Solved")
+  }
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +77,14 @@ def test_the_page_says_how_the_run_stands(drawn):
   text, found = drawn
   assert "finished after 100 iterations of diffu-GRPO" in text
   said = " ".join("".join(node) for tag, _, node in found.elements if tag in ("dd", "b", "span", "dt"))
+  said = said.replace("\u202f", " ")
   for part in ("60.0 %", "diffu-GRPO, iteration 100; SFT start 20.0 %", "95% interval [30.0, 70.0]", "1 min 20 s"):
     assert part in said
   # The alarm is judged as the run does, over the last 50 iterations.
-  assert "Since iteration 81: 91% of the groups have equal rewards" in text
+  assert "Since iteration 81: 95% of the groups have equal rewards" in text
   rows = re.findall(r'<th scope="row">([^<]*)</th>\s*<td class="drawn">.*?</td>\s*<td>([\d.]+)</td>', text, re.DOTALL)
   assert rows[:3] == [("constant answer", "0.0"), ("before diffu-GRPO", "20.0"), ("after training", "60.0")]
-  assert ("SFT update", "30.0") in rows
+  assert ("SFT update", "37.5") in rows
   assert json.loads(found.texts("pre")[0])["mode"] == "grpo"
 
 
@@ -163,6 +167,7 @@ def test_hostile_text_stays_text(tmp_path, attack):
   with (run / "metrics.jsonl").open("a") as file:  # a figure with a hostile name
     file.write(json.dumps(raw | {attack: 1.0, f"reward/{attack}": 0.5}) + "\n")
     file.write(json.dumps(raw | {"iteration": 101, attack: 2.0, f"reward/{attack}": 0.25, "alarms": [attack]}) + "\n")
+  samples.append(run, Validated("grpo", 100, (0.5, 0.4, 0.6), [answer(attack, False, attack)]))
   text = writer.drawn(run, None)
   text.encode()
   found = Page(text)
@@ -170,9 +175,8 @@ def test_hostile_text_stays_text(tmp_path, attack):
   assert [tag for tag, _, _ in found.elements].count("script") == 2
   assert not [tag for tag, _, _ in found.elements if tag in ("img", "iframe", "textarea")]
   assert not [name for _, name, _ in found.attributes if name.startswith("on")]
-  written = samples.read(run)[-1].samples[0].text
-  assert found.data["runs"][0][-1]["samples"][0]["text"] == written
-  assert written.encode("utf-8", "replace") == attack.encode("utf-8", "backslashreplace") or written == attack
+  assert found.data["runs"][0][-1]["samples"][-1]["text"] == attack
+  assert found.data["questions"][-1]["question"] == attack
 
 
 def test_a_run_at_work_shows_what_there_is(tmp_path):
@@ -327,3 +331,49 @@ def test_the_canvas_has_the_colours_of_the_chat():
   chat = (Path(serving.__file__).parent / "page.css").read_text(encoding="utf-8")
   shades = lambda text: re.findall(r"--(s\d|mask): (#\w{6});", text)
   assert shades((FILES / "page.css").read_text(encoding="utf-8")) == shades(chat)
+
+
+CANVAS = "[...document.querySelectorAll('.canvas')].map(c => [...c.children].map(s => s.className))"
+
+
+@pytest.mark.slow(reason="a browser")
+def test_in_a_browser_values_follow_the_pointer_and_samples_the_sliders(tmp_path):
+  program = browsers.find()
+  if program is None:
+    pytest.skip(browsers.MISSING)
+  hostile = "<img src=x onerror=alert()>\u202e</script>"
+  path = tmp_path / "page.html"
+  path.write_text(writer.drawn(write(tmp_path / "run", answers=("15", hostile)), None), encoding="utf-8")
+  with browsers.browser(program) as page:
+    for dark, width in ((False, 1280), (True, 360)):
+      page.look(width, 800, dark=dark)
+      page.open(path.as_uri())
+      assert page.run("document.documentElement.scrollWidth") == width
+      ground = page.run("getComputedStyle(document.body).backgroundColor")
+      assert ground == ("rgb(21, 23, 26)" if dark else "rgb(255, 255, 255)")
+      assert page.run("getComputedStyle(document.querySelector('.hero .narrow')).display") == (
+        "block" if dark else "none"
+      )
+      assert page.run("document.querySelectorAll('#cards img, #cards script').length") == 0
+      assert (
+        page.run("document.querySelectorAll('.canvas')[1].textContent")
+        == hostile.replace("\u202e", "\ufffd") + "\u220e"
+      )
+      # The film goes back to its first step, in which the last token is unmasked.
+      page.run("step.value = 1; step.dispatchEvent(new Event('input'))")
+      assert page.run(CANVAS)[0] == ["masked", "masked", "s0 fresh"]
+      page.run("document.querySelector('.marks button').click()")
+      assert page.run("document.getElementById('look-said').textContent").startswith("sft 20: 6.7 % of all solved")
+      page.run("look.value = 7; look.dispatchEvent(new Event('input')); film.click()")
+      page.wait("document.getElementById('film').textContent === 'Play'")
+      assert page.run(CANVAS)[0] == ["s1", "s0", "s0"]
+      # The values of all charts of a stage at the iteration under the pointer.
+      page.run(
+        "const c = document.querySelector('figure[data-stage=grpo] .chart'); c.scrollIntoView(); const r ="
+        " c.getBoundingClientRect(); c.dispatchEvent(new PointerEvent('pointermove', {clientX: r.left + r.width / 2}))"
+      )
+      shown = page.run("[...document.querySelectorAll('figure[data-stage=grpo] output')].map(o => o.textContent)")
+      assert len(shown) > 8
+      assert {text.partition(":")[0] for text in shown} == {shown[0].partition(":")[0]}
+      assert re.match(r"iteration \d+: mean [\d.]+$", shown[0])
+    assert not page.complaints
