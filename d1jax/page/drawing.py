@@ -219,7 +219,7 @@ def _axes(chart: Chart, x: Sequence[Scale], y: Scale, top: float) -> Iterator[st
   """The iterations below, and the titles of the stages above."""
   for span, scale in zip(chart.spans, x, strict=True):
     yield f'<path class="axis" d="M{scale.first:.1f} {y.first:g}H{scale.last:.1f}"/>'
-    for mark in ticks(scale.low, scale.high, max(2, int((scale.last - scale.first) // 70))):
+    for mark in ticks(scale.low, scale.high, max(2, int((scale.last - scale.first) // 50))):
       if mark == int(mark) and (mark or scale is x[0]):  # the first number of a stage would touch the last one before
         place = float(scale(mark))
         yield f'<text class="tick" x="{place:.1f}" y="{y.first + 14:g}" text-anchor="middle">{short(mark)}</text>'

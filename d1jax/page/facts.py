@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from d1jax.page import curves
 from d1jax.page.drawing import short
 from d1jax.page.run_files import RunFiles
+from d1jax.report import SMOOTHING
 from d1jax.run.identity import flatten
 from d1jax.run.metrics import STAGES
 from d1jax.telemetry import ledger
@@ -130,7 +131,7 @@ def tiles(runs: Sequence[RunFiles]) -> list[Tile]:
     Tile("Last validation", [_newest(run) for run in runs]),
   ]
   if any("grpo" in run.records for run in runs):
-    found.append(Tile("Groups without signal, last 20 iterations", [_recent(run, "no_signal") for run in runs]))
+    found.append(Tile("Groups without signal", [_recent(run, "no_signal") for run in runs]))
   found.append(Tile("Time of training", [_time(run) for run in runs]))
   return found
 
@@ -166,7 +167,7 @@ def _recent(run: RunFiles, name: str) -> Value:
   curve = curves.curve(run.records.get("grpo", []), curves.Figure(name, "", "%"))
   if curve is None:
     return "–", ""
-  return f"{curve.last:.0f}{_NARROW}%", f"{curve.y[0]:.0f}{_NARROW}% at the start"
+  return f"{curve.last:.0f}{_NARROW}%", f"{curve.y[0]:.0f}{_NARROW}% at the start; means of {SMOOTHING} iterations"
 
 
 def _time(run: RunFiles) -> Value:

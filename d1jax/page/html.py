@@ -20,6 +20,7 @@ from d1jax.page import curves, drawing, facts, shown
 from d1jax.page.curves import Curve, Figure
 from d1jax.page.drawing import Chart, Level, Line, Span
 from d1jax.page.run_files import RunFiles
+from d1jax.report import SMOOTHING
 from d1jax.run.metrics import STAGES
 
 TITLES = {"sft": "Supervised fine-tuning", "grpo": "diffu-GRPO"}
@@ -66,9 +67,14 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
     tiles=facts.tiles(runs),
     alarms=facts.alarms(run),
     hero=_validations(runs),
+    smoothing=SMOOTHING,
     has_training=other is None and any(curves.TRAINING.name in own[-1] for own in run.records.values()),
     held_out=facts.held_out(runs),
-    stages=[(stage, TITLES[stage], *_stage(runs, stage)) for stage in STAGES if any(stage in r.records for r in runs)],
+    stages=[
+      (stage, TITLES[stage], *_stage(runs, stage))
+      for stage in reversed(STAGES)
+      if any(stage in r.records for r in runs)
+    ],
     differences=facts.differences(run, other) if other else None,
     cost=facts.cost(runs),
     samples=Markup(evaluations.embedded(shown.samples(runs))),
