@@ -127,7 +127,7 @@ def read(workdir: Folder) -> list[Validated]:
   for line in lines:
     try:
       one = _validation(parse_json(decode(line, path), path, dict, finite=True)) if line.strip() else None
-    except (FileError, LookupError, TypeError, ValueError):
+    except (AttributeError, FileError, LookupError, TypeError, ValueError):
       continue
     if one is not None:
       found.pop((one.stage, one.iteration), None)

@@ -1,5 +1,6 @@
 """Work directories that nobody trained, for the tests of their pages."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -64,6 +65,18 @@ def results(of: dict, n: int = 88) -> dict:
   return {"baseline": row(0.0), "before": row(0.2), "after": row(0.6), "device": "2 x cpu", "config": of}
 
 
+@functools.cache
+def _metrics(mode: str) -> str:
+  stages = ("sft", "grpo") if mode == "grpo" else ("sft",)
+  return "".join(json.dumps(record(stage, i + 1)) + "\n" for stage in stages for i in range(STEPS[stage]))
+
+
+def keep(workdir: Path, validated: list[Validated]) -> None:
+  """Writes `samples.jsonl`."""
+  lines = [one._asdict() | {"samples": [sample._asdict() for sample in one.samples]} for one in validated]
+  (workdir / samples.NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def write(
   workdir: Path, *, mode: str = "grpo", finished: bool = True, answers: tuple[str, ...] = ("15", "16"), **fields
 ) -> Path:
@@ -72,13 +85,12 @@ def write(
   own = config(mode, **fields)
   (workdir / "config.json").write_text(json.dumps(own))
   (workdir / "splits.json").write_text(json.dumps({"validation": {"n": 400, "sha256": ""}}))
-  records = [record(stage, i + 1) for stage in STEPS if stage in own for i in range(STEPS[stage])]
-  (workdir / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
-  for one in records:
-    if "validation" in one:
-      said = [answer(text, text == "15", f"question {number}") for number, text in enumerate(answers)]
-      share = one["validation"]
-      samples.append(workdir, Validated(one["stage"], one["iteration"], (share, share / 2, share + 0.1), said))
+  (workdir / "metrics.jsonl").write_text(_metrics(mode))
+  said = [answer(text, text == "15", f"question {number}") for number, text in enumerate(answers)]
+  places = [(stage, i) for stage in STEPS if stage in own for i in range(20, STEPS[stage] + 1, 20)]
+  shares = [record(stage, i)["validation"] for stage, i in places]
+  validated = [Validated(*at, (x, x / 2, x + 0.1), said) for at, x in zip(places, shares, strict=True)]
+  keep(workdir, validated)
   if finished:
     (workdir / "results.json").write_text(json.dumps(results(own)))
   return workdir
