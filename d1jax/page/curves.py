@@ -1,6 +1,5 @@
 """The curves of a page: which figures of the records it draws, and as which points."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -195,11 +194,10 @@ def _evenly(count: int) -> np.ndarray:
 
 def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Points that look like all points where there are too many: the smallest and the largest value of neighbours."""
-  size = math.ceil(len(x) / POINTS)
+  size = -(-len(x) // POINTS)
   if size <= 2:
     return x, y
-  places: list[int] = []
-  for first in range(0, len(x), size):
-    part = y[first : first + size]
-    places += sorted({first + int(np.argmin(part)), first + int(np.argmax(part))})
+  parts = np.pad(y, (0, -len(y) % size), mode="edge").reshape(-1, size)
+  first = np.arange(len(parts)) * size
+  places = np.unique([first + np.argmin(parts, axis=1), first + np.argmax(parts, axis=1)])
   return x[places], y[places]

@@ -225,8 +225,8 @@ def _merged(stage: str, records: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     devices = {name: x for name in kept if (x := _number(record.get(name))) is not None}
     sums = found.setdefault((devices.get(kept[0]), devices.get(kept[1])), {"stage": stage, **devices})
     for name, value in record.items():
-      if name.startswith("cost/") and name not in kept and (x := _number(value)) is not None:
-        sums[name] = sums.get(name, 0.0) + x
+      if name.startswith("cost/") and name not in kept and abs(value) < curves.LARGEST:  # a figure is always a number
+        sums[name] = sums.get(name, 0.0) + value
   return list(found.values())
 
 
