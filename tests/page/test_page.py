@@ -369,7 +369,7 @@ def test_in_a_browser_values_follow_the_pointer_and_samples_the_sliders(tmp_path
       assert page.run("document.getElementById('look-said').textContent").startswith("sft 20: 6.7 % of all solved")
       page.run("look.value = 7; look.dispatchEvent(new Event('input')); film.click()")
       page.wait("document.getElementById('film').textContent === 'Play'")
-      assert page.run(CANVAS)[0] == ["s1", "s0", "s0"]
+      assert page.run(CANVAS)[0] == ["s9", "s5", "s0"]
       # The values of all charts of a stage at the iteration under the pointer.
       page.run(
         "const c = document.querySelector('figure[data-stage=grpo] .chart'); c.scrollIntoView(); const r ="
