@@ -122,7 +122,7 @@ class Recipe:
 
   def _by_accuracy(self, stage: str) -> Validation:
     prompts = self.experiment.prompts("validation")
-    evaluator = self._evaluator(prompts, samples.chosen(len(prompts.records)))
+    evaluator = self._evaluator(prompts, samples.places(len(prompts.records)))
 
     def score(trainable: Params, iteration: int) -> float:
       found = evaluator(self._published(trainable))

@@ -12,8 +12,7 @@ from d1jax.report import SMOOTHING
 from d1jax.run.identity import flatten
 from d1jax.run.metrics import STAGES
 from d1jax.telemetry import ledger
-from d1jax.telemetry.alarms import Limits
-from d1jax.telemetry.alarms import alarms as sounded
+from d1jax.telemetry.alarms import Limits, alarms
 
 NAMES = {"sft": "SFT", "grpo": "diffu-GRPO"}
 SAME = ("workdir", "report.compare", "trackers")
@@ -85,7 +84,7 @@ def elapsed(run: RunFiles, stage: str) -> float:
   return max((x for r in records[-1:] if (x := _number(r.get("elapsed"))) is not None), default=0.0)
 
 
-def time(seconds: float) -> str:
+def duration(seconds: float) -> str:
   """Seconds as text, such as 12 s, 3 min 20 s or 2 h 5 min."""
   whole = round(max(seconds, 0.0))
   if whole < 60:
@@ -172,10 +171,12 @@ def _recent(run: RunFiles, name: str) -> Value:
 
 def _time(run: RunFiles) -> Value:
   spent = {stage: elapsed(run, stage) for stage in run.records}
-  return time(sum(spent.values())), ", ".join(f"{NAMES[stage]} {time(seconds)}" for stage, seconds in spent.items())
+  return duration(sum(spent.values())), ", ".join(
+    f"{NAMES[stage]} {duration(seconds)}" for stage, seconds in spent.items()
+  )
 
 
-def alarms(run: RunFiles) -> list[str]:
+def alarm_lines(run: RunFiles) -> list[str]:
   """The alarms at the end of the last stage, in words, with the iteration since which each is on."""
   if not run.records:
     return []
@@ -186,7 +187,7 @@ def alarms(run: RunFiles) -> list[str]:
     for record in judged
   ]
   found = []
-  for name, sentence in sounded(numbers, Limits()).items():
+  for name, sentence in alarms(numbers, Limits()).items():
     times = curves.alarmed(records, name)
     found.append(f"Since iteration {times[-1][0]}: {sentence}." if times else f"{sentence}.")
   return found
@@ -206,7 +207,7 @@ def held_out(runs: Sequence[RunFiles]) -> list[Interval]:
   return rows
 
 
-def cost(runs: Sequence[RunFiles]) -> list[list[Part]]:
+def cost_parts(runs: Sequence[RunFiles]) -> list[list[Part]]:
   """The cost of each run, part by part."""
   found = []
   for run in runs:

@@ -67,7 +67,7 @@ class Validated(NamedTuple):
   samples: list[Sample]
 
 
-def chosen(count: int) -> list[int]:
+def places(count: int) -> list[int]:
   """The indices of the questions that are shown, evenly spread over a split of `count`."""
   return sorted(set(np.linspace(0, count - 1, min(COUNT, count)).astype(int).tolist()))
 

@@ -16,7 +16,7 @@ ROOM = 300_000
 """The characters that the samples of a run may take there; the first and the last validation are always shown."""
 
 
-def samples(runs: Sequence[RunFiles]) -> dict[str, Any]:
+def data(runs: Sequence[RunFiles]) -> dict[str, Any]:
   """The samples of all runs.
 
   Returns:
@@ -26,10 +26,10 @@ def samples(runs: Sequence[RunFiles]) -> dict[str, Any]:
   questions: list[dict[str, str]] = []
   for validated in runs[0].validated:
     questions += [sample.record for sample in validated.samples if sample.record not in questions]
-  return {"questions": questions, "runs": [[_look(one, questions) for one in chosen(run.validated)] for run in runs]}
+  return {"questions": questions, "runs": [[_look(one, questions) for one in fitting(run.validated)] for run in runs]}
 
 
-def chosen(validated: Sequence[Validated]) -> list[Validated]:
+def fitting(validated: Sequence[Validated]) -> list[Validated]:
   """As many validations as a page has room for, evenly spread, the first, the last and the best among them."""
   if not validated:
     return []
