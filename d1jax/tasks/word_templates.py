@@ -139,7 +139,8 @@ def _parse(text: str) -> _Part:
 def _told(split: str, parts: Sequence[_Part]) -> Template:
   """Put a story together: each number and each result gets a letter of its own."""
   free = iter(string.ascii_lowercase)
-  quantity, question, ranges, solution = "", [], {}, []
+  ranges: dict[str, tuple[int, int]] = {}
+  quantity, question, solution = "", [], []
   for part in parts:
     letters = {"s": quantity} | {letter: next(free) for letter in part.ranges}
     ranges |= {letters[letter]: span for letter, span in part.ranges.items()}
