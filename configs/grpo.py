@@ -416,8 +416,8 @@ def _word_problems(c: config_dict.ConfigDict) -> None:
     tags = ("<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>")
     c.tokenizer = dict(model_type="bpe", vocab_size=800, symbols=(*tags, *map(str, range(100))))
     c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (64,)
-    c.sft.completion_buckets = (64,)
-    c.rollout.update(completion_length=64, block_length=64, diffusion_steps=64, temperature=1.0)
+    c.sft.completion_buckets = (72,)
+    c.rollout.update(completion_length=72, block_length=72, diffusion_steps=72, temperature=1.0)
   else:
     c.grpo.update(steps=642, num_iterations=12, warmup_steps=6)  # as for GSM8K
 
