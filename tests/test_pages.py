@@ -155,7 +155,7 @@ def check_fields(arguments: list[str]) -> None:
     assert not [name for name in names if not re.search(r"[A-Z]{2}", name) and name not in known_fields()], names
     return
   failures = []
-  for name in ("grpo", "sft", "generate", "eval", "serve", "export", "aot"):
+  for name in ("grpo", "sft", "generate", "eval", "report", "serve", "export", "aot"):
     try:
       configuration([f"--config=configs/{name}.py", *arguments])
       return
@@ -169,7 +169,7 @@ def known_fields() -> set[str]:
   """All fields of all configurations, and their sections."""
   names = [
     name
-    for preset in ("grpo", "generate", "eval", "serve", "export", "aot")
+    for preset in ("grpo", "generate", "eval", "report", "serve", "export", "aot")
     for name, _ in fields.leaves(presets.load(preset))
   ]
   return {".".join(name.split(".")[: end + 1]) for name in names for end in range(name.count(".") + 1)}
