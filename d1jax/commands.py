@@ -131,7 +131,7 @@ COMMANDS: Mapping[str, Command] = {
     },
   ),
 }
-_FIELD = re.compile(r"--(?!config\b)(?=\w)")
+_FIELD = re.compile(r"--(?!config\b|check$)(?=\w)")
 
 
 def _usage() -> str:

@@ -20,12 +20,13 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 # A room, and the rooms it may import beside itself, all of which stand above it in this table: no arrow of the import
 # graph runs back up. Files at the top of the package are rooms of their own.
-# `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs; everybody may use them.
-BASE = {"errors", "files", "helper"}
+# `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs, `hub` downloads: for all.
+BASE = {"errors", "files", "helper", "hub"}
 ALLOWED = {
   "errors": set(),
   "files": set(),
   "helper": set(),
+  "hub": {"errors"},
   "intervals": set(),
   "keys": set(),
   "microbatch": set(),
@@ -38,9 +39,11 @@ ALLOWED = {
   "diffusion": {"keys", "microbatch"},
   "rl": {"keys", "state", "microbatch", "diffusion", "data", "tasks"},
 }
-ALLOWED["source"] = {"models", "data"}
+ALLOWED["source"] = {"models", "data", "parallel"}
 ALLOWED["weights"] = {"models", "parallel", "state", "keys", "fingerprint", "source"}
 ALLOWED["publish"] = {"models", "parallel", "state", "weights"}
+ALLOWED["generation_config"] = {"diffusion"}
+ALLOWED["card"] = {"diffusion"}
 ALLOWED["model"] = {"models", "data", "diffusion", "parallel", "state", "source", "weights", "publish"}
 ALLOWED["completer"] = {"keys", "state", "diffusion", "parallel", "model"}
 ALLOWED["optimizer"] = {"state"}
