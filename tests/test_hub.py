@@ -1,12 +1,14 @@
 """Names of the hub, against a stand-in of it on this machine."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 
 import d1jax
-from d1jax import hub
+from d1jax import hub, source
+from d1jax.errors import RunError
 from tests import hub_server
 
 NAME = "lab/model"
@@ -156,3 +158,21 @@ def test_a_folder_is_pushed(stand_in, tmp_path, monkeypatch):
   assert stand_in.files["model/lab/new"] == {path.name: path.read_bytes() for path in Path(folder).iterdir()}
   assert stand_in.made[0]["name"] == "new"
   assert stand_in.made[0].get("visibility", stand_in.made[0].get("private")) in ("private", True)
+
+
+def test_all_processes_take_the_commit_that_the_first_one_found(stand_in, tmp_path, monkeypatch):
+  """What process 0 finds travels as JSON, and decides for all; what it cannot find is a RunError for all."""
+  asked = []
+
+  def from_main(find):
+    asked.append(find)
+    return json.loads(json.dumps(find()))
+
+  monkeypatch.setattr(source.multihost, "alone", lambda: False)
+  monkeypatch.setattr(source.multihost, "from_main", from_main)
+  assert source.locate(NAME) == hub.Snapshot(NAME, stand_in.commit(f"model/{NAME}"))
+  assert source.locate(tmp_path) == source.fetch(str(tmp_path)) == tmp_path
+  assert source.fetch(f"hf:{NAME}").name == stand_in.commit(f"model/{NAME}")
+  assert len(asked) == 4
+  with pytest.raises(RunError, match="lab/none is no folder here"):
+    source.fetch("lab/none")

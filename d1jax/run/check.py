@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from d1jax import hub
 from d1jax.errors import RunError, harmless, input_checked
 from d1jax.run import experiment as experiments
-from d1jax.run import limits, parts
+from d1jax.run import inputs, limits, parts
 from d1jax.run.workdir import folder
 
 
@@ -24,7 +24,7 @@ def run(config: ConfigDict) -> None:
   with input_checked():
     limits.check(config)
     experiments.check_start(config)
-    task, found = experiments.find_inputs(config, trains=True, reads=True)
+    task, found = inputs.find_inputs(config, trains=True, reads=True)
   if isinstance(found, hub.Snapshot):
     print(f"model: {found.repository}, commit {found.commit} of the hub")
   else:

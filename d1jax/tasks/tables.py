@@ -51,10 +51,11 @@ def read(
   source = _find(root, name)
   if source is None:
     repository = f", nor {Path(name).with_suffix('.parquet')}"
-    repository += f", nor the repository {PUBLISHED[name][0]}" if name in PUBLISHED else ""
-    raise DataError(
-      f"{name}: not found in {str(root)!r}{repository}; point root at the folder that holds it{otherwise}"
-    )
+    remedy = "point root at the folder that holds it"
+    if name in PUBLISHED:
+      repository += f", nor the repository {PUBLISHED[name][0]}"
+      remedy += f", or set root to {HUB!r} to download it"
+    raise DataError(f"{name}: not found in {str(root)!r}{repository}; {remedy}{otherwise}")
   if source == Path(root) / name:
     for number, line in common.read_lines(root, name, otherwise):
       yield f"{name} line {number}", _parse(f"{name} line {number}", line)

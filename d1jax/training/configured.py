@@ -24,7 +24,8 @@ from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
 from d1jax.rl.shaping import Shaping
 from d1jax.run import parts
-from d1jax.run.experiment import Experiment, data_root
+from d1jax.run.experiment import Experiment
+from d1jax.run.inputs import data_root
 from d1jax.tasks import Mixture, Task
 from d1jax.training import drift, sft
 from d1jax.training.host import Grading

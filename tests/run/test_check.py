@@ -5,7 +5,7 @@ import json
 import pytest
 
 from d1jax.errors import RunError
-from d1jax.run import check
+from d1jax.run import check, inputs
 from d1jax.run import experiment as experiments
 from tests import hub_server, jobs
 
@@ -78,7 +78,7 @@ def test_a_data_folder_may_lie_on_the_hub(stand_in, data, tmp_path):
   rows = (tmp_path / "data/gsm8k/test.jsonl").read_bytes()
   stand_in.files["dataset/lab/data"] = {"gsm8k/train.jsonl": rows, "gsm8k/test.jsonl": rows, "load.py": b"raise"}
   config = llada(model__pretrained="lab/llada", data__root="hf:lab/data")
-  assert len(experiments.build_task(config).records("test")) == 30
+  assert len(inputs.build_task(config).records("test")) == 30
   assert stand_in.fetched() == ["gsm8k/test.jsonl", "gsm8k/train.jsonl"]
   assert config.data.root == "hf:lab/data"
 

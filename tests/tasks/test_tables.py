@@ -184,6 +184,7 @@ def test_a_data_set_is_downloaded_from_the_hub(tmp_path, datasets, monkeypatch):
 def test_what_is_not_there_is_named_with_its_places(tmp_path):
   assert not tables.exists(str(tmp_path), NAME)
   places = r"nor gsm8k/train.parquet, nor the repository openai/gsm8k; point root at the folder that holds it"
+  places += ", or set root to 'hub' to download it"
   with pytest.raises(DataError, match=rf"^gsm8k/train.jsonl: not found in '{tmp_path}', {places}, or set root to None"):
     read(tmp_path)
   assert not tables.exists("hub", "countdown/test.jsonl")
