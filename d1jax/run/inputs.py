@@ -11,7 +11,7 @@ from d1jax import hub, tasks
 from d1jax.errors import RunError, line_of
 from d1jax.models import families
 from d1jax.parallel import multihost
-from d1jax.source import Source, fetch, inspect, locate
+from d1jax.source import Source, download, fetch, inspect, locate
 from d1jax.tasks import Task
 
 
@@ -61,7 +61,7 @@ def downloaded(found: hub.Snapshot) -> Source:
   """A model of the hub, in its cache; prints the commit, by which the same model is found again."""
   if multihost.is_main():
     print(f"reading {found.repository}@{found.commit} of the hub", file=sys.stderr)
-  return inspect(hub.download(found))
+  return inspect(download(found))
 
 
 def _with_questions(config: ConfigDict) -> Task:
