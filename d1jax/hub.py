@@ -95,9 +95,10 @@ def find(name: str, kind: str = "model", *, cached: bool = False) -> Snapshot | 
     return Snapshot(repository, _download(repository, revision, kind, cached=True).name, revision, kind)
   except Exception as error:
     reason = "the hub was not asked, as the name comes from a checkpoint" if cached else "the hub cannot be reached"
+    option = "" if kind == "model" else f"--repo-type={kind} "
     raise HubError(
-      f"{repository} is no folder here and not in the hub's cache, and {reason}: fetch it with `hf download"
-      f" {repository}`"
+      f"{repository} is no folder here and not in the hub's cache, and {reason}: fetch it with"
+      f" `hf download {option}{repository}`"
     ) from error
 
 

@@ -95,6 +95,8 @@ class _Answers(BaseHTTPRequestHandler):
     self.hub.asked.append((self.command, path, self._token()))
     if path == "/api/whoami-v2":
       return self._send(200, {"name": "somebody", "type": "user", "orgs": [{"name": "lab"}]})
+    if path.startswith("/api/") and path.count("/") < 4:
+      return self._refuse(404, "EntryNotFound")
     if path.startswith("/api/"):
       _, _, kinds, owner, repository, *rest = path.split("/")
       name = f"{kinds.removesuffix('s')}/{owner}/{repository}"
