@@ -16,7 +16,7 @@ start() {
   if [[ $ENV_FILE ]]; then
     # SkyPilot takes the values of secrets from its own environment; their names alone stand on the command line.
     sky=(bash launch/with_env.sh "$ENV_FILE" sky)
-    while IFS='=' read -r name _; do
+    while IFS='=' read -r name _ || [[ $name ]]; do
       [[ ! $name =~ ^[A-Za-z_] ]] || optional+=("--secret=$name")
     done <"$ENV_FILE"
   fi
@@ -26,7 +26,8 @@ start() {
   run mkdir -p "$folder"
   run tar -xzf "$folder.tgz" -C "$folder"
   run "${sky[@]}" jobs launch --yes "--name=$RUN" "--num-nodes=$NODES" "--gpus=$GPU:$GPUS_PER_NODE" "${optional[@]}" \
-    "--workdir=$folder" "--env=SETUP=$(setup "$CUDA")" "--env=TRAINING=$(quote "${COMMAND[@]}")" launch/skypilot.yaml || code=$?
+    "--workdir=$folder" \
+    "--env=SETUP=$(setup "$CUDA")" "--env=TRAINING=$(quote "${COMMAND[@]}")" launch/skypilot.yaml || code=$?
   dry || rm -rf "$(dirname "$folder")"
   finish "$code"
 }

@@ -95,7 +95,7 @@ def test_every_command_names_flags_and_work_directory(name, tmp_path):
     ("gke", {"RUN": "r" * 29}, "at most 28 lower-case letters"),
     ("tpu_vm", {"HOURS": "1.5"}, "HOURS is '1.5'; set it to a whole number of hours"),
     ("tpu_vm", {"ENV_FILE": "nowhere"}, "ENV_FILE is 'nowhere'; name a file of lines NAME=VALUE"),
-    ("slurm", {"ENV_FILE": "launch/uv.txt"}, "launch/uv.txt line 2 is not NAME=VALUE"),
+    ("slurm", {"ENV_FILE": "launch/uv.txt"}, "launch/uv.txt line 3 is not NAME=VALUE"),
     ("skypilot", {"ENV_FILE": "tests/launch/__init__.py"}, "which git tracks, so that it would be packed"),
   ],
 )

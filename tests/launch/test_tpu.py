@@ -192,7 +192,7 @@ def test_stop_saves_and_deletes_even_if_no_host_answers(name, tmp_path):
 
 def test_flags_reach_the_program_on_a_host_unchanged(tmp_path):
   machine = Machine(tmp_path, THERE)
-  assert machine.run("tpu_vm", *HOSTILE).returncode == 0
+  assert machine.run("tpu_vm", *HOSTILE, KEEP="yes").returncode == 0
   shutil.copytree(ROOT / "launch", tmp_path / "d1jax/launch")
   (tmp_path / "d1jax/.venv/bin").mkdir(parents=True)
   python(tmp_path / "d1jax/.venv/bin", "for word in arguments: say(ascii(word))")
