@@ -169,6 +169,7 @@ def running(monkeypatch: pytest.MonkeyPatch, cache: object, token: str | None = 
   with hub.running() as address:
     monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the tests are kept off the true hub
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache) + "-no-token")
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
       monkeypatch.delenv(name, raising=False)
