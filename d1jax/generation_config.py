@@ -1,5 +1,6 @@
 """How a model's folder says that its completions are sampled: keys of generation_config.json, written and read here."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def read_sampler(folder: Path) -> SamplerSpec | None:
   path = folder / FILE
   if not path.is_symlink() and not path.exists():
     return None
-  found: Mapping[str, Any] = read_json(path, dict, finite=True)
+  found: Mapping[str, Any] = read_json(path, dict)
   if not LENGTHS.keys() <= found.keys():
     return None
   values: dict[str, Any] = {}
@@ -52,6 +53,8 @@ def read_sampler(folder: Path) -> SamplerSpec | None:
       kind = type(getattr(plain, name))
       if type(found[name]) is not kind and not (kind is float and type(found[name]) is int):
         raise ValueError(f"{name} is {found[name]!r}, expected the type {kind.__name__}")
+      if kind is float and not math.isfinite(found[name]):
+        raise ValueError(f"{name} is {found[name]!r}, expected a finite number")
       values[name] = kind(found[name])
     return SamplerSpec(**values, temperature=0.0, early_exit=True)
   except ValueError as error:

@@ -45,6 +45,7 @@ def test_files_of_others_say_nothing(keys, tmp_path):
       {"block_length": 7},
       "completion_length=18 is not a multiple of block_length=7; correct it, or remove max_new_tok",
     ),
+    ({"factor": float("inf")}, "factor is inf, expected a finite number"),
     ({"remasking": 3}, "remasking is 3, expected the type str"),
     ({"schedule": "fast"}, "schedule='fast' is unknown"),
     ({"cfg_scale": -1}, "temperature=0.0 and cfg_scale=-1.0 must not be negative"),

@@ -8,7 +8,7 @@ from typing import Any, cast
 from ml_collections import ConfigDict
 
 from d1jax import hub, tasks
-from d1jax.errors import RunError, line_of
+from d1jax.errors import RunError
 from d1jax.models import families
 from d1jax.parallel import multihost
 from d1jax.source import Source, download, fetch, inspect, locate
@@ -105,7 +105,7 @@ def find_inputs(
   reads = reads or (trains and (bool(failures) or isinstance(located, hub.Snapshot)))
   task = tried(lambda: _with_questions(config) if reads else build_task(config)) if with_task else None
   if len(failures) > 1:
-    raise ValueError("; and ".join(line_of(error, 1000) for error in failures)) from failures[0]
+    raise ValueError("; and ".join(" ".join(str(error).split()) for error in failures)) from failures[0]
   if failures:
     raise failures[0]
   return task, located
