@@ -87,7 +87,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   c.rollout_rules = config_dict.ConfigDict()
 
   c.model = dict(
-    # The folder of a downloaded model. It sets the sizes, the tokenizer and whether logits are shifted by one position.
+    # A model's folder or its name on the hub, such as GSAI-ML/LLaDA-8B-Instruct, which is downloaded. It sets the
+    # sizes, the tokenizer and whether logits are shifted by one position.
     pretrained=config_dict.placeholder(str),
     size="llada_8b",  # the preset used without such a folder
     dtype="auto",  # of matrix products: bfloat16 on accelerators, float32 on CPUs
@@ -102,7 +103,7 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
     targets=("q_proj", "k_proj", "v_proj", "up_proj"),
   )
 
-  # root: a folder with data files (docs/data.md); for None, problems are generated.
+  # root: a folder with data files (docs/data.md); hub downloads published ones; for None, problems are generated.
   c.data = dict(root=config_dict.placeholder(str), prompt_buckets=(200,))
   c.task = dict(
     name="sudoku",

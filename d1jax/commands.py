@@ -132,6 +132,7 @@ COMMANDS: Mapping[str, Command] = {
       "output": "a new folder",
       "form": "model, or adapter",
       "pretrained": "where the folder that the run started from is now; None: where it was",
+      "push_to_hub": "OWNER/NAME on the Hugging Face hub, to which the folder is pushed too; HF_TOKEN must be set",
     },
   ),
   "aot": Command(
@@ -145,7 +146,7 @@ COMMANDS: Mapping[str, Command] = {
     },
   ),
 }
-_FIELD = re.compile(r"--(?!config\b|print_config$)(?=\w)")
+_FIELD = re.compile(r"--(?!config\b|print_config$|check$)(?=\w)")
 
 
 def usage() -> str:

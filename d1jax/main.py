@@ -23,6 +23,7 @@ with errors.environment():
   from d1jax.run import fields
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with preset words behind a colon.")
+_CHECK = flags.DEFINE_boolean("check", False, "Says whether flags, model and data of a training are there; no more.")
 
 
 def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
@@ -86,6 +87,11 @@ def _run(argv: Sequence[str]) -> None:
   config = _CONFIG.value
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.redirect_stderr(cast(TextIO, Output(sys.stderr))))
+    if _CHECK.value:
+      from d1jax.run import check
+
+      check.run(config)
+      return
     if config.mode != "generate":  # the text of `generate` is its result, so it ends when nobody reads it
       stack.enter_context(contextlib.redirect_stdout(cast(TextIO, Output(sys.stdout, errors.harmless))))
     _start(config, stack)

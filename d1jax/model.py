@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from d1jax.models.visibility import BlockCausal, TwoStreams
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel.attention import attention
 from d1jax.publish import Publisher
-from d1jax.source import Source, inspect
+from d1jax.source import Source, fetch, inspect
 from d1jax.state import Frozen, TrainState
 from d1jax.weights import Weights
 
@@ -301,7 +300,8 @@ def from_pretrained(
   mean of the others. The weights are read when they are first used.
 
   Args:
-    folder: a folder with config.json, safetensors and usually a tokenizer.
+    folder: a folder with config.json, safetensors and usually a tokenizer; or a model of the Hugging Face hub,
+      `owner/name` or `hf:owner/name@revision`, which is downloaded into the hub's cache.
     dtype: the dtype of sampling weights and of matrix products; None: bfloat16, or float32 on a CPU. Trained weights
       are always float32.
     lora: the adapters to train, such as `Lora(rank=64, alpha=128)`; None: a `train_state` holds all weights.
@@ -315,10 +315,10 @@ def from_pretrained(
     seed: the seed of all draws.
 
   Raises:
-    ValueError: a file, a tensor or a value of the configuration is missing, wrong or not supported; the message names
-      it.
+    ValueError: a file, a tensor or a value of the configuration is missing, wrong or not supported, or the hub does not
+      have the model; the message names it.
   """
-  source = inspect(Path(folder))
+  source = inspect(fetch(folder))
   mesh, dtype = _defaults(mesh, dtype)
   return build(
     source.size,

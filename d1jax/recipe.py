@@ -66,7 +66,8 @@ class Recipe:
     """Builds and checks everything that may be wrong; nothing is written or trained yet."""
     multihost.check_same("the configuration", config.to_dict() | {"distributed": {}})
     self._held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
-    self.experiment = experiments.build(config, run_tokenizer.kept_in(workdir) if self._held else None)
+    kept = run_tokenizer.kept_in(workdir) if self._held else None
+    self.experiment = experiments.build(config, kept, trains=True)
     self._model = self.experiment.model
     experiments.check_batches(config, self._model.ways)
     experiments.check_lengths(config, self._model.length_ways)

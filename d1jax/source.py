@@ -1,13 +1,17 @@
-"""A downloaded folder before its weights are read: the description of its network and of its tokens."""
+"""A model's folder, or its name on the hub, before its weights are read: what its network and its tokens are."""
 
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+from d1jax import hub
 from d1jax.data import folder as folders
 from d1jax.data import tokenizer as tokenizers
 from d1jax.data.tokenizer import Tokenizer
+from d1jax.errors import input_checked
 from d1jax.models import families, load, transformer
 from d1jax.models.families import Description
+from d1jax.parallel import multihost
 
 
 class Source(NamedTuple):
@@ -49,6 +53,48 @@ class Source(NamedTuple):
         f' Python), or write "{family.block_key}" into config.json'
       )
     return block
+
+
+def locate(name: str | PathLike[str], kind: str = "model", *, cached: bool = False) -> Path | hub.Snapshot:
+  """The folder of a name, or the snapshot of the hub that it stands for; nothing is downloaded.
+
+  Of several processes the first decides, so that all read the same commit, even if a new one is pushed meanwhile.
+
+  Args:
+    name: a folder, `owner/name` or `hf:owner/name@revision`; see `hub.parse`. A `pathlib.Path` is a folder always.
+    kind: `model` or `dataset`.
+    cached: whether the hub is not asked, because a checkpoint chose the name.
+
+  Raises:
+    HubError: the hub does not have it. With several processes it is a RunError.
+  """
+  if not isinstance(name, str):
+    return Path(name)
+  if multihost.alone():
+    return hub.find(name, kind, cached=cached) or Path(name)
+
+  def find() -> hub.Snapshot | None:
+    with input_checked():
+      return hub.find(name, kind, cached=cached)
+
+  found = multihost.from_main(find)
+  return hub.Snapshot(*found) if found else Path(name)
+
+
+def fetch(name: str | PathLike[str], kind: str = "model", *, cached: bool = False) -> Path:
+  """The folder of a name; what is on the hub is downloaded into its cache first. Arguments and errors: see `locate`."""
+  found = locate(name, kind, cached=cached)
+  return found if isinstance(found, Path) else download(found)
+
+
+def download(found: hub.Snapshot) -> Path:
+  """The folder of a snapshot in this machine's cache, once every process has it in the cache of its own.
+
+  The processes of one machine wait for each other at each file, so that it is downloaded once.
+  """
+  folder = hub.download(found)
+  multihost.wait_long("download")
+  return folder
 
 
 def inspect(folder: Path) -> Source:

@@ -7,6 +7,9 @@
 # Whoever watched that one gets exit code 130: it ended because a person wanted it, and is not to be tried again.
 # launch/attach.sh           follows the output of the command that runs
 # launch/attach.sh --stop    ends it
+#
+# AFTER is a line of shell that is run LINGER seconds after the command has ended, unless another ATTEMPT, or a stop,
+# came meanwhile: it deletes the TPU of a run that nobody watches any more.
 
 . "$(dirname "$0")/common.sh"
 
@@ -37,11 +40,19 @@ end() {
 
 # keep COMMAND...: runs it and keeps its exit code; outlives a SIGTERM to all processes of a machine that goes down.
 keep() {
-  local code=0
+  local code=0 attempt
+  attempt=$(<"$DIR/attempt")
   trap : TERM
   echo $$ >"$DIR/group"
   (echo "$BASHPID" >"$DIR/pid" && exec "$@") || code=$?
   echo "$code" >"$DIR/code"
+  [[ -z ${AFTER:-} ]] || later "$attempt" &
+}
+
+# later ATTEMPT: runs AFTER, if the attempt is still the last one by then.
+later() {
+  sleep "${LINGER:-1800}"
+  [[ $(<"$DIR/attempt") != "$1" ]] || eval "$AFTER"
 }
 
 # begin ATTEMPT COMMAND...: in a session of its own, so that nothing but `end` reaches it.

@@ -57,21 +57,54 @@ need() {
 
 # need_shared: the work directory is one that all hosts can see.
 need_shared() {
-  [[ $WORKDIR == gs://* || $WORKDIR == /* ]] ||
+  [[ $WORKDIR == gs://* || $WORKDIR == s3://* || $WORKDIR == /* ]] ||
     fail "WORKDIR is '$WORKDIR', which hosts do not share; set it to gs://BUCKET/FOLDER, or /FOLDER on a disk all see"
+}
+
+# need_env: the file of variables, where there is one, has lines NAME=VALUE and is not one that git tracks.
+need_env() {
+  [[ $ENV_FILE ]] || return 0
+  bash launch/with_env.sh "$ENV_FILE" true || fail "ENV_FILE is '$ENV_FILE'; name a file of lines NAME=VALUE"
+  ! git ls-files --error-unmatch "$ENV_FILE" >/dev/null 2>&1 ||
+    fail "ENV_FILE is '$ENV_FILE', which git tracks, so that it would be packed; move it out of the clone"
+}
+
+# check: looks whether flags, model and data are there, before anything is created.
+check() {
+  local python=${PYTHON:-.venv/bin/python} code=0
+  [[ $CHECK != no ]] || return 0
+  if ! dry && ! command -v "$python" >/dev/null; then
+    say "$python is missing here, so that flags, model and data are not checked; \`make setup\` makes it"
+    return 0
+  fi
+  run env JAX_PLATFORMS=cpu "$python" -m d1jax.main "${FLAGS[@]}" "--config.workdir=$WORKDIR" --check || code=$?
+  ((code == 0)) || fail "nothing was created; CHECK=no starts all the same"
+}
+
+# limit: hosts end COMMAND by themselves when its time is over, even if nobody watches.
+limit() {
+  COMMAND=(timeout --foreground --kill-after=120 "$((HOURS * 3600))" "${COMMAND[@]}")
 }
 
 # setup EXTRA: one line, what a fresh host does first; EXTRA is that of launch/install.sh.
 setup() {
   local line="bash launch/install.sh $1"
+  [[ $WORKDIR != s3://* ]] || line+=" s3fs"
   [[ -z $PREPARE ]] || line+=" && { $PREPARE; }"
   printf '%s' "$line"
 }
 
-# pack FILE: the working tree as it stands, without what git ignores, as a tar file.
+# pack FILE: the files that git tracks, as they stand, and those that PACK names, as a tar file. A file that git does
+# not track may hold a secret.
 pack() {
-  say "packing the working tree into $1"
-  dry || git ls-files -z --cached --others --exclude-standard |
+  local named others
+  read -ra named <<<"$PACK"
+  say "packing what git tracks${PACK:+, and $PACK,} into $1"
+  dry && return
+  for file in "${named[@]}"; do [[ -e $file ]] || fail "PACK names '$file', which does not exist"; done
+  others=$(git ls-files --others --exclude-standard -- . "${named[@]/#/:!}" | head -n 4 | paste -sd ' ')
+  [[ -z $others ]] || say "left out, since git does not track them: $others; PACK names what hosts need"
+  { git ls-files -z --cached; ((${#named[@]} == 0)) || printf '%s\0' "${named[@]}"; } |
     while IFS= read -r -d '' file; do [[ ! -e $file ]] || printf '%s\0' "$file"; done |
     tar --null --files-from=- -czf "$1"
 }
@@ -98,6 +131,7 @@ finish() {
     2) say "exit code 2: wrong input, see above; repair it, then run the same command again" ;;
     70) say "exit code 70: a loss, gradient or weight is not finite; the line above says how to go on" ;;
     130) say "exit code 130: stopped and saved; the same command goes on from there" ;;
+    124) say "exit code 124: HOURS=$HOURS are over; the run is saved, and the same command goes on from there" ;;
     75) say "exit code 75: preempted and saved; the same command goes on from there" ;;
     *) say "exit code $1: see above; the same command goes on from the last checkpoint" ;;
   esac
@@ -123,6 +157,7 @@ usage() {
 TEXT
   declare -F logs >/dev/null && echo "  $SCRIPT logs [--dry-run]        follow the logs"
   declare -F stop >/dev/null && echo "  $SCRIPT stop [--dry-run]        end it"
+  declare -F manifest >/dev/null && echo "  $SCRIPT manifest [FLAG...]      print what Kubernetes would get"
   cat <<TEXT
 
 Settings are in launch/env.sh; a dry run (or DRY_RUN=1) prints the commands and runs none.
@@ -133,7 +168,7 @@ TEXT
 main() {
   local action=start flags=() word
   case ${1:-} in
-    logs | stop) declare -F "$1" >/dev/null && action=$1 && shift ;;
+    logs | stop | manifest) declare -F "$1" >/dev/null && action=$1 && shift ;;
   esac
   for word; do
     case $word in
@@ -143,8 +178,9 @@ main() {
       *) fail "$SCRIPT takes no '$word'; see $SCRIPT --help" ;;
     esac
   done
-  [[ $RUN =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
-    fail "RUN is '$RUN'; machines take lower-case letters, digits and dashes, a letter first"
+  [[ $RUN =~ ^[a-z]([a-z0-9-]{0,26}[a-z0-9])?$ ]] ||
+    fail "RUN is '$RUN'; machines take at most 28 lower-case letters, digits and dashes, a letter first"
+  [[ $HOURS =~ ^[1-9][0-9]*$ ]] || fail "HOURS is '$HOURS'; set it to a whole number of hours"
   ((${#flags[@]} == 0)) || FLAGS=("${flags[@]}")
   COMMAND=("${PYTHON:-.venv/bin/python}" -m d1jax.main "${FLAGS[@]}" "--config.workdir=$WORKDIR")
   cd "$ROOT"

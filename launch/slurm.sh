@@ -7,9 +7,13 @@
 LOG=runs/$RUN.log
 
 start() {
-  local optional=() watcher code=0
+  local optional watcher code=0
+  read -ra optional <<<"$EXTRA"
   [[ -z $PARTITION ]] || optional+=("--partition=$PARTITION")
   [[ -z $ACCOUNT ]] || optional+=("--account=$ACCOUNT")
+  need_env
+  check
+  [[ -z $ENV_FILE ]] || COMMAND=(bash launch/with_env.sh "$ENV_FILE" "${COMMAND[@]}")
   run mkdir -p runs
   run touch "$LOG"
   if ! dry; then
@@ -19,8 +23,8 @@ start() {
     trap 'say "the job goes on without you; see it: $SCRIPT logs; end it: $SCRIPT stop" && exit 130' INT
   fi
   run sbatch --wait "--job-name=$RUN" "--nodes=$NODES" "--ntasks-per-node=$GPUS_PER_NODE" \
-    "--gpus-per-node=$GPUS_PER_NODE" "--time=$TIME" "${optional[@]}" --requeue --signal=TERM@120 \
-    --open-mode=append "--output=$LOG" launch/slurm_job.sh "${COMMAND[@]}" || code=$?
+    "--gpus-per-node=$GPUS_PER_NODE" "--cpus-per-task=$CPUS_PER_TASK" "--time=$TIME" "${optional[@]}" --requeue \
+    --signal=TERM@120 --open-mode=append "--output=$LOG" launch/slurm_job.sh "${COMMAND[@]}" || code=$?
   finish "$code"
 }
 

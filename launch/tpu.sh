@@ -3,7 +3,9 @@
 # They set KIND (gcloud's group of commands), STATE (the field that holds a resource's state), READY (its value when
 # hosts can be reached), HOSTS (the flags that reach all of them), and define `create`.
 
-BILLED="the TPU $RUN is paid for until: $SCRIPT stop"
+REACH=()
+[[ $PUBLIC == yes ]] || REACH=(--internal-ip)
+PAID="the TPU $RUN is paid for until: $SCRIPT stop"
 PLACE=("--zone=$ZONE" "--project=$PROJECT" --quiet)
 
 # gc COMMAND...: gcloud for this kind of resource.
@@ -14,13 +16,19 @@ gc() {
 # remote LINE: a shell line on all hosts at once; ends with the exit code of the first host that failed. A host that is
 # gone is noticed within two minutes.
 remote() {
-  gc ssh "$RUN" "${HOSTS[@]}" --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 "--command=$1"
+  gc ssh "$RUN" "${HOSTS[@]}" "${REACH[@]}" --ssh-flag=-oServerAliveInterval=30 --ssh-flag=-oConnectTimeout=30 \
+    "--command=$1"
 }
 
 # look: sets FOUND to the state of the TPU; empty where there is none, and in a dry run.
 look() {
   FOUND=
   dry || FOUND=$(gc describe "$RUN" "--format=value($STATE)" 2>/dev/null) || FOUND=
+}
+
+# gone: whether there is no TPU any more.
+gone() {
+  ! dry && look && [[ -z $FOUND ]]
 }
 
 # remove: deletes the TPU.
@@ -53,24 +61,42 @@ provide() {
   SEEN=75
 }
 
-# prepare: the working tree, and what it needs, on all hosts.
+# options: sets OPTIONS to what both kinds of creation take.
+options() {
+  read -ra OPTIONS <<<"$EXTRA"
+  [[ $SPOT != yes ]] || OPTIONS+=(--spot)
+  [[ -z $RESERVATION ]] || OPTIONS+=(--reserved)
+  [[ $PUBLIC == yes ]] || OPTIONS+=(--internal-ips)
+  [[ -z $SERVICE_ACCOUNT ]] || OPTIONS+=("--service-account=$SERVICE_ACCOUNT")
+}
+
+# prepare: the working tree, the file of variables, and what they need, on all hosts.
 prepare() {
   local file=/tmp/d1jax.tgz
   dry || file=$(mktemp)
   pack "$file" || return
-  gc scp "$file" "$RUN:d1jax.tgz" "${HOSTS[@]}" || return
+  gc scp "$file" "$RUN:d1jax.tgz" "${HOSTS[@]}" "${REACH[@]}" || return
   dry || rm -f "$file"
+  if [[ $ENV_FILE ]]; then
+    remote "install -m 600 /dev/null d1jax.env" || return
+    gc scp "$ENV_FILE" "$RUN:d1jax.env" "${HOSTS[@]}" "${REACH[@]}" || return
+  fi
   remote "mkdir -p d1jax && tar -xzf d1jax.tgz -C d1jax && cd d1jax && $(setup tpu)"
 }
 
 # attempt: from whatever there is to the end of the run. A TPU that is gone counts as preempted.
 attempt() {
-  local code=0 number=1
-  dry || number=$(date +%s)
+  local code=0 number=1 words=("${COMMAND[@]}") left=$((HOURS * 3600)) after=
+  dry || number=$(date +%s) left=$((UNTIL - SECONDS))
+  ((left > 0)) || return 124
+  [[ -z $ENV_FILE ]] || words=(bash launch/with_env.sh ../d1jax.env "${words[@]}")
+  words=(timeout --foreground --kill-after=120 "$left" "${words[@]}")
+  # Should this script be gone by then, a host deletes the TPU half an hour after the run has ended.
+  [[ $KEEP == yes ]] || after=" AFTER=$(quote "$(DRY_RUN=1 remove)")"
   provide || return
-  { prepare && remote "cd d1jax && RUN=$RUN bash launch/attach.sh $number $(quote "${COMMAND[@]}")"; } || code=$?
+  { prepare && remote "cd d1jax && RUN=$RUN$after bash launch/attach.sh $number $(quote "${words[@]}")"; } || code=$?
   case $code in
-    0 | 2 | 70 | 71 | 74 | 75 | 130) return "$code" ;;
+    0 | 2 | 70 | 71 | 74 | 75 | 124 | 130) return "$code" ;;
   esac
   look
   [[ $FOUND == "$READY" ]] || code=75
@@ -81,8 +107,16 @@ start() {
   local code=0
   need PROJECT ZONE ACCELERATOR RUNTIME
   need_shared
+  need_env
+  check
+  UNTIL=$((SECONDS + HOURS * 3600))
   trap 'say "the run goes on without you; see it: $SCRIPT logs; end it: $SCRIPT stop" && exit 130' INT
   retry attempt || code=$?
+  # With any other code the run may still go on there: somebody else took it over, or the connection broke.
+  case $KEEP$code in
+    no0 | no2 | no70 | no71 | no74 | no75 | no124) gone || remove || BILLED="$PAID" ;;
+    *) gone || BILLED="$PAID" ;;
+  esac
   finish "$code"
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU, one slice of any number of hosts. The TPU is created if there is none, and created again
-# after a preemption; `stop` lets the run save itself and deletes the TPU.
+# after a preemption, and deleted at the end; `stop` lets the run save itself and deletes the TPU.
 
 . "$(dirname "$0")/common.sh"
 . "$(dirname "$0")/tpu.sh"
@@ -8,9 +8,8 @@
 KIND=tpu-vm STATE=state READY=READY HOSTS=(--worker=all)
 
 create() {
-  local spot=()
-  [[ $SPOT != yes ]] || spot=(--spot)
-  gc create "$RUN" "--accelerator-type=$ACCELERATOR" "--version=$RUNTIME" "${spot[@]}"
+  options
+  gc create "$RUN" "--accelerator-type=$ACCELERATOR" "--version=$RUNTIME" "${OPTIONS[@]}"
 }
 
 main "$@"

@@ -20,14 +20,15 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 # A room, and the rooms it may import beside itself, all of which stand above it in this table: no arrow of the import
 # graph runs back up. Files at the top of the package are rooms of their own.
-# `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs, `version` is a number;
-# everybody may use them.
-BASE = {"errors", "files", "helper", "version"}
+# `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs, `hub` downloads, and
+# `version` is a number; everybody may use them.
+BASE = {"errors", "files", "helper", "hub", "version"}
 ALLOWED = {
   "errors": set(),
   "files": set(),
   "helper": set(),
   "version": set(),
+  "hub": {"errors"},
   "intervals": set(),
   "keys": set(),
   "microbatch": set(),
@@ -40,9 +41,11 @@ ALLOWED = {
   "diffusion": {"keys", "microbatch"},
   "rl": {"keys", "state", "microbatch", "diffusion", "data", "tasks"},
 }
-ALLOWED["source"] = {"models", "data"}
+ALLOWED["source"] = {"models", "data", "parallel"}
 ALLOWED["weights"] = {"models", "parallel", "state", "keys", "fingerprint", "source"}
 ALLOWED["publish"] = {"models", "parallel", "state", "weights"}
+ALLOWED["generation_config"] = {"diffusion"}
+ALLOWED["card"] = {"diffusion"}
 ALLOWED["model"] = {"models", "data", "diffusion", "parallel", "state", "source", "weights", "publish"}
 ALLOWED["completer"] = {"keys", "state", "diffusion", "parallel", "model"}
 ALLOWED["optimizer"] = {"state"}

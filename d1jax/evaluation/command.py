@@ -22,7 +22,7 @@ from d1jax.evaluation.items import Item, append, parse, question_id
 from d1jax.evaluation.subject import Subject
 from d1jax.parallel import multihost
 from d1jax.rl.prompts import Prompts
-from d1jax.run import limits
+from d1jax.run import inputs, limits
 from d1jax.run import workdir as workdirs
 from d1jax.run.interrupts import Interrupts
 from d1jax.run.workdir import Folder
@@ -218,6 +218,7 @@ def _tasks(config: ConfigDict, trained: ConfigDict) -> Iterator[Task]:
   root = config.data_root or trained.data.root
   if root is not None and config.data_root is None and multihost.is_main():
     print(harmless(f"reading data of {root}, which the checkpoint names"), file=sys.stderr)
+  root = inputs.data_root(root, cached=config.data_root is None)
   own = {name: options.get(name, {}) for name in section.mix} or {section.name: options}
   asked: list[tuple[str, str | None]] = [(name, None) for name in config.tasks]
   if config.module is not None:

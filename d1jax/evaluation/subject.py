@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from d1jax import generation_config
 from d1jax.errors import RunError, harmless, input_checked
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
@@ -18,6 +19,7 @@ from d1jax.run.checkpoint import Checkpoints, is_step
 from d1jax.run.experiment import Experiment
 from d1jax.run.identity import STAGES
 from d1jax.run.workdir import Folder, folder, is_workdir
+from d1jax.source import fetch
 from d1jax.state import Frozen, Params, TrainState, merge_for_rollout
 from d1jax.weights import check_base
 
@@ -142,6 +144,8 @@ def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Para
       if trained.model.pretrained and config.pretrained is None and multihost.is_main():
         said = f"reading {trained.model.pretrained}, which the checkpoint names as its base"
         print(harmless(said), file=sys.stderr)
+      if trained.model.pretrained:  # what a checkpoint names is not downloaded
+        trained.model.pretrained = str(fetch(trained.model.pretrained, cached=config.pretrained is None))
       experiment = experiments.build(trained, run_tokenizer.kept(found.workdir, metadata), with_task=False)
       section = experiment.config[found.home.parent.name]
       abstract = experiment.model.weights.abstract_state(experiment.optimizer(section, section.steps))
@@ -174,9 +178,13 @@ def load(config: ConfigDict) -> Subject:
   bare.model.pretrained = config.pretrained
   with input_checked():
     experiment = experiments.build(bare, None, with_task=False)
-    sampler = experiment.sampler.for_block(experiment.model.denoiser.block)
-    experiment = dataclasses.replace(experiment, sampler=sampler)
     weights = experiment.model.weights
+    own = generation_config.read_sampler(weights.source.folder) if weights.source else None
+    if own is not None and multihost.is_main():
+      said = f"{own.completion_length} tokens, blocks of {own.block_length}, {own.diffusion_steps} steps"
+      print(harmless(f"{config.pretrained}/{generation_config.FILE} says how it samples: {said}"), file=sys.stderr)
+    sampler = (own or experiment.sampler).for_block(experiment.model.denoiser.block)
+    experiment = dataclasses.replace(experiment, sampler=sampler)
     trainable = weights.start(weights.base_dtype)
   home = Path("runs") / "eval"
   return Subject(

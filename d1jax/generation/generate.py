@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from d1jax import keys
+from d1jax import generation_config, keys
 from d1jax.completer import Completer
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
@@ -166,7 +166,7 @@ def stream(
     model: network, tokenizer and mesh.
     prompts: texts or conversations, which the tokenizer's chat template writes, or arrays of token ids.
     params: the weights, from `Model.publish`; None: the weights with which the model starts.
-    spec: the sampler; None: `GREEDY`, with the blocks of a block-causal network.
+    spec: the sampler; None: see `default_sampler`.
     changes: of the sampler.
     prefill: the start of each answer.
     samples: the number of completions of each prompt.
@@ -187,8 +187,7 @@ def stream(
   for length in prompt_buckets:
     check_integer("a length of prompt_buckets", length, 1)
   block = model.denoiser.block
-  spec = GREEDY.for_block(block) if spec is None else spec
-  spec = changes.of(spec)
+  spec = changes.of(default_sampler(model) if spec is None else spec)
   check(model.rollout_denoiser, spec)
   if samples > 1 and spec.temperature == 0 and spec.remasking != "random":
     raise ValueError(f"samples is {samples}, but at temperature 0 they are all the same: set a temperature, like 0.9")
@@ -231,6 +230,17 @@ def stream(
         )
 
   return batches()
+
+
+def default_sampler(model: Model) -> SamplerSpec:
+  """What a model's folder says in generation_config.json, or else `GREEDY`; with the blocks of a block-causal network.
+
+  Raises:
+    ValueError: generation_config.json is broken.
+  """
+  source = model.weights.source
+  found = generation_config.read_sampler(source.folder) if source else None
+  return (found or GREEDY).for_block(model.denoiser.block)
 
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[Prompt], prefill: str, longest: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from d1jax import hub
 from d1jax.files import write_check
 from d1jax.models import families, names
 from d1jax.models.families import llada
@@ -44,6 +45,7 @@ def export(
   source: Path | None,
   token_ids: Mapping[str, int],
   block: int | None = None,
+  texts: Mapping[str, str] | None = None,
   shard_bytes: int = SHARD,
 ) -> list[str]:
   """Writes weights, config.json and, from `source`, every other file that is not weights.
@@ -57,6 +59,7 @@ def export(
     source: the folder that the weights came from; None writes a LLaDA in float32.
     token_ids: `mask_token_id`, `eos_token_id`, `pad_token_id`; written if the source's config.json lacks them.
     block: the block length of block-causal attention, which is written under the key of the family; None: the source's.
+    texts: further files by name, which go before those of the source.
     shard_bytes: the largest size of a file in bytes.
 
   Returns:
@@ -93,6 +96,9 @@ def export(
       config |= dict.fromkeys(smaller, size.vocab)
     config |= {k: v for k, v in token_ids.items() if config.get(k) is None}
     config |= {} if block is None else {family.block_key: block}
+    config |= _code_on_the_hub(source, config)
+    for name, text in (texts or {}).items():
+      (draft / name).write_text(text, encoding="utf-8")
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _write_shards(draft, _tensors(params, scheme, size.layers, dtypes), shard_bytes)
     if folder.exists():
@@ -102,6 +108,24 @@ def export(
     shutil.rmtree(draft, ignore_errors=True)
     raise
   return left_out
+
+
+def _code_on_the_hub(source: Path | None, config: Mapping[str, Any]) -> dict[str, Any]:
+  """The `auto_map` of a model of the hub with the names of the repository, where its code stays.
+
+  `modeling_llada.LLaDAModelLM` of a folder that has this code no more becomes
+  `GSAI-ML/LLaDA-8B-Instruct--modeling_llada.LLaDAModelLM`, which transformers fetches if it is told to trust it.
+  """
+  origin, named = hub.origin(source) if source else None, config.get("auto_map")
+  if origin is None or not isinstance(named, dict):
+    return {}
+
+  def full(value: Any) -> Any:
+    if not isinstance(value, str) or "--" in value:
+      return value
+    return f"{origin.repository}--{value}"
+
+  return {"auto_map": {key: full(value) for key, value in named.items()}}
 
 
 def _copy_all_but_weights(source: Path, target: Path) -> list[str]:

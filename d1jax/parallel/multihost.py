@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -35,6 +36,10 @@ LEAVING_SECONDS = 10
 OWN_SECONDS = 3
 """How long a process that learns of another's failure may take to end by itself: often all fail for the same reason."""
 
+LONGEST_SECONDS = 12 * 3600
+"""How long processes wait for one that downloads."""
+
+_waits = itertools.count()
 log = logging.getLogger(__name__)
 
 
@@ -272,6 +277,13 @@ def barrier(name: str) -> None:
   """Waits until all processes are here."""
   if not alone():
     multihost_utils.sync_global_devices(name)
+
+
+def wait_long(name: str) -> None:
+  """Waits until all processes are here, for hours if need be: a collective operation could time out meanwhile."""
+  if not alone():
+    client: Any = distributed.global_state.client
+    client.wait_at_barrier(f"{name} {next(_waits)}", 1000 * LONGEST_SECONDS)
 
 
 def largest(value: int) -> int:

@@ -3,16 +3,15 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
+from d1jax import hub, tasks
 from d1jax import model as models
 from d1jax import optimizer as optimizers
-from d1jax import tasks
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion import blocks
 from d1jax.diffusion.rollout import SamplerSpec
@@ -22,9 +21,9 @@ from d1jax.models.quantize import KINDS
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import mesh as meshes
 from d1jax.rl.prompts import Prompts
-from d1jax.run import fields, limits, run_tokenizer
+from d1jax.run import fields, inputs, limits, run_tokenizer
 from d1jax.run.run_tokenizer import Kept
-from d1jax.source import Source, inspect
+from d1jax.source import Source
 from d1jax.tasks import Task
 from d1jax.tasks.common import check_choice
 
@@ -99,23 +98,6 @@ class Experiment:
       max_grad_norm=stage.max_grad_norm,
       ema_decay=stage.ema_decay,
     )
-
-
-def build_task(config: ConfigDict) -> Task:
-  """The task that the configuration names, or its mix of tasks."""
-  section, weights = config.task, config.task.mix.to_dict()
-  sizes, options = section.sizes.to_dict(), section.options.to_dict()
-  if not weights:
-    return tasks.build(
-      section.name, seed=config.seed, root=config.data.root, sizes=sizes, module=section.module, **options
-    )
-  mixed = tasks.build_mix(weights, seed=config.seed, root=config.data.root, sizes=sizes, options=options)
-  if section.name != mixed.name or section.module is not None:
-    raise ValueError(
-      f"task.mix is of {mixed.name}, but task.name={section.name} and task.module={section.module}: a mix has the"
-      " sorted names of its tasks, joined by +, and no module"
-    )
-  return mixed
 
 
 def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
@@ -206,11 +188,6 @@ def check_start(config: ConfigDict) -> None:
       "rollout.temperature=0 gives every prompt the same answer each time, so that the rewards of a group are equal and"
       " nothing is learned: let it be above 0"
     )
-  if config.model.pretrained is None and config.model.size not in ("tiny", "small"):
-    raise ValueError(
-      f"model.size={config.model.size} has no weights: name the folder of a downloaded model with"
-      " --config.model.pretrained=FOLDER"
-    )
 
 
 def _lora_spec(config: ConfigDict) -> LoraSpec | None:
@@ -263,8 +240,9 @@ def build(
   devices: Sequence[Any] | None = None,
   *,
   with_task: bool = True,
+  trains: bool = False,
 ) -> Experiment:
-  """Builds an experiment; nothing is written and no weights are read.
+  """Builds an experiment; no weights are read. A model of the hub is downloaded, nothing else is written.
 
   Args:
     config: a resolved configuration.
@@ -272,6 +250,7 @@ def build(
       task's texts.
     devices: the devices; None: all.
     with_task: False leaves the task out, so that `config.task.module` of somebody else is not run.
+    trains: whether the weights are trained on the task, so that weights and questions must be there.
 
   Raises:
     ValueError: a field or a file is wrong.
@@ -280,7 +259,8 @@ def build(
   config = ConfigDict(config.to_dict())
   fields.complete(config)
   limits.check(config)
-  task = build_task(config) if with_task else cast(Task, _NoTask())
+  chosen, located = inputs.find_inputs(config, with_task=with_task, trains=trains)
+  task = cast(Task, _NoTask()) if chosen is None else chosen
   check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
   if isinstance(task, tasks.Custom):
     task.try_out(config.task.style, config.task.protocol)
@@ -289,7 +269,7 @@ def build(
     raise ValueError(
       "rollout.early_exit ends completions at their stop id, but task.protocol=d1 reads on: turn one off"
     )
-  source = inspect(Path(config.model.pretrained)) if config.model.pretrained else None
+  source = inputs.downloaded(located) if isinstance(located, hub.Snapshot) else located
   if tokenizer is None or isinstance(tokenizer, Kept):
     tokenizer = _tokenizer(config, tokenizer, source, task if with_task else None)
   spec = _lora_spec(config)

@@ -1,6 +1,7 @@
 """Rows of data files: JSON lines or Parquet under a root, a clone of a data set's repository, or the hub itself.
 
-JSON lines need nothing. Everything else is read by the package `datasets`, which is imported only then.
+JSON lines need nothing. Everything else is read by the package `datasets`, which is imported only then; it downloads
+nothing, since `hub` does.
 """
 
 import importlib
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from d1jax import files
+from d1jax import errors, files, hub
 from d1jax.tasks import common
 from d1jax.tasks.base import DataError
 
@@ -50,10 +51,11 @@ def read(
   source = _find(root, name)
   if source is None:
     repository = f", nor {Path(name).with_suffix('.parquet')}"
-    repository += f", nor the repository {PUBLISHED[name][0]}" if name in PUBLISHED else ""
-    raise DataError(
-      f"{name}: not found in {str(root)!r}{repository}; point root at the folder that holds it{otherwise}"
-    )
+    remedy = "point root at the folder that holds it"
+    if name in PUBLISHED:
+      repository += f", nor the repository {PUBLISHED[name][0]}"
+      remedy += f", or set root to {HUB!r} to download it"
+    raise DataError(f"{name}: not found in {str(root)!r}{repository}; {remedy}{otherwise}")
   if source == Path(root) / name:
     for number, line in common.read_lines(root, name, otherwise):
       yield f"{name} line {number}", _parse(f"{name} line {number}", line)
@@ -62,7 +64,12 @@ def read(
     yield from _load(relative, "parquet", data_files=str(source), split="train")
   else:
     repository, configuration, split = PUBLISHED[name]
-    yield from _load(f"{repository} {split}", str(source), configuration, split=split)
+    shown = f"{repository} {split}"
+    try:
+      folder = source if isinstance(source, Path) else hub.folder(f"{hub.PREFIX}{source}", "dataset")
+    except hub.HubError as error:
+      raise DataError(f"{shown}: {error}, or point root at a copy") from None
+    yield from _load(shown, str(folder), configuration, split=split)
 
 
 def _find(root: str, name: str) -> Path | str | None:
@@ -87,7 +94,7 @@ def _load(shown: str, *arguments: str | None, **options: str) -> Iterator[tuple[
   try:
     datasets = importlib.import_module("datasets")
   except ImportError:
-    raise DataError(f"{shown}: reading it needs the package datasets; pip install datasets") from None
+    raise DataError(f"{shown}: {errors.missing('datasets', 'data')}") from None
   try:
     rows = datasets.load_dataset(*arguments, **options).to_list()
   except Exception as error:

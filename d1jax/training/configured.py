@@ -25,6 +25,7 @@ from d1jax.rl.method import Method
 from d1jax.rl.shaping import Shaping
 from d1jax.run import parts
 from d1jax.run.experiment import Experiment
+from d1jax.run.inputs import data_root
 from d1jax.tasks import Mixture, Task
 from d1jax.training import drift, sft
 from d1jax.training.host import Grading
@@ -186,7 +187,7 @@ def demonstrations(experiment: Experiment) -> tuple[sft.Demonstrations, sft.Demo
   config, options = experiment.config, fine_tuning(experiment.config)
   if not config.sft.data:
     return sft.of_task(experiment.prompts("demonstrations"), config.task.style, options), None
-  path = Path(config.data.root or "") / config.sft.data
+  path = Path(data_root(config.data.root) or "") / config.sft.data
   return sft.of_file(path, experiment.tokenizer, config.sft.held_out, options, experiment.model.denoiser.block)
 
 

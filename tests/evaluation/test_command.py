@@ -11,7 +11,7 @@ from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import PreemptedError, RunError
 from d1jax.evaluation import command, evaluator, items, output, subject
 from d1jax.run import experiment as experiments
-from d1jax.run import fields
+from d1jax.run import fields, inputs
 from d1jax.run.interrupts import Interrupts
 from tests import hub, runs
 from tests.jobs import load, small
@@ -76,7 +76,7 @@ def test_a_checkpoint_from_before_mixes_is_still_read(finished):
     for name in names:
       del config[section][name]
   restored = experiments.of_checkpoint(config, load("eval"))
-  assert experiments.build_task(restored).name == "sudoku"
+  assert inputs.build_task(restored).name == "sudoku"
   assert SamplerSpec(**restored.rollout) == SamplerSpec(**trained["config"]["rollout"])
   assert (restored.lora.rslora, restored.grpo.ema_decay) == (False, None)
   assert experiments.of_checkpoint(trained["config"], load("eval")).task.to_dict() == trained["config"]["task"]

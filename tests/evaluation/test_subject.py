@@ -1,15 +1,18 @@
 """Reading a run: nothing in it changes, nothing that it names is executed, and damage is one line."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
+import d1jax
 from d1jax import export
 from d1jax.errors import RunError
 from d1jax.evaluation import command as evaluation
-from d1jax.evaluation.subject import find_checkpoint, load
+from d1jax.evaluation.subject import find_checkpoint, load, read_run
 from d1jax.generation import command as generation
+from d1jax.generation.generate import default_sampler
 from d1jax.run import experiment as experiments
 from d1jax.run.checkpoint import Checkpoints
 from d1jax.run.workdir import claim, folder
@@ -98,7 +101,12 @@ def test_looking_at_a_run_changes_nothing_and_runs_nothing_of_it(workdir, tmp_pa
   load(configured("generate", workdir))
   (answer,) = generation.run(configured("generate", workdir, prompt="1003", prompt_buckets=(33,)))
   assert isinstance(answer.text, str)
-  export.run(configured("export", workdir, output=str(tmp_path / "out")))
+  exported = export.run(configured("export", workdir, output=str(tmp_path / "out")))
+  # The folder says how the run sampled, and `generate` follows it.
+  trained = read_run(find_checkpoint(workdir), configured("export", workdir))[1].sampler
+  expected = dataclasses.replace(trained.greedy(), early_exit=True)
+  assert default_sampler(d1jax.from_pretrained(exported)) == expected
+  assert "| base | none: the weights were drawn |" in (exported / "README.md").read_text()
   with pytest.raises(RunError, match=r"Python file .*evil\.py: its code is run only if .* --config\.module="):
     evaluation.run(configured("eval", workdir, output=str(tmp_path / "eval")))
   assert files(workdir) == before

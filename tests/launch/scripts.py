@@ -11,11 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CLOUDS = ("tpu_vm", "queued", "gke", "slurm", "skypilot")
-TOOLS = ("gcloud", "xpk", "kubectl", "sbatch", "srun", "scontrol", "scancel", "sky")
+TOOLS = ("gcloud", "gcluster", "kubectl", "sbatch", "srun", "scontrol", "scancel", "sky")
 SETTINGS = {
   "PROJECT": "p1",
   "ZONE": "z1",
   "CLUSTER": "c1",
+  "IMAGE": "registry/image:1",
+  "CHECK": "no",
   "WORKDIR": "gs://bucket/run",
   "RETRIES": "3",
   "RETRY_WAIT": "0",

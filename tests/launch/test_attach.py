@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,25 @@ def test_no_other_user_can_enter_the_folder(host):
   host.enough()
   assert finish(host.work("1", "a"))[0] == 0
   assert next(host.folder.glob("launch-*")).stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_host_that_nobody_watches_any_more_is_given_back(watched, host):
+  host.environment |= {"AFTER": f"touch '{host.folder}/deleted'", "LINGER": "2" if watched else "0"}
+  host.enough()
+  assert finish(host.work("1", "a"))[0] == 0
+  if watched:  # another attempt begins before the time is over
+    host.environment["AFTER"] = ""
+    assert finish(host.work("2", "b"))[0] == 0
+    time.sleep(2.5)
+    assert not (host.folder / "deleted").exists()
+  else:
+    wait_until((host.folder / "deleted").exists)
+
+
+def test_a_command_whose_time_is_over_saves_itself(host):
+  running = host.connect(
+    "1", *["timeout", "--foreground", "--kill-after=9", "0.5"], str(host.program), str(host.folder), "a", "0"
+  )
+  code, lines = finish(running)
+  assert (code, lines) == (124, ["working on a", "saved"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.scripts import CLOUDS, HOSTILE, ROOT, Machine, printed
+from tests.launch.scripts import CLOUDS, HOSTILE, ROOT, Machine, printed, python
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 STARTERS = (*CLOUDS, "local")
@@ -31,7 +31,7 @@ def test_scripts_are_short_and_parse(path):
   assert os.access(path, os.X_OK) == lines[0].startswith("#!")
 
 
-@pytest.mark.parametrize("name", [*STARTERS, "slurm_job", "attach", "install"])
+@pytest.mark.parametrize("name", [*STARTERS, "slurm_job", "attach", "install", "with_env"])
 def test_the_linter_finds_nothing(name):
   assert SHELLCHECK, "pip install -r tests/requirements.txt"
   # With all that a starter sources; the helpers leave some of that unused.
@@ -70,14 +70,13 @@ def test_a_dry_run_prints_commands_and_runs_none(words, tmp_path):
 
 @pytest.mark.parametrize("name", STARTERS)
 def test_every_command_names_flags_and_work_directory(name, tmp_path):
-  result = Machine(tmp_path).run(name, "--dry-run", "--config=configs/sft.py:llada_8b", "--config.seed=7")
-  assert (
-    "-m d1jax.main --config=configs/sft.py:llada_8b --config.seed=7 --config.workdir=gs://bucket/run" in result.stdout
-  )
+  words = [name, "manifest"] if name == "gke" else [name]
+  flags = lambda *given: " ".join(("-m d1jax.main", *given, "--config.workdir=gs://bucket/run"))
+  result = Machine(tmp_path).run(*words, "--dry-run", "--config=configs/sft.py:llada_8b", "--config.seed=7")
+  assert flags("--config=configs/sft.py:llada_8b", "--config.seed=7") in result.stdout.replace('", "', " ")
   assert "configs/grpo.py" not in result.stdout, "flags of the command line take the place of those in env.sh"
-  assert (
-    "-m d1jax.main --config=configs/grpo.py --config.workdir=" in Machine(tmp_path / "2").run(name, "--dry-run").stdout
-  )
+  again = Machine(tmp_path / "2").run(*words, "--dry-run").stdout
+  assert flags("--config=configs/grpo.py") in again.replace('", "', " ")
 
 
 @pytest.mark.parametrize(
@@ -93,6 +92,11 @@ def test_every_command_names_flags_and_work_directory(name, tmp_path):
     ),
     ("skypilot", {"WORKDIR": "runs/here"}, "WORKDIR is 'runs/here'"),
     ("slurm", {"RUN": "My_Run"}, "RUN is 'My_Run'"),
+    ("gke", {"RUN": "r" * 29}, "at most 28 lower-case letters"),
+    ("tpu_vm", {"HOURS": "1.5"}, "HOURS is '1.5'; set it to a whole number of hours"),
+    ("tpu_vm", {"ENV_FILE": "nowhere"}, "ENV_FILE is 'nowhere'; name a file of lines NAME=VALUE"),
+    ("slurm", {"ENV_FILE": "launch/uv.txt"}, "launch/uv.txt line 3 is not NAME=VALUE"),
+    ("skypilot", {"ENV_FILE": "tests/launch/__init__.py"}, "which git tracks, so that it would be packed"),
   ],
 )
 def test_wrong_settings_are_refused_before_anything_happens(name, settings, reason, tmp_path):
@@ -146,7 +150,41 @@ def test_only_what_was_preempted_is_tried_again(codes, calls, last, tmp_path):
   assert result.stderr.count("preempted; attempt ") == calls - 1
 
 
-def test_the_working_tree_is_packed_as_it_stands(tmp_path):
+@pytest.mark.parametrize("name", CLOUDS)
+def test_what_is_missing_is_found_before_anything_is_created(name, tmp_path):
+  checked = tmp_path / "checked"
+  stand_in = python(tmp_path, f"open({str(checked)!r}, 'w').write(repr(arguments)); sys.exit(2)")
+  machine = Machine(tmp_path / "machine")
+  result = machine.run(name, "--config=configs/grpo.py:lora,gsm8k", PYTHON=str(stand_in), CHECK="yes")
+  assert result.returncode == 2
+  assert "nothing was created; CHECK=no starts all the same" in result.stderr
+  assert not machine.calls
+  expected = ["-m", "d1jax.main", "--config=configs/grpo.py:lora,gsm8k", "--config.workdir=gs://bucket/run", "--check"]
+  assert checked.read_text() == repr(expected)
+  shown = machine.run(name, "--dry-run", CHECK="yes").stdout.splitlines()[0]
+  assert shown.startswith("env JAX_PLATFORMS=cpu .venv/bin/python -m d1jax.main ")
+  assert shown.endswith(" --check")
+
+
+def test_a_machine_without_d1jax_says_that_it_cannot_check(tmp_path):
+  result = common("check", PYTHON="nowhere/python", WORKDIR="gs://b/r")
+  assert result.returncode == 0
+  assert "flags, model and data are not checked; `make setup` makes it" in result.stderr
+
+
+def test_variables_reach_the_command_as_they_stand(tmp_path):
+  (tmp_path / "env").write_text("# mine\n\nA=x y\nB=$(touch ran) `id` \"'\\\nC=\nD=last=1")
+  command = ["bash", ROOT / "launch/with_env.sh", tmp_path / "env", "env", "-0"]
+  found = subprocess.run(
+    command, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}
+  )
+  expected = {"A": "x y", "B": "$(touch ran) `id` \"'\\", "C": "", "D": "last=1"}
+  got = dict(pair.split("=", 1) for pair in found.stdout.split("\0") if pair)
+  assert {name: got[name] for name in expected} == expected
+  assert not (tmp_path / "ran").exists()
+
+
+def test_only_what_git_tracks_and_what_is_named_is_packed(tmp_path):
   tree = tmp_path / "tree"
   shutil.copytree(ROOT / "launch", tree / "launch")
   (tree / ".gitignore").write_text("*.bin\n")
@@ -155,13 +193,18 @@ def test_the_working_tree_is_packed_as_it_stands(tmp_path):
   subprocess.run([*git, "init", "-q"], check=True)
   subprocess.run([*git, "add", "."], check=True)
   (tree / "gone.py").unlink()
-  (tree / "weights.bin").write_text("")
-  (tree / "not committed.py").write_text("")
+  for name in ("weights.bin", ".env", "hf_token.txt", "mine.py", "also.py"):
+    (tree / name).write_text("")
+  (tree / ".gitignore").write_text("*.bin\n# changed\n")
   line = f"cd '{tree}' && . launch/common.sh && pack '{tmp_path}/tree.tgz'"
-  subprocess.run(["bash", "-c", line], check=True, capture_output=True)
+  said = subprocess.run(
+    ["bash", "-c", line], check=True, capture_output=True, text=True, env=os.environ | {"PACK": "mine.py also.py"}
+  )
+  assert "left out, since git does not track them: .env hf_token.txt; PACK names" in said.stderr
   names = subprocess.run(["tar", "-tzf", tmp_path / "tree.tgz"], capture_output=True, text=True, check=True).stdout
   assert set(names.splitlines()) == {
     ".gitignore",
-    "not committed.py",
+    "mine.py",
+    "also.py",
     *(f"launch/{path.name}" for path in (ROOT / "launch").iterdir()),
   }

@@ -31,15 +31,16 @@ def test_a_fresh_start_creates_copies_installs_and_trains_on_all_hosts(name, tmp
   kind, _, hosts = KINDS[name]
   commands = printed(Machine(tmp_path).run(name, "--dry-run", SPOT="no", PREPARE="fetch weights"))
   assert all(command[:4] == ["gcloud", "compute", "tpus", kind] for command in commands)
-  assert [command[4] for command in commands] == ["create", "scp", "ssh", "ssh"]
+  assert [command[4] for command in commands] == ["create", "scp", "ssh", "ssh", "delete"]
   for command in commands:
     assert {"--zone=z1", "--project=p1", "--quiet"} <= set(command)
-  for command in commands[1:]:
+  for command in commands[1:-1]:
     assert set(hosts) <= set(command)
   assert not {"--spot"} & set(commands[0])
-  assert value(commands[0], "accelerator-type") == "v6e-8"
+  assert value(commands[0], "accelerator-type") == "v6e-1"
   assert value(commands[2], "command").endswith("bash launch/install.sh tpu && { fetch weights; }")
-  assert "bash launch/attach.sh 1 .venv/bin/python -m d1jax.main" in value(commands[3], "command")
+  limited = "bash launch/attach.sh 1 timeout --foreground --kill-after=120 86400 .venv/bin/python -m d1jax.main"
+  assert limited in value(commands[3], "command")
 
 
 def test_what_is_created_follows_the_settings(tmp_path):
@@ -68,14 +69,61 @@ def test_a_dry_run_prints_what_a_start_does(name, tmp_path):
 
 
 @both
+def test_what_both_take_follows_the_settings(name, tmp_path):
+  keys = tmp_path / "keys.env"
+  keys.write_text("HF_TOKEN=secret\n")
+  settings = {"SPOT": "no", "RESERVATION": "mine", "PUBLIC": "no", "EXTRA": "--network=net --labels=a=b"}
+  settings |= {"SERVICE_ACCOUNT": "me@p.iam.gserviceaccount.com", "ENV_FILE": str(keys), "HOURS": "2", "KEEP": "yes"}
+  result = Machine(tmp_path / "1").run(name, "--dry-run", **settings)
+  create, pack, private, copy, install, train = printed(result)
+  account = "--service-account=me@p.iam.gserviceaccount.com"
+  assert {"--reserved", "--internal-ips", "--network=net", "--labels=a=b", account} <= set(create)
+  assert "--spot" not in create
+  assert all("--internal-ip" in command for command in (pack, private, copy, install, train))
+  assert value(private, "command") == "install -m 600 /dev/null d1jax.env"
+  assert {str(keys), "d1jax:d1jax.env"} <= set(copy)
+  assert "timeout --foreground --kill-after=120 7200 bash launch/with_env.sh ../d1jax.env" in value(train, "command")
+  assert "AFTER=" not in value(train, "command")
+  assert "secret" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+  ("code", "keep", "deleted"),
+  [
+    (0, "no", 1),
+    (2, "no", 1),
+    (70, "no", 1),
+    (124, "no", 1),
+    (0, "yes", 0),
+    (1, "no", 0),
+    (130, "no", 0),
+    (255, "no", 0),
+  ],
+)
+def test_a_tpu_is_deleted_when_its_run_has_ended(code, keep, deleted, tmp_path):
+  machine = Machine(tmp_path, THERE, ends(code))
+  result = machine.run("tpu_vm", KEEP=keep)
+  assert result.returncode == code
+  assert len(machine.called("delete")) == deleted
+  assert ("is paid for until: launch/tpu_vm.sh stop" in result.stderr) != bool(deleted)
+  # A run whose script is gone is ended by its host.
+  after = "AFTER='gcloud compute tpus tpu-vm delete d1jax --zone=z1 --project=p1 --quiet'"
+  assert (after in value(machine.called("ssh")[-1], "command")) == (keep == "no")
+
+
+def test_a_tpu_that_cannot_be_deleted_is_named(tmp_path):
+  machine = Machine(tmp_path, THERE, (("delete",), [("", 1)]))
+  assert "is paid for until: launch/tpu_vm.sh stop" in machine.run("tpu_vm").stderr
+
+
+@both
 def test_a_tpu_that_is_there_is_used(name, tmp_path):
   machine = Machine(tmp_path, (("describe",), [(KINDS[name][1], 0)]))
   result = machine.run(name)
   assert result.returncode == 0
-  assert actions(machine) == ["scp", "ssh", "ssh"]
+  assert actions(machine) == ["scp", "ssh", "ssh", "delete"]
   assert "launch: done" in result.stderr
   assert "checkpoints, metrics and reports: gs://bucket/run" in result.stderr
-  assert f"is paid for until: launch/{name}.sh stop" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -103,7 +151,7 @@ def test_a_tpu_that_is_taken_away_is_asked_for_again(name, gone, tmp_path):
   machine = Machine(tmp_path, (("describe",), states), ends(255, 0))
   assert machine.run(name).returncode == 0
   again = ["delete", "create"] if gone else ["create"]
-  assert actions(machine) == ["scp", "ssh", "ssh", *again, "scp", "ssh", "ssh"]
+  assert actions(machine) == ["scp", "ssh", "ssh", *again, "scp", "ssh", "ssh", "delete"]
   assert all(("--force" in call) == (name == "queued") for call in machine.called("delete"))
 
 
@@ -122,7 +170,7 @@ def test_no_capacity_ends_a_first_start_and_not_a_run_that_was_preempted(tmp_pat
   states = [("READY", 0), ("", 1), ("", 1), ("", 1), ("READY", 0)]
   machine = Machine(tmp_path / "2", (("describe",), states), (("create",), [("", 1), ("", 0)]), ends(255, 0))
   assert machine.run("tpu_vm").returncode == 0
-  assert actions(machine) == ["scp", "ssh", "ssh", "create", "create", "scp", "ssh", "ssh"]
+  assert actions(machine) == ["scp", "ssh", "ssh", "create", "create", "scp", "ssh", "ssh", "delete"]
 
 
 def test_a_request_that_failed_is_left_for_the_person(tmp_path):
@@ -144,7 +192,7 @@ def test_stop_saves_and_deletes_even_if_no_host_answers(name, tmp_path):
 
 def test_flags_reach_the_program_on_a_host_unchanged(tmp_path):
   machine = Machine(tmp_path, THERE)
-  assert machine.run("tpu_vm", *HOSTILE).returncode == 0
+  assert machine.run("tpu_vm", *HOSTILE, KEEP="yes").returncode == 0
   shutil.copytree(ROOT / "launch", tmp_path / "d1jax/launch")
   (tmp_path / "d1jax/.venv/bin").mkdir(parents=True)
   python(tmp_path / "d1jax/.venv/bin", "for word in arguments: say(ascii(word))")
@@ -162,7 +210,10 @@ def test_flags_reach_the_program_on_a_host_unchanged(tmp_path):
 @both
 @pytest.mark.parametrize("action", [(), ("stop",)], ids=["start", "stop"])
 def test_gcloud_knows_every_flag(name, action, tmp_path):
-  for command in printed(Machine(tmp_path).run(name, *action, "--dry-run")):
+  (tmp_path / "keys.env").write_text("A=b\n")
+  settings = {"SPOT": "no", "RESERVATION": "mine", "PUBLIC": "no", "SERVICE_ACCOUNT": "a@b.iam.gserviceaccount.com"}
+  settings |= {"ENV_FILE": str(tmp_path / "keys.env"), "EXTRA": "--network=mine --tags=a"}
+  for command in printed(Machine(tmp_path / "1").run(name, *action, "--dry-run", **settings)):
     environment = {"PATH": "/usr/bin:/bin", "CLOUDSDK_CONFIG": str(tmp_path / "gcloud"), "HOME": str(tmp_path)}
     (tmp_path / "gcloud").mkdir(exist_ok=True)
     # Nobody is logged in: exit code 1, said only after the command line was read. 2 is a flag it does not know.

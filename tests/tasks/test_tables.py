@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from d1jax import hub
 from d1jax.tasks import Countdown, DataError, Gsm8k, HendrycksMath, tables
+from tests import hub_server
 
 NAME = "gsm8k/train.jsonl"
 ROWS = [{"question": f"Q{n}", "answer": f"It is\n#### {n}"} for n in range(3)]
@@ -96,6 +98,7 @@ def test_files_go_before_parquet_and_parquet_before_a_clone(tmp_path, datasets):
 @pytest.mark.parametrize("name", tables.PUBLISHED)
 def test_the_hub_is_asked_for_what_d1_reads(name, datasets, monkeypatch):
   asked = []
+  monkeypatch.setattr(hub, "folder", lambda name, kind: Path("cache") / kind / name)
 
   def load_dataset(*arguments, **options):
     asked.append((arguments, options))
@@ -104,7 +107,7 @@ def test_the_hub_is_asked_for_what_d1_reads(name, datasets, monkeypatch):
   monkeypatch.setattr(datasets, "load_dataset", load_dataset)
   repository, configuration, split = tables.PUBLISHED[name]
   assert read("hub", name) == [(f"{repository} {split} row 1", {"x": 1})]
-  assert asked == [((repository, configuration), {"split": split})]
+  assert asked == [((f"cache/dataset/hf:{repository}", configuration), {"split": split})]
   assert tables.exists("hub", name)
 
 
@@ -119,6 +122,7 @@ def test_tasks_read_the_hub(datasets, monkeypatch):
   }
   load = lambda name, configuration, split: datasets.Dataset.from_list(rows[name, configuration, split])
   monkeypatch.setattr(datasets, "load_dataset", load)
+  monkeypatch.setattr(hub, "folder", lambda name, kind: name.removeprefix("hf:"))
   assert [r["answer"] for r in Gsm8k(root="hub").records("test")] == ["0", "1", "2"]
   with pytest.raises(DataError, match=r"^openai/gsm8k train row 4: answer has 0 marks ####, expected one"):
     Gsm8k(root="hub").records("train")
@@ -137,10 +141,11 @@ def owns(split: str) -> bool:
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", None)
+  monkeypatch.setattr(hub, "folder", lambda name, kind: tmp_path)
   (tmp_path / "gsm8k").mkdir()
   (tmp_path / "gsm8k/train.parquet").write_bytes(b"")
   for root, shown in ((tmp_path, "gsm8k/train.parquet"), ("hub", "openai/gsm8k train")):
-    with pytest.raises(DataError, match=rf"^{shown}: reading it needs the package datasets; pip install datasets$"):
+    with pytest.raises(DataError, match=rf'^{shown}: datasets is not installed: pip install "d1jax\[data\]" brings it'):
       read(root)
   write_lines(tmp_path, NAME, ROWS)
   assert len(read(tmp_path)) == 3
@@ -159,13 +164,27 @@ def test_what_cannot_be_read_is_named(tmp_path, datasets, monkeypatch):
     raise ConnectionError("Couldn't reach\n the hub")
 
   monkeypatch.setattr(datasets, "load_dataset", fail)
-  with pytest.raises(DataError, match=r"openai/gsm8k train: cannot be read \(ConnectionError: Couldn't reach the hub"):
-    read("hub")
+  with pytest.raises(DataError, match=r"gsm8k/train.parquet: cannot be read \(ConnectionError: Couldn't reach the hub"):
+    read(tmp_path)
+
+
+def test_a_data_set_is_downloaded_from_the_hub(tmp_path, datasets, monkeypatch):
+  clone(datasets, tmp_path)
+  repository = tmp_path / "openai/gsm8k"
+  with hub_server.running(monkeypatch, tmp_path / "cache") as stand_in:
+    with pytest.raises(DataError, match=r"^openai/gsm8k train: openai/gsm8k is no folder .*, or point root at a copy$"):
+      read("hub")
+    stand_in.files["dataset/openai/gsm8k"] = {
+      path.relative_to(repository).as_posix(): path.read_bytes() for path in repository.rglob("*") if path.is_file()
+    } | {"gsm8k.py": b"raise SystemExit"}
+    assert [row for _, row in read("hub")] == ROWS
+    assert "gsm8k.py" not in stand_in.fetched()
 
 
 def test_what_is_not_there_is_named_with_its_places(tmp_path):
   assert not tables.exists(str(tmp_path), NAME)
   places = r"nor gsm8k/train.parquet, nor the repository openai/gsm8k; point root at the folder that holds it"
+  places += ", or set root to 'hub' to download it"
   with pytest.raises(DataError, match=rf"^gsm8k/train.jsonl: not found in '{tmp_path}', {places}, or set root to None"):
     read(tmp_path)
   assert not tables.exists("hub", "countdown/test.jsonl")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
 import d1jax
-from d1jax import export, recipe
+from d1jax import export, generation_config, recipe
 from d1jax.errors import RunError
 from d1jax.evaluation import command
 from d1jax.models import lora, peft
@@ -26,7 +26,7 @@ from d1jax.run.run_tokenizer import kept_in
 from d1jax.state import merge, merge_for_rollout
 from d1jax.tasks.sudoku import Sudoku
 from d1jax.training import configured, grpo
-from tests import hub, jobs
+from tests import hub, hub_server, jobs
 from tests.session import shared
 
 FIELDS = {
@@ -292,18 +292,31 @@ def test_a_run_is_exported_merged_and_read_again(sft, folder, tmp_path):
   assert json.loads((folder / "config.json").read_text()) == json.loads((target / "config.json").read_text())
   for name in ("vocab.json", "tokenizer_config.json"):
     assert (folder / name).read_bytes() == (target / name).read_bytes()
+  said = (target / "README.md").read_text()
+  assert f"| base | {folder.name} |" in said
+  assert str(folder.parent) not in said
+  low, high = (100 * end for end in sft[2]["after"]["solved_interval"])
+  assert f"| this model | {100 * sft[2]['after']['solved']:.1f} [{low:.1f}, {high:.1f}] |" in said
 
 
 @pytest.mark.slow(reason="reads a run that trains adapters")
-def test_an_adapter_folder_merges_to_the_same_model(sft, folder, tmp_path):
+def test_an_adapter_folder_is_pushed_and_merges_to_the_same_model(sft, folder, tmp_path, monkeypatch):
   merged = export.run(export_config(checkpoint=sft[0], output=tmp_path / "merged"))
-  adapter = export.run(export_config(checkpoint=sft[0], output=tmp_path / "adapter", form="adapter"))
-  assert {p.name for p in adapter.iterdir()} == {peft.CONFIG, peft.WEIGHTS}
+  with hub_server.running(monkeypatch, tmp_path / "cache") as stand_in:
+    pushing = export_config(checkpoint=sft[0], output=tmp_path / "adapter", form="adapter", push_to_hub="lab/mine")
+    with pytest.raises(RunError, match="push_to_hub=lab/mine needs a token that may write: set HF_TOKEN"):
+      export.run(pushing)
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    adapter = export.run(pushing)
+    assert stand_in.files["model/lab/mine"] == {path.name: path.read_bytes() for path in adapter.iterdir()}
+  assert {p.name for p in adapter.iterdir()} == {peft.CONFIG, peft.WEIGHTS, "README.md", generation_config.FILE}
+  assert (adapter / "README.md").read_text().partition("\n# ")[2].startswith("lab/mine\n")
   again = export.run(export_config(pretrained=folder, adapter=adapter, output=tmp_path / "again"))
   a, b = TensorFiles(merged), TensorFiles(again)
   assert a.shapes == b.shapes
   for name in a.shapes:
     assert a.read(name).tobytes() == b.read(name).tobytes(), name
+  assert (merged / generation_config.FILE).read_bytes() == (again / generation_config.FILE).read_bytes()
 
 
 @pytest.mark.slow(reason="reads a run that trains adapters")

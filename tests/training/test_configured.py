@@ -6,8 +6,7 @@ import pytest
 from configs.methods import METHODS
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.shaping import UNSHAPED, Shaping
-from d1jax.run import experiment as experiments
-from d1jax.run import parts, run_tokenizer
+from d1jax.run import inputs, parts, run_tokenizer
 from d1jax.run.identity import flatten
 from d1jax.training import configured
 from tests import jobs
@@ -107,7 +106,7 @@ def test_small_models_of_word_problems_are_block_causal():
 @pytest.mark.slow(reason="trains a tokenizer")
 def test_word_problems_fit_the_small_preset():
   config = jobs.load("grpo", "small,word_problems")
-  task = experiments.build_task(config)
+  task = inputs.build_task(config)
   tokenizer = run_tokenizer.train(task, config.task.style, **config.tokenizer)
   for split in task.splits:
     for record in task.records(split):
@@ -129,7 +128,7 @@ def shaping(words="tiny", **fields):
   config = jobs.load("grpo", words)
   config.task.sizes.update(demonstrations=4, train=4, validation=4, test=4)
   config.grpo.update(fields)
-  task = experiments.build_task(config)
+  task = inputs.build_task(config)
   return configured.shaping(config.grpo, task, config.task.protocol, SamplerSpec(**config.rollout))
 
 
