@@ -59,10 +59,10 @@ def read(
       yield f"{name} line {number}", _parse(f"{name} line {number}", line)
   elif isinstance(source, Path) and source.suffix == ".parquet":
     relative = source.relative_to(root).as_posix()
-    yield from _load(relative, "parquet", data_files=str(source), split="train")
+    yield from load(relative, "parquet", data_files=str(source), split="train")
   else:
     repository, configuration, split = PUBLISHED[name]
-    yield from _load(f"{repository} {split}", str(source), configuration, split=split)
+    yield from load(f"{repository} {split}", str(source), configuration, split=split)
 
 
 def _find(root: str, name: str) -> Path | str | None:
@@ -82,8 +82,17 @@ def _parse(place: str, line: str) -> Any:
     raise DataError(f"{place}: {line[:40]!r} is not JSON, expected one object a line") from None
 
 
-def _load(shown: str, *arguments: str | None, **options: str) -> Iterator[tuple[str, Any]]:
-  """Read the rows that `datasets.load_dataset` finds, with their places."""
+def load(shown: str, *arguments: str | None, **options: str) -> Iterator[tuple[str, Any]]:
+  """Read the rows that `datasets.load_dataset` finds, each with its place, such as `openai/gsm8k train row 3`.
+
+  Args:
+    shown: what errors call the data set.
+    arguments: of `load_dataset`.
+    options: of `load_dataset`.
+
+  Raises:
+    DataError: the package `datasets` is missing, or the rows cannot be read.
+  """
   try:
     datasets = importlib.import_module("datasets")
   except ImportError:
