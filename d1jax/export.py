@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from d1jax.data import folder as folders
 from d1jax.errors import RunError, input_checked
 from d1jax.evaluation.subject import Found, find_checkpoint, read_run
 from d1jax.files import FileError, write_check
@@ -91,6 +92,9 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
     for name, content in tokenizer.files.items():
       if not (output / name).exists():
         (output / name).write_bytes(content)
+  elif weights.source is not None and weights.source.as_start():
+    for name, content in folders.with_mask(folders.read(output), tokenizer.mask_id).items():
+      (output / name).write_bytes(content)
 
 
 def _from_adapter(base: Path, adapter: Path, output: Path) -> None:

@@ -28,6 +28,9 @@ from d1jax.source import Source, inspect
 from d1jax.tasks import Task
 from d1jax.tasks.common import check_choice
 
+NO_TASK = "none"
+"""The name of the task of a run that fine-tunes on data, and grades nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -49,6 +52,11 @@ class Experiment:
   def tokenizer(self) -> Tokenizer:
     """The model's tokenizer; an experiment always has one."""
     return cast(Tokenizer, self.model.tokenizer)
+
+  @property
+  def has_task(self) -> bool:
+    """Whether there is a task that asks and grades."""
+    return self.task.name != NO_TASK
 
   def metadata(self) -> dict[str, Any]:
     """The metadata of every checkpoint: configuration, fingerprint of the base, hashes of the tokenizer's files."""
@@ -100,8 +108,10 @@ class Experiment:
 
 
 def build_task(config: ConfigDict) -> Task:
-  """The task that the configuration names, or its mix of tasks."""
+  """The task that the configuration names, or its mix of tasks; a task that refuses everything if it names none."""
   section, weights = config.task, config.task.mix.to_dict()
+  if section.name == NO_TASK and section.module is None and not weights:
+    return cast(Task, _NoTask())
   sizes, options = section.sizes.to_dict(), section.options.to_dict()
   if not weights:
     return tasks.build(
@@ -211,6 +221,26 @@ def check_start(config: ConfigDict) -> None:
     )
 
 
+def check_data(config: ConfigDict) -> None:
+  """Raises a ValueError if a run without a task lacks what a task would give it."""
+  if config.task.name != NO_TASK or config.task.module is not None:
+    return
+  alone = f"task.name={NO_TASK} neither asks nor grades"
+  if config.mode != "sft":
+    raise ValueError(f"{alone}, which diffu-GRPO needs: name a task, for example --config.task.name=gsm8k")
+  if not config.sft.data:
+    raise ValueError(
+      f"{alone}, and sft.data names nothing to learn from: give --config.sft.data=FILE, JSON lines of `messages`, of"
+      " `prompt` and `response`, or of `text`"
+    )
+  if config.model.pretrained is None:
+    raise ValueError(
+      f"{alone}, and has no texts for a tokenizer: name the folder of a model with --config.model.pretrained=FOLDER"
+    )
+  if not config.sft.held_out:
+    raise ValueError(f"{alone}, and sft.held_out=0 leaves nothing to validate with: use --config.sft.held_out=64")
+
+
 def _lora_spec(config: ConfigDict) -> LoraSpec | None:
   if not config.lora.rank:
     return None
@@ -245,9 +275,11 @@ def _tokenizer(config: ConfigDict, run: Kept | None, source: Source | None, task
 
 
 class _NoTask:
-  """Stands for the task of a checkpoint, which may be a Python file of somebody else: its code is not run."""
+  """Stands for the task of a run without one, which only fine-tunes; and of a checkpoint, whose task may be a Python
+  file of somebody else: its code is not run.
+  """
 
-  name, splits = "none", ()
+  name, splits = NO_TASK, ()
 
   def _refuse(self, *arguments: Any) -> Any:
     raise RuntimeError(f"the experiment was built without its task, which was asked for {arguments!r}")

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +130,20 @@ class Progress:
     else:
       self._clock = tqdm.tqdm(total=total, initial=start, disable=False, file=_Nowhere())
 
-  def update(self, iteration: int, shown: Mapping[str, float | str]) -> None:
-    """Moves the bar to `iteration` and shows a few values."""
+  def update(self, iteration: int, shown: Mapping[str, float | str], lines: Sequence[str] = ()) -> None:
+    """Moves the bar to `iteration` and shows a few values; if there are lines, they are printed below it."""
     text = "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
     bar = self._clock if self._bar is None else self._bar
     bar.update(iteration - self._done)
     self._done = iteration
     if self._bar is not None:
       bar.set_postfix_str(text, refresh=False)
-    elif self._prints and (iteration % self._every == 0 or iteration == self._total or "validation" in shown):
+      for line in lines:
+        self._bar.write(line)
+    elif self._prints and (iteration % self._every == 0 or iteration == self._total or "validation" in shown or lines):
       rate = bar.format_dict["rate"]
       eta = f"{(self._total - iteration) / rate:.0f} s" if rate else "?"
-      print(f"{self._stage} {iteration}/{self._total}  {text}  eta {eta}", flush=True)
+      print(f"{self._stage} {iteration}/{self._total}  {text}  eta {eta}", *lines, sep="\n", flush=True)
 
   def close(self) -> None:
     """Ends the bar."""
