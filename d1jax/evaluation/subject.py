@@ -177,6 +177,8 @@ def load(config: ConfigDict) -> Subject:
     sampler = experiment.sampler.for_block(experiment.model.denoiser.block)
     experiment = dataclasses.replace(experiment, sampler=sampler)
     weights = experiment.model.weights
+    if weights.source is not None and (said := weights.source.as_start()) and multihost.is_main():
+      print(harmless(said), file=sys.stderr)
     trainable = weights.start(weights.base_dtype)
   home = Path("runs") / "eval"
   return Subject(

@@ -56,7 +56,9 @@ OPTIONAL: Mapping[str, Field] = {
   "rollout.factor": Field(1.0, "of the schedule `factor`"),
   "rollout.max_reveal": Field(4, "tokens a step under those two, at most"),
   "sft.held_out": Field(0.05, "share of `sft.data` that validates; from 1 on, the number of questions"),
-  "sft.samples": Field(0, "held-out prompts that each validation completes; it shows them and writes WORKDIR/samples"),
+  "sft.samples": Field(
+    0, "held-out prompts of `sft.data` that a validation completes, shows, writes to WORKDIR/samples"
+  ),
   "sft.truncate": Field(False, "cuts answers beyond the largest bucket; otherwise they are left out"),
   "sft.packed": Field(False, "lets several demonstrations share a row, as long as the largest two buckets together"),
   "sft.ends": Field(0, "end-of-sequence tokens behind a packed answer of full attention, at most; they are learned"),

@@ -82,9 +82,15 @@ def gguf(path, **changes):
   shapes = {"token_embd": (320, EMBED), "output_norm": (EMBED,)} | {
     f"blk.0.{name}": shape
     for name, shape in {
-      "attn_norm": (EMBED,), "ffn_norm": (EMBED,), "attn_q": (EMBED, EMBED), "attn_output": (EMBED, EMBED),
-      "attn_k": (EMBED // 2, EMBED), "attn_v": (EMBED // 2, EMBED),
-      "ffn_gate": (MLP, EMBED), "ffn_up": (MLP, EMBED), "ffn_down": (EMBED, MLP),
+      "attn_norm": (EMBED,),
+      "ffn_norm": (EMBED,),
+      "attn_q": (EMBED, EMBED),
+      "attn_output": (EMBED, EMBED),
+      "attn_k": (EMBED // 2, EMBED),
+      "attn_v": (EMBED // 2, EMBED),
+      "ffn_gate": (MLP, EMBED),
+      "ffn_up": (MLP, EMBED),
+      "ffn_down": (EMBED, MLP),
     }.items()
   }
   infos, data, expected = b"", b"", {}

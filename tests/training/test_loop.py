@@ -173,7 +173,7 @@ def test_a_run_goes_on_from_a_checkpoint_without_a_validation(tmp_path, monkeypa
   """Killed behind iteration 5, whose last checkpoint is of iteration 4; the best, of iteration 3, stays."""
   run(tmp_path / "whole", scores={3: 1.0}, save_every=2)
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Progress, "update", lambda self, iteration, _: 1 / (iteration != 5))
+    patch.setattr(loop.Progress, "update", lambda self, iteration, *_: 1 / (iteration != 5))
     with pytest.raises(ZeroDivisionError):
       run(tmp_path / "broken", scores={3: 1.0}, save_every=2)
   assert sorted(saved(tmp_path / "broken")) == [3, 4]
