@@ -216,7 +216,7 @@ class Recipe:
       finite.lower(abstract).compile(),
       loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
       self._rates[name],
-      trackers.named(self.config.trackers),
+      trackers.entries(self.config.trackers),
       shown,
       self.experiment.metadata(),
       began,

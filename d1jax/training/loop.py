@@ -121,7 +121,7 @@ class Stage:
     all_finite: whether every weight and moment of a state is finite; checked before a state is saved.
     cadence: when the stage validates and saves.
     rates: the learning rate of each optimiser step.
-    trackers: the trackers besides `metrics.jsonl`, see `trackers.named`.
+    trackers: the trackers besides `metrics.jsonl`, see `trackers.entries`.
     shown: the metrics on the progress line.
     metadata: the metadata of its checkpoints.
     began: the start of the stage's preparation (`time.perf_counter`).
