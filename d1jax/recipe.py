@@ -130,17 +130,8 @@ class Recipe:
     return Validation(evaluator.compile, score, self._smaller_batches)
 
   def _by_loss(self, held_out: sft_data.Demonstrations) -> Validation:
-    loss, config, tokenizer = (
-      HeldOutLoss(self._model, held_out, self._fine_tuning),
-      self.config,
-      self.experiment.tokenizer,
-    )
-    samples: Samples | None = None
-    if config.sft.samples:
-      buckets, empty = tuple(config.evaluation.prompt_buckets), [""] * len(held_out.prompts)
-      prompts = Prompts(self.experiment.task, tokenizer, (), held_out.prompts, empty, buckets, config.task.style)
-      sampler = self.experiment.sampler.greedy()
-      samples = Samples.of(self._completer, prompts, held_out.completions, sampler, config.sft.samples)
+    loss, count = HeldOutLoss(self._model, held_out, self._fine_tuning), self.config.sft.samples
+    samples = Samples.of(self._completer, self.experiment, *held_out, count) if count else None
 
     def compile() -> None:
       loss.compile()

@@ -12,6 +12,7 @@ from d1jax.evaluation.evaluator import Evaluator
 from d1jax.parallel import multihost
 from d1jax.rl.grading import decode
 from d1jax.rl.prompts import Prompts
+from d1jax.run.experiment import Experiment
 from d1jax.run.workdir import Folder, write_atomically
 from d1jax.state import Params
 
@@ -23,7 +24,7 @@ SHOWN = 200
 
 
 class Samples:
-  """Greedy completions of the same few prompts under one weights after the other."""
+  """Greedy completions of the same few prompts, validation after validation."""
 
   def __init__(self, completer: Completer, prompts: Prompts, expected: Sequence[Ids], sampler: SamplerSpec):
     """Prepares the batches.
@@ -41,37 +42,32 @@ class Samples:
 
   @classmethod
   def of(
-    cls,
-    completer: Completer,
-    prompts: Prompts,
-    answers: Sequence[Ids],
-    sampler: SamplerSpec,
-    count: int,
+    cls, completer: Completer, experiment: Experiment, prompts: Sequence[Ids], answers: Sequence[Ids], count: int
   ) -> "Samples":
-    """The samples of the first `count` prompts that fit a bucket.
+    """The samples of the first `count` held-out prompts that fit a bucket of evaluations.
 
     A plain text, whose prompt is its start token alone, is given up to `GIVEN` tokens of itself.
 
     Raises:
       ValueError: none fits.
     """
+    buckets = tuple(experiment.config.evaluation.prompt_buckets)
     asked: list[list[int]] = []
     expected: list[Ids] = []
-    for prompt, answer in zip(prompts.ids, answers, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
       given = GIVEN if len(prompt) == 1 else 0
       whole = [*prompt, *answer[:given]]
-      if len(whole) <= max(prompts.buckets) and len(asked) < count:
+      if len(whole) <= max(buckets) and len(asked) < count:
         asked.append(whole)
         expected.append(answer[given:])
     if not asked:
       raise ValueError(
-        f"every held-out prompt is longer than evaluation.prompt_buckets={prompts.buckets}, the shortest"
-        f" {min(map(len, prompts.ids))}: raise it, or use sft.samples=0"
+        f"every held-out prompt is longer than evaluation.prompt_buckets={buckets}, the shortest"
+        f" {min(map(len, prompts))}: raise it, or use sft.samples=0"
       )
-    chosen = Prompts(
-      prompts.task, prompts.tokenizer, [{}] * len(asked), asked, [""] * len(asked), prompts.buckets, prompts.style
-    )
-    return cls(completer, chosen, expected, sampler)
+    empty = [""] * len(asked)
+    chosen = Prompts(experiment.task, experiment.tokenizer, [{}] * len(asked), asked, empty, buckets, "")
+    return cls(completer, chosen, expected, experiment.sampler.greedy())
 
   def compile(self) -> None:
     """Compiles everything that `write` needs."""

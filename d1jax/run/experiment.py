@@ -56,7 +56,7 @@ class Experiment:
   @property
   def has_task(self) -> bool:
     """Whether there is a task that asks and grades."""
-    return self.task.name != NO_TASK
+    return not isinstance(self.task, _NoTask)
 
   def metadata(self) -> dict[str, Any]:
     """The metadata of every checkpoint: configuration, fingerprint of the base, hashes of the tokenizer's files."""

@@ -52,7 +52,7 @@ def job(tmp_path, words="adapt", rows=ROWS, **changes):
 
 @pytest.mark.slow(reason="runs the recipe on a small folder twice, and exports it")
 def test_a_causal_folder_is_adapted_resumed_and_exported(tmp_path, capsys):
-  hub.write(tmp_path / "model", "llama")
+  hub.write(tmp_path / "model", "llama", layers=1)
   results = recipe.run(job(tmp_path))
   out, workdir = capsys.readouterr().out, tmp_path / "run"
   assert "is a causal llama, no diffusion model before it is fine-tuned" in out
@@ -98,7 +98,7 @@ def test_a_causal_folder_is_adapted_resumed_and_exported(tmp_path, capsys):
 
 @pytest.mark.slow(reason="runs the recipe on a small folder")
 def test_adapters_and_blocks_learn_plain_text(tmp_path, capsys):
-  hub.write(tmp_path / "model", "qwen3", vocab=262)
+  hub.write(tmp_path / "model", "qwen3", vocab=262, layers=1)
   texts = [{"text": f"{i} and then " * (1 + i % 20)} for i in range(30)]
   changes = dict(model__block=8, rollout__block_length=8, rollout__diffusion_steps=32, lora__rank=2)
   results = recipe.run(job(tmp_path, "adapt,lora,block", texts, sft__steps=2, **changes))
@@ -123,7 +123,7 @@ def test_adapters_and_blocks_learn_plain_text(tmp_path, capsys):
 )
 def test_what_does_not_fit_together_is_one_line_and_claims_no_folder(tmp_path, words, changes, message):
   if "model__pretrained" not in changes:
-    hub.write(tmp_path / "model", "llama")
+    hub.write(tmp_path / "model", "llama", layers=1)
   with pytest.raises(RunError, match=message) as caught:
     recipe.run(job(tmp_path, words, **changes))
   assert "\n" not in str(caught.value)
