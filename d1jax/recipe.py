@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,8 @@ from d1jax.errors import RunError, explained, input_checked, smaller_batches
 from d1jax.evaluation.evaluator import Evaluation, Evaluator
 from d1jax.evaluation.samples import Samples
 from d1jax.fingerprint import fingerprint
+from d1jax.page import samples
+from d1jax.page.writer import Page
 from d1jax.parallel import multihost
 from d1jax.results import Outcome, finished_results, write_results
 from d1jax.rl.prompts import Prompts
@@ -52,7 +54,7 @@ class Validation(NamedTuple):
   """
 
   compile: Callable[[], None]
-  score: Callable[[Params, int], loop.Validated]
+  score: Callable[[Params, int], loop.Scored]
   remedy: str
 
 
@@ -72,6 +74,8 @@ class Recipe:
     experiments.check_lengths(config, self._model.length_ways)
     experiments.check_start(config)
     multihost.from_main(lambda: trackers.check(config.trackers))
+    self.page = Page(workdir, config.report.compare)
+    multihost.from_main(lambda: self.page.check(config.mode))
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
     self._completer = Completer.of(self._model, keys.Purpose.EVALUATION)
@@ -84,12 +88,12 @@ class Recipe:
       self._fine_tuning.check(self._model.denoiser.block)
       self._demonstrations, held_out = configured.demonstrations(self.experiment)
       self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
-      self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
+      self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy("sft")
     if config.mode == "grpo":
       self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
       self._programs = configured.programs(self.experiment, self._optimizers["grpo"])
       self._grading = configured.grading(self.experiment)
-      self._validations["grpo"] = self._by_accuracy()
+      self._validations["grpo"] = self._by_accuracy("grpo")
 
   def _optimizer(self, name: str, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
@@ -110,41 +114,43 @@ class Recipe:
       found["sft.data"] = [{"prompt": a, "answer": b} for a, b in zip(*self._demonstrations, strict=True)]
     return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
 
-  def _evaluator(self, prompts: Prompts) -> Evaluator:
+  def _evaluator(self, prompts: Prompts, traced: Collection[int] = ()) -> Evaluator:
     """A greedy evaluation under published weights; it uses no cache, even if rollouts do."""
     sampler = self.experiment.sampler.greedy()
-    return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size)
+    return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size, traced)
 
   @property
   def _smaller_batches(self) -> str:
     """Advice for an evaluation that does not fit into memory."""
     return smaller_batches("evaluation.batch_size", self.config.evaluation.batch_size)
 
-  def _by_accuracy(self) -> Validation:
-    evaluator = self._evaluator(self.experiment.prompts("validation"))
+  def _by_accuracy(self, stage: str) -> Validation:
+    prompts = self.experiment.prompts("validation")
+    evaluator = self._evaluator(prompts, samples.places(len(prompts.records)))
 
-    def score(trainable: Params, iteration: int) -> loop.Validated:
-      del iteration
-      return loop.Validated(evaluator(self._published(trainable)).share(VALIDATION_METRIC).value)
+    def score(trainable: Params, iteration: int) -> loop.Scored:
+      found = evaluator(self._published(trainable))
+      self.page.keep(stage, iteration, found, prompts)
+      return loop.Scored(found.share(VALIDATION_METRIC).value)
 
     return Validation(evaluator.compile, score, self._smaller_batches)
 
   def _by_loss(self, held_out: sft_data.Demonstrations) -> Validation:
     loss, count = HeldOutLoss(self._model, held_out, self._fine_tuning), self.config.sft.samples
-    samples = Samples.of(self._completer, self.experiment, *held_out, count) if count else None
+    shown = Samples.of(self._completer, self.experiment, *held_out, count) if count else None
 
     def compile() -> None:
       loss.compile()
-      if samples is not None:
-        samples.compile()
+      if shown is not None:
+        shown.compile()
         self._model.publisher.compile()
 
-    def score(trainable: Params, iteration: int) -> loop.Validated:
+    def score(trainable: Params, iteration: int) -> loop.Scored:
       found = loss(trainable, self.experiment.model.weights.frozen)
       lines = [report.by_level(found.figures)]
-      if samples is not None:
-        lines += samples.write(self._published(trainable), self.workdir / "samples" / f"{iteration}.jsonl")
-      return loop.Validated(-found.loss, found.figures, lines)
+      if shown is not None:
+        lines += shown.write(self._published(trainable), self.workdir / "samples" / f"{iteration}.jsonl")
+      return loop.Scored(-found.loss, found.figures, lines)
 
     return Validation(compile, score, self._smaller_parts("sft"))
 
@@ -195,7 +201,7 @@ class Recipe:
       fingerprint(tree)  # compiles the program that each checkpoint uses
     finite = jax.jit(all_finite, in_shardings=(weights.state_placement(optimizer),), out_shardings=weights.replicated)
 
-    def validate(trainable: Params, iteration: int) -> loop.Validated:
+    def validate(trainable: Params, iteration: int) -> loop.Scored:
       with explained(f"{name}: validation", validation.remedy):
         return validation.score(trainable, iteration)
 
@@ -212,6 +218,7 @@ class Recipe:
       self.experiment.metadata(),
       began,
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
+      self.page.draw,
     )
     loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
 
@@ -353,6 +360,10 @@ def run(config: ConfigDict) -> dict[str, Any]:
   parts.complete(config)
   finished = multihost.from_main(lambda: finished_results(workdir, config))
   if finished and multihost.from_main(lambda: run_tokenizer.is_whole(workdir)):
+    if config.report.compare:
+      page = Page(workdir, config.report.compare)
+      multihost.from_main(lambda: page.check(config.mode))
+      page.draw()
     return report.reprint(finished, workdir)
   began = time.monotonic()
   with locked(workdir), compiled.kept(workdir), Interrupts() as interrupts, explained("run", "more devices"):
@@ -371,6 +382,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     }
     rest = fingerprints | {"splits": splits}
     results = multihost.from_main(lambda: write_results(recipe.experiment, workdir, outcomes, evaluations, began, rest))
+    recipe.page.draw()
   print(report.summary(results, workdir))
   return results
 

@@ -94,7 +94,7 @@ def is_over(step: int, metadata: Mapping[str, Any], iterations: int, patience: i
   return step >= iterations or (patience is not None and counts_of(metadata).stale >= patience)
 
 
-class Validated(NamedTuple):
+class Scored(NamedTuple):
   """The result of a validation.
 
   Attributes:
@@ -117,7 +117,7 @@ class Stage:
     iterations: the number of all iterations.
     advance: `(state, iteration) -> (state, metrics)` runs one iteration; metrics are host numbers, among them `finite`,
       `tokens` (of completions) and those of `ledger.entry`.
-    validate: `(params, iteration) -> Validated` scores the evaluated weights after an iteration, counted from 1.
+    validate: `(params, iteration) -> Scored` scores the evaluated weights after an iteration, counted from 1.
     all_finite: whether every weight and moment of a state is finite; checked before a state is saved.
     cadence: when the stage validates and saves.
     rates: the learning rate of each optimiser step.
@@ -126,12 +126,13 @@ class Stage:
     metadata: the metadata of its checkpoints.
     began: the start of the stage's preparation (`time.perf_counter`).
     profile: the profile of some iterations.
+    draw: is called when the record of a validation is written.
   """
 
   name: str
   iterations: int
   advance: Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
-  validate: Callable[[Params, int], Validated]
+  validate: Callable[[Params, int], Scored]
   all_finite: Callable[[TrainState], Any]
   cadence: Cadence
   rates: Float[np.ndarray, "optimiser_steps"]
@@ -140,6 +141,7 @@ class Stage:
   metadata: Mapping[str, Any]
   began: float
   profile: Profile
+  draw: Callable[[], object] = lambda: None
 
 
 def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder, interrupts: Interrupts) -> float:
@@ -213,6 +215,9 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
           writer.keep()
           checkpoints.save(iteration, state, metadata, score)
         best = max((x for x in (best, score) if x is not None and not math.isnan(x)), default=None)
+      if score is not None:
+        with clock.outside("saving"):
+          stage.draw()
       if refused:
         checkpoints.wait()
         raise NotFiniteError(
