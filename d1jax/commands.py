@@ -60,7 +60,12 @@ COMMANDS: Mapping[str, Command] = {
     ("grpo:tiny", "grpo:smoke --workdir=runs/try", "grpo:tiny,countdown --grpo.steps=500 --workdir=runs/countdown"),
     _RUN | _GRPO,
   ),
-  "sft": Command("Trains by supervised fine-tuning alone.", "sft", ("tiny", "lora --model.pretrained=FOLDER"), _RUN),
+  "sft": Command(
+    "Trains by supervised fine-tuning alone.",
+    "sft",
+    ("tiny", "lora --model.pretrained=FOLDER", "adapt --model.pretrained=FOLDER --sft.data=mine.jsonl"),
+    _RUN | {"sft.data": "your own data (docs/adapt.md); None: the task's demonstrations"},
+  ),
   "eval": Command(
     "Evaluates a checkpoint, a model's folder or completions in a file: numbers, items, a page.",
     "eval",

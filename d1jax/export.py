@@ -14,6 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from d1jax import card, generation_config, hub
+from d1jax.data import folder as folders
 from d1jax.data.folder import SpecialIds
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
@@ -112,6 +113,9 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
     for name, content in tokenizer.files.items():
       if not (output / name).exists():
         (output / name).write_bytes(content)
+  elif weights.source is not None and weights.source.as_start():
+    for name, content in folders.with_mask(folders.read(output), tokenizer.mask_id).items():
+      (output / name).write_bytes(content)
 
 
 def _from_adapter(base: Path, adapter: Path, output: Path) -> None:

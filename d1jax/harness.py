@@ -14,11 +14,11 @@ from lm_eval.api.model import LM
 from d1jax import model as models
 from d1jax import presets
 from d1jax.data import chat
-from d1jax.data.tokenizer import Tokenizer
+from d1jax.data.tokenizer import Tokenizer, body, prefix
 from d1jax.errors import explained, input_checked, smaller_batches
 from d1jax.evaluation import subject
 from d1jax.evaluation.likelihood import scored
-from d1jax.evaluation.perplexity import body, prefix, windows
+from d1jax.evaluation.perplexity import windows
 from d1jax.generation.generate import MOST_PROMPTS, stream
 from d1jax.generation.requests import Settings, asked, encode_pair, sampler, until_stop
 from d1jax.model import Model

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.models import load, transformer
 from d1jax.models.families import PRESETS
-from d1jax.models.layers import DropoutKeys
 from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import Network, Params, TransformerSize
 from d1jax.models.visibility import BlockCausal, TwoStreams
@@ -189,7 +188,7 @@ def streams(
   noisy: Int[Array, "B A"],
   valid: Bool[Array, "B L"],
   first: int,
-  dropout: DropoutKeys = None,
+  dropout: Key[Array, "B N"] | None = None,
   segment: Int[Array, "B L"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B A D"]]:
   """`Denoiser.encode_streams` of a network with blocks of this length."""

@@ -15,6 +15,7 @@ from d1jax import optimizer as optimizers
 from d1jax.completer import Completer
 from d1jax.errors import RunError, explained, input_checked, smaller_batches
 from d1jax.evaluation.evaluator import Evaluation, Evaluator
+from d1jax.evaluation.samples import Samples
 from d1jax.fingerprint import fingerprint
 from d1jax.page import samples
 from d1jax.page.writer import Page
@@ -32,7 +33,7 @@ from d1jax.run.workdir import Folder, claim, folder
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
 from d1jax.telemetry import profile
-from d1jax.training import configured, grpo, loop, sft
+from d1jax.training import configured, grpo, loop, sft, sft_data
 from d1jax.training.held_out_loss import HeldOutLoss
 from d1jax.weights import check_base
 
@@ -48,13 +49,13 @@ class Validation(NamedTuple):
 
   Attributes:
     compile: compiles everything that `score` needs.
-    score: scores the weights of an iteration; higher is better.
+    score: scores weights after an iteration; higher is better.
     remedy: advice for the case that device memory runs out.
     questions: how many prompts are completed; 0: none, it is a loss.
   """
 
   compile: Callable[[], None]
-  score: Callable[[Params, int], float]
+  score: Callable[[Params, int], loop.Scored]
   remedy: str
   questions: int = 0
 
@@ -65,10 +66,13 @@ class Recipe:
   def __init__(self, config: ConfigDict, workdir: Folder, interrupts: Interrupts):
     """Builds and checks everything that may be wrong; nothing is written or trained yet."""
     multihost.check_same("the configuration", config.to_dict() | {"distributed": {}})
+    experiments.check_data(config)
     self._held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
     kept = run_tokenizer.kept_in(workdir) if self._held else None
     self.experiment = experiments.build(config, kept, trains=True)
     self._model = self.experiment.model
+    if self._model.weights.source is not None and (start := self._model.weights.source.as_start()):
+      print(start)
     experiments.check_batches(config, self._model.ways)
     experiments.check_lengths(config, self._model.length_ways)
     experiments.check_start(config)
@@ -78,7 +82,7 @@ class Recipe:
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
     self._completer = Completer.of(self._model, keys.Purpose.EVALUATION)
-    self._test = self._evaluator(self.experiment.prompts("test"))
+    self._test = self._evaluator(self.experiment.prompts("test")) if self.experiment.has_task else None
     self._validations: dict[str, Validation] = {}
     self._optimizers: dict[str, optax.GradientTransformation] = {}
     self._rates: dict[str, np.ndarray] = {}
@@ -105,7 +109,7 @@ class Recipe:
   def splits(self) -> dict[str, Any]:
     """The number of questions in each split in use, and a hash of their records."""
     task = self.experiment.task
-    names = ["test", "validation", *(["train"] if self.config.mode == "grpo" else [])]
+    names = ["test", "validation"] * self.experiment.has_task + ["train"] * (self.config.mode == "grpo")
     if self.config.sft.steps and not self.config.sft.data:
       names.append("demonstrations")
     found = {name: task.records(name) for name in names}
@@ -127,17 +131,31 @@ class Recipe:
     prompts = self.experiment.prompts("validation")
     evaluator = self._evaluator(prompts, samples.places(len(prompts.records)))
 
-    def score(trainable: Params, iteration: int) -> float:
+    def score(trainable: Params, iteration: int) -> loop.Scored:
       found = evaluator(self._published(trainable))
       self.page.keep(stage, iteration, found, prompts)
-      return found.share(VALIDATION_METRIC).value
+      return loop.Scored(found.share(VALIDATION_METRIC).value)
 
     return Validation(evaluator.compile, score, self._smaller_batches, len(evaluator.prompts.records))
 
-  def _by_loss(self, held_out: sft.Demonstrations) -> Validation:
-    loss = HeldOutLoss(self._model, held_out, self._fine_tuning)
-    remedy = self._smaller_parts("sft")
-    return Validation(loss.compile, lambda trainable, _: loss(trainable, self.experiment.model.weights.frozen), remedy)
+  def _by_loss(self, held_out: sft_data.Demonstrations) -> Validation:
+    loss, count = HeldOutLoss(self._model, held_out, self._fine_tuning), self.config.sft.samples
+    shown = Samples.of(self._completer, self.experiment, *held_out, count) if count else None
+
+    def compile() -> None:
+      loss.compile()
+      if shown is not None:
+        shown.compile()
+        self._model.publisher.compile()
+
+    def score(trainable: Params, iteration: int) -> loop.Scored:
+      found = loss(trainable, self.experiment.model.weights.frozen)
+      lines = [report.by_level(found.figures)]
+      if shown is not None:
+        lines += shown.write(self._published(trainable), self.workdir / "samples" / f"{iteration}.jsonl")
+      return loop.Scored(-found.loss, found.figures, lines)
+
+    return Validation(compile, score, self._smaller_parts("sft"))
 
   def _published(self, trainable: Params) -> Params:
     """Trained weights in the form that rollouts take."""
@@ -159,9 +177,10 @@ class Recipe:
     for name, validation in self._validations.items():
       with explained(f"{name}: validation", validation.remedy), opening.timed(f"compiling the validation of {name}"):
         validation.compile()
-    with explained("the final evaluation", self._smaller_batches), opening.timed("compiling the final evaluation"):
-      self._test.compile()
-      self._model.publisher.compile()
+    if self._test is not None:
+      with explained("the final evaluation", self._smaller_batches), opening.timed("compiling the final evaluation"):
+        self._test.compile()
+        self._model.publisher.compile()
 
   def _train_stage(
     self,
@@ -193,7 +212,7 @@ class Recipe:
       finite = jax.jit(all_finite, in_shardings=placement, out_shardings=weights.replicated).lower(abstract).compile()
       advance = advancer(start.step)
 
-    def validate(trainable: Params, iteration: int) -> float:
+    def validate(trainable: Params, iteration: int) -> loop.Scored:
       with explained(f"{name}: validation", validation.remedy):
         return validation.score(trainable, iteration)
 
@@ -221,7 +240,7 @@ class Recipe:
     A completion counts 1, and a pass of an update 3 of its steps: forward, backward and what is computed twice.
     """
     config, questions = self.config, self._validations[name].questions
-    if not questions:
+    if not questions or self._test is None:
       return 0.0
     rows = len(self._test.prompts.records) * (2 if config.mode == "grpo" else 1)
     if name == "sft" and config.mode == "grpo":
@@ -290,7 +309,8 @@ class Recipe:
       )
 
     fresh = functools.partial(experiment.model.weights.fresh_state, optimizer)
-    return self._run_stage("sft", self.config.sft, fresh, advancer, ("loss", "masked_ce"))
+    shown = ("loss", "masked_ce", *([loop.SPEED] if self.config.sft.data else []))
+    return self._run_stage("sft", self.config.sft, fresh, advancer, shown)
 
   def grpo(self, start: Callable[[], Params]) -> Outcome:
     """diffu-GRPO from the weights that `start` reads; they are the reference policy, if there is one."""
@@ -319,7 +339,11 @@ class Recipe:
     with self._grading.grader:
       return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN)
 
-  def _evaluate(self, read: Callable[[], Params]) -> Evaluation:
+  def _evaluate(self, **arms: Callable[[], Params]) -> dict[str, Evaluation]:
+    """The final evaluation of each arm's weights, which its function reads; there is none without a task."""
+    return {name: self._tested(self._test, read) for name, read in arms.items()} if self._test else {}
+
+  def _tested(self, test: Evaluator, read: Callable[[], Params]) -> Evaluation:
     """The final evaluation of the weights that `read` reads; afterwards they are no longer in memory."""
 
     def pause() -> None:
@@ -327,13 +351,14 @@ class Recipe:
         raise self._interrupts.error("the end of training, before the final evaluation was done")
 
     with explained("the final evaluation", self._smaller_batches):
-      return self._test(self._published(read()), pause)
+      return test(self._published(read()), pause)
 
   def run(self) -> tuple[dict[str, Outcome], dict[str, Evaluation]]:
     """Runs the stages, then evaluates once on the held-out split.
 
     Returns:
-      The stages' outcomes, and the evaluations `before` diffu-GRPO (without SFT: of the start) and `after` it.
+      The stages' outcomes, and the evaluations `before` diffu-GRPO (without SFT: of the start) and `after` it; without
+      a task there are none.
     """
     self.compile()
     outcomes: dict[str, Outcome] = {}
@@ -342,17 +367,18 @@ class Recipe:
       outcomes["sft"] = self.sft()
       start = functools.partial(self.best, "sft")
     if self.config.mode == "sft":
-      return outcomes, {"after": self._evaluate(start)}
+      return outcomes, self._evaluate(after=start)
     outcomes["grpo"] = self.grpo(start)
     best = functools.partial(self.best, "grpo")
-    return outcomes, {"before": self._evaluate(start), "after": self._evaluate(best)}
+    return outcomes, self._evaluate(before=start, after=best)
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
   """Runs or resumes the job of a configuration; if it is finished, prints its table again.
 
   Returns:
-    The content of `results.json`: `before` and `after` (with `grpo`) or only `after`, `task`, `baseline`,
+    The content of `results.json`: `before` and `after` (with `grpo`) or only `after`, `task`, `baseline`
+    (without a task `held_out` in their place),
     `params_fingerprint`, `seconds` by stage, `cost` (see `ledger.total`), `splits`, `config`, `versions`, `revision`,
     `checkpoint`.
   """

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from d1jax import report
 from d1jax.errors import RunError
 from d1jax.evaluation.evaluator import Evaluation, baseline
-from d1jax.files import FileError, read_json
+from d1jax.files import FileError, json_lines, read_json, read_text
 from d1jax.run.experiment import Experiment
 from d1jax.run.identity import flatten, holds_run
 from d1jax.run.metrics import read_records
@@ -68,6 +68,22 @@ def _totals(config: dict[str, Any]) -> list[Any]:
   return [flat.get(f"{stage}.{name}") for stage in ("sft", "grpo") for name in ("steps", "patience")]
 
 
+def _graded(experiment: Experiment, evaluated: dict[str, Evaluation]) -> dict[str, Any]:
+  """The part of the results that a task gives."""
+  constant = baseline(experiment.task, evaluated["after"].records, experiment.config.task.style)
+  found = {name: one.summary() for name, one in evaluated.items()}
+  return {**found, "baseline": constant.summary(), "samples": report.samples(evaluated["after"])}
+
+
+def _held_out(workdir: Folder, iteration: int) -> dict[str, Any]:
+  """The part of the results of a run without a task: what its best validation found."""
+  records = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "sft" and r["iteration"] == iteration]
+  path = workdir / "samples" / f"{iteration}.jsonl"
+  lines = json_lines(read_text(path), path) if path.exists() else ()
+  figures = {name: value for record in records for name, value in record.items() if name.startswith("held_out_")}
+  return {"held_out": figures, "samples": [row for _, _, row in lines if isinstance(row, dict)]}
+
+
 def write_results(
   experiment: Experiment,
   workdir: Folder,
@@ -82,7 +98,7 @@ def write_results(
     experiment: the run's experiment.
     workdir: the run's folder.
     outcomes: the outcome of each stage.
-    evaluated: the evaluations `before` and `after`.
+    evaluated: the evaluations `before` and `after`; none without a task.
     began: the start of this attempt (`time.monotonic`).
     rest: further fields of the results.
   """
@@ -91,15 +107,11 @@ def write_results(
   for name, found in evaluated.items():
     found.write(workdir / "completions" / f"{name}.jsonl")
   report.plot_learning_curves(workdir)
-  task, records = experiment.task, evaluated["after"].records
-  constant = baseline(task, records, config.task.style)
   total = time.monotonic() - began
   seconds = {stage: round(outcome.seconds, 2) for stage, outcome in outcomes.items()}
   results = {
-    **{name: found.summary() for name, found in evaluated.items()},
-    "task": task.name,
-    "baseline": constant.summary(),
-    "samples": report.samples(evaluated["after"]),
+    **(_graded(experiment, evaluated) if evaluated else _held_out(workdir, final.best_step)),
+    "task": experiment.task.name,
     "best_iteration": {stage: outcome.best_step for stage, outcome in outcomes.items()},
     "checkpoint": str(final.checkpoint),
     "seconds": seconds | {"this_invocation": round(total, 2)},

@@ -34,6 +34,20 @@ class Source(NamedTuple):
     """The network's sizes, with one more row of the vocabulary if a causal model gets a mask token."""
     return families.with_rows(self.description.size, self.ids.mask_id + 1)
 
+  def as_start(self) -> str | None:
+    """A sentence about a causal model that becomes the start of a diffusion model; None if a file names its mask."""
+    family, mask = self.description.family, self.ids.mask_id
+    has_text = self.tokenizer is not None and self.tokenizer.decode_raw([[mask]])[0]
+    if family.masked or has_text or folders.named_ids(folders.read(self.folder), "mask_token_id")[0]:
+      return None
+    was, rows = self.description.size.vocab, self.size.vocab
+    grows = f"the vocabulary grows from {was:,} to {rows:,}" if rows > was else f"a spare row of the {rows:,}"
+    return (
+      f"{self.folder} is a causal {family.model_type}, no diffusion model before it is fine-tuned: attention goes both"
+      f" ways, and the mask is the new id {mask} ({grows}). If the tokenizer has a token for it, write its id into"
+      " config.json as mask_token_id"
+    )
+
   def block_of(self, chosen: int | None) -> int | None:
     """The length of the blocks inside which the network's attention goes both ways; None: full attention.
 

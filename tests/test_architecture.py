@@ -383,6 +383,7 @@ CONFIGS = [
   ("grpo", "smoke,countdown"),
   ("grpo", "llada_8b,math"),
   ("sft", "llada_8b"),
+  ("sft", "adapt,block"),
   ("grpo", "tiny,sudoku,countdown"),
   ("grpo", "small,word_problems"),
   ("eval", ""),

@@ -14,11 +14,10 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from d1jax import files
+from d1jax.data.examples import FORMS, Example, Row, checked_text, json_lines
 
 SYSTEM_PROMPT = (
   "\nRespond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n<answer>\n...\n</answer>\n"
@@ -38,6 +37,9 @@ class Demonstration(NamedTuple):
   answer: str
 
 
+Asked = TypeVar("Asked", Demonstration, Example)
+
+
 class _Schema(NamedTuple):
   """A kind of row: any of `markers` identifies it, all of `fields` are required; `convert` returns None to skip a row.
 
@@ -49,17 +51,6 @@ class _Schema(NamedTuple):
   fields: tuple[str, ...]
   convert: Callable[[Mapping[str, Any]], Demonstration | None]
   others: tuple[str, ...] = ()
-
-
-def _text(name: str, value: object, *, may_be_blank: bool = False) -> str:
-  """A field that has to be text."""
-  if not isinstance(value, str):
-    raise ValueError(f"{name} is a JSON {type(value).__name__}, expected a string; correct the row")
-  if not value.strip() and not may_be_blank:
-    raise ValueError(f"{name} is blank; fill it in, or remove the row")
-  if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-    raise ValueError(f"{name} holds half of a surrogate pair, which is not a character; correct the row")
-  return value
 
 
 def _last_boxed(solution: str) -> str | None:
@@ -84,35 +75,37 @@ def _s1k(row: Mapping[str, Any]) -> Demonstration:
   traces = row["thinking_trajectories"]
   if not isinstance(traces, list) or not traces:
     raise ValueError(f"thinking_trajectories is {str(traces)[:40]!r}, expected a list with a trace; correct the row")
-  reasoning = _text("thinking_trajectories[0]", traces[0])
-  return Demonstration(_text("question", row["question"]), reasoning, _text("attempt", row["attempt"]))
+  reasoning = checked_text("thinking_trajectories[0]", traces[0])
+  return Demonstration(checked_text("question", row["question"]), reasoning, checked_text("attempt", row["attempt"]))
 
 
 def _s1k_deepseek(row: Mapping[str, Any]) -> Demonstration:
-  reasoning = _text("deepseek_thinking_trajectory", row["deepseek_thinking_trajectory"])
+  reasoning = checked_text("deepseek_thinking_trajectory", row["deepseek_thinking_trajectory"])
   return Demonstration(
-    _text("question", row["question"]), reasoning, _text("deepseek_attempt", row["deepseek_attempt"])
+    checked_text("question", row["question"]), reasoning, checked_text("deepseek_attempt", row["deepseek_attempt"])
   )
 
 
 def _math(row: Mapping[str, Any]) -> Demonstration | None:
-  problem, solution = _text("problem", row["problem"]), _text("solution", row["solution"])
-  answer = _text("answer", row["answer"], may_be_blank=True)  # two rows of MATH have `\boxed{}`
+  problem, solution = checked_text("problem", row["problem"]), checked_text("solution", row["solution"])
+  answer = checked_text("answer", row["answer"], may_be_blank=True)  # two rows of MATH have `\boxed{}`
   return Demonstration(problem, solution, f"\\boxed{{{answer}}}") if answer.strip() else None
 
 
 def _solved(row: Mapping[str, Any]) -> Demonstration | None:
-  question, solution = _text("question", row["question"]), _text("solution", row["solution"])
+  question, solution = checked_text("question", row["question"]), checked_text("solution", row["solution"])
   answer = _last_boxed(solution)
   return None if answer is None else Demonstration(question, solution, answer)
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Demonstration:
-  parts = _text("answer", row["answer"]).split("####")
+  parts = checked_text("answer", row["answer"]).split("####")
   if len(parts) != 2:
     raise ValueError(f"answer has {len(parts) - 1} '####', expected one before the gold; correct the row")
-  reasoning = _text("answer before '####'", _CALCULATOR.sub("", parts[0])).strip()
-  return Demonstration(_text("question", row["question"]), reasoning, _text("answer behind '####'", parts[1]).strip())
+  reasoning = checked_text("answer before '####'", _CALCULATOR.sub("", parts[0])).strip()
+  return Demonstration(
+    checked_text("question", row["question"]), reasoning, checked_text("answer behind '####'", parts[1]).strip()
+  )
 
 
 _SCHEMAS = (
@@ -137,6 +130,11 @@ _TRACES = (
 """Columns of public data sets (s1K, OpenR1, OpenThoughts, NuminaMath) that hold reasoning beside a short solution."""
 
 
+def has_schema(row: Mapping[str, Any]) -> bool:
+  """Whether a row has a field that only one of the schemas has."""
+  return any(marker in row for schema in _SCHEMAS for marker in schema.markers)
+
+
 def _schema_of(row: Mapping[str, Any]) -> _Schema:
   known = "; ".join(f"{schema.name}: {', '.join(schema.fields)}" for schema in _SCHEMAS)
   for schema in _SCHEMAS:
@@ -148,14 +146,13 @@ def _schema_of(row: Mapping[str, Any]) -> _Schema:
           f" remove {traces[0]!r} to train on {schema.fields[1]!r}"
         )
       return schema
-  raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'} fit no known schema; rename them ({known})")
+  forms = "; ".join(", ".join(fields) for fields in FORMS.values())
+  raise ValueError(f"fields {', '.join(map(repr, row)) or 'none'} fit no known schema; rename them ({forms}; {known})")
 
 
-def _converted(path: object, text: str) -> Iterator[Demonstration | None]:
+def _converted(rows: Iterable[Row]) -> Iterator[Demonstration | None]:
   schema = None
-  for number, _, row in files.json_lines(text, path):
-    if isinstance(row, files.FileError):
-      raise ValueError(f"{row}; write one object a line")
+  for place, row in rows:
     try:
       if not isinstance(row, dict):
         raise ValueError(f"is a JSON {type(row).__name__}, expected an object; write one object a line")
@@ -165,35 +162,35 @@ def _converted(path: object, text: str) -> Iterator[Demonstration | None]:
         raise ValueError(f"field {missing[0]!r} is missing, which {schema.name} has; add it, or remove the row")
       yield schema.convert(row)
     except ValueError as error:
-      raise ValueError(f"{path} line {number}: {error}") from None
+      raise ValueError(f"{place}: {error}") from None
 
 
 def read(path: str | os.PathLike[str]) -> list[Demonstration]:
-  r"""Reads the demonstrations of a JSON-lines file, in its order.
+  """The demonstrations of a JSON-lines file in one of the schemas above, in its order; see `json_lines` and `parse`."""
+  return parse(json_lines(path), path)
+
+
+def parse(found: Iterable[Row], name: object) -> list[Demonstration]:
+  r"""The demonstrations of the rows of a file, in their order.
 
   Text is kept to the letter, but for GSM8K: its calculator marks go, and the white space around reasoning and gold.
   Rows without a final answer, which real files have, are left out, and one warning counts them: an s1K row without
   traces whose solution has no `\boxed{...}`, a MATH row with an empty `answer`.
 
   Args:
-    path: a UTF-8 file, one JSON object a line, in one of the schemas above; blank lines are skipped.
+    found: the rows.
+    name: what messages call the file.
 
   Raises:
-    ValueError: the file is absent, unreadable or empty, a row is wrong (the message names its line), none is left.
+    ValueError: a row is wrong (the message names its line), or none is left.
   """
-  try:
-    text = files.read_text(Path(path))
-  except files.FileError as error:
-    raise ValueError(f"{error}; check the path, its rights, and that it is UTF-8 text") from None
-  if not text.strip():
-    raise ValueError(f"{path}: the file is empty; fetch it again")
-  rows = list(_converted(path, text))
+  rows = list(_converted(found))
   demonstrations = [row for row in rows if row is not None]
   if not demonstrations:
-    raise ValueError(f"{path}: none of {len(rows)} rows has a final answer (\\boxed{{...}}); give another file")
+    raise ValueError(f"{name}: none of {len(rows)} rows has a final answer (\\boxed{{...}}); give another file")
   if len(demonstrations) < len(rows):
     left_out = f"{len(rows) - len(demonstrations)} of {len(rows)} rows"
-    _log.warning("%s: left out %s without a final answer (\\boxed{...})", path, left_out)
+    _log.warning("%s: left out %s without a final answer (\\boxed{...})", name, left_out)
   return demonstrations
 
 
@@ -210,28 +207,35 @@ def conversation(demonstration: Demonstration) -> tuple[list[dict[str, str]], st
   return [{"role": "user", "content": content}], completion
 
 
-def split(demonstrations: Sequence[Demonstration], held_out: float) -> tuple[list[Demonstration], list[Demonstration]]:
+def split(items: Sequence[Asked], held_out: float) -> tuple[list[Asked], list[Asked]]:
   """Parts demonstrations into (train, validation) by a hash of the question, so that no order or edit moves one.
 
   A question that occurs twice, but for white space, stays on one side.
 
   Args:
-    demonstrations: what to part; both sides keep its order.
-    held_out: the expected share of the validation side, in [0, 1); 0 holds nothing out.
+    items: what to part; both sides keep its order.
+    held_out: the expected share of the validation side, below 1; 0 holds nothing out. From 1 on it is the number of
+      questions: those with the least hashes.
 
   Raises:
     ValueError: the share is outside its range, or leaves a side empty.
   """
-  if not 0 <= held_out < 1:
-    raise ValueError(f"held_out={held_out} is not a share; give a number from 0 on and below 1")
-  sides: tuple[list[Demonstration], list[Demonstration]] = ([], [])
-  for demonstration in demonstrations:
-    digest = hashlib.sha256(" ".join(demonstration.question.split()).encode()).digest()
-    sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(demonstration)
+  if not 0 <= held_out < 1 and not (held_out >= 1 and float(held_out).is_integer()):
+    raise ValueError(
+      f"held_out={held_out} is not a share; give a number from 0 on and below 1, or a whole number of questions"
+    )
+  digests = [hashlib.sha256(" ".join(item.question.split()).encode()).digest()[:8] for item in items]
+  limit = held_out * 2**64
+  if held_out >= 1:
+    least = sorted(set(digests))
+    limit = int.from_bytes(least[int(held_out)], "big") if int(held_out) < len(least) else 2**64
+  sides: tuple[list[Asked], list[Asked]] = ([], [])
+  for item, digest in zip(items, digests, strict=True):
+    sides[int.from_bytes(digest, "big") < limit].append(item)
   train, validation = sides
   if not train or bool(validation) != bool(held_out):
     raise ValueError(
-      f"held_out={held_out} parts {len(demonstrations)} demonstrations into {len(train)} to train on and"
+      f"held_out={held_out} parts {len(items)} demonstrations into {len(train)} to train on and"
       f" {len(validation)} to hold out; change the share, or add demonstrations"
     )
   return train, validation

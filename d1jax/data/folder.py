@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,36 @@ def text(files: Mapping[str, bytes], name: str) -> str:
     return decode(files[name], name)
   except FileError as error:
     raise ValueError(f"{error}; fetch the file again") from None
+
+
+def with_mask(files: Mapping[str, bytes], mask_id: int) -> dict[str, bytes]:
+  """The files that have to change so that a tokenizer without a mask has the token `MASKS[-1]` with this id.
+
+  Args:
+    files: the files of the folder. A folder with a tokenizer.model alone has no file in which tokens are added.
+    mask_id: the first id behind the tokenizer's own.
+  """
+  text, found = MASKS[-1], dict[str, dict[str, Any]]()
+  token = {
+    "content": text,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": True,
+  }
+  if "tokenizer.json" in files:
+    core = parse(files, "tokenizer.json")
+    found["tokenizer.json"] = core | {"added_tokens": [*(core.get("added_tokens") or []), {"id": mask_id, **token}]}
+  elif "vocab.json" in files:
+    found["added_tokens.json"] = parse(files, "added_tokens.json") | {text: mask_id}
+  else:
+    return {}
+  settings = parse(files, "tokenizer_config.json") | {"mask_token": text}
+  if isinstance(settings.get("added_tokens_decoder"), dict):
+    settings["added_tokens_decoder"] = {**settings["added_tokens_decoder"], str(mask_id): token}
+  found["tokenizer_config.json"] = settings
+  return {name: json.dumps(value, indent=2, ensure_ascii=False).encode() for name, value in found.items()}
 
 
 def date(files: Mapping[str, bytes]) -> datetime.date:

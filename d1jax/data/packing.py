@@ -42,7 +42,7 @@ class PackedBatch(NamedTuple):
 def row_shape(buckets: Sequence[int], completion_buckets: Sequence[int], block: int | None) -> tuple[int, int]:
   """The width of packed rows, L, and how many demonstrations a row takes, M.
 
-  The longest demonstration that fits the buckets fits a row.
+  A demonstration fits if prompt and answer together are not longer than a row, whatever bucket each would need alone.
 
   Args:
     buckets: allowed prompt lengths.
@@ -58,7 +58,7 @@ class Packer:
   """Puts demonstrations into rows.
 
   Attributes:
-    records: the indices of the demonstrations that fit the buckets; the others are left out.
+    records: the indices of the demonstrations that fit a row; the others are left out.
     width: of a row.
     documents: how many demonstrations a row takes.
   """
@@ -92,13 +92,13 @@ class Packer:
     self._lengths = {
       record: -(-(len(prompt) + len(answer)) // size) * size
       for record, (prompt, answer) in pairs
-      if 0 < len(prompt) <= max(buckets) and 0 < len(answer) <= max(completion_buckets)
+      if prompt and answer and len(prompt) + len(answer) <= self.width
     }
     self.records = list(self._lengths)
     if not self.records:
       raise ValueError(
-        f"none of {len(prompts)} demonstrations fits prompts of {max(buckets)} and completions of"
-        f" {max(completion_buckets)} tokens: raise the largest prompt or completion bucket"
+        f"none of {len(prompts)} demonstrations fits a row of {self.width} tokens: raise the largest prompt or"
+        " completion bucket"
       )
 
   def rows(self, order: Sequence[int]) -> list[list[int]]:

@@ -64,6 +64,17 @@ class Tokenizer(Protocol):
     ...
 
 
+def prefix(tokenizer: Tokenizer) -> list[int]:
+  """What stands before a text without a context: the start token, or the end of sequence if there is none."""
+  return tokenizer.encode("") or [tokenizer.stop_ids[0]]
+
+
+def body(tokenizer: Tokenizer, text: str) -> list[int]:
+  """The ids of a text without the start token."""
+  ids, start = tokenizer.encode(text), tokenizer.encode("")
+  return ids[len(start) :] if start and ids[: len(start)] == start else ids
+
+
 def load(path: Path) -> Tokenizer | None:
   """Makes the tokenizer of a folder in the form of Hugging Face; nothing is fetched and no code of it is run.
 

@@ -140,7 +140,8 @@ def denoising_loss(
   complement: Bool[Array, "B"] | None = None,
   tile: int | None = None,
   dropout_key: Key[Array, ""] | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  levels: int = 0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
   """Masked-diffusion loss of supervised fine-tuning (LLaDA, eq. 5; SDAR, arXiv 2510.06303): completion only.
 
   `sum_{b,i} weight[b,i] * masked[b,i] * CE[b,i] / t[b]`, with t ~ U(0.001, 1) a row. With full attention the
@@ -163,9 +164,11 @@ def denoising_loss(
     tile: see `token_logps`.
     dropout_key: turns the network's dropout on; a token's key is made of its sample id and its distance from the start
       of the completion.
+    levels: the number of ranges of t for the metric `by_level`; 0: without it.
 
   Returns:
-    The loss, and `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) as a metric.
+    The loss, and as metrics `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) and `by_level`, see
+    the function of this name.
   """
   has_weight = weight > 0
   keep = None if denoiser.block is None else has_weight
@@ -187,4 +190,26 @@ def denoising_loss(
     count = lambda tokens: jnp.sum(tokens, axis=1)
     share = jnp.maximum(count(noisy.masked & has_weight), 1) / jnp.maximum(count(has_weight), 1)
   loss = jnp.sum(weight * cross_entropy / share[:, None])
-  return loss, {"masked_ce": jnp.sum(cross_entropy) / jnp.maximum(jnp.sum(noisy.masked), 1)}
+  metrics = {"masked_ce": jnp.sum(cross_entropy) / jnp.maximum(jnp.sum(noisy.masked), 1)}
+  if levels:
+    metrics["by_level"] = by_level(noisy.time[:, None], cross_entropy, noisy.masked & has_weight, levels)
+  return loss, metrics
+
+
+def by_level(
+  time: Float[Array, "B #L"], cross_entropy: Float[Array, "B L"], masked: Bool[Array, "B L"], levels: int
+) -> Float[Array, "levels 2"]:
+  """The sum of the cross-entropy of masked tokens, and their number, by the masking probability t of their row.
+
+  Of four levels, the first one has the rows with t below 1/4, the last one those with t from 3/4 on.
+
+  Args:
+    time: t, of each row or of each token.
+    cross_entropy: of each token.
+    masked: the tokens that count.
+    levels: the number of ranges, all of the same width.
+  """
+  level = jnp.minimum((time * levels).astype(jnp.int32), levels - 1)
+  chosen = (level[..., None] == jnp.arange(levels)) & masked[..., None]
+  sums = jnp.sum(jnp.where(chosen, cross_entropy[..., None], 0.0), axis=(0, 1))
+  return jnp.stack([sums, jnp.sum(chosen, axis=(0, 1)).astype(jnp.float32)], axis=1)

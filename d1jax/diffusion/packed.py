@@ -17,7 +17,7 @@ from d1jax import keys
 from d1jax.diffusion.corruption import LLADA, NoiseSpec, corrupt
 from d1jax.diffusion.denoiser import FORWARD_PASS, Denoiser, Params
 from d1jax.diffusion.layout import NOISY
-from d1jax.diffusion.likelihood import token_logps
+from d1jax.diffusion.likelihood import by_level, token_logps
 
 
 def packed_loss(
@@ -36,7 +36,8 @@ def packed_loss(
   dropout_key: Key[Array, ""] | None = None,
   prompt_key: Key[Array, ""] | None = None,
   p_mask_prompt: float = 0.0,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  levels: int = 0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, "..."]]]:
   """`d1jax.diffusion.likelihood.denoising_loss` of the documents of packed rows.
 
   A document with answer tokens i has the loss `mean_i masked[i] * CE[i] / t`. With full attention i are all tokens of
@@ -57,9 +58,10 @@ def packed_loss(
     dropout_key: see `denoising_loss`.
     prompt_key: of the prompt masks; needed if there are any.
     p_mask_prompt: the probability that a prompt token is masked.
+    levels: see `denoising_loss`.
 
   Returns:
-    The loss, and `masked_ce` (the mean cross-entropy of the masked tokens, unweighted) as a metric.
+    The loss and the metrics of `denoising_loss`.
   """
   batch, length = tokens.shape
   row, column = jnp.arange(batch)[:, None], jnp.arange(length)[None, :]
@@ -104,7 +106,10 @@ def packed_loss(
   cross_entropy = jnp.where(masked, -token_logps(denoiser, params, hidden, targets, tile), 0.0)
   each = weight[:, None] / (jnp.maximum(count, 1) * share)
   loss = jnp.sum(of_token(each) * cross_entropy)
-  return loss, {"masked_ce": jnp.sum(cross_entropy) / jnp.maximum(jnp.sum(masked), 1)}
+  metrics = {"masked_ce": jnp.sum(cross_entropy) / jnp.maximum(jnp.sum(masked), 1)}
+  if levels:
+    metrics["by_level"] = by_level(of_token(by_row(drawn.time)), cross_entropy, masked, levels)
+  return loss, metrics
 
 
 def _predicting(

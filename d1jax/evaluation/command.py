@@ -24,6 +24,7 @@ from d1jax.parallel import multihost
 from d1jax.rl.prompts import Prompts
 from d1jax.run import inputs, limits
 from d1jax.run import workdir as workdirs
+from d1jax.run.inputs import NO_TASK
 from d1jax.run.interrupts import Interrupts
 from d1jax.run.workdir import Folder
 from d1jax.tasks import Task
@@ -228,6 +229,8 @@ def _tasks(config: ConfigDict, trained: ConfigDict) -> Iterator[Task]:
       f"the checkpoint's task is the Python file {section.module}: its code is run only if you name it yourself, with"
       f" --config.module={section.module}"
     )
+  if not asked and section.name == NO_TASK:
+    raise ValueError("the checkpoint's run has no task: name one, for example --config=configs/eval.py:gsm8k")
   for name, module in asked or [(name, None) for name in own]:
     is_own = name in own if module is None else module == section.module
     sizes = section.sizes.to_dict() if is_own else {}

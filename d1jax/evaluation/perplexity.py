@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from d1jax import files
-from d1jax.data.tokenizer import Tokenizer
+from d1jax.data.tokenizer import body, prefix
 from d1jax.errors import explained, input_checked, smaller_batches
 from d1jax.evaluation import subject
 from d1jax.evaluation.likelihood import scored
@@ -43,17 +43,6 @@ class Unit(NamedTuple):
   value: float
   masks: float
   documents: float
-
-
-def prefix(tokenizer: Tokenizer) -> list[int]:
-  """What stands before a text without a context: the start token, or the end of sequence if there is none."""
-  return tokenizer.encode("") or [tokenizer.stop_ids[0]]
-
-
-def body(tokenizer: Tokenizer, text: str) -> list[int]:
-  """The ids of a text without the start token."""
-  ids, start = tokenizer.encode(text), tokenizer.encode("")
-  return ids[len(start) :] if start and ids[: len(start)] == start else ids
 
 
 def windows(tokens: Sequence[int], before: Sequence[int], width: int) -> Iterator[Window]:

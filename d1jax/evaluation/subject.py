@@ -185,6 +185,8 @@ def load(config: ConfigDict) -> Subject:
       print(harmless(f"{config.pretrained}/{generation_config.FILE} says how it samples: {said}"), file=sys.stderr)
     sampler = (own or experiment.sampler).for_block(experiment.model.denoiser.block)
     experiment = dataclasses.replace(experiment, sampler=sampler)
+    if weights.source is not None and (start := weights.source.as_start()) and multihost.is_main():
+      print(harmless(start), file=sys.stderr)
     trainable = weights.start(weights.base_dtype)
   home = Path("runs") / "eval"
   return Subject(

@@ -5,9 +5,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from d1jax.data.tokenizer import Tokenizer
+from d1jax.data.tokenizer import Tokenizer, body, prefix
 from d1jax.diffusion.rollout import SamplerSpec
-from d1jax.evaluation.perplexity import body, prefix
 
 MOST_TOKENS = 256
 """Tokens of an answer to a task that does not say it, as in the harness."""

@@ -22,6 +22,7 @@ from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import mesh as meshes
 from d1jax.rl.prompts import Prompts
 from d1jax.run import fields, inputs, limits, run_tokenizer
+from d1jax.run.inputs import NO_TASK
 from d1jax.run.run_tokenizer import Kept
 from d1jax.source import Source
 from d1jax.tasks import Task
@@ -48,6 +49,11 @@ class Experiment:
   def tokenizer(self) -> Tokenizer:
     """The model's tokenizer; an experiment always has one."""
     return cast(Tokenizer, self.model.tokenizer)
+
+  @property
+  def has_task(self) -> bool:
+    """Whether there is a task that asks and grades."""
+    return not isinstance(self.task, inputs.NoTask)
 
   def metadata(self) -> dict[str, Any]:
     """The metadata of every checkpoint: configuration, fingerprint of the base, hashes of the tokenizer's files."""
@@ -190,6 +196,26 @@ def check_start(config: ConfigDict) -> None:
     )
 
 
+def check_data(config: ConfigDict) -> None:
+  """Raises a ValueError if a run without a task lacks what a task would give it."""
+  if config.task.name != NO_TASK or config.task.module is not None:
+    return
+  alone = f"task.name={NO_TASK} neither asks nor grades"
+  if config.mode != "sft":
+    raise ValueError(f"{alone}, which diffu-GRPO needs: name a task, for example --config.task.name=gsm8k")
+  if not config.sft.data:
+    raise ValueError(
+      f"{alone}, and sft.data names nothing to learn from: give --config.sft.data=FILE, JSON lines of `messages`, of"
+      " `prompt` and `response`, or of `text`"
+    )
+  if config.model.pretrained is None:
+    raise ValueError(
+      f"{alone}, and has no texts for a tokenizer: name the folder of a model with --config.model.pretrained=FOLDER"
+    )
+  if not config.sft.held_out:
+    raise ValueError(f"{alone}, and sft.held_out=0 leaves nothing to validate with: use --config.sft.held_out=64")
+
+
 def _lora_spec(config: ConfigDict) -> LoraSpec | None:
   if not config.lora.rank:
     return None
@@ -223,17 +249,6 @@ def _tokenizer(config: ConfigDict, run: Kept | None, source: Source | None, task
   return run_tokenizer.read_or_make(run, make if is_makeable else None, str(source.folder) if source else "the task")
 
 
-class _NoTask:
-  """Stands for the task of a checkpoint, which may be a Python file of somebody else: its code is not run."""
-
-  name, splits = "none", ()
-
-  def _refuse(self, *arguments: Any) -> Any:
-    raise RuntimeError(f"the experiment was built without its task, which was asked for {arguments!r}")
-
-  records = prompt = demonstration = baseline = cluster = grade = _refuse
-
-
 def build(
   config: ConfigDict,
   tokenizer: Tokenizer | Kept | None,
@@ -260,7 +275,7 @@ def build(
   fields.complete(config)
   limits.check(config)
   chosen, located = inputs.find_inputs(config, with_task=with_task, trains=trains)
-  task = cast(Task, _NoTask()) if chosen is None else chosen
+  task = cast(Task, inputs.NoTask()) if chosen is None else chosen
   check_choice("protocol", config.task.protocol, tasks.PROTOCOLS)
   if isinstance(task, tasks.Custom):
     task.try_out(config.task.style, config.task.protocol)

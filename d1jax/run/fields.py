@@ -59,9 +59,13 @@ OPTIONAL: Mapping[str, Field] = {
   "rollout.threshold": Field(0.9, "the confidence from which the schedule `threshold` unmasks a token"),
   "rollout.factor": Field(1.0, "of the schedule `factor`"),
   "rollout.max_reveal": Field(4, "tokens a step under those two, at most"),
-  "sft.held_out": Field(0.05, "share of the file `sft.data` that validates"),
+  "sft.held_out": Field(0.05, "share of `sft.data` that validates; from 1 on, the number of questions"),
+  "sft.samples": Field(
+    0, "held-out prompts of `sft.data` that a validation completes, shows, writes to WORKDIR/samples"
+  ),
   "sft.truncate": Field(False, "cuts answers beyond the largest bucket; otherwise they are left out"),
   "sft.packed": Field(False, "lets several demonstrations share a row, as long as the largest two buckets together"),
+  "sft.ends": Field(0, "end-of-sequence tokens behind a packed answer of full attention, at most; they are learned"),
   "sft.mask_ratio": Field((0.001, 1.0), "range of the probability t that a completion token is masked"),
   "sft.weighting": Field("inverse", "of masked tokens: inverse, 1 / t; flat, the mean over a row's masked tokens"),
   "sft.complementary": Field(False, "gives each row twice; the second copy masks what the first one does not"),

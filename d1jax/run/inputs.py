@@ -12,7 +12,23 @@ from d1jax.errors import RunError
 from d1jax.models import families
 from d1jax.parallel import multihost
 from d1jax.source import Source, download, fetch, inspect, locate
-from d1jax.tasks import Task
+from d1jax.tasks import Task, tables
+
+NO_TASK = "none"
+"""The name of the task of a run that fine-tunes on data, and grades nothing."""
+
+
+class NoTask:
+  """Stands for the task of a run without one, which only fine-tunes; and of a checkpoint, whose task may be a Python
+  file of somebody else: its code is not run.
+  """
+
+  name, splits = NO_TASK, ()
+
+  def _refuse(self, *arguments: Any) -> Any:
+    raise RuntimeError(f"the experiment was built without its task, which was asked for {arguments!r}")
+
+  records = prompt = demonstration = baseline = cluster = grade = _refuse
 
 
 def data_root(name: str | None, *, cached: bool = False) -> str | None:
@@ -29,8 +45,10 @@ def data_root(name: str | None, *, cached: bool = False) -> str | None:
 
 
 def build_task(config: ConfigDict) -> Task:
-  """The task that the configuration names, or its mix of tasks."""
+  """The task that the configuration names, or its mix of tasks; a task that refuses everything if it names none."""
   section, weights = config.task, config.task.mix.to_dict()
+  if section.name == NO_TASK and section.module is None and not weights:
+    return cast(Task, NoTask())
   sizes, options = section.sizes.to_dict(), section.options.to_dict()
   root = data_root(config.data.root)
   if not weights:
@@ -67,11 +85,12 @@ def downloaded(found: hub.Snapshot) -> Source:
 def _with_questions(config: ConfigDict) -> Task:
   """The task, after the files of its questions and of the demonstrations were read."""
   task = build_task(config)
-  if config.sft.steps and config.sft.data:
-    path = Path(data_root(config.data.root) or "") / config.sft.data
-    if not path.is_file():
+  root = data_root(config.data.root)
+  if config.sft.steps and config.sft.data and root != tables.HUB:
+    path = Path(root or "") / config.sft.data
+    if not path.exists():
       raise ValueError(f"sft.data: {path} is missing; set data.root to the folder that holds {config.sft.data}")
-  for split in () if isinstance(task, tasks.Custom) else ("test", "train"):
+  for split in () if isinstance(task, tasks.Custom | NoTask) else ("test", "train"):
     task.records(split)
   return task
 

@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +147,15 @@ class Progress:
     """Says how long the run will take after this stage, for the eta of the run; until then there is none."""
     self._later = seconds
 
-  def update(self, iteration: int, shown: Mapping[str, float | str]) -> None:
-    """Shows that an iteration is done, with a few values; `validation` gets a line of its own."""
+  def update(self, iteration: int, shown: Mapping[str, float | str], lines: Sequence[str] = ()) -> None:
+    """Shows that an iteration is done, with a few values; `validation` and the lines stand below one another."""
     if not self._prints:
       return
     values = {name: f"{x:.3g}" if isinstance(x, float) else x for name, x in shown.items()}
     if "validation" in values:
       self._say(f"{self._stage} {iteration}/{self._total}  validation {values.pop('validation')}")
+    for line in lines:
+      self._say(line)
     text = "  ".join(f"{name} {value}" for name, value in values.items())
     if self._bar is not None:
       whole = f"  eta of the run {self._eta(iteration, self._later)}" if self._later else ""

@@ -14,6 +14,7 @@ WORKDIR/
   run_id               identifies the run for trackers; some of them write to tensorboard/ or wandb/
   rollouts/            dumped rollouts, when asked for
   completions/         every graded completion of the last evaluations
+  samples/             completions of held-out prompts by iteration, when asked for
   profile/             a trace of some iterations, when asked for
   results.json         the table, when the run is finished; learning_curves.png beside it
 ```

@@ -61,7 +61,7 @@ def read(
       yield f"{name} line {number}", _parse(f"{name} line {number}", line)
   elif isinstance(source, Path) and source.suffix == ".parquet":
     relative = source.relative_to(root).as_posix()
-    yield from _load(relative, "parquet", data_files=str(source), split="train")
+    yield from load(relative, "parquet", data_files=str(source), split="train")
   else:
     repository, configuration, split = PUBLISHED[name]
     shown = f"{repository} {split}"
@@ -69,7 +69,7 @@ def read(
       folder = source if isinstance(source, Path) else hub.folder(f"{hub.PREFIX}{source}", "dataset")
     except hub.HubError as error:
       raise DataError(f"{shown}: {error}, or point root at a copy") from None
-    yield from _load(shown, str(folder), configuration, split=split)
+    yield from load(shown, str(folder), configuration, split=split)
 
 
 def _find(root: str, name: str) -> Path | str | None:
@@ -89,8 +89,17 @@ def _parse(place: str, line: str) -> Any:
     raise DataError(f"{place}: {line[:40]!r} is not JSON, expected one object a line") from None
 
 
-def _load(shown: str, *arguments: str | None, **options: str) -> Iterator[tuple[str, Any]]:
-  """Read the rows that `datasets.load_dataset` finds, with their places."""
+def load(shown: str, *arguments: str | None, **options: str) -> Iterator[tuple[str, Any]]:
+  """Read the rows that `datasets.load_dataset` finds, each with its place, such as `openai/gsm8k train row 3`.
+
+  Args:
+    shown: what errors call the data set.
+    arguments: of `load_dataset`.
+    options: of `load_dataset`.
+
+  Raises:
+    DataError: the package `datasets` is missing, or the rows cannot be read.
+  """
   try:
     datasets = importlib.import_module("datasets")
   except ImportError:

@@ -6,7 +6,6 @@ Messages name fields of the command line here and in `parts`; `d1jax.rl` does no
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ from d1jax.run import parts
 from d1jax.run.experiment import Experiment
 from d1jax.run.inputs import data_root
 from d1jax.tasks import Mixture, Task
-from d1jax.training import drift, sft
+from d1jax.training import drift, sft_data
 from d1jax.training.host import Grading
 from d1jax.training.programs import Programs, Shape
 
@@ -154,7 +153,7 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
   return Programs(experiment.model, sampler, chosen, shape, optimizer, watch)
 
 
-def fine_tuning(config: ConfigDict) -> sft.Options:
+def fine_tuning(config: ConfigDict) -> sft_data.Options:
   """The options of `config.sft`.
 
   Raises:
@@ -163,7 +162,7 @@ def fine_tuning(config: ConfigDict) -> sft.Options:
   section = config.sft
   with _of("sft"):
     noise = NoiseSpec(tuple(map(float, section.mask_ratio)), section.weighting, section.complementary)
-  return sft.Options(
+  return sft_data.Options(
     section.batch_size,
     tuple(section.prompt_buckets),
     tuple(section.completion_buckets),
@@ -175,20 +174,21 @@ def fine_tuning(config: ConfigDict) -> sft.Options:
     tuple(section.grow),
     section.mask_noise_steps,
     section.packed,
+    section.ends,
   )
 
 
-def demonstrations(experiment: Experiment) -> tuple[sft.Demonstrations, sft.Demonstrations | None]:
+def demonstrations(experiment: Experiment) -> tuple[sft_data.Demonstrations, sft_data.Demonstrations | None]:
   """The demonstrations: the task's own, or those of a file with a held-out part for validation.
 
   Raises:
     ValueError: no demonstration fits the buckets, or the file cannot be read.
   """
-  config, options = experiment.config, fine_tuning(experiment.config)
+  config, options, block = experiment.config, fine_tuning(experiment.config), experiment.model.denoiser.block
   if not config.sft.data:
-    return sft.of_task(experiment.prompts("demonstrations"), config.task.style, options), None
-  path = Path(data_root(config.data.root) or "") / config.sft.data
-  return sft.of_file(path, experiment.tokenizer, config.sft.held_out, options, experiment.model.denoiser.block)
+    return sft_data.of_task(experiment.prompts("demonstrations"), config.task.style, options, block), None
+  root = data_root(config.data.root)
+  return sft_data.of_file(root, config.sft.data, experiment.tokenizer, config.sft.held_out, options, block)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The denoising loss of held-out demonstrations, which validates fine-tuning on a file."""
 
 import itertools
-from typing import Any, cast
+import math
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,38 @@ from d1jax.diffusion.packed import packed_loss
 from d1jax.model import Model
 from d1jax.parallel.mesh import place
 from d1jax.state import Frozen, Params, merge
-from d1jax.training.sft import Demonstrations, Options, packer_of
+from d1jax.training.loop import HELD_OUT
+from d1jax.training.sft_data import Demonstrations, Options, packer_of
 
 DRAWS = 4
 """The number of noise levels for each demonstration."""
 
+LEVELS = 4
+"""The number of ranges of the masking probability t for which the cross-entropy is told."""
+
+
+class Found(NamedTuple):
+  """The held-out loss of some weights.
+
+  Attributes:
+    loss: the loss a token, averaged over demonstrations and noise levels.
+    by_level: the mean cross-entropy of the tokens that are masked, by `LEVELS` ranges of the masking probability; NaN
+      where nothing was masked.
+  """
+
+  loss: float
+  by_level: tuple[float, ...]
+
+  @property
+  def figures(self) -> dict[str, float]:
+    """The loss, and the cross-entropy of each level that has masked tokens: `held_out_ce/t25` is of t below 25%."""
+    names = [f"held_out_ce/t{100 * (level + 1) // LEVELS}" for level in range(LEVELS)]
+    levels = {name: value for name, value in zip(names, self.by_level, strict=True) if not math.isnan(value)}
+    return {HELD_OUT: self.loss} | levels
+
 
 class HeldOutLoss:
-  """Minus the mean loss of some demonstrations; the noise is the same for all weights, and higher is better."""
+  """The mean loss of some demonstrations; the noise is the same for all weights."""
 
   def __init__(self, model: Model, found: Demonstrations, config: Options):
     """Makes the batches; demonstrations that fit no bucket are left out.
@@ -40,16 +65,17 @@ class HeldOutLoss:
     self._batches = [place(batch, model.by_row) for batch in batches]
     weights = model.weights
 
-    def loss(trainable: Params, frozen: Frozen, batch: Any) -> jax.Array:
+    def loss(trainable: Params, frozen: Frozen, batch: Any) -> tuple[jax.Array, jax.Array]:
       params = merge(trainable, frozen)
       key = keys.purpose_key(keys.seeded(0), keys.Purpose.EVALUATION)
-      options: Any = dict(noise=config.noise, tile=config.logits_tile)
+      options: Any = dict(noise=config.noise, tile=config.logits_tile, levels=LEVELS)
       if config.packed:
         rows = batch.tokens, batch.segment, batch.answer, batch.sample_id, jnp.ones(len(batch.tokens))
-        return packed_loss(model.denoiser, params, *rows, key, **options)[0]
+        total, metrics = packed_loss(model.denoiser, params, *rows, key, **options)
+        return total, metrics["by_level"]
       prompt, valid, completion, counts, sample_id = batch
       completion, weight = targets(model.denoiser, valid, completion, fill=pad_id, rows=1)
-      total, _ = denoising_loss(
+      total, metrics = denoising_loss(
         model.denoiser,
         params,
         prompt,
@@ -60,7 +86,7 @@ class HeldOutLoss:
         key,
         **options,
       )
-      return total
+      return total, metrics["by_level"]
 
     self._program = jax.jit(
       loss,
@@ -78,11 +104,13 @@ class HeldOutLoss:
         given = self._weights.abstract_trainable, self._weights.abstract_frozen(), batch
         self._compiled[shape] = self._program.lower(*given).compile()
 
-  def __call__(self, trainable: Params, frozen: Frozen) -> float:
-    """The score of some weights: minus the loss per token, averaged over demonstrations and noise levels."""
+  def __call__(self, trainable: Params, frozen: Frozen) -> Found:
+    """The loss of some weights."""
     self.compile()
-    losses = jax.device_get([self._compiled[_shapes(batch)](trainable, frozen, batch) for batch in self._batches])
-    return -float(sum(losses)) / (self._rows * DRAWS)
+    found = jax.device_get([self._compiled[_shapes(batch)](trainable, frozen, batch) for batch in self._batches])
+    sums = np.asarray([levels for _, levels in found], np.float64).sum(axis=0)
+    means = [total / count if count else math.nan for total, count in sums.tolist()]
+    return Found(float(sum(loss for loss, _ in found)) / (self._rows * DRAWS), tuple(means))
 
 
 def _packed(

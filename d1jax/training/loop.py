@@ -28,6 +28,9 @@ from d1jax.telemetry.profile import Profile
 
 log = logging.getLogger(__name__)
 
+SPEED, HELD_OUT = "tokens_per_second", "held_out_loss"
+"""Names of figures that the progress line shows in another way."""
+
 
 class Cadence(NamedTuple):
   """When a stage validates, saves and ends.
@@ -91,6 +94,20 @@ def is_over(step: int, metadata: Mapping[str, Any], iterations: int, patience: i
   return step >= iterations or (patience is not None and counts_of(metadata).stale >= patience)
 
 
+class Scored(NamedTuple):
+  """The result of a validation.
+
+  Attributes:
+    score: higher is better.
+    figures: further values of the iteration's record.
+    lines: what is printed below the progress line.
+  """
+
+  score: float
+  figures: Mapping[str, float] = {}
+  lines: Sequence[str] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One stage of training.
@@ -100,7 +117,7 @@ class Stage:
     iterations: the number of all iterations.
     advance: `(state, iteration) -> (state, metrics)` runs one iteration; metrics are host numbers, among them `finite`,
       `tokens` (of completions) and those of `ledger.entry`.
-    validate: `(params, iteration) -> score` scores the evaluated weights; higher is better.
+    validate: `(params, iteration) -> Scored` scores the evaluated weights after an iteration, counted from 1.
     all_finite: whether every weight and moment of a state is finite; checked before a state is saved.
     cadence: when the stage validates and saves.
     rates: the learning rate of each optimiser step.
@@ -116,7 +133,7 @@ class Stage:
   name: str
   iterations: int
   advance: Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
-  validate: Callable[[Params, int], float]
+  validate: Callable[[Params, int], Scored]
   all_finite: Callable[[TrainState], Any]
   cadence: Cadence
   rates: Float[np.ndarray, "optimiser_steps"]
@@ -162,19 +179,21 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       if not finite and not refused:
         _warn_of_skip(stage, iteration, counts)
       score: float | None = None
+      lines: Sequence[str] = ()
       last = iteration == stage.iterations
       # The last weights are validated even if the last step was skipped, so that the same command then ends the stage.
       if last or (not refused and iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
           asked = time.monotonic()
-          score = metrics["validation"] = stage.validate(evaluated(state), iteration)
+          score, figures, lines = stage.validate(evaluated(state), iteration)
           progress.expect(stage.later * (time.monotonic() - asked))
+        metrics |= {"validation": score, **figures}
         is_better = not math.isnan(score) and (best is None or score > best)
         counts = counts._replace(stale=0 if is_better else counts.stale + 1)
         last = last or is_over(iteration, {"counts": counts._asdict()}, stage.iterations, cadence.patience)
       metrics = clock.close(metrics)
-      metrics["tokens_per_second"] = tokens / metrics["seconds"]
+      metrics[SPEED] = tokens / metrics["seconds"]
       metrics["elapsed"] = time.monotonic() - began
       history.append(metrics)
       raised = alarms(history, Limits()) if iteration % Limits.window == 0 else sounded
@@ -185,8 +204,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       # In the other order, iteration 100 could have a checkpoint but no record, which nothing would make again.
       writer.log(iteration, {**metrics, "alarms": list(sounded)} if sounded else metrics)
       trackers.log(iteration, metrics)
-      shown = {name: metrics[name] for name in (*stage.shown, "validation") if name in metrics}
-      progress.update(iteration, shown | ({"alarm": " ".join(sounded)} if sounded else {}))
+      progress.update(iteration, _shown(stage, metrics) | ({"alarm": " ".join(sounded)} if sounded else {}), lines)
       stop = interrupts.pending()
       if last or stop or refused or cadence.saves(iteration, score, best):
         if score is None:
@@ -225,6 +243,15 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
     trackers.close()
   checkpoints.wait()
   return time.monotonic() - began
+
+
+def _shown(stage: Stage, metrics: Mapping[str, float]) -> dict[str, float | str]:
+  """The values on the progress line. A validation that is minus a loss is shown as the loss."""
+  shown: dict[str, float | str] = {name: metrics[name] for name in stage.shown if name in metrics}
+  if SPEED in shown:
+    shown["tokens/s"] = f"{shown.pop(SPEED):,.0f}"
+  name = HELD_OUT if HELD_OUT in metrics else "validation"
+  return shown | ({name: metrics[name]} if name in metrics else {})
 
 
 def _trackers(stage: Stage, start: int, workdir: Folder) -> Trackers:

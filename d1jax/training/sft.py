@@ -1,20 +1,17 @@
-"""Masked supervised fine-tuning on demonstrations of a task or of a file, as in LLaDA and d1."""
+"""Masked supervised fine-tuning on demonstrations, as in LLaDA and d1."""
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from d1jax import keys
-from d1jax.data import demonstrations as demonstration_files
-from d1jax.data.packing import PackedBatch, Packer, packed_batches, row_shape
-from d1jax.data.sft_batches import SftBatch, padding, sft_batches
+from d1jax.data.packing import PackedBatch, packed_batches, row_shape
+from d1jax.data.sft_batches import SftBatch, sft_batches
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.corruption import LLADA, NoiseSpec, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser
@@ -24,11 +21,10 @@ from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.model import Model, with_blocks
 from d1jax.models.transformer import shaken
 from d1jax.parallel.mesh import place
-from d1jax.rl.prompts import Prompts
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
-from d1jax.tasks import held_out as held_out_questions
 from d1jax.telemetry import flops, ledger
 from d1jax.telemetry.cost import Work
+from d1jax.training.sft_data import Demonstrations, Options, packer_of
 
 
 def sft_step(
@@ -118,137 +114,6 @@ def sft_step(
     "masked_ce": metrics["masked_ce"] / accumulation,
   }
   return apply_gradients(state, grads, optimizer, finite), metrics
-
-
-class Demonstrations(NamedTuple):
-  """Tokenised prompts and answers, including stop ids."""
-
-  prompts: list[list[int]]
-  completions: list[list[int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """The options of fine-tuning.
-
-  Attributes:
-    batch_size: demonstrations per step.
-    prompt_buckets: the prompt lengths that are compiled.
-    completion_buckets: the answer lengths that are compiled, each one with each prompt length.
-    accumulation: micro-batches per step.
-    truncate: whether answers longer than the largest bucket are cut; if not, they are left out.
-    p_mask_prompt: the probability that a prompt token is masked.
-    logits_tile: vocabulary ids per tile of logits; None: no tiles.
-    noise: how completions are masked.
-    grow: the block lengths of the first parts of the stage; its last part has the network's own.
-    mask_noise_steps: the number of first steps with noise on the mask's embedding.
-    packed: whether demonstrations share rows, all as long as the largest two buckets together.
-
-  Raises:
-    ValueError: block lengths that do not grow.
-  """
-
-  batch_size: int
-  prompt_buckets: tuple[int, ...]
-  completion_buckets: tuple[int, ...]
-  accumulation: int = 1
-  truncate: bool = False
-  p_mask_prompt: float = 0.0
-  logits_tile: int | None = None
-  noise: NoiseSpec = LLADA
-  grow: tuple[int, ...] = ()
-  mask_noise_steps: int = 0
-  packed: bool = False
-
-  def check(self, block: int | None) -> None:
-    """Raises a ValueError if the options do not fit a network with blocks of this length (None: full attention)."""
-    if self.packed and self.truncate:
-      raise ValueError(
-        "sft.packed=True puts whole demonstrations into rows, but sft.truncate=True cuts answers: use"
-        " sft.truncate=False, which leaves long ones out, or sft.packed=False"
-      )
-    if self.grow and block is None:
-      raise ValueError(
-        f"sft.grow={self.grow} makes blocks longer up to those of the model, but this one has full attention: set"
-        f" model.block, for example to {8 * self.grow[-1]}, or sft.grow=()"
-      )
-    lengths = (*self.grow, *([] if block is None else [block]))
-    for short, long in itertools.pairwise(lengths):
-      if short >= long or long % short:
-        raise ValueError(
-          f"sft.grow={self.grow} with model.block={block}: each length must be a proper divisor of the next one, and"
-          f" {short} is none of {long}; 1, 2, 4, 8 are, for example"
-        )
-    if block is not None and min(self.completion_buckets) < block:
-      raise ValueError(
-        f"sft.completion_buckets={self.completion_buckets} has a bucket that is shorter than one block of the model,"
-        f" {block} tokens (model.block): let all be at least {block}"
-      )
-
-
-def of_task(prompts: Prompts, style: str, options: Options) -> Demonstrations:
-  """The task's own demonstrations; the number of those that are too long is printed."""
-  answers = [prompts.task.demonstration(record, style) for record in prompts.records]
-  found = Demonstrations(
-    [list(ids) for ids in prompts.ids], [prompts.tokenizer.completion(answer) for answer in answers]
-  )
-  _report(options, "demonstrations", found)
-  return found
-
-
-def of_file(
-  path: Path, tokenizer: Tokenizer, held_out: float, options: Options, block: int | None = None
-) -> tuple[Demonstrations, Demonstrations | None]:
-  """The demonstrations of a file for training, and those held out for validation.
-
-  Demonstrations for questions of the tasks' test splits are left out; the number of those that are too long is printed.
-  `block` is the model's, for the number of packed rows.
-  """
-  rows = demonstration_files.read(path)
-  kept = [row for row in rows if not held_out_questions.is_listed(row.question)]
-  if len(kept) < len(rows):
-    print(f"{path}: left out {len(rows) - len(kept)} of {len(rows)} demonstrations, which answer test questions")
-  sides = demonstration_files.split(kept, held_out)
-  found, validation = (_tokenised(tokenizer, side) for side in sides)
-  places, (used, computed) = "buckets", _report(options, str(path), found)
-  if options.packed:
-    places, (used, computed) = "packed rows", packer_of(found, options, block, tokenizer.pad_id).padding()
-  print(f"{path}: {used:,} tokens in {places} of {computed:,} ({used / computed:.0%} used)")
-  return found, validation
-
-
-def _tokenised(tokenizer: Tokenizer, side: list[demonstration_files.Demonstration]) -> Demonstrations:
-  pairs = [demonstration_files.conversation(demonstration) for demonstration in side]
-  prompts = [tokenizer.prompt(messages, "") for messages, _ in pairs]
-  return Demonstrations(prompts, [tokenizer.completion(answer) for _, answer in pairs])
-
-
-def _report(config: Options, name: str, found: Demonstrations) -> tuple[int, int]:
-  """Prints how many are left out or cut; returns the number of tokens, and of places for them in the buckets."""
-  longest_prompt, longest = max(config.prompt_buckets), max(config.completion_buckets)
-  shut_out = sum(len(prompt) > longest_prompt for prompt in found.prompts)
-  too_long = sum(len(answer) > longest for answer in found.completions)
-  count = len(found.prompts)
-  if shut_out:
-    print(f"{name}: left out {shut_out} of {count} prompts longer than {longest_prompt} tokens")
-  if too_long:
-    print(
-      f"{name}: {'cut' if config.truncate else 'left out'} {too_long} of {count} answers longer than {longest} tokens"
-    )
-  used, computed = padding(*found, config.prompt_buckets, config.completion_buckets, truncate=config.truncate)
-  if not used:
-    raise ValueError(
-      f"none of {count} demonstrations fits sft.prompt_buckets={config.prompt_buckets} and"
-      f" sft.completion_buckets={config.completion_buckets}: raise them"
-    )
-  return used, computed
-
-
-def packer_of(found: Demonstrations, options: Options, block: int | None, pad_id: int) -> Packer:
-  """What puts the demonstrations into packed rows, for a network with blocks of this length."""
-  return Packer(
-    *found, buckets=options.prompt_buckets, completion_buckets=options.completion_buckets, block=block, pad_id=pad_id
-  )
 
 
 class Steps:

@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+import tokenizers
 
 from d1jax.data import folder
 from tests.data.folders import shared_tokenizers
@@ -146,3 +147,27 @@ def test_the_date_of_prompts_is_a_file():
   assert folder.date({}) == datetime.date.today()
   with pytest.raises(ValueError, match=r"prompt_date\.txt: 'today' is not a date; write one like 2026-11-30"):
     folder.date({"prompt_date.txt": b"today"})
+
+
+@pytest.mark.parametrize("core", ["tokenizer.json", "vocab.json"])
+def test_a_new_mask_is_written_into_the_files_of_a_tokenizer(core):
+  files = {
+    core: b"{}",
+    "tokenizer_config.json": json.dumps({"added_tokens_decoder": {"4": {"content": "<x>"}}}).encode(),
+  }
+  found = folder.with_mask(files, 7)
+  told = {name: json.loads(content) for name, content in found.items()}
+  assert told["tokenizer_config.json"]["mask_token"] == "<|mask|>"
+  decoder = told["tokenizer_config.json"]["added_tokens_decoder"]
+  assert [token["content"] for token in decoder.values()] == ["<x>", "<|mask|>"]
+  if core == "vocab.json":
+    assert told["added_tokens.json"] == {"<|mask|>": 7}
+  else:
+    (token,) = told["tokenizer.json"]["added_tokens"]
+    assert (token["id"], token["content"], token["special"]) == (7, "<|mask|>", True)
+  assert folder.with_mask({"tokenizer.model": b""}, 7) == {}
+
+
+def test_a_real_tokenizer_knows_its_new_mask():
+  found = folder.with_mask(folder.read(shared_tokenizers() / "smollm2"), 49152)
+  assert tokenizers.Tokenizer.from_str(found["tokenizer.json"].decode()).token_to_id("<|mask|>") == 49152

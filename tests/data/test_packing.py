@@ -100,14 +100,14 @@ def test_a_row_holds_the_longest_demonstration(block, expected):
   assert row_shape((4, 6), (3, 9), block) == expected
 
 
-def test_what_does_not_fit_is_left_out():
+def test_what_does_not_fit_a_row_is_left_out():
+  """A short prompt leaves room for an answer that is longer than its bucket."""
   seen = Counter(r for b in take(40, buckets=(3,), completion_buckets=(2, 4)) for r in records_of(b))
-  assert set(seen) == {i for i in range(COUNT) if len(PROMPTS[i]) <= 3 and len(COMPLETIONS[i]) <= 4}
+  assert set(seen) == {i for i in range(COUNT) if len(PROMPTS[i]) + len(COMPLETIONS[i]) <= 7}
+  assert any(len(COMPLETIONS[i]) > 4 for i in seen)
   assert packer(prompts=[[], [1]], completions=[[2], [2]]).records == [1]
-  with pytest.raises(
-    ValueError, match=r"none of 37 demonstrations fits prompts of 6 and completions of 1 tokens: raise"
-  ):
-    packer(completion_buckets=(1,))
+  with pytest.raises(ValueError, match=r"none of 37 demonstrations fits a row of 2 tokens: raise the largest"):
+    packer(buckets=(1,), completion_buckets=(1,))
 
 
 @BLOCKS

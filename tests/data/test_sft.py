@@ -201,7 +201,7 @@ def test_the_split_never_changes():
   assert [d.answer for d in split(MANY[:40], 0.1)[1]] == ["0", "5", "17", "37"]
 
 
-@pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), float("inf")])
 def test_a_share_outside_its_range_is_refused(share):
   with pytest.raises(ValueError, match=r"held_out=.* is not a share"):
     split(MANY, share)

@@ -49,7 +49,7 @@ def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=Non
     "sft",
     STEPS,
     advance,
-    lambda trainable, iteration: dict(scores).get(iteration, 0.0),
+    lambda trainable, iteration: loop.Scored(dict(scores).get(iteration, 0.0)),
     jax.jit(all_finite),
     loop.Cadence(validate_every, **cadence),
     np.asarray([rate * i for i in range(STEPS)]),
@@ -173,7 +173,7 @@ def test_a_run_goes_on_from_a_checkpoint_without_a_validation(tmp_path, monkeypa
   """Killed behind iteration 5, whose last checkpoint is of iteration 4; the best, of iteration 3, stays."""
   run(tmp_path / "whole", scores={3: 1.0}, save_every=2)
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Progress, "update", lambda self, iteration, _: 1 / (iteration != 5))
+    patch.setattr(loop.Progress, "update", lambda self, iteration, *_: 1 / (iteration != 5))
     with pytest.raises(ZeroDivisionError):
       run(tmp_path / "broken", scores={3: 1.0}, save_every=2)
   assert sorted(saved(tmp_path / "broken")) == [3, 4]

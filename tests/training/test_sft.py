@@ -23,6 +23,7 @@ from d1jax.state import Frozen, create
 from d1jax.tasks import held_out
 from d1jax.training import configured, sft
 from d1jax.training.held_out_loss import HeldOutLoss
+from d1jax.training.sft_data import Options
 from tests.diffusion import causal
 from tests.jobs import small
 
@@ -104,7 +105,10 @@ def test_the_held_out_loss_is_a_function_of_the_weights(root, tmp_path):
   # Uniform predictions: the loss a token is log V times the mean of masked / t, which is 1 in expectation.
   flat = {**start, "head": jax.tree.map(np.zeros_like, jax.device_get(start["head"]))}
   known = experiment.model.denoiser.vocab - len(experiment.model.denoiser.forbidden_ids)
-  assert loss(flat, weights.frozen) == pytest.approx(-np.log(known), rel=0.15)
+  found = loss(flat, weights.frozen)
+  assert found.loss == pytest.approx(np.log(known), rel=0.15)
+  np.testing.assert_allclose(found.by_level, np.log(known), rtol=1e-5)  # at every level
+  assert list(found.figures) == ["held_out_loss", *(f"held_out_ce/t{percent}" for percent in (25, 50, 75, 100))]
 
 
 def test_long_answers_are_left_out_or_cut(root, tmp_path, capsys):
@@ -120,7 +124,7 @@ def test_long_answers_are_left_out_or_cut(root, tmp_path, capsys):
   ("changes", "message"),
   [
     ({"sft__data": "nowhere.jsonl"}, "nowhere.jsonl is missing, expected a file; check the path"),
-    ({"sft__held_out": 1.0}, "held_out=1.0"),
+    ({"sft__held_out": 1.5}, "held_out=1.5"),
     ({"sft__prompt_buckets": (20,)}, "none of .* demonstrations fits sft.prompt_buckets"),
     ({"model__block": 4, "sft__completion_buckets": (2, 112)}, "completion_buckets=.2, 112. has a bucket"),
     ({"sft__complementary": True}, r"sft.complementary=True .* use mask_ratio=\(0.001, 0.999\), or weighting='flat'"),
@@ -205,7 +209,7 @@ def test_packed_rows_train_and_validate(root, tmp_path, capsys):
     HeldOutLoss(experiment.model, validating, dataclasses.replace(options, packed=packed))(start, weights.frozen)
     for packed in (True, False)
   ]
-  assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+  assert losses[0].figures == pytest.approx(losses[1].figures, rel=1e-5)
   advance = sft.advancer(experiment.model, found, options, optimizer, 5, seed=0, steps=8)
   state, metrics = advance(state, 5)
   assert metrics["tokens"] == 16 * (160 + 112)
@@ -226,7 +230,7 @@ def test_noise_on_the_masks_embedding_leaves_all_other_weights():
 
 
 def options(**changes):
-  return sft.Options(**(dict(batch_size=4, prompt_buckets=(8,), completion_buckets=(8, 18)) | changes))
+  return Options(**(dict(batch_size=4, prompt_buckets=(8,), completion_buckets=(8, 18)) | changes))
 
 
 WRONG = [
