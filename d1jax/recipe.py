@@ -251,7 +251,7 @@ class Recipe:
         optimizer,
         position,
         seed=self.config.seed,
-        steps=self.config.sft.steps,
+        iterations=self.config.sft.steps,
       )
 
     fresh = functools.partial(experiment.model.weights.fresh_state, optimizer)

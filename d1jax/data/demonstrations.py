@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from d1jax import files
 
@@ -51,8 +51,12 @@ class _Schema(NamedTuple):
   others: tuple[str, ...] = ()
 
 
-def _text(name: str, value: object, *, may_be_blank: bool = False) -> str:
-  """A field that has to be text."""
+def text_field(name: str, value: object, *, may_be_blank: bool = False) -> str:
+  """A field of a row that has to be text.
+
+  Raises:
+    ValueError: it is not; the message says how to correct the row.
+  """
   if not isinstance(value, str):
     raise ValueError(f"{name} is a JSON {type(value).__name__}, expected a string; correct the row")
   if not value.strip() and not may_be_blank:
@@ -84,35 +88,37 @@ def _s1k(row: Mapping[str, Any]) -> Demonstration:
   traces = row["thinking_trajectories"]
   if not isinstance(traces, list) or not traces:
     raise ValueError(f"thinking_trajectories is {str(traces)[:40]!r}, expected a list with a trace; correct the row")
-  reasoning = _text("thinking_trajectories[0]", traces[0])
-  return Demonstration(_text("question", row["question"]), reasoning, _text("attempt", row["attempt"]))
+  reasoning = text_field("thinking_trajectories[0]", traces[0])
+  return Demonstration(text_field("question", row["question"]), reasoning, text_field("attempt", row["attempt"]))
 
 
 def _s1k_deepseek(row: Mapping[str, Any]) -> Demonstration:
-  reasoning = _text("deepseek_thinking_trajectory", row["deepseek_thinking_trajectory"])
+  reasoning = text_field("deepseek_thinking_trajectory", row["deepseek_thinking_trajectory"])
   return Demonstration(
-    _text("question", row["question"]), reasoning, _text("deepseek_attempt", row["deepseek_attempt"])
+    text_field("question", row["question"]), reasoning, text_field("deepseek_attempt", row["deepseek_attempt"])
   )
 
 
 def _math(row: Mapping[str, Any]) -> Demonstration | None:
-  problem, solution = _text("problem", row["problem"]), _text("solution", row["solution"])
-  answer = _text("answer", row["answer"], may_be_blank=True)  # two rows of MATH have `\boxed{}`
+  problem, solution = text_field("problem", row["problem"]), text_field("solution", row["solution"])
+  answer = text_field("answer", row["answer"], may_be_blank=True)  # two rows of MATH have `\boxed{}`
   return Demonstration(problem, solution, f"\\boxed{{{answer}}}") if answer.strip() else None
 
 
 def _solved(row: Mapping[str, Any]) -> Demonstration | None:
-  question, solution = _text("question", row["question"]), _text("solution", row["solution"])
+  question, solution = text_field("question", row["question"]), text_field("solution", row["solution"])
   answer = _last_boxed(solution)
   return None if answer is None else Demonstration(question, solution, answer)
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Demonstration:
-  parts = _text("answer", row["answer"]).split("####")
+  parts = text_field("answer", row["answer"]).split("####")
   if len(parts) != 2:
     raise ValueError(f"answer has {len(parts) - 1} '####', expected one before the gold; correct the row")
-  reasoning = _text("answer before '####'", _CALCULATOR.sub("", parts[0])).strip()
-  return Demonstration(_text("question", row["question"]), reasoning, _text("answer behind '####'", parts[1]).strip())
+  reasoning = text_field("answer before '####'", _CALCULATOR.sub("", parts[0])).strip()
+  return Demonstration(
+    text_field("question", row["question"]), reasoning, text_field("answer behind '####'", parts[1]).strip()
+  )
 
 
 _SCHEMAS = (
@@ -210,28 +216,42 @@ def conversation(demonstration: Demonstration) -> tuple[list[dict[str, str]], st
   return [{"role": "user", "content": content}], completion
 
 
-def split(demonstrations: Sequence[Demonstration], held_out: float) -> tuple[list[Demonstration], list[Demonstration]]:
-  """Parts demonstrations into (train, validation) by a hash of the question, so that no order or edit moves one.
+@runtime_checkable
+class Asked(Protocol):
+  """A row with a question."""
+
+  @property
+  def question(self) -> str:
+    """What is asked."""
+    ...
+
+
+Row = TypeVar("Row", bound=Asked)
+
+
+def split(rows: Sequence[Row], held_out: float, name: str = "demonstrations") -> tuple[list[Row], list[Row]]:
+  """Parts rows into (train, validation) by a hash of the question, so that no order or edit moves one.
 
   A question that occurs twice, but for white space, stays on one side.
 
   Args:
-    demonstrations: what to part; both sides keep its order.
+    rows: what to part; both sides keep its order.
     held_out: the expected share of the validation side, in [0, 1); 0 holds nothing out.
+    name: of the rows, for messages.
 
   Raises:
     ValueError: the share is outside its range, or leaves a side empty.
   """
   if not 0 <= held_out < 1:
     raise ValueError(f"held_out={held_out} is not a share; give a number from 0 on and below 1")
-  sides: tuple[list[Demonstration], list[Demonstration]] = ([], [])
-  for demonstration in demonstrations:
-    digest = hashlib.sha256(" ".join(demonstration.question.split()).encode()).digest()
-    sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(demonstration)
+  sides: tuple[list[Row], list[Row]] = ([], [])
+  for row in rows:
+    digest = hashlib.sha256(" ".join(row.question.split()).encode()).digest()
+    sides[int.from_bytes(digest[:8], "big") < held_out * 2**64].append(row)
   train, validation = sides
   if not train or bool(validation) != bool(held_out):
     raise ValueError(
-      f"held_out={held_out} parts {len(demonstrations)} demonstrations into {len(train)} to train on and"
-      f" {len(validation)} to hold out; change the share, or add demonstrations"
+      f"held_out={held_out} parts {len(rows)} {name} into {len(train)} to train on and {len(validation)} to hold out;"
+      f" change the share, or add {name}"
     )
   return train, validation
