@@ -58,6 +58,20 @@ COMMANDS: Mapping[str, Command] = {
     _RUN | _GRPO,
   ),
   "sft": Command("Trains by supervised fine-tuning alone.", "sft", ("tiny", "lora --model.pretrained=FOLDER"), _RUN),
+  "dpo": Command(
+    "Trains on pairs of answers, the better one against the worse one: of a file, or of graded rollouts.",
+    "dpo",
+    ("tiny", "tiny --pairs.checkpoint=runs/sft", "lora --model.pretrained=FOLDER --pairs.file=PAIRS.jsonl"),
+    _RUN
+    | {
+      "pairs.file": "JSON lines of prompt or messages, chosen, rejected; None: pairs are made from rollouts",
+      "pairs.checkpoint": "the run that samples them; None: the policy at the start",
+      "dpo.steps": "optimiser steps of preference tuning",
+      "dpo.learning_rate": "its highest learning rate",
+      "dpo.beta": "the weight of the preference score",
+      "dpo.samples": "masks of an answer",
+    },
+  ),
   "eval": Command(
     "Evaluates a checkpoint, a model's folder or completions in a file: numbers, items, a page.",
     "eval",

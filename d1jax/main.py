@@ -22,7 +22,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, w
 
 def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
   """The function that runs a mode. It is imported late, so that a mistyped flag is answered at once."""
-  if config.mode in ("grpo", "sft"):
+  if config.mode in ("grpo", "dpo", "sft"):
     with errors.extra("train"):
       from d1jax import recipe
 
@@ -53,7 +53,7 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
       from d1jax.serving import command as serving
 
     return serving.run
-  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export, generate, serve, aot")
+  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, dpo, sft, eval, export, generate, serve, aot")
 
 
 def _meet(config: ConfigDict) -> None:

@@ -96,11 +96,11 @@ class Stage:
   """One stage of training.
 
   Attributes:
-    name: `sft` or `grpo`; it names folders and records.
+    name: `sft`, `dpo` or `grpo`; it names folders and records.
     iterations: the number of all iterations.
     advance: `(state, iteration) -> (state, metrics)` runs one iteration; metrics are host numbers, among them `finite`,
       `tokens` (of completions) and those of `ledger.entry`.
-    validate: `params -> score` scores the evaluated weights; higher is better.
+    validate: `params -> figures` of the evaluated weights; `validation` is their score, and higher is better.
     all_finite: whether every weight and moment of a state is finite; checked before a state is saved.
     cadence: when the stage validates and saves.
     rates: the learning rate of each optimiser step.
@@ -114,7 +114,7 @@ class Stage:
   name: str
   iterations: int
   advance: Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
-  validate: Callable[[Params], float]
+  validate: Callable[[Params], Mapping[str, float]]
   all_finite: Callable[[TrainState], Any]
   cadence: Cadence
   rates: Float[np.ndarray, "optimiser_steps"]
@@ -163,7 +163,9 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       if last or (not refused and iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
-          score = metrics["validation"] = stage.validate(evaluated(state))
+          found = stage.validate(evaluated(state))
+        metrics |= found
+        score = found["validation"]
         is_better = not math.isnan(score) and (best is None or score > best)
         counts = counts._replace(stale=0 if is_better else counts.stale + 1)
         last = last or is_over(iteration, {"counts": counts._asdict()}, stage.iterations, cadence.patience)
