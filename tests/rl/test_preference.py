@@ -150,24 +150,28 @@ def test_a_step_is_the_same_on_several_devices():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def toys():
+  """A policy near its reference, and what each mask makes of the bounds of both."""
+  policy = benchmark.moved(TRUTH.params, 0, 0.1)
+  return policy, [benchmark.estimates(TRUTH, params) for params in (policy, TRUTH.params)]
+
+
 def test_shared_masks_and_a_time_a_mask_lower_the_variance_of_the_score():
   """Enumerated over all masks of all pairs, as the benchmark prints it."""
-  policy = benchmark.moved(TRUTH.params, 0, 0.1)
-  found = {arm: benchmark.exact(TRUTH, policy, arm, 4).mean() for arm in benchmark.ARMS}
+  _, values = toys()
+  found = {arm: benchmark.exact(*values, arm, 4).mean() for arm in benchmark.ARMS}
   assert found["shared"] < 0.1 * found["apart"] < 0.1 * found["one time"]
-  again = benchmark.exact(TRUTH, policy, "shared", 8).mean()
-  assert again == pytest.approx(found["shared"] / 2)
+  assert benchmark.exact(*values, "shared", 8).mean() == pytest.approx(found["shared"] / 2)
 
 
 @pytest.mark.slow(reason="draws many masks")
 def test_the_score_has_the_mean_and_the_variance_that_are_enumerated():
-  policy = benchmark.moved(TRUTH.params, 0, 0.1)
-  measured = benchmark.measured(TRUTH, policy, 2, keys_each=200)
-  for arm, scores in measured.items():
-    exact = benchmark.exact(TRUTH, policy, arm, 2)
+  policy, values = toys()
+  true = benchmark.true_scores(TRUTH, policy)
+  for arm, scores in benchmark.measured(TRUTH, policy, 2, keys=200).items():
+    exact = benchmark.exact(*values, arm, 2)
     assert scores.var(axis=0).mean() == pytest.approx(exact.mean(), rel=0.1)
-    error = scores.mean(axis=0) - benchmark.true_scores(TRUTH, policy)
-    assert np.abs(error / np.sqrt(exact / 200)).max() < 5, "unbiased"
+    assert np.abs((scores.mean(axis=0) - true) / np.sqrt(exact / 200)).max() < 5, "unbiased"
 
 
 @pytest.mark.slow(reason="compiles networks of its own")
