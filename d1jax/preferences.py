@@ -19,7 +19,7 @@ from d1jax.diffusion import blocks
 from d1jax.errors import input_checked
 from d1jax.evaluation import rollout_pairs, subject
 from d1jax.evaluation.evaluator import Evaluator
-from d1jax.files import read_text
+from d1jax.files import FileError, parse_json, read_text
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.rl.prompts import Prompts
@@ -36,6 +36,7 @@ class Preferences:
   """The pairs of a run, and where they come from.
 
   Attributes:
+    config: the run's configuration.
     train: the pairs that are trained on.
     held_out: the pairs that validate; None if none are held out.
     seconds: what making them took in this attempt.
@@ -52,9 +53,8 @@ class Preferences:
       RunError: there is no checkpoint where `pairs.checkpoint` says.
     """
     self._experiment, self._options, self.seconds = experiment, options, 0.0
-    self._section = section = experiment.config.pairs
-    self._made_in = workdir / "pairs.jsonl"
-    self.path: Any = self._made_in
+    self.config, section = experiment.config, experiment.config.pairs
+    self.path: Any = workdir / "pairs.jsonl"
     if section.file:
       if section.checkpoint:
         raise ValueError(f"pairs.file={section.file} and pairs.checkpoint={section.checkpoint}: name one of them")
@@ -64,13 +64,13 @@ class Preferences:
     self._evaluator: Evaluator | None = None
     if section.checkpoint is None:
       self._evaluator = self._asking(experiment)
-    elif not self._has_made():
+    elif not multihost.from_main(self._has_made):
       subject.find_checkpoint(folder(section.checkpoint))
 
   @property
   def is_file(self) -> bool:
     """Whether the pairs are those of a file."""
-    return bool(self._section.file)
+    return bool(self.config.pairs.file)
 
   @property
   def count(self) -> int:
@@ -104,7 +104,7 @@ class Preferences:
       rows = self._rollouts(policy, pause)
       with input_checked():
         self._check(rows)
-      text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+      text = "".join(json.dumps(row) + "\n" for row in rows)
       multihost.from_main(lambda: write_atomically(self.path, text.encode()))
       self.seconds = time.perf_counter() - began
       questions = len({row["made"]["question"] for row in rows})
@@ -114,7 +114,7 @@ class Preferences:
 
   def _settings(self) -> dict[str, Any]:
     """What the rows of this run's pairs say about their origin."""
-    section, config = self._section, self._experiment.config
+    config, section = self.config, self.config.pairs
     return {
       "by": section.checkpoint or "the start of the run",
       "task": config.task.name,
@@ -125,12 +125,12 @@ class Preferences:
 
   def _has_made(self) -> bool:
     """Whether the work directory has the pairs of these settings."""
-    if not self.path.exists():
+    try:
+      first = parse_json(read_text(self.path).split("\n", 1)[0], self.path, dict) if self.path.exists() else {}
+    except FileError:
       return False
-    with input_checked():
-      first = json.loads(read_text(self.path).split("\n", 1)[0] or "{}")
-    made = first.get("made", {}) if isinstance(first, dict) else {}
-    return all(made.get(name) == value for name, value in self._settings().items())
+    made = first.get("made")
+    return isinstance(made, dict) and all(made.get(name) == value for name, value in self._settings().items())
 
   def _asking(self, experiment: Experiment) -> Evaluator:
     """The first questions of the training split, asked by the model of an experiment."""
@@ -142,32 +142,34 @@ class Preferences:
     if experiment is own:
       prompts = own.prompts("train")
     else:
-      style, buckets = own.config.task.style, tuple(own.config.data.prompt_buckets)
+      style, buckets = self.config.task.style, tuple(self.config.data.prompt_buckets)
       prompts = Prompts.of(own.task, experiment.tokenizer, "train", style=style, buckets=buckets)
-    count = self._section.questions
+    count = self.config.pairs.questions
     some = {name: getattr(prompts, name)[:count] for name in ("records", "ids", "prefills")}
     completer = Completer.of(model, keys.Purpose.ROLLOUT)
-    return Evaluator(completer, dataclasses.replace(prompts, **some), own.sampler, own.config.evaluation.batch_size)
+    return Evaluator(completer, dataclasses.replace(prompts, **some), own.sampler, self.config.evaluation.batch_size)
 
   def _rollouts(self, policy: Callable[[], Params], pause: Callable[[], None]) -> list[dict[str, Any]]:
-    config, made = self._experiment.config, self._settings()
+    config, made = self.config, self._settings()
     if self._evaluator is not None:
       evaluator, params = self._evaluator, policy()
     else:
       place = ConfigDict({"pretrained": None, "mesh": config.mesh, "cpu_devices": config.cpu_devices})
-      home, experiment, trainable = subject.read_run(subject.find_checkpoint(folder(self._section.checkpoint)), place)
+      home, experiment, trainable = subject.read_run(
+        subject.find_checkpoint(folder(self.config.pairs.checkpoint)), place
+      )
       made |= {"checkpoint": str(home), "weights": fingerprint(trainable)}
       with input_checked():
         evaluator = self._asking(experiment)
       frozen = experiment.model.weights.frozen
       params = subject.Subject(str(home), home, experiment, trainable, frozen, made["weights"]).params()
-    print(f"pairs: {len(evaluator.prompts.records)} questions, {self._section.samples} answers to each", flush=True)
+    print(f"pairs: {len(evaluator.prompts.records)} questions, {self.config.pairs.samples} answers to each", flush=True)
     return rollout_pairs.make(
-      evaluator, params, samples=self._section.samples, seed=config.seed, made=made, pause=pause
+      evaluator, params, samples=self.config.pairs.samples, seed=config.seed, made=made, pause=pause
     )
 
   def _check(self, rows: list[dict[str, Any]]) -> None:
-    section = self._section
+    section = self.config.pairs
     if not rows:
       raise ValueError(
         f"no question got a right and a wrong answer: raise pairs.samples={section.samples} or"
@@ -196,7 +198,7 @@ class Preferences:
       print(f"{self.path}: left out: {long}")
     rows = [found[i] for i in kept]
     try:
-      train, validating = demonstrations.split(rows, self._section.held_out, "pairs")
+      train, validating = demonstrations.split(rows, self.config.pairs.held_out, "pairs")
     except ValueError as error:
       raise ValueError(f"pairs.{error}") from error
     tokenised = lambda side: pair_files.tokenised(side, self._experiment.tokenizer, self.path)

@@ -5,9 +5,7 @@ user's), and the texts `chosen` and `rejected`. `prefill` may hold the given sta
 from. Further fields are ignored; `d1jax.evaluation.rollout_pairs` writes there where a pair comes from.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,14 +105,17 @@ def _pair(row: Mapping[str, Any], kind: str, line: int) -> Pair:
   return Pair(_messages(row, kind), prefill, chosen, rejected, line)
 
 
-def read(path: str | os.PathLike[str]) -> list[Pair]:
+def read(path: Any) -> list[Pair]:
   """Reads the pairs of a file, in its order.
+
+  Args:
+    path: the file, on a disk or in a bucket.
 
   Raises:
     ValueError: the file is absent, unreadable or empty, or a row is wrong; the message names its line.
   """
   try:
-    text = files.read_text(Path(path))
+    text = files.read_text(path)
   except files.FileError as error:
     raise ValueError(f"{error}; check the path, its rights, and that it is UTF-8 text") from None
   found: list[Pair] = []

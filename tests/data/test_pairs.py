@@ -5,6 +5,7 @@ import pytest
 
 from d1jax.data import demonstrations, pairs
 from d1jax.data.pairs import Pair, PairTokens, pair_batches
+from d1jax.data.tokenizer import Tokenizer
 from tests.data.test_sft_batches import PAD
 
 ROW = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
@@ -17,7 +18,7 @@ def written(path, *rows):
   return file
 
 
-class Letters:
+class Letters(Tokenizer):
   """A tokenizer of letters, which knows no capitals."""
 
   stop_ids = (0,)
