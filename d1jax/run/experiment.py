@@ -86,7 +86,9 @@ class Experiment:
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
-    return optimizers.adamw(
+    if stage.optimizer not in optimizers.OPTIMIZERS:
+      raise ValueError(f"optimizer={stage.optimizer!r} is unknown; known: {', '.join(optimizers.OPTIMIZERS)}")
+    return optimizers.OPTIMIZERS[stage.optimizer](
       learning_rate=stage.learning_rate,
       steps=steps,
       warmup_steps=stage.warmup_steps,

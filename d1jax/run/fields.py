@@ -26,6 +26,7 @@ class Field(NamedTuple):
 
 
 _STAGE: Mapping[str, Field] = {
+  "optimizer": Field("adamw", "or muon, which needs fewer steps where a model learns from random weights"),
   "b1": Field(0.9, "decay of AdamW's first moment"),
   "ema_decay": Field(None, "of an average of the weights, which is validated, evaluated and exported; None: none"),
   "save_every": Field(None, "iterations between checkpoints; None: every validation saves one"),
@@ -49,6 +50,7 @@ OPTIONAL: Mapping[str, Field] = {
   "lora.rslora": Field(False, "scales adapters by alpha / sqrt(rank) instead of alpha / rank"),
   "tokenizer.model_type": Field("char", "of the tokenizer that is trained without a folder: char, unigram, bpe"),
   "tokenizer.vocab_size": Field(512, "its largest vocabulary"),
+  "tokenizer.symbols": Field((), "texts that are one token each, such as tags"),
   "rollout.refresh_every": Field(None, "steps between refreshes of the cache; None: one a block"),
   "rollout.look_behind": Field(16, "tokens before the block that the cache `window` computes anew"),
   "rollout.look_ahead": Field(16, "tokens behind the block that it computes anew"),
