@@ -1,5 +1,7 @@
 """Preference tuning as a run: pairs from graded rollouts and from files, the reference, a resume."""
 
+import dataclasses
+import functools
 import json
 import shutil
 
@@ -9,6 +11,8 @@ import pytest
 
 from d1jax import recipe
 from d1jax.errors import RunError
+from d1jax.evaluation import rollout_pairs
+from d1jax.preferences import Preferences
 from d1jax.run import experiment as experiments
 from d1jax.run.identity import holds_run
 from d1jax.run.metrics import read_records
@@ -38,19 +42,25 @@ def rows(workdir):
 
 
 def finished():
-  workdir, results = shared("preferences", lambda workdir: recipe.run(job(workdir)))
-  return workdir, results
+  """A run from a model that solves nothing: a right answer is one that is well-formed."""
+
+  def make(workdir):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(rollout_pairs, "METRIC", "well_formed")
+      return recipe.run(job(workdir))
+
+  return shared("preferences", make)
 
 
 @pytest.mark.slow(reason="runs the recipe")
-def test_pairs_of_graded_rollouts_train_validate_and_resume_bit_for_bit(tmp_path):
+def test_pairs_of_graded_rollouts_train_validate_and_resume_bit_for_bit():
   workdir, results = finished()
   made = rows(workdir)
   assert made
   task = experiments.build(job(workdir), None).task
   for row in made:
     record = task.records("train")[row["made"]["question"]]
-    grades = [task.grade(row[side], record).metrics["solved"] for side in ("chosen", "rejected")]
+    grades = [task.grade(row[side], record).metrics["well_formed"] for side in ("chosen", "rejected")]
     assert [reached == possible for reached, possible in grades] == [True, False]
     assert row["messages"] == task.prompt(record, "terse")[0]
   records = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == "dpo"]
@@ -60,7 +70,7 @@ def test_pairs_of_graded_rollouts_train_validate_and_resume_bit_for_bit(tmp_path
   assert {"validation", "held_out/accuracy", "held_out/margin", "held_out/loss"} <= records[2].keys()
   assert set(results["seconds"]) == {"dpo", "this_invocation"}
 
-  again = tmp_path / "again"
+  again = workdir.with_name("preferences-again")  # which finds the compiled programs beside it
   shutil.copytree(workdir, again)
   for path in (again / "results.json", again / "checkpoints" / "dpo" / "6"):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -72,10 +82,31 @@ def test_pairs_of_graded_rollouts_train_validate_and_resume_bit_for_bit(tmp_path
     recipe.run(job(again))
 
 
+@pytest.mark.slow(reason="samples with programs of its own")
+def test_another_run_makes_the_pairs_and_each_says_which(tmp_path, monkeypatch):
+  monkeypatch.setattr(rollout_pairs, "METRIC", "well_formed")
+  workdir, results = finished()
+  config = job(tmp_path, pairs__checkpoint=str(workdir), pairs__questions=16)
+  made = Preferences(experiments.build(config, None), configured.preferences(config), tmp_path)
+  made.prepare(None, lambda: None)
+  assert made.held_out is not None
+  assert made.count == len(rows(tmp_path)) > 0
+  for row in rows(tmp_path):
+    assert row["made"]["checkpoint"] == results["checkpoint"]
+    assert row["made"]["question"] < 16
+  before = (tmp_path / "pairs.jsonl").read_bytes()
+  config = job(tmp_path, pairs__checkpoint=str(workdir), pairs__questions=16)
+  monkeypatch.setattr(rollout_pairs, "make", None)  # sampling again would fail
+  again = Preferences(experiments.build(config, None), configured.preferences(config), tmp_path)
+  again.prepare(None, lambda: None)
+  assert again.hash() == made.hash()
+  assert (tmp_path / "pairs.jsonl").read_bytes() == before
+
+
 @pytest.mark.slow(reason="compiles a step of its own")
 def test_adapters_are_tuned_against_a_copy_of_themselves(tmp_path):
   """Also where they have been trained before, so that the base is not the reference."""
-  config = job(tmp_path, lora__rank=4, lora__alpha=8.0, dpo__batch_size=2)
+  config = job(tmp_path, lora__rank=4, lora__alpha=8.0, dpo__batch_size=8)
   experiment = experiments.build(config, None)
   model, options, tokenizer = experiment.model, configured.preferences(config), experiment.tokenizer
   answers = [tokenizer.completion(text) for text in ("1234", "4321")]
@@ -94,6 +125,11 @@ def test_adapters_are_tuned_against_a_copy_of_themselves(tmp_path):
   assert held_out["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
+@functools.cache
+def built():
+  return experiments.build(job(jobs.ROOT / "none"), None)
+
+
 FILES = {
   "long": ({"chosen": "1" * 40}, r"1 of 1 pairs \(the first is line 1\) are longer than .*completion_buckets=\(19,\)"),
   "one question": ({}, r"pairs.held_out=0.3 parts 1 pairs into .* change the share, or add pairs"),
@@ -108,9 +144,9 @@ def test_a_file_that_does_not_serve_is_refused_before_anything_is_computed(tmp_p
   file.write_text(json.dumps({"prompt": "1234", "chosen": "1234", "rejected": "4321"} | change) + "\n")
   more = {"pairs__checkpoint": "runs/none"} if name == "two sources" else {}
   config = job(tmp_path / "run", pairs__file=str(file), **more)
-  with pytest.raises(RunError, match=message):
-    recipe.run(config)
-  assert not (tmp_path / "run" / "config.json").exists()
+  with pytest.raises(ValueError, match=message) as caught:
+    Preferences(dataclasses.replace(built(), config=config), configured.preferences(config), tmp_path)
+  assert "\n" not in str(caught.value)
 
 
 def test_what_decides_the_pairs_may_change_until_they_are_trained_on(tmp_path):

@@ -111,6 +111,7 @@ def test_the_start_has_the_score_0_and_the_loss_log_2():
   assert [float(figures[name]) for name in ("accuracy", "margin", "chosen_gain", "rejected_gain")] == [0.5, 0, 0, 0]
 
 
+@pytest.mark.slow(reason="compiles three updates")
 def test_a_step_follows_the_gradient_whatever_the_micro_batches():
   """Against finite differences of the naive loss along the step itself; sgd with the rate 1 is minus the gradient."""
   params, reference, batch = toy.params(), toy.params(1), pairs()
