@@ -83,14 +83,15 @@ class Recipe(Stages):
   def splits(self) -> dict[str, Any]:
     """The number of questions in each split in use, and a hash of their records."""
     task = self.experiment.task
-    names = ["test", "validation", *(["train"] if self.config.mode in ("dpo", "grpo") else [])]
+    from_file = self.config.mode == "dpo" and self._preferences.is_file
+    names = ["test", "validation", *([] if from_file or self.config.mode == "sft" else ["train"])]
     if self.config.sft.steps and not self.config.sft.data:
       names.append("demonstrations")
     found = {name: task.records(name) for name in names}
     if self.config.sft.steps and self.config.sft.data:
       found["sft.data"] = [{"prompt": a, "answer": b} for a, b in zip(*self._demonstrations, strict=True)]
     hashes = {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
-    if self.config.mode == "dpo" and self._preferences.is_file:
+    if from_file:
       hashes["pairs.file"] = {"n": self._preferences.count, "sha256": self._preferences.hash()}
     return hashes
 
