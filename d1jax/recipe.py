@@ -5,7 +5,7 @@ Also SFT alone, and preference tuning in place of diffu-GRPO.
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import optax
@@ -16,6 +16,8 @@ from d1jax import optimizer as optimizers
 from d1jax.completer import Completer
 from d1jax.errors import explained, input_checked, smaller_batches
 from d1jax.evaluation.evaluator import Evaluation, Evaluator
+from d1jax.page import samples
+from d1jax.page.writer import Page
 from d1jax.parallel import multihost
 from d1jax.preferences import Preferences
 from d1jax.results import Outcome, finished_results, write_results
@@ -53,6 +55,7 @@ class Recipe(Stages):
     experiments.check_lengths(config, self._model.length_ways)
     experiments.check_start(config)
     multihost.from_main(lambda: trackers.check(config.trackers))
+    multihost.from_main(lambda: self.page.check(config.mode))
     self._completer = Completer.of(self._model, keys.Purpose.EVALUATION)
     self._test = self._evaluator(self.experiment.prompts("test"))
     if config.sft.steps:
@@ -60,7 +63,7 @@ class Recipe(Stages):
       self._fine_tuning.check(self._model.denoiser.block)
       self._demonstrations, held_out = configured.demonstrations(self.experiment)
       self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
-      self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
+      self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy("sft")
     if config.mode == "dpo":
       self._optimizers["dpo"] = self._optimizer("dpo", config.dpo.steps)
       self._tuning = configured.preferences(config)
@@ -70,7 +73,7 @@ class Recipe(Stages):
       self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
       self._programs = configured.programs(self.experiment, self._optimizers["grpo"])
       self._grading = configured.grading(self.experiment)
-      self._validations["grpo"] = self._by_accuracy()
+      self._validations["grpo"] = self._by_accuracy("grpo")
 
   def _optimizer(self, name: str, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
@@ -95,36 +98,39 @@ class Recipe(Stages):
       hashes["pairs.file"] = {"n": self._preferences.count, "sha256": self._preferences.hash()}
     return hashes
 
-  def _evaluator(self, prompts: Prompts) -> Evaluator:
+  def _evaluator(self, prompts: Prompts, traced: Collection[int] = ()) -> Evaluator:
     """A greedy evaluation under published weights; it uses no cache, even if rollouts do."""
     sampler = self.experiment.sampler.greedy()
-    return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size)
+    return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size, traced)
 
   @property
   def _smaller_batches(self) -> str:
     """Advice for an evaluation that does not fit into memory."""
     return smaller_batches("evaluation.batch_size", self.config.evaluation.batch_size)
 
-  def _by_accuracy(self) -> Validation:
-    evaluator = self._evaluator(self.experiment.prompts("validation"))
+  def _by_accuracy(self, stage: str) -> Validation:
+    prompts = self.experiment.prompts("validation")
+    evaluator = self._evaluator(prompts, samples.places(len(prompts.records)))
 
-    def score(trainable: Params) -> dict[str, float]:
-      return {"validation": evaluator(self._published(trainable)).share(VALIDATION_METRIC).value}
+    def score(trainable: Params, iteration: int) -> dict[str, float]:
+      found = evaluator(self._published(trainable))
+      self.page.keep(stage, iteration, found, prompts)
+      return {"validation": found.share(VALIDATION_METRIC).value}
 
     return Validation(evaluator.compile, score, self._smaller_batches)
 
   def _by_loss(self, held_out: sft.Demonstrations) -> Validation:
     loss = HeldOutLoss(self._model, held_out, self._fine_tuning)
     remedy = self._smaller_parts("sft")
-    score = lambda trainable: {"validation": loss(trainable, self.experiment.model.weights.frozen)}
+    score = lambda trainable, _: {"validation": loss(trainable, self.experiment.model.weights.frozen)}
     return Validation(loss.compile, score, remedy)
 
   def _by_preference(self) -> Validation:
     """The share of solved questions, and figures of held-out pairs; minus their loss decides if a file has them."""
-    graded, judge, pairs = self._by_accuracy(), HeldOutPairs(self._model, self._tuning), self._preferences
+    graded, judge, pairs = self._by_accuracy("dpo"), HeldOutPairs(self._model, self._tuning), self._preferences
 
-    def score(trainable: Params) -> dict[str, float]:
-      found = graded.score(trainable)
+    def score(trainable: Params, iteration: int) -> dict[str, float]:
+      found = graded.score(trainable, iteration)
       if pairs.held_out is None:
         return found
       judged = {f"held_out/{name}": x for name, x in judge(pairs.held_out, trainable, self._with_reference()).items()}
@@ -274,6 +280,10 @@ def run(config: ConfigDict) -> dict[str, Any]:
   parts.complete(config)
   finished = multihost.from_main(lambda: finished_results(workdir, config))
   if finished and multihost.from_main(lambda: run_tokenizer.is_whole(workdir)):
+    if config.report.compare:
+      page = Page(workdir, config.report.compare)
+      multihost.from_main(lambda: page.check(config.mode))
+      page.draw()
     return report.reprint(finished, workdir)
   began = time.monotonic()
   with locked(workdir), compiled.kept(workdir), Interrupts() as interrupts, explained("run", "more devices"):
@@ -292,6 +302,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     }
     rest = fingerprints | {"splits": splits}
     results = multihost.from_main(lambda: write_results(recipe.experiment, workdir, outcomes, evaluations, began, rest))
+    recipe.page.draw()
   print(report.summary(results, workdir))
   return results
 

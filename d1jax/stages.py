@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from d1jax.errors import RunError, explained, input_checked
 from d1jax.fingerprint import fingerprint
+from d1jax.page.writer import Page
 from d1jax.parallel import multihost
 from d1jax.results import Outcome
 from d1jax.run import experiment as experiments
@@ -33,12 +34,12 @@ class Validation(NamedTuple):
 
   Attributes:
     compile: compiles everything that `score` needs.
-    score: figures of weights; `validation` is their score, and higher is better.
+    score: figures of the weights of an iteration; `validation` is their score, and higher is better.
     remedy: advice for the case that device memory runs out.
   """
 
   compile: Callable[[], None]
-  score: Callable[[Params], dict[str, float]]
+  score: Callable[[Params, int], dict[str, float]]
   remedy: str
 
 
@@ -54,6 +55,7 @@ class Stages:
       interrupts: its stop signals.
     """
     self.experiment, self.workdir, self._interrupts = experiment, workdir, interrupts
+    self.page = Page(workdir, experiment.config.report.compare)
     self.config, self._model = experiment.config, experiment.model
     self._profiled = profile.iterations(self.config.profile_steps, self.config[self.config.mode].steps)
     self._validations: dict[str, Validation] = {}
@@ -90,9 +92,9 @@ class Stages:
       fingerprint(tree)  # compiles the program that each checkpoint uses
     finite = jax.jit(all_finite, in_shardings=(weights.state_placement(optimizer),), out_shardings=weights.replicated)
 
-    def validate(trainable: Params) -> dict[str, float]:
+    def validate(trainable: Params, iteration: int) -> dict[str, float]:
       with explained(f"{name}: validation", validation.remedy):
-        return validation.score(trainable)
+        return validation.score(trainable, iteration)
 
     stage = loop.Stage(
       name,
@@ -102,11 +104,12 @@ class Stages:
       finite.lower(abstract).compile(),
       loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
       self._rates[name],
-      trackers.named(self.config.trackers),
+      trackers.entries(self.config.trackers),
       shown,
       self.experiment.metadata() | more,
       began,
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
+      self.page.draw,
     )
     loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
 

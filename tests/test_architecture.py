@@ -53,8 +53,9 @@ ALLOWED["generation"] = ALLOWED["export"] = ALLOWED["evaluation"] | {"evaluation
 ALLOWED["serving"] = ALLOWED["generation"] | {"generation"}
 ALLOWED["report"] = ALLOWED["export"] | {"telemetry"}
 ALLOWED["results"] = ALLOWED["report"] | {"report"}
+ALLOWED["page"] = ALLOWED["results"] | {"results", "generation"}
 ALLOWED["preferences"] = ALLOWED["evaluation"] | {"evaluation", "training"}
-ALLOWED["stages"] = ALLOWED["results"] | {"results", "training"}
+ALLOWED["stages"] = ALLOWED["page"] | {"page", "training"}
 ALLOWED["recipe"] = ALLOWED["stages"] | {"stages", "preferences"}
 ALLOWED["presets"] = set(ALLOWED)
 ALLOWED["harness"] = set(ALLOWED)
@@ -195,6 +196,7 @@ def test_few_files_know_of_configurations(path):
     "d1jax/generation/command.py",
     "d1jax/serving/command.py",
     "d1jax/aot/command.py",
+    "d1jax/page/command.py",
     "d1jax/recipe.py",
     "d1jax/results.py",
     "d1jax/serving/chat.py",
@@ -387,6 +389,7 @@ CONFIGS = [
   ("eval", ""),
   ("eval", "llada_8b,gsm8k,math"),
   ("export",),
+  ("report",),
   ("generate",),
   ("serve",),
   ("aot", "llada_8b,v5e,full"),

@@ -112,7 +112,8 @@ def test_muon_gives_matrices_of_layers_singular_values_of_one_size():
   updates, _ = chosen.update(gradients, chosen.init(params), params)
   for name, update in updates["blocks"]["mlp"].items():
     values = jnp.linalg.svd(update, compute_uv=False) / (0.1 * 0.2 * np.sqrt(12))
-    assert values.shape == (3, 8) and values.min() > 0.6 and values.max() < 1.3, name
+    assert values.shape == (3, 8), name
+    np.testing.assert_allclose(values, 0.95, atol=0.35)
   adam = optax.nadamw(0.1, b2=0.99, weight_decay=0.0)
   expected, _ = adam.update(gradients, adam.init(params), params)
   for name in ("head", "embedding", "final_norm"):
@@ -128,4 +129,5 @@ def test_momentum_of_muon_lies_where_its_weight_lies():
   state = jax.eval_shape(chosen.init, shapes)
   assert jax.tree.structure(placed.opt_state) == jax.tree.structure(state)
   momentum = placed.opt_state[1].inner_states["muon"].inner_state[0].mu["blocks"]["mlp"]["up"]
-  assert momentum == placed.trainable["blocks"]["mlp"]["up"] and "fsdp" in str(momentum.spec)
+  assert momentum == placed.trainable["blocks"]["mlp"]["up"]
+  assert "fsdp" in str(momentum.spec)

@@ -248,7 +248,7 @@ def _tokenizer(config: ConfigDict, run: Kept | None, source: Source | None, task
   if run is None:
     return make()
   is_makeable = source is not None or task is not None
-  return run_tokenizer.read(run, make if is_makeable else None, str(source.folder) if source else "the task")
+  return run_tokenizer.read_or_make(run, make if is_makeable else None, str(source.folder) if source else "the task")
 
 
 class _NoTask:

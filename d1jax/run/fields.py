@@ -35,6 +35,7 @@ _STAGE: Mapping[str, Field] = {
 }
 
 OPTIONAL: Mapping[str, Field] = {
+  "report.compare": Field(None, "another run's folder, which WORKDIR/report.html draws beside this one; None: none"),
   "profile_steps": Field(None, "FIRST:LAST iterations, counted from 1, to trace into WORKDIR/profile; None: none"),
   "distributed.coordinator": Field(None, "HOST:PORT of process 0; None: found on Cloud TPUs, GKE, Slurm, Open MPI"),
   "distributed.processes": Field(None, "how many processes there are; None: found in the same way"),
@@ -77,7 +78,7 @@ OPTIONAL: Mapping[str, Field] = {
 OPEN = ("rules", "rollout_rules", "task.options", "task.mix", "grpo.reward_weights")
 """Sections with fields of any name: axes, options of a task, tasks, components of a reward. One flag may set several
 fields: `--config.grpo.reward_weights="{'correct': 1.0, 'format': 0.2}"`, or `correct=1.0,format=0.2`."""
-_WHERE = {"": STAGES, "distributed": (*STAGES, "eval")}
+_WHERE = {"": STAGES, "report": STAGES, "distributed": (*STAGES, "eval")}
 """The modes whose configurations have a section; `""` stands for fields outside of sections."""
 
 

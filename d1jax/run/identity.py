@@ -27,7 +27,13 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     *("grpo.rollout_chunks", "grpo.grading_workers", "evaluation.batch_size", "model.remat", "model.unroll"),
   ),
   # Output besides the weights.
-  "logging": ("profile_steps", "trackers", "grpo.dump_every", *(f"{stage}.save_every" for stage in STAGES)),
+  "logging": (
+    "profile_steps",
+    "trackers",
+    "report.compare",
+    "grpo.dump_every",
+    *(f"{stage}.save_every" for stage in STAGES),
+  ),
   # The length of a stage, and conditions that end it earlier.
   "total": tuple(f"{stage}.{name}" for stage in STAGES for name in ("steps", "patience", "max_skipped_steps")),
   # Paths: fingerprints tell whether the content is the same.

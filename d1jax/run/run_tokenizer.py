@@ -105,7 +105,7 @@ def train(
   return tokenizers.SentencePieceTokenizer(model)
 
 
-def read(run: Kept, make: Callable[[], Tokenizer] | None, origin: str) -> Tokenizer:
+def read_or_make(run: Kept, make: Callable[[], Tokenizer] | None, origin: str) -> Tokenizer:
   """The tokenizer of a run with checkpoints. It is made again if its files are damaged; nothing is written.
 
   Args:
