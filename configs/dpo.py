@@ -53,7 +53,7 @@ def get_config(words: str = "") -> config_dict.ConfigDict:
   if c.model.size in ("tiny", "small"):
     c.rollout.temperature = 1.0
     c.pairs.update(questions=4000, samples=16)
-    c.dpo.update(steps=300, accumulation=1, samples=4, learning_rate=1e-4, warmup_steps=20, validate_every=50)
+    c.dpo.update(steps=300, accumulation=1, samples=4, learning_rate=3e-4, warmup_steps=20, validate_every=50)
   if "smoke" in words.split(","):
     c.pairs.update(questions=200, samples=8)
     c.dpo.update(steps=8, batch_size=16, warmup_steps=2, validate_every=4)
