@@ -66,6 +66,20 @@ COMMANDS: Mapping[str, Command] = {
     ("tiny", "lora --model.pretrained=FOLDER", "adapt --model.pretrained=FOLDER --sft.data=mine.jsonl"),
     _RUN | {"sft.data": "your own data (docs/adapt.md); None: the task's demonstrations"},
   ),
+  "dpo": Command(
+    "Trains on pairs of answers, the better one against the worse one: of a file, or of graded rollouts.",
+    "dpo",
+    ("tiny", "tiny --pairs.checkpoint=runs/sft", "lora --model.pretrained=FOLDER --pairs.file=PAIRS.jsonl"),
+    _RUN
+    | {
+      "pairs.file": "JSON lines of prompt or messages, chosen, rejected; None: pairs are made from rollouts",
+      "pairs.checkpoint": "the run that samples them; None: the policy at the start",
+      "dpo.steps": "optimiser steps of preference tuning",
+      "dpo.learning_rate": "its highest learning rate",
+      "dpo.beta": "the weight of the preference score",
+      "dpo.samples": "masks of an answer",
+    },
+  ),
   "eval": Command(
     "Evaluates a checkpoint, a model's folder or completions in a file: numbers, items, a page.",
     "eval",

@@ -26,6 +26,7 @@ class Purpose(enum.IntEnum):
   ADAPTER = 7
   MASK_EMBEDDING = 8
   LIKELIHOOD = 9
+  PREFERENCE = 10
 
 
 def seeded(seed: int) -> Key[Array, ""]:

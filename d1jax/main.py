@@ -28,7 +28,7 @@ _CHECK = flags.DEFINE_boolean("check", False, "Says whether flags, model and dat
 
 def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
   """The function that runs a mode. It is imported late, so that a mistyped flag is answered at once."""
-  if config.mode in ("grpo", "sft"):
+  if config.mode in ("grpo", "dpo", "sft"):
     with errors.extra("train"):
       from d1jax import recipe
 
@@ -68,7 +68,9 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
       from d1jax.serving import command as serving
 
     return serving.run
-  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, report, export, generate, serve, aot")
+  raise errors.RunError(
+    f"config.mode is {config.mode!r}; known: grpo, dpo, sft, eval, report, export, generate, serve, aot"
+  )
 
 
 def _meet(config: ConfigDict) -> None:

@@ -110,7 +110,8 @@ def train(config: ConfigDict | str, overrides: Mapping[str, Any] | None = None) 
   `jax.distributed.initialize` first.
 
   Args:
-    config: a configuration of `configs/grpo.py` or `configs/sft.py`, which is not changed; or the name of a preset.
+    config: a configuration of `configs/grpo.py`, `configs/dpo.py` or `configs/sft.py`, which is not changed; or the
+      name of a preset.
     overrides: new values of fields by dotted name.
 
   Returns:
@@ -123,8 +124,8 @@ def train(config: ConfigDict | str, overrides: Mapping[str, Any] | None = None) 
     config = load(config, overrides)
   else:
     config = _changed(config.copy_and_resolve_references(), overrides or {})
-  if config.mode not in ("grpo", "sft"):
-    raise errors.RunError(f"config.mode is {config.mode!r}; d1jax.train takes grpo and sft")
+  if config.mode not in ("grpo", "dpo", "sft"):
+    raise errors.RunError(f"config.mode is {config.mode!r}; d1jax.train takes grpo, dpo and sft")
   with errors.extra("train"):
     from d1jax import recipe
   from d1jax.parallel import multihost

@@ -1,66 +1,48 @@
-"""d1's whole recipe: masked SFT, then diffu-GRPO, then one evaluation on the held-out split. Also SFT alone."""
+"""d1's whole recipe: masked SFT, then diffu-GRPO, then one evaluation on the held-out split.
+
+Also SFT alone, and preference tuning in place of diffu-GRPO.
+"""
 
 import functools
 import time
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from d1jax import keys, report
 from d1jax import optimizer as optimizers
 from d1jax.completer import Completer
-from d1jax.errors import RunError, explained, input_checked, smaller_batches
+from d1jax.errors import explained, input_checked, smaller_batches
 from d1jax.evaluation.evaluator import Evaluation, Evaluator
 from d1jax.evaluation.samples import Samples
-from d1jax.fingerprint import fingerprint
 from d1jax.page import samples
 from d1jax.page.writer import Page
 from d1jax.parallel import multihost
+from d1jax.preferences import Preferences
 from d1jax.results import Outcome, finished_results, write_results
 from d1jax.rl.prompts import Prompts
 from d1jax.run import compiled, fields, opening, parts, run_tokenizer, trackers
 from d1jax.run import experiment as experiments
-from d1jax.run.checkpoint import Checkpoints, Restored
+from d1jax.run.checkpoint import Checkpoints
 from d1jax.run.identity import check_splits, holds_run, record_changes
 from d1jax.run.interrupts import Interrupts
 from d1jax.run.lock import locked
 from d1jax.run.metrics import STAGES, warn_of_lost
 from d1jax.run.workdir import Folder, claim, folder
-from d1jax.state import Params, TrainState, all_finite
+from d1jax.stages import Stages, Validation
+from d1jax.state import Frozen, Params, TrainState
 from d1jax.tasks import split_hash
-from d1jax.telemetry import profile
-from d1jax.training import configured, grpo, loop, sft, sft_data
+from d1jax.training import configured, dpo, grpo, loop, sft, sft_data
+from d1jax.training.dpo import HeldOutPairs
 from d1jax.training.held_out_loss import HeldOutLoss
-from d1jax.weights import check_base
 
 VALIDATION_METRIC = "solved"
 """The metric on the validation split by which checkpoints are chosen."""
 
-Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
-"""Takes the iteration to start at, and returns the function that runs one iteration of a stage."""
 
-
-class Validation(NamedTuple):
-  """The validation of a stage.
-
-  Attributes:
-    compile: compiles everything that `score` needs.
-    score: scores weights after an iteration; higher is better.
-    remedy: advice for the case that device memory runs out.
-    questions: how many prompts are completed; 0: none, it is a loss.
-  """
-
-  compile: Callable[[], None]
-  score: Callable[[Params, int], loop.Scored]
-  remedy: str
-  questions: int = 0
-
-
-class Recipe:
+class Recipe(Stages):
   """The stages of one work directory."""
 
   def __init__(self, config: ConfigDict, workdir: Folder, interrupts: Interrupts):
@@ -69,29 +51,27 @@ class Recipe:
     experiments.check_data(config)
     self._held = multihost.from_main(lambda: holds_run(workdir, config.to_dict()))
     kept = run_tokenizer.kept_in(workdir) if self._held else None
-    self.experiment = experiments.build(config, kept, trains=True)
-    self._model = self.experiment.model
+    super().__init__(experiments.build(config, kept, trains=True), workdir, interrupts)
     if self._model.weights.source is not None and (start := self._model.weights.source.as_start()):
       print(start)
     experiments.check_batches(config, self._model.ways)
     experiments.check_lengths(config, self._model.length_ways)
     experiments.check_start(config)
     multihost.from_main(lambda: trackers.check(config.trackers))
-    self.page = Page(workdir, config.report.compare)
     multihost.from_main(lambda: self.page.check(config.mode))
-    self.config, self.workdir, self._interrupts = config, workdir, interrupts
-    self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
     self._completer = Completer.of(self._model, keys.Purpose.EVALUATION)
     self._test = self._evaluator(self.experiment.prompts("test")) if self.experiment.has_task else None
-    self._validations: dict[str, Validation] = {}
-    self._optimizers: dict[str, optax.GradientTransformation] = {}
-    self._rates: dict[str, np.ndarray] = {}
     if config.sft.steps:
       self._fine_tuning = configured.fine_tuning(config)
       self._fine_tuning.check(self._model.denoiser.block)
       self._demonstrations, held_out = configured.demonstrations(self.experiment)
       self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
       self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy("sft")
+    if config.mode == "dpo":
+      self._optimizers["dpo"] = self._optimizer("dpo", config.dpo.steps)
+      self._tuning = configured.preferences(config)
+      self._preferences = Preferences(self.experiment, self._tuning, workdir)
+      self._validations["dpo"] = self._by_preference()
     if config.mode == "grpo":
       self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
       self._programs = configured.programs(self.experiment, self._optimizers["grpo"])
@@ -109,13 +89,18 @@ class Recipe:
   def splits(self) -> dict[str, Any]:
     """The number of questions in each split in use, and a hash of their records."""
     task = self.experiment.task
-    names = ["test", "validation"] * self.experiment.has_task + ["train"] * (self.config.mode == "grpo")
+    from_file = self.config.mode == "dpo" and self._preferences.is_file
+    names = ["test", "validation"] * self.experiment.has_task
+    names += ["train"] * (self.config.mode != "sft" and not from_file)
     if self.config.sft.steps and not self.config.sft.data:
       names.append("demonstrations")
     found = {name: task.records(name) for name in names}
     if self.config.sft.steps and self.config.sft.data:
       found["sft.data"] = [{"prompt": a, "answer": b} for a, b in zip(*self._demonstrations, strict=True)]
-    return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
+    hashes = {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
+    if from_file:
+      hashes["pairs.file"] = {"n": self._preferences.count, "sha256": self._preferences.hash()}
+    return hashes
 
   def _evaluator(self, prompts: Prompts, traced: Collection[int] = ()) -> Evaluator:
     """A greedy evaluation under published weights; it uses no cache, even if rollouts do."""
@@ -157,13 +142,29 @@ class Recipe:
 
     return Validation(compile, score, self._smaller_parts("sft"))
 
+  def _by_preference(self) -> Validation:
+    """The share of solved questions, and figures of held-out pairs; minus their loss decides if a file has them."""
+    graded, judge, pairs = self._by_accuracy("dpo"), HeldOutPairs(self._model, self._tuning), self._preferences
+
+    def score(trainable: Params, iteration: int) -> loop.Scored:
+      found = graded.score(trainable, iteration)
+      if pairs.held_out is None:
+        return found
+      judged = {f"held_out/{name}": x for name, x in judge(pairs.held_out, trainable, self._with_reference()).items()}
+      if pairs.is_file:
+        return loop.Scored(-judged["held_out/loss"], judged | {VALIDATION_METRIC: found.score})
+      return found._replace(figures=judged)
+
+    def compile() -> None:
+      graded.compile()
+      judge.compile()
+      pairs.compile()
+
+    return Validation(compile, score, graded.remedy, graded.questions)
+
   def _published(self, trainable: Params) -> Params:
     """Trained weights in the form that rollouts take."""
     return self._model.publisher(trainable, self._model.frozen.base)
-
-  def _smaller_parts(self, stage: str) -> str:
-    """Advice for training that does not fit into memory."""
-    return experiments.smaller_parts(self.config, stage, self._model.ways)
 
   def read_base(self) -> None:
     """Reads the base of the adapters before this run claims the folder: with a smaller base it is another run."""
@@ -182,59 +183,7 @@ class Recipe:
         self._test.compile()
         self._model.publisher.compile()
 
-  def _train_stage(
-    self,
-    name: str,
-    section: ConfigDict,
-    fresh: Callable[[], TrainState],
-    advancer: Advancer,
-    shown: tuple[str, ...],
-    checkpoints: Checkpoints,
-  ) -> None:
-    """Runs a stage from its last good checkpoint to its end; afterwards the state is no longer in memory."""
-    weights, validation, optimizer = self.experiment.model.weights, self._validations[name], self._optimizers[name]
-    began, abstract = time.perf_counter(), weights.abstract_state(optimizer)
-    start = checkpoints.restore_latest(abstract)
-    if start:
-      with input_checked():
-        check_base(weights, start.metadata)
-    if start and loop.is_over(start.step, start.metadata, section.steps, section.patience):
-      return
-    if start:
-      print(f"{name}: goes on from iteration {start.step} of {section.steps}")
-    if not start:
-      with opening.timed(f"reading the weights for {name}"):
-        start = Restored(0, fresh(), {})
-    with opening.timed(f"compiling the iterations of {name}"):
-      for tree in (start.state, start.state.trainable):
-        fingerprint(tree)  # compiles the program that each checkpoint uses
-      placement = (weights.state_placement(optimizer),)
-      finite = jax.jit(all_finite, in_shardings=placement, out_shardings=weights.replicated).lower(abstract).compile()
-      advance = advancer(start.step)
-
-    def validate(trainable: Params, iteration: int) -> loop.Scored:
-      with explained(f"{name}: validation", validation.remedy):
-        return validation.score(trainable, iteration)
-
-    stage = loop.Stage(
-      name,
-      section.steps,
-      advance,
-      validate,
-      finite,
-      loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
-      self._rates[name],
-      trackers.entries(self.config.trackers),
-      shown,
-      self.experiment.metadata(),
-      began,
-      profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
-      self.page.draw,
-      self._later(name),
-    )
-    loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
-
-  def _later(self, name: str) -> float:
+  def later(self, name: str) -> float:
     """What the run does after a stage, in validations of the stage; 0 if its validation completes no prompts.
 
     A completion counts 1, and a pass of an update 3 of its steps: forward, backward and what is computed twice.
@@ -249,50 +198,6 @@ class Recipe:
       rows += config.grpo.steps * updated * (config.grpo.oversample + 3 * config.grpo.num_iterations / steps)
     return rows / questions
 
-  def _run_stage(
-    self,
-    name: str,
-    section: ConfigDict,
-    fresh: Callable[[], TrainState],
-    advancer: Advancer,
-    shown: tuple[str, ...],
-  ) -> Outcome:
-    """Runs or resumes a stage. Nothing is computed twice; from a finished stage only the best weights are read."""
-    home, weights = self.workdir / "checkpoints" / name, self.experiment.model.weights
-    checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
-
-    def last() -> tuple[int, bool]:
-      """The last saved step, and whether the stage ended with it."""
-      step = max(checkpoints.steps(), default=0)
-      return step, step > 0 and loop.is_over(step, checkpoints.metadata(step), section.steps, section.patience)
-
-    found = lambda: multihost.from_main(last)
-    with explained(name, self._smaller_parts(name)):
-      step: int | None = None
-      while step is None or not found()[1]:  # a damaged last checkpoint has been set aside and is made again
-        if not found()[1]:
-          self._train_stage(name, section, fresh, advancer, shown, checkpoints)
-        best = checkpoints.best_evaluated(abstract)
-        if best is None:
-          raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
-        step = best[0]
-        del best  # this read only proved that the weights are good; they are read again when needed
-      with input_checked():
-        check_base(weights, checkpoints.metadata(step))
-      end = checkpoints.metadata(found()[0])
-      trained = end.get("trainable") or fingerprint(checkpoints.restore_evaluated(found()[0], abstract))
-      checkpoints.close()
-    return Outcome(step, trained, float(end["seconds"]), home / str(step))
-
-  def best(self, name: str) -> Params:
-    """The best weights of a finished stage."""
-    checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
-    found = checkpoints.best_evaluated(self.experiment.model.weights.abstract_state(self._optimizers[name]))
-    checkpoints.close()
-    if found is None:
-      raise RunError(f"{checkpoints.folder} lost its checkpoints while the run went on; run the same command again")
-    return found[1]
-
   def sft(self) -> Outcome:
     """Masked supervised fine-tuning from the run's start."""
     experiment, optimizer = self.experiment, self._optimizers["sft"]
@@ -305,12 +210,34 @@ class Recipe:
         optimizer,
         position,
         seed=self.config.seed,
-        steps=self.config.sft.steps,
+        iterations=self.config.sft.steps,
       )
 
     fresh = functools.partial(experiment.model.weights.fresh_state, optimizer)
     shown = ("loss", "masked_ce", *([loop.SPEED] if self.config.sft.data else []))
     return self._run_stage("sft", self.config.sft, fresh, advancer, shown)
+
+  def dpo(self, start: Callable[[], Params]) -> Outcome:
+    """Preference tuning from the weights that `start` reads; a copy of them is the reference."""
+    experiment, optimizer, pairs = self.experiment, self._optimizers["dpo"], self._preferences
+    self._start = start = functools.cache(start)
+    with explained("dpo: rollouts for pairs", self._smaller_batches):
+      pause = self._pause("the start of dpo, before its pairs were made")
+      pairs.prepare(lambda: self._published(start()), pause)
+
+    def advancer(position: int) -> Any:
+      frozen = self._with_reference()
+      return dpo.advancer(
+        experiment.model, pairs.train, self._tuning, optimizer, frozen, position, seed=self.config.seed
+      )
+
+    fresh = lambda: experiment.model.weights.state_from(start(), optimizer)
+    more = {"pairs": pairs.hash()}
+    return self._run_stage("dpo", self.config.dpo, fresh, advancer, dpo.SHOWN, more, pairs.seconds)
+
+  def _with_reference(self) -> Frozen:
+    """The frozen weights, with the start of preference tuning as their reference."""
+    return self.experiment.model.weights.frozen._replace(reference=self._start())
 
   def grpo(self, start: Callable[[], Params]) -> Outcome:
     """diffu-GRPO from the weights that `start` reads; they are the reference policy, if there is one."""
@@ -345,20 +272,24 @@ class Recipe:
 
   def _tested(self, test: Evaluator, read: Callable[[], Params]) -> Evaluation:
     """The final evaluation of the weights that `read` reads; afterwards they are no longer in memory."""
+    with explained("the final evaluation", self._smaller_batches):
+      return test(self._published(read()), self._pause("the end of training, before the final evaluation was done"))
+
+  def _pause(self, reached: str) -> Callable[[], None]:
+    """What stops the run if a signal asks for it."""
 
     def pause() -> None:
       if self._interrupts.pending():
-        raise self._interrupts.error("the end of training, before the final evaluation was done")
+        raise self._interrupts.error(reached)
 
-    with explained("the final evaluation", self._smaller_batches):
-      return test(self._published(read()), pause)
+    return pause
 
   def run(self) -> tuple[dict[str, Outcome], dict[str, Evaluation]]:
     """Runs the stages, then evaluates once on the held-out split.
 
     Returns:
-      The stages' outcomes, and the evaluations `before` diffu-GRPO (without SFT: of the start) and `after` it; without
-      a task there are none.
+      The stages' outcomes, and the evaluations `before` the stage after SFT (without SFT: of the start) and `after` it;
+      without a task there are none.
     """
     self.compile()
     outcomes: dict[str, Outcome] = {}
@@ -368,8 +299,9 @@ class Recipe:
       start = functools.partial(self.best, "sft")
     if self.config.mode == "sft":
       return outcomes, self._evaluate(after=start)
-    outcomes["grpo"] = self.grpo(start)
-    best = functools.partial(self.best, "grpo")
+    mode = self.config.mode
+    outcomes[mode] = self.dpo(start) if mode == "dpo" else self.grpo(start)
+    best = functools.partial(self.best, mode)
     return outcomes, self._evaluate(before=start, after=best)
 
 
@@ -377,7 +309,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   """Runs or resumes the job of a configuration; if it is finished, prints its table again.
 
   Returns:
-    The content of `results.json`: `before` and `after` (with `grpo`) or only `after`, `task`, `baseline`
+    The content of `results.json`: `before` and `after` (with `grpo` and `dpo`) or only `after`, `task`, `baseline`
     (without a task `held_out` in their place),
     `params_fingerprint`, `seconds` by stage, `cost` (see `ledger.total`), `splits`, `config`, `versions`, `revision`,
     `checkpoint`.

@@ -13,6 +13,8 @@ from d1jax.run.workdir import Folder, write_atomically
 from d1jax.telemetry import ledger
 
 SMOOTHING = 20
+TITLES = {"sft": "SFT", "dpo": "DPO", "grpo": "diffu-GRPO"}
+"""The stages of a run in their order, as readers know them."""
 """The number of iterations over which training curves are averaged."""
 
 
@@ -53,7 +55,7 @@ def _held_out(results: Mapping[str, Any]) -> list[str]:
 def _graded(results: Mapping[str, Any]) -> list[str]:
   """The closing lines of a run with a task: the table, and samples."""
   rows = {"constant answer": results["baseline"]}
-  stages = [name for name in ("SFT", "diffu-GRPO") if name.removeprefix("diffu-").lower() in results["seconds"]]
+  stages = [title for stage, title in TITLES.items() if stage in results["seconds"]]
   if "before" in results:
     rows[" + ".join(stages[:-1]) or "start"] = results["before"]
   rows[" + ".join(stages)] = results["after"]
@@ -116,17 +118,21 @@ def plot_learning_curves(workdir: Folder) -> Folder:
     ("solved", "training: solved"),
     ("validation", "validation: solved"),
   ]
-  titles = {"sft": "Masked SFT", "grpo": "diffu-GRPO"}
+  curves["dpo"] = [
+    ("accuracy", "training: preferred"),
+    ("held_out/accuracy", "held out: preferred"),
+    curves["grpo"][-1],
+  ]
   for axis, stage in zip(axes[0], stages, strict=bool(stages)):
     own = [r for r in records if r["stage"] == stage]
     for name, label in curves[stage]:
       points = np.asarray([(r["iteration"], r[name]) for r in own if name in r], float).reshape(-1, 2)
-      is_validation = name == "validation"
+      is_validation = name == "validation" or name.startswith("held_out/")
       values = points[:, 1] if is_validation else smoothed(points[:, 1], SMOOTHING)
       if is_validation and np.any(values < 0):  # after fine-tuning on a file, this is minus the held-out loss
         values, label = -values, "held-out loss"
       axis.plot(points[:, 0], values, marker="o" if is_validation else None, markersize=4, label=label)
-    axis.set(title=titles[stage], xlabel="iteration", ylim=(0, None))
+    axis.set(title="Masked SFT" if stage == "sft" else TITLES[stage], xlabel="iteration", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
   path, picture = workdir / "learning_curves.png", io.BytesIO()

@@ -15,7 +15,7 @@ from d1jax.evaluation.evaluator import Evaluation, baseline
 from d1jax.files import FileError, json_lines, read_json, read_text
 from d1jax.run.experiment import Experiment
 from d1jax.run.identity import flatten, holds_run
-from d1jax.run.metrics import read_records
+from d1jax.run.metrics import STAGES, read_records
 from d1jax.run.workdir import Folder, revision, versions, write_json
 from d1jax.telemetry import ledger
 
@@ -65,7 +65,7 @@ def finished_results(workdir: Folder, config: ConfigDict) -> dict[str, Any] | No
 
 def _totals(config: dict[str, Any]) -> list[Any]:
   flat = flatten(json.loads(json.dumps(config)))
-  return [flat.get(f"{stage}.{name}") for stage in ("sft", "grpo") for name in ("steps", "patience")]
+  return [flat.get(f"{stage}.{name}") for stage in STAGES for name in ("steps", "patience")]
 
 
 def _graded(experiment: Experiment, evaluated: dict[str, Evaluation]) -> dict[str, Any]:

@@ -59,7 +59,9 @@ ALLOWED["serving"] = ALLOWED["generation"] | {"generation"}
 ALLOWED["report"] = ALLOWED["export"] | {"telemetry"}
 ALLOWED["results"] = ALLOWED["report"] | {"report"}
 ALLOWED["page"] = ALLOWED["results"] | {"results", "generation"}
-ALLOWED["recipe"] = ALLOWED["page"] | {"page", "training"}
+ALLOWED["preferences"] = ALLOWED["evaluation"] | {"evaluation", "training"}
+ALLOWED["stages"] = ALLOWED["page"] | {"page", "training"}
+ALLOWED["recipe"] = ALLOWED["stages"] | {"stages", "preferences"}
 ALLOWED["presets"] = set(ALLOWED)
 ALLOWED["harness"] = set(ALLOWED)
 ALLOWED["lm_eval"] = set(ALLOWED)
@@ -205,6 +207,8 @@ def test_few_files_know_of_configurations(path):
     "d1jax/serving/chat.py",
     "d1jax/run/",
     "d1jax/presets.py",
+    "d1jax/preferences.py",
+    "d1jax/stages.py",
   )
   allowed = name_of(path).startswith(known)
   assert allowed or not knows
@@ -262,7 +266,7 @@ def test_what_is_public_is_documented(path):
 def test_compiled_programs_state_where_things_live(path):
   room = room_of(module_of(path))
   jits = calls(TREES[path], "jit")
-  compiling = ("training", "evaluation", "generation", "weights", "publish", "completer", "recipe", "serving")
+  compiling = ("training", "evaluation", "generation", "weights", "publish", "completer", "recipe", "stages", "serving")
   if room in compiling or name_of(path) == "d1jax/models/load.py":
     for call in jits:
       stated = {keyword.arg for keyword in call.keywords}
@@ -364,7 +368,7 @@ class Reads(ast.NodeVisitor):
       whole.append(node.func.value)
     for argument in whole:
       found = self.path(argument)
-      if found and (len(found) > 1 or found[0] not in ("sft", "grpo", STAGE)):  # a stage is read field by field
+      if found and (len(found) > 1 or found[0] not in ("sft", "dpo", "grpo", STAGE)):  # a stage is read field by field
         self.whole.add(found)
     self.generic_visit(node)
 
@@ -384,6 +388,8 @@ CONFIGS = [
   ("grpo", "llada_8b,math"),
   ("sft", "llada_8b"),
   ("sft", "adapt,block"),
+  ("dpo", ""),
+  ("dpo", "lora,gsm8k"),
   ("grpo", "tiny,sudoku,countdown"),
   ("grpo", "small,word_problems"),
   ("eval", ""),
@@ -400,7 +406,7 @@ CONFIGS = [
 def test_every_field_of_a_config_is_read_by_some_line(arguments, reads):
   unread = []
   for leaf in leaves(load_config(*arguments)):
-    same = [leaf, (STAGE, *leaf[1:])] if leaf[0] in ("sft", "grpo") else [leaf]
+    same = [leaf, (STAGE, *leaf[1:])] if leaf[0] in ("sft", "dpo", "grpo") else [leaf]
     unpacked = any(form[:n] in reads.whole for form in same for n in range(1, len(leaf) + 1))
     if not unpacked and not reads.fields.intersection(same):
       unread.append(".".join(leaf))

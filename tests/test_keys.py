@@ -63,6 +63,7 @@ def test_a_purpose_key_is_two_folds_whose_numbers_never_change():
     "ADAPTER": 7,
     "MASK_EMBEDDING": 8,
     "LIKELIHOOD": 9,
+    "PREFERENCE": 10,
   }
   assert {p.name: int(p) for p in keys.Purpose} == numbers
   for purpose, number in zip(keys.Purpose, numbers.values(), strict=True):

@@ -15,9 +15,9 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from d1jax.data.examples import FORMS, Example, Row, checked_text, json_lines
+from d1jax.data.examples import FORMS, Row, checked_text, json_lines
 
 SYSTEM_PROMPT = (
   "\nRespond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n<answer>\n...\n</answer>\n"
@@ -37,7 +37,17 @@ class Demonstration(NamedTuple):
   answer: str
 
 
-Asked = TypeVar("Asked", Demonstration, Example)
+@runtime_checkable
+class HasQuestion(Protocol):
+  """A row with a question."""
+
+  @property
+  def question(self) -> str:
+    """What is asked."""
+    ...
+
+
+Asked = TypeVar("Asked", bound=HasQuestion)
 
 
 class _Schema(NamedTuple):
@@ -207,8 +217,8 @@ def conversation(demonstration: Demonstration) -> tuple[list[dict[str, str]], st
   return [{"role": "user", "content": content}], completion
 
 
-def split(items: Sequence[Asked], held_out: float) -> tuple[list[Asked], list[Asked]]:
-  """Parts demonstrations into (train, validation) by a hash of the question, so that no order or edit moves one.
+def split(items: Sequence[Asked], held_out: float, name: str = "demonstrations") -> tuple[list[Asked], list[Asked]]:
+  """Parts rows with a question into (train, validation) by a hash of the question, so that no order or edit moves one.
 
   A question that occurs twice, but for white space, stays on one side.
 
@@ -216,6 +226,7 @@ def split(items: Sequence[Asked], held_out: float) -> tuple[list[Asked], list[As
     items: what to part; both sides keep its order.
     held_out: the expected share of the validation side, below 1; 0 holds nothing out. From 1 on it is the number of
       questions: those with the least hashes.
+    name: of the rows, for messages.
 
   Raises:
     ValueError: the share is outside its range, or leaves a side empty.
@@ -235,7 +246,7 @@ def split(items: Sequence[Asked], held_out: float) -> tuple[list[Asked], list[As
   train, validation = sides
   if not train or bool(validation) != bool(held_out):
     raise ValueError(
-      f"held_out={held_out} parts {len(items)} demonstrations into {len(train)} to train on and"
-      f" {len(validation)} to hold out; change the share, or add demonstrations"
+      f"held_out={held_out} parts {len(items)} {name} into {len(train)} to train on and {len(validation)} to hold out;"
+      f" change the share, or add {name}"
     )
   return train, validation

@@ -38,6 +38,11 @@ class PackedBatch(NamedTuple):
   segment: Int[np.ndarray, "B L"]
   answer: Bool[np.ndarray, "B L"]
 
+  @property
+  def lengths(self) -> tuple[int, int]:
+    """0 and the width of the rows, because prompts and answers share them."""
+    return 0, self.tokens.shape[1]
+
 
 def row_shape(buckets: Sequence[int], completion_buckets: Sequence[int], block: int | None) -> tuple[int, int]:
   """The width of packed rows, L, and how many demonstrations a row takes, M.

@@ -8,13 +8,15 @@ that starts in the middle computes the layout of one pass, never that of the pas
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from d1jax.data.pipeline import Ids, bucket_for, import_grain, prompt_batch, start
+
+T = TypeVar("T")
 
 
 class SftBatch(NamedTuple):
@@ -25,11 +27,21 @@ class SftBatch(NamedTuple):
   prompt_valid: Bool[np.ndarray, "B P"]
   completion: Int[np.ndarray, "B C"]
 
+  @property
+  def lengths(self) -> tuple[int, int]:
+    """The lengths of prompts and completions, P and C."""
+    return self.prompt.shape[1], self.completion.shape[1]
+
 
 def _cut(completions: Sequence[Ids], buckets: Sequence[int], truncate: bool) -> Sequence[Ids]:
+  check_buckets(buckets)
+  return [ids[: buckets[-1]] for ids in completions] if truncate else completions
+
+
+def check_buckets(buckets: Sequence[int]) -> None:
+  """Raises a ValueError if completion buckets do not ascend."""
   if not buckets or min(buckets) < 1 or list(buckets) != sorted(set(buckets)):
     raise ValueError(f"completion_buckets={tuple(buckets)}: give one or more lengths of at least 1, ascending")
-  return [ids[: buckets[-1]] for ids in completions] if truncate else completions
 
 
 def _pairs(
@@ -103,6 +115,46 @@ def sft_batches(
     ValueError: the completion buckets do not ascend, or no demonstration fits.
   """
   answers = _cut(completions, completion_buckets, truncate)
+
+  def assemble(first: int, chosen: Sequence[int], width: int) -> SftBatch:
+    side = prompt_batch(prompts, chosen, first, 1, buckets, pad_id)
+    return SftBatch(side.sample_id, side.prompt, side.prompt_valid, pad_right(answers, chosen, width, pad_id))
+
+  return in_buckets(
+    prompts,
+    answers,
+    assemble,
+    seed=seed,
+    batch_size=batch_size,
+    buckets=buckets,
+    completion_buckets=completion_buckets,
+    position=position,
+  )
+
+
+def pad_right(rows: Sequence[Ids], chosen: Sequence[int], width: int, pad_id: int) -> Int[np.ndarray, "B width"]:
+  """The chosen rows with padding on the right."""
+  tokens = np.full((len(chosen), width), pad_id, np.int32)
+  for row, record in enumerate(chosen):
+    tokens[row, : len(rows[record])] = rows[record]
+  return tokens
+
+
+def in_buckets(
+  prompts: Sequence[Ids],
+  answers: Sequence[Ids],
+  assemble: Callable[[int, Sequence[int], int], T],
+  *,
+  seed: int,
+  batch_size: int,
+  buckets: Sequence[int],
+  completion_buckets: Sequence[int],
+  position: int,
+) -> Iterator[T]:
+  """The stream of `sft_batches`, whose batches are made by `assemble(first sample id, records, completion bucket)`.
+
+  `answers` say how long each record is: of records with several answers it is the longest one.
+  """
   pairs = _pairs(prompts, answers, buckets, completion_buckets)
   if not pairs:
     raise ValueError(
@@ -121,16 +173,11 @@ def sft_batches(
     drawn = range(number * per_pass * batch_size, (number + 1) * per_pass * batch_size)
     return _batches_of_pass([rows[i] for i in drawn], pairs, batch_size)
 
-  def assemble(index: int, place: int) -> SftBatch:
+  def one(index: int, place: int) -> T:
     chosen = laid_out(index // per_pass)[place]
-    side = prompt_batch(prompts, chosen, index * batch_size, 1, buckets, pad_id)
-    width = max(pairs[record][1] for record in chosen)
-    completion = np.full((batch_size, width), pad_id, np.int32)
-    for row, record in enumerate(chosen):
-      completion[row, : len(answers[record])] = answers[record]
-    return SftBatch(side.sample_id, side.prompt, side.prompt_valid, completion)
+    return assemble(index * batch_size, chosen, max(pairs[record][1] for record in chosen))
 
-  return start(places.repeat().map_with_index(assemble), position)
+  return start(places.repeat().map_with_index(one), position)
 
 
 def padding(

@@ -14,7 +14,7 @@ from d1jax.run.metrics import STAGES
 from d1jax.telemetry import ledger
 from d1jax.telemetry.alarms import Limits, alarms
 
-NAMES = {"sft": "SFT", "grpo": "diffu-GRPO"}
+NAMES = {"sft": "SFT", "dpo": "DPO", "grpo": "diffu-GRPO"}
 SAME = ("workdir", "report.compare", "trackers")
 """Fields that say nothing about how two runs differ."""
 
@@ -143,7 +143,7 @@ def _best(run: RunFiles) -> Value:
   for stage in reversed(STAGES):
     if best := curves.best(run, stage):
       said = f"{NAMES[stage]}, iteration {best[0]}"
-      start = curves.best(run, "sft") if stage == "grpo" else None
+      start = curves.best(run, "sft") if stage != "sft" else None
       if start and start[1] >= 0:
         said += f"; SFT start {_score(start[1])}"
       return _score(best[1]), said

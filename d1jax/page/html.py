@@ -23,7 +23,7 @@ from d1jax.page.run_files import RunFiles
 from d1jax.report import SMOOTHING
 from d1jax.run.metrics import STAGES
 
-TITLES = {"sft": "Supervised fine-tuning", "grpo": "diffu-GRPO"}
+TITLES = {"sft": "Supervised fine-tuning", "dpo": "Preference tuning", "grpo": "diffu-GRPO"}
 
 _HERE = Path(__file__).parent
 _UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
@@ -112,7 +112,7 @@ def _last(runs: list[RunFiles], stage: str) -> int:
 
 def _start(run: RunFiles, stage: str, letter: str) -> list[Level]:
   """The validation with which a stage starts: the best of the one before."""
-  found = curves.best(run, "sft") if stage == "grpo" else None
+  found = curves.best(run, "sft") if stage != "sft" else None
   if found is None or found[1] < 0:
     return []
   return [Level(100 * found[1], f"{letter} SFT start {drawing.short(100 * found[1])}".strip(), "start")]

@@ -103,7 +103,7 @@ for (const chart of lines.keys()) {
 const { questions, runs } = JSON.parse($("data").textContent);
 const looks = runs[0];
 const letters = runs.length > 1 ? ["A", "B"] : [""];
-const order = ["sft", "grpo"];
+const order = ["sft", "dpo", "grpo"];
 let films = []; // of the answers that are shown: spans, the step of each, and the number of steps
 let playing = null;
 

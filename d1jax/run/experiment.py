@@ -116,7 +116,7 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
   # Fields that runs of 0.1 did not have.
   restored.task = {"module": None, "mix": {}, **restored.task.to_dict()}
   restored.lora = {"rslora": False, **restored.lora.to_dict()}
-  for stage in {"sft", "grpo"} & set(restored):
+  for stage in {"sft", "dpo", "grpo"} & set(restored):
     restored[stage] = {"ema_decay": None, **restored[stage].to_dict()}
   if config.pretrained is not None:
     restored.model.pretrained = config.pretrained
@@ -126,8 +126,10 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
 def _batches(config: ConfigDict) -> list[tuple[str, int, str, int]]:
   """Of each training batch: its name, its rows, and the field that divides it into how many parts."""
   batches: list[tuple[str, int, str, int]] = []
-  if config.mode != "grpo" or config.sft.steps:
-    batches.append(("sft.batch_size", config.sft.batch_size, "sft.accumulation", config.sft.accumulation))
+  for stage in ("sft", "dpo"):
+    if stage in config and (stage == config.mode or config[stage].steps):
+      section = config[stage]
+      batches.append((f"{stage}.batch_size", section.batch_size, f"{stage}.accumulation", section.accumulation))
   if "grpo" in config:
     rows = config.grpo.prompts_per_iteration * config.grpo.num_generations
     name = "grpo.prompts_per_iteration x num_generations"
@@ -158,9 +160,9 @@ def check_batches(config: ConfigDict, ways: int) -> None:
         f"{name} is {rows}, which does not divide into {part}={parts} parts over {ways} devices:"
         f" use a multiple of {max(parts, 1) * ways}"
       )
-  for stage in ("sft", "grpo"):
+  for stage in ("sft", "dpo", "grpo"):
     for field in ("steps", "validate_every"):
-      least = 0 if (stage, field, config.mode) == ("sft", "steps", "grpo") else 1
+      least = 0 if field == "steps" and stage != config.mode else 1
       if stage in config and config[stage][field] < least:
         raise ValueError(f"{stage}.{field} is {config[stage][field]}; it must be at least {least}")
   if config.mode == "grpo" and config.sft.steps and config.lora.rank:
@@ -173,12 +175,14 @@ def check_batches(config: ConfigDict, ways: int) -> None:
 def check_lengths(config: ConfigDict, ways: int) -> None:
   """Raises a ValueError if the canvas of some bucket does not divide over the devices that share its positions."""
   found = []
-  if config.mode == "grpo":
+  if config.mode == "grpo" or ("pairs" in config and not config.pairs.file):
     completion = ("rollout.completion_length", config.rollout.completion_length)
     found += [("data.prompt_buckets", prompt, *completion) for prompt in config.data.prompt_buckets]
-  if config.sft.steps:
-    lengths = itertools.product(config.sft.prompt_buckets, config.sft.completion_buckets)
-    found += [("sft.prompt_buckets", prompt, "sft.completion_buckets", completion) for prompt, completion in lengths]
+  for stage in ("sft", "dpo"):
+    if stage in config and config[stage].steps:
+      names = [f"{stage}.{name}" for name in ("prompt_buckets", "completion_buckets")]
+      lengths = itertools.product(config[stage].prompt_buckets, config[stage].completion_buckets)
+      found += [(names[0], prompt, names[1], completion) for prompt, completion in lengths]
   for prompts, prompt, completions, completion in found:
     if (prompt + completion) % ways:
       raise ValueError(
@@ -189,7 +193,8 @@ def check_lengths(config: ConfigDict, ways: int) -> None:
 
 def check_start(config: ConfigDict) -> None:
   """Raises a ValueError if nothing can be learned: from a large random network, or from groups of equal answers."""
-  if config.mode == "grpo" and config.rollout.temperature == 0 and config.rollout.remasking != "random":
+  samples = config.mode == "grpo" or ("pairs" in config and not config.pairs.file)
+  if samples and config.rollout.temperature == 0 and config.rollout.remasking != "random":
     raise ValueError(
       "rollout.temperature=0 gives every prompt the same answer each time, so that the rewards of a group are equal and"
       " nothing is learned: let it be above 0"
@@ -309,9 +314,9 @@ def build(
     remat=config.model.remat,
     unroll=config.model.unroll,
   )
-  if config.get("mode") == "sft":  # which only validates with it
+  if config.get("mode") == "sft" or (config.get("mode") == "dpo" and config.pairs.file):  # which only validates with it
     sampler = sampler.for_block(model.denoiser.block)
-  elif config.get("mode") == "grpo":
+  elif config.get("mode") in ("dpo", "grpo"):
     try:
       blocks.check(model.denoiser, sampler)
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-STAGES = ("sft", "grpo")
+STAGES = ("sft", "dpo", "grpo")
 
 
 class Field(NamedTuple):

@@ -14,32 +14,39 @@ from d1jax.run.workdir import Folder, write_atomically
 
 log = logging.getLogger(__name__)
 
+STAGES = ("dpo", "grpo", "sft")
+"""The stages of a run, the last ones first."""
+PAIRS = ("pairs.questions", "pairs.samples", "pairs.held_out")
+"""Fields that determine the pairs; they are fixed once preference tuning has begun."""
+
 KINDS: Mapping[str, tuple[str, ...]] = {
   # Devices and sizes of parts: results differ only by rounding.
   "placement": (
     *("mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
-    *("sft.accumulation", "grpo.accumulation", "grpo.rollout_chunks", "grpo.grading_workers"),
-    *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
+    *(f"{stage}.{name}" for stage in STAGES for name in ("accumulation", "logits_tile")),
+    *("grpo.rollout_chunks", "grpo.grading_workers", "evaluation.batch_size", "model.remat", "model.unroll"),
   ),
   # Output besides the weights.
   "logging": (
     *("profile_steps", "trackers", "report.compare", "grpo.dump_every", "sft.samples"),
-    *("sft.save_every", "grpo.save_every"),
+    *(f"{stage}.save_every" for stage in STAGES),
   ),
   # The length of a stage, and conditions that end it earlier.
-  "total": tuple(f"{stage}.{name}" for stage in ("sft", "grpo") for name in ("steps", "patience", "max_skipped_steps")),
+  "total": tuple(f"{stage}.{name}" for stage in STAGES for name in ("steps", "patience", "max_skipped_steps")),
   # Paths: fingerprints tell whether the content is the same.
-  "place": ("workdir", "data.root", "sft.data", "model.pretrained"),
+  "place": ("workdir", "data.root", "sft.data", "pairs.file", "model.pretrained"),
   # Fields that a user may have to change so that a run can continue; changes.jsonl records each change.
-  "recorded": ("sft.learning_rate", "sft.max_grad_norm", "grpo.learning_rate", "grpo.max_grad_norm"),
+  "recorded": (
+    *(f"{stage}.{name}" for stage in STAGES for name in ("learning_rate", "max_grad_norm")),
+    *PAIRS,
+  ),
 }
 """The fields of each kind. Every other field is part of the run's identity: another value makes it another run."""
 CHANGEABLE = tuple(name for names in KINDS.values() for name in names)
 SETTLED = ("sft.steps", "sft.patience", "sft.learning_rate", "sft.max_grad_norm")
-"""Fields that determine the start of diffu-GRPO; they are fixed once it has begun."""
+"""Fields that determine the start of the stage after SFT; they are fixed once it has begun."""
 FREE = ("task.options", "task.mix", "grpo.reward_weights", "grpo.estimator", "grpo.loss", "grpo.advantage")
 """Sections without a fixed set of fields: a field that is not in them has no value."""
-STAGES = ("grpo", "sft")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -85,7 +92,8 @@ def _stored(workdir: Folder) -> tuple[dict[str, Any] | None, str | None]:
 def _differences(workdir: Folder, old: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[str, Any, Any]]:
   """{name: (kind, old, new)} of each field that differs; the kind is `added` if the old run did not have the field."""
   was, now = flatten(old), flatten(json.loads(json.dumps(config)))
-  settled = SETTLED if (workdir / "checkpoints" / "grpo").exists() else ()
+  has_begun = lambda stage: (workdir / "checkpoints" / stage).exists()
+  settled = SETTLED if has_begun("grpo") else (*SETTLED, *PAIRS) if has_begun("dpo") else ()
   found = {}
   for name in sorted(was.keys() | now.keys()):
     if was.get(name) != now.get(name):
@@ -149,7 +157,11 @@ def check_splits(workdir: Folder, config: dict[str, Any], splits: Mapping[str, A
 
 def _moved(workdir: Folder, config: dict[str, Any]) -> list[str]:
   old, _ = _stored(workdir)
-  return [name for name in _differences(workdir, old, config) if name in ("data.root", "sft.data")] if old else []
+  return (
+    [name for name in _differences(workdir, old, config) if name in ("data.root", "sft.data", "pairs.file")]
+    if old
+    else []
+  )
 
 
 @input_checked()

@@ -17,7 +17,7 @@ from d1jax.run.workdir import Folder, write_atomically
 
 log = logging.getLogger(__name__)
 
-STAGES = ("sft", "grpo")
+STAGES = ("sft", "dpo", "grpo")
 UPLOAD_SECONDS = 60
 """The seconds between uploads of the records to a bucket, which stores only whole files."""
 

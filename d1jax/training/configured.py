@@ -21,12 +21,13 @@ from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.rl.grading import Grader
 from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
+from d1jax.rl.preference import Preference
 from d1jax.rl.shaping import Shaping
 from d1jax.run import parts
 from d1jax.run.experiment import Experiment
 from d1jax.run.inputs import data_root
 from d1jax.tasks import Mixture, Task
-from d1jax.training import drift, sft_data
+from d1jax.training import dpo, drift, sft_data
 from d1jax.training.host import Grading
 from d1jax.training.programs import Programs, Shape
 
@@ -175,6 +176,26 @@ def fine_tuning(config: ConfigDict) -> sft_data.Options:
     section.mask_noise_steps,
     section.packed,
     section.ends,
+  )
+
+
+def preferences(config: ConfigDict) -> dpo.Options:
+  """The options of `config.dpo`.
+
+  Raises:
+    ValueError: an option of the loss is not a number of its range.
+  """
+  section = config.dpo
+  with _of("dpo"):
+    loss = Preference(section.beta, section.sft_weight)
+  return dpo.Options(
+    loss,
+    section.batch_size,
+    tuple(section.prompt_buckets),
+    tuple(section.completion_buckets),
+    section.samples,
+    section.accumulation,
+    section.logits_tile,
   )
 
 

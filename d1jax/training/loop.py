@@ -113,7 +113,7 @@ class Stage:
   """One stage of training.
 
   Attributes:
-    name: `sft` or `grpo`; it names folders and records.
+    name: `sft`, `dpo` or `grpo`; it names folders and records.
     iterations: the number of all iterations.
     advance: `(state, iteration) -> (state, metrics)` runs one iteration; metrics are host numbers, among them `finite`,
       `tokens` (of completions) and those of `ledger.entry`.

@@ -1,7 +1,6 @@
 """Masked supervised fine-tuning on demonstrations, as in LLaDA and d1."""
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -20,10 +19,8 @@ from d1jax.diffusion.packed import packed_loss
 from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.model import Model, with_blocks
 from d1jax.models.transformer import shaken
-from d1jax.parallel.mesh import place
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge
-from d1jax.telemetry import flops, ledger
-from d1jax.telemetry.cost import Work
+from d1jax.training import steps
 from d1jax.training.sft_data import Demonstrations, Options, packer_of
 
 
@@ -116,7 +113,7 @@ def sft_step(
   return apply_gradients(state, grads, optimizer, finite), metrics
 
 
-class Steps:
+class Steps(steps.Steps):
   """The compiled SFT step for every pair of prompt and completion bucket, or for packed rows, and its FLOPs."""
 
   def __init__(self, model: Model, options: Options, optimizer: optax.GradientTransformation, block: int | None = None):
@@ -128,34 +125,19 @@ class Steps:
       optimizer: the optimiser of the stage.
       block: the block length of the network in these steps; None: its own.
     """
-    weights = model.weights
-    placement = weights.state_placement(optimizer)
+    lora = model.weights.lora
     self._model, self._options, self._optimizer = model, options, optimizer
     self._denoiser = model.denoiser if block is None else with_blocks(model.denoiser, model.network, block)
-    self._dropout = weights.lora is not None and weights.lora.dropout > 0
-    self._step = jax.jit(
-      self._program,
-      in_shardings=(placement, weights.frozen_placement(), model.by_row),
-      out_shardings=(placement, model.replicated),
-      donate_argnums=0,
-    )
-    rows: Any = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
-      (options.batch_size, *shape), dtype, sharding=model.by_row
-    )
-    state, frozen = weights.abstract_state(optimizer), weights.abstract_frozen()
-    self.compiled: dict[tuple[int, int], Any] = {}
-    self.work: dict[tuple[int, int], Work] = {}
-    shapes: list[tuple[Any, ...]]
+    self._dropout = lora is not None and lora.dropout > 0
+    rows = steps.abstract_rows(model, options.batch_size)
+    batches: list[tuple[Any, ...]]
     if options.packed:
       length, documents = row_shape(options.prompt_buckets, options.completion_buckets, model.denoiser.block)
-      shapes = [PackedBatch(rows(documents), rows(length), rows(length), rows(length, dtype=jnp.bool_))]
+      batches = [PackedBatch(rows(documents), rows(length), rows(length), rows(length, dtype=jnp.bool_))]
     else:
       pairs = itertools.product(options.prompt_buckets, options.completion_buckets)
-      shapes = [SftBatch(rows(), rows(p), rows(p, dtype=jnp.bool_), rows(c)) for p, c in pairs]
-    for batch in shapes:
-      traced = self._step.trace(state, frozen, batch)
-      self.compiled[lengths_of(batch)] = traced.lower().compile()
-      self.work[lengths_of(batch)] = Work.of(flops.count(traced), tokens=options.batch_size * lengths_of(batch)[1])
+      batches = [SftBatch(rows(), rows(p), rows(p, dtype=jnp.bool_), rows(c)) for p, c in pairs]
+    super().__init__(model, self._program, batches, optimizer, answers=options.batch_size)
 
   def _program(self, state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     options = self._options
@@ -174,17 +156,6 @@ class Steps:
       dropout=self._dropout,
     )
 
-  def __call__(self, state: TrainState, frozen: Frozen, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step on a placed batch; `state` is donated."""
-    return self.compiled[lengths_of(batch)](state, frozen, batch)
-
-
-def lengths_of(batch: Any) -> tuple[int, int]:
-  """The prompt length and the completion length of a batch; of packed rows 0 and their width."""
-  if isinstance(batch, PackedBatch):
-    return 0, batch.tokens.shape[1]
-  return batch.prompt.shape[1], batch.completion.shape[1]
-
 
 def advancer(
   model: Model,
@@ -194,7 +165,7 @@ def advancer(
   position: int,
   *,
   seed: int,
-  steps: int,
+  iterations: int,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """Returns the function that runs one iteration of the SFT stage: one compiled step on the next batch.
 
@@ -208,7 +179,7 @@ def advancer(
     optimizer: the optimiser of the stage.
     position: the index of the batch to start at.
     seed: the seed of the order of demonstrations.
-    steps: all iterations of the stage.
+    iterations: all iterations of the stage.
   """
   pad_id = cast(Tokenizer, model.tokenizer).pad_id
   batches: Iterator[Any]
@@ -228,20 +199,6 @@ def advancer(
       position=position,
     )
   lengths = (*options.grow, None)
-  part_of = lambda index: min(index * len(lengths) // steps, len(options.grow))
+  part_of = lambda index: min(index * len(lengths) // iterations, len(options.grow))
   programs = {part: Steps(model, options, optimizer, lengths[part]) for part in range(part_of(position), len(lengths))}
-  frozen, mesh = model.weights.frozen, model.weights.mesh
-
-  def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
-    batch = place(next(batches), model.by_row)  # the pipeline itself counts batches
-    program = programs[part_of(iteration)]
-    began = time.perf_counter()
-    with jax.profiler.TraceAnnotation("update"):
-      state, metrics = program(state, frozen, batch)
-      values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    seconds = {"update": time.perf_counter() - began}
-    work = {"update": program.work[lengths_of(batch)]}
-    spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
-    return state, values | spent | {"tokens": float(work["update"].tokens)}
-
-  return advance
+  return steps.advancer(model, batches, lambda iteration: programs[part_of(iteration)], model.weights.frozen)

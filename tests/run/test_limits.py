@@ -102,14 +102,20 @@ def test_presets_make_sense(name, words):
   limits.check(load(name, words))
 
 
-@pytest.mark.parametrize(("name", "words"), [("eval", ""), ("eval", "llada_8b"), ("generate", ""), ("aot", "llada_8b")])
+OTHERS = [("eval", ""), ("eval", "llada_8b"), ("generate", ""), ("aot", "llada_8b")]
+OTHERS += [("dpo", words) for words in ("", "smoke,block", "small,word_problems", "lora,gsm8k,v5e")]
+
+
+@pytest.mark.parametrize(("name", "words"), OTHERS)
 def test_other_configurations_make_sense(name, words):
   limits.check(load(name, words))
 
 
 def test_every_limit_is_of_a_field():
   known = {
-    name for config in ("grpo", "eval", "generate", "serve", "aot") for name in limits.flatten(load(config).to_dict())
+    name
+    for config in ("grpo", "dpo", "eval", "generate", "serve", "aot")
+    for name in limits.flatten(load(config).to_dict())
   }
   assert limits.TABLE.keys() <= known
 

@@ -210,7 +210,7 @@ def test_packed_rows_train_and_validate(root, tmp_path, capsys):
     for packed in (True, False)
   ]
   assert losses[0].figures == pytest.approx(losses[1].figures, rel=1e-5)
-  advance = sft.advancer(experiment.model, found, options, optimizer, 5, seed=0, steps=8)
+  advance = sft.advancer(experiment.model, found, options, optimizer, 5, seed=0, iterations=8)
   state, metrics = advance(state, 5)
   assert metrics["tokens"] == 16 * (160 + 112)
   assert metrics["finite"]
@@ -286,7 +286,7 @@ def test_blocks_grow_and_a_resumed_stage_goes_on_in_the_same_part(root, tmp_path
   assert chosen.noise == FLAT
   found, _ = configured.demonstrations(experiment)
   optimizer, model = experiment.optimizer(config.sft, 4), experiment.model
-  began = lambda position: sft.advancer(model, found, chosen, optimizer, position, seed=0, steps=4)
+  began = lambda position: sft.advancer(model, found, chosen, optimizer, position, seed=0, iterations=4)
   state, advance, losses = model.weights.fresh_state(optimizer), began(0), []
   assert compiled == [1, 4], "before the first step"
   for index in range(4):
