@@ -73,10 +73,9 @@ def split(line: str, values: dict[str, str]) -> Iterator[list[str]]:
 
 def printed(text: str) -> list[list[str]]:
   """The commands of a page: those in blocks of which the first line is one, and those in the middle of sentences."""
-  found = []
+  found, values = [], {}  # a variable that a block sets has its value in later ones
   for block in blocks(text, "", "bash", "sh", "console"):
     lines = [line.removeprefix("$ ") for line in block.replace("\\\n", " ").splitlines()]
-    values: dict[str, str] = {}
     ours = [command for line in lines for command in split(line, values) if command]
     if ours and is_command(ours[0]):
       found += [command for command in ours if is_command(command)] if "$ " in block[:2] else ours
@@ -118,7 +117,7 @@ def check(command: list[str], own_files: dict[str, str]) -> None:
   elif program == "python":
     assert rest[0] == "-m", "python -m MODULE"
     module, *rest = rest[1:]
-    rest = [arg for arg in rest if arg != "--print_config"]
+    rest = [arg for arg in rest if arg not in ("--print_config", "--check")]
     if module == "d1jax.main":
       assert not rest or configuration(rest)
     elif module == "d1jax":
@@ -128,7 +127,7 @@ def check(command: list[str], own_files: dict[str, str]) -> None:
       given = {arg.partition("=")[0] for arg in rest if arg.startswith("--")}
       assert module == "d1jax.lm_eval" or {arg for arg in given if not arg.startswith("--config.")} <= options(module)
   elif program == "d1jax":
-    written = commands.flags([arg for arg in rest if arg != "--print_config"])
+    written = commands.flags([arg for arg in rest if arg not in ("--print_config", "--check")])
     assert written is None or configuration(written)
   elif program == "make":
     makefile = (jobs.ROOT / "Makefile").read_text()

@@ -64,7 +64,7 @@ def test_the_average_is_validated_saved_and_read_without_the_moments(tmp_path, m
   def run(stage, *arguments):
     validate = lambda params: seen.setdefault(len(seen), np.asarray(params["w"])).sum()
     return original(
-      dataclasses.replace(stage, validate=lambda params, iteration: {"validation": float(validate(params))}), *arguments
+      dataclasses.replace(stage, validate=lambda params, iteration: loop.Scored(float(validate(params)))), *arguments
     )
 
   monkeypatch.setattr(loop, "run", run)
