@@ -85,6 +85,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   c.rules = config_dict.ConfigDict()
   # Changes to these rules in rollouts. If there are any, weights are moved once per iteration.
   c.rollout_rules = config_dict.ConfigDict()
+  # Devices of their own for rollouts, along each axis, such as data=4; they are not of `mesh`. See docs/performance.md.
+  c.rollout_mesh = config_dict.ConfigDict()
 
   c.model = dict(
     # The folder of a downloaded model. It sets the sizes, the tokenizer and whether logits are shifted by one position.

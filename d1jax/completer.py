@@ -30,10 +30,10 @@ class Completer:
     Args:
       model: network and mesh.
       purpose: the purpose of the draws, a part of their keys.
-      for_update: whether completions are moved to the placement of updates.
+      for_update: whether completions are moved to the placement of updates, if they have the same devices.
     """
     self.model, self._purpose = model, purpose
-    self.placement = model.by_row if for_update else model.rollout_by_row
+    self.placement = model.by_row if for_update and not model.weights.apart else model.rollout_by_row
     self._jitted: dict[SamplerSpec, Any] = {}
     self._compiled: dict[tuple[SamplerSpec, int, int], Any] = {}
 
@@ -55,7 +55,7 @@ class Completer:
   def jitted(self, sampler: SamplerSpec) -> Any:
     """The jitted program of a sampler: weights, prompts, key and step in, a rollout out."""
     if sampler not in self._jitted:
-      model, scalar = self.model, self.model.replicated
+      model, scalar = self.model, self.model.rollout_replicated
       self._jitted[sampler] = jax.jit(
         functools.partial(self._complete, sampler),
         in_shardings=(model.publisher.placement, model.rollout_by_row, scalar, scalar),
@@ -65,7 +65,7 @@ class Completer:
 
   def arguments(self, rows: int, width: int) -> tuple[Any, ...]:
     """The abstract arguments for `rows` prompts of `width` tokens: shapes, types and placements."""
-    model, scalar, key = self.model, self.model.replicated, keys.seeded(0)
+    model, scalar, key = self.model, self.model.rollout_replicated, keys.seeded(0)
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
       (rows, *shape), dtype, sharding=self.model.rollout_by_row
     )
@@ -96,7 +96,7 @@ class Completer:
       sampler: the sampler.
       params: the weights, from `Model.publish` or `Model.params`.
       prompts: the batch, placed at `Model.rollout_by_row`.
-      key: the run's key, replicated.
+      key: the run's key, placed at `Model.rollout_replicated`.
       step: the number of the batch; each row's draws depend only on key, purpose, step and its sample id.
     """
     return self.program(sampler, *prompts[0].shape)(params, prompts, key, step)

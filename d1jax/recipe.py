@@ -31,14 +31,15 @@ from d1jax.state import Params, TrainState, all_finite
 from d1jax.tasks import split_hash
 from d1jax.telemetry import profile
 from d1jax.training import configured, grpo, loop, sft
+from d1jax.training.ahead import Ahead, abstract_waiting
 from d1jax.training.held_out_loss import HeldOutLoss
 from d1jax.weights import check_base
 
 VALIDATION_METRIC = "solved"
 """The metric on the validation split by which checkpoints are chosen."""
 
-Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
-"""Takes the iteration to start at, and returns the function that runs one iteration of a stage."""
+Advancer = Callable[[Restored], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
+"""Takes what to start from, and returns the function that runs one iteration of a stage."""
 
 
 class Validation(NamedTuple):
@@ -164,7 +165,7 @@ class Recipe:
     """Runs a stage from its last good checkpoint to its end; afterwards the state is no longer in memory."""
     weights, validation, optimizer = self.experiment.model.weights, self._validations[name], self._optimizers[name]
     began, abstract = time.perf_counter(), weights.abstract_state(optimizer)
-    start = checkpoints.restore_latest(abstract)
+    start = checkpoints.restore_latest(abstract, self._waiting if name == "grpo" else lambda step: None)
     if start:
       with input_checked():
         check_base(weights, start.metadata)
@@ -179,10 +180,11 @@ class Recipe:
       with explained(f"{name}: validation", validation.remedy):
         return validation.score(trainable)
 
+    advance = advancer(start)
     stage = loop.Stage(
       name,
       section.steps,
-      advancer(start.step),
+      advance,
       validate,
       finite.lower(abstract).compile(),
       loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
@@ -192,6 +194,7 @@ class Recipe:
       self.experiment.metadata(),
       began,
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
+      advance.waiting if isinstance(advance, Ahead) else lambda: None,
     )
     loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
 
@@ -243,13 +246,13 @@ class Recipe:
     """Masked supervised fine-tuning from the run's start."""
     experiment, optimizer = self.experiment, self._optimizers["sft"]
 
-    def advancer(position: int) -> Any:
+    def advancer(start: Restored) -> Any:
       return sft.advancer(
         experiment.model,
         self._demonstrations,
         self._fine_tuning,
         optimizer,
-        position,
+        start.step,
         seed=self.config.seed,
         steps=self.config.sft.steps,
       )
@@ -257,26 +260,28 @@ class Recipe:
     fresh = functools.partial(experiment.model.weights.fresh_state, optimizer)
     return self._run_stage("sft", self.config.sft, fresh, advancer, ("loss", "masked_ce"))
 
+  def _waiting(self, step: int) -> Any:
+    """What the checkpoint of an iteration of diffu-GRPO holds beside the state: shapes, types and placements."""
+    if not self._programs.shape.off_policy_steps:
+      return None
+    return abstract_waiting(self._programs, self._grading, self.config.seed, step)
+
   def grpo(self, start: Callable[[], Params]) -> Outcome:
     """diffu-GRPO from the weights that `start` reads; they are the reference policy, if there is one."""
     experiment, optimizer = self.experiment, self._optimizers["grpo"]
     stays = self._programs.method.scores_reference and experiment.model.weights.lora is None
     start = functools.cache(start) if stays else start
 
-    def advancer(position: int) -> Any:
+    def advancer(begin: Restored) -> Any:
       self._programs.compile()
       frozen = experiment.model.weights.frozen
       frozen = frozen._replace(reference=start()) if stays else frozen
-      return grpo.advancer(
-        self._programs,
-        self._grading,
-        frozen,
-        position,
-        self.workdir,
-        seed=self.config.seed,
-        gap_every=self.config.grpo.validate_every,
-        dump_every=self.config.grpo.dump_every,
-      )
+      shared = (self._programs, self._grading, frozen, begin.step, self.workdir)
+      section = self.config.grpo
+      options = dict(seed=self.config.seed, gap_every=section.validate_every, dump_every=section.dump_every)
+      if section.off_policy_steps:
+        return Ahead(*shared, **options, waiting=begin.waiting or ())
+      return grpo.advancer(*shared, **options)
 
     def fresh() -> TrainState:
       return experiment.model.weights.state_from(start(), optimizer, donate=not stays)

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 KINDS: Mapping[str, tuple[str, ...]] = {
   # Devices and sizes of parts: results differ only by rounding.
   "placement": (
-    *("mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
+    *("mesh", "rollout_mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
     *("sft.accumulation", "grpo.accumulation", "grpo.rollout_chunks", "grpo.grading_workers"),
     *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
   ),

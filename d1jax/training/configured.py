@@ -30,7 +30,18 @@ from d1jax.training import drift, sft
 from d1jax.training.host import Grading
 from d1jax.training.programs import Programs, Shape
 
-TAKEN = ("loss", "grad_norm", "finite", "sampling_gap", "reference_gap", "reward", "stage", "iteration", "alarms")
+TAKEN = (
+  "loss",
+  "grad_norm",
+  "finite",
+  "sampling_gap",
+  "reference_gap",
+  "behaviour_gap",
+  "reward",
+  "stage",
+  "iteration",
+  "alarms",
+)
 """Names in the records of `metrics.jsonl` that a figure of a loss must not have."""
 
 
@@ -53,6 +64,7 @@ def method(section: ConfigDict, sampler: SamplerSpec, block: int | None = None) 
       section.aggregation,
       section.importance_cap,
       section.score_reference,
+      section.behaviour_cap if section.off_policy_steps else None,
     )
   if section.num_generations < 2:
     raise ValueError(f"grpo.num_generations={section.num_generations}: a group of one has no baseline; use at least 2")
@@ -147,6 +159,7 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
     tuple(experiment.config.data.prompt_buckets),
     section.oversample,
     section.rollout_chunks,
+    section.off_policy_steps,
   )
   watch = drift.Watch(section.drift_every, section.drift_limit)
   chosen = method(section, sampler, experiment.model.denoiser.block)

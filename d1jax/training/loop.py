@@ -109,6 +109,7 @@ class Stage:
     metadata: the metadata of its checkpoints.
     began: the start of the stage's preparation (`time.perf_counter`).
     profile: the profile of some iterations.
+    waiting: what checkpoints hold beside the state, see `Checkpoints.save`.
   """
 
   name: str
@@ -123,6 +124,7 @@ class Stage:
   metadata: Mapping[str, Any]
   began: float
   profile: Profile
+  waiting: Callable[[], Any] = lambda: None
 
 
 def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder, interrupts: Interrupts) -> float:
@@ -193,7 +195,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
         }
         with clock.outside("saving"):
           writer.keep()
-          checkpoints.save(iteration, state, metadata, score)
+          checkpoints.save(iteration, state, metadata, score, stage.waiting())
         best = max((x for x in (best, score) if x is not None and not math.isnan(x)), default=None)
       if refused:
         checkpoints.wait()
