@@ -63,7 +63,16 @@ BRIEF = STARTED | {"sft__steps": 40, "sft__validate_every": 20}
 
 def untimed(record: dict) -> dict:
   """A record of `metrics.jsonl` without what a clock says."""
-  timed = ("seconds", "compiled_share", "tokens_per_second", "elapsed", "cost/seconds/", "cost/grading_overlapped")
+  timed = (
+    "seconds",
+    "compiled_share",
+    "tokens_per_second",
+    "elapsed",
+    "cost/seconds/",
+    "cost/grading_overlapped",
+    "async/queue",
+  )
+  timed += ("async/idle/",)
   return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 

@@ -19,7 +19,7 @@ from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.microbatch import split_rows, sum_over_parts
 from d1jax.rl import behaviour as behaviours
 from d1jax.rl.importance import effective_sample_size, truncated_importance, weight_sums
-from d1jax.rl.losses import Ratios, Terms, reference_gap, sampling_gap, token_weights
+from d1jax.rl.losses import Figures, Loss, Ratios, Terms, reference_gap, sampling_gap, token_weights
 from d1jax.rl.method import Method
 from d1jax.state import Frozen, Params, TrainState, apply_gradients, merge, reference
 
@@ -35,6 +35,20 @@ def inner_keys(key: Key[Array, ""], step: Int[Array, ""], num_iterations: int) -
   """The keys of the mu prompt masks of the update that starts at optimiser step `step`."""
   update_key = keys.purpose_key(key, keys.Purpose.PROMPT_MASK, step)
   return jax.vmap(lambda n: jax.random.fold_in(update_key, n))(jnp.arange(num_iterations))
+
+
+def _of_loss(loss: Loss, figures: Figures, others: Metrics) -> Metrics:
+  """The figures of a loss as metrics; none has the name of another."""
+  metrics: Metrics = {}
+  for name, figure in figures.items():
+    if name in others:
+      raise ValueError(
+        f"the figure {name} of the loss {type(loss).__name__} has the name of a figure of the update: rename it"
+      )
+    if isinstance(figure, Ratios):
+      metrics[f"{name}/effective_sample_size"] = effective_sample_size(figure.sums)
+    metrics[name] = figure.below if isinstance(figure, Ratios) else figure
+  return metrics
 
 
 def update(
@@ -56,18 +70,8 @@ def update(
   inner step the policy is the one before the update: old is current with its gradient stopped, and the ratio is exactly
   1. Recorded states are the same at each inner step, so that old and reference are scored once.
 
-  Args:
-    state: the policy, and its optimiser.
-    frozen: the base and the reference.
-    rollout: what is trained on.
-    advantages: one a completion.
-    behaviour: log p of the policy that drew the rollout, if `method.scores_behaviour`.
-    number: the number of the iteration, if an older policy may have drawn the rollout. It keys the masks in place of
-      the state's step, which nobody knew when the behaviour was scored.
-    method: estimator, loss and the rest.
-    denoiser: that of updates.
-    sampler: what drew the rollout.
-    optimizer: of the steps.
+  If an older policy may have drawn the rollout, `behaviour` is its log p, where `method.scores_behaviour`, and `number`
+  is that of the iteration. It keys the masks in place of the step, which nobody knew when the behaviour was scored.
 
   Returns:
     The new state, and the figures of each inner step: `loss`; `grad_norm`; `finite`, false if the step was skipped;
@@ -105,8 +109,8 @@ def update(
   ref = scores_under(reference(frozen), step_keys) if method.scores_reference else None
   proximal = None
   if method.scores_proximal:
-    start = merge(state.trainable, frozen)
     with jax.named_scope(SCORE):
+      start = merge(state.trainable, frozen)
       proximal = jax.lax.map(lambda part: scores(start, part, step_keys[0]), batch[0])
 
   def micro_loss(trainable: Params, part: Any, key: Key[Array, ""], first: Bool[Array, ""]) -> tuple[Any, Any]:
@@ -140,20 +144,9 @@ def update(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(minimised) & jnp.isfinite(norm)
     metrics = {"loss": minimised, "grad_norm": norm, "finite": finite, "sampling_gap": sampling}
-    if apart is not None:
-      metrics["reference_gap"] = apart
-    if gap is not None:
-      metrics["behaviour_gap"] = gap
+    metrics |= {name: each for name, each in (("reference_gap", apart), ("behaviour_gap", gap)) if each is not None}
     if sums is not None:
       metrics["importance/effective_sample_size"] = effective_sample_size(sums)
-    for name, figure in figures.items():
-      if name in metrics:
-        raise ValueError(
-          f"the figure {name} of the loss {type(loss).__name__} has the name of a figure of the update: rename it"
-        )
-      if isinstance(figure, Ratios):
-        metrics[f"{name}/effective_sample_size"] = effective_sample_size(figure.sums)
-      metrics[name] = figure.below if isinstance(figure, Ratios) else figure
-    return apply_gradients(state, grads, optimizer, finite), metrics
+    return apply_gradients(state, grads, optimizer, finite), metrics | _of_loss(loss, figures, metrics)
 
   return jax.lax.scan(inner, state, (jnp.arange(method.num_iterations), step_keys, old, ref))

@@ -128,6 +128,16 @@ GREEDY = {"rollout__temperature": 0.0, "rollout__remasking": "random"}
       "importance_cap=2.0 .* compare the probabilities of draws, but rollout.temperature=0 takes the argmax",
     ),
     ({"rollout__cache": "dual", **GREEDY}, "drift_every=4 compare the probabilities of draws"),
+    (
+      {"grpo__off_policy_steps": 1, "grpo__estimator": "step_merged", **GREEDY},
+      "off_policy_steps=1 takes the probabilities of draws .* rollout.temperature=0",
+    ),
+    (
+      {"grpo__off_policy_steps": 1, "rollout__cache": "dual"},
+      "drift_every=4 .* set grpo.drift_every=0, or rollout.cache",
+    ),
+    ({"grpo__off_policy_steps": 1, "grpo__loss": "sandwich", "grpo__loss__upper_share": 0.5}, "Sandwich"),
+    ({"rollout_mesh__data": 8}, "mesh .* and rollout_mesh .data=8. do not share 8 devices"),
     ({"grpo__drift_every": -1}, "grpo.drift_every is -1"),
     ({"grpo__drift_every": 0, "grpo__drift_limit": 0.1}, "grpo.drift_limit is 0.1 with grpo.drift_every=0"),
     ({"grpo__drift_limit": -0.1}, "grpo.drift_limit is -0.1"),

@@ -1,0 +1,92 @@
+"""Runs whose rollouts are drawn ahead by older weights, on devices of their own."""
+
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from d1jax import recipe
+from d1jax.run.metrics import read_records
+from tests import jobs, runs
+
+HALVES = {"mesh__data": 4, "rollout_mesh__data": 4}
+LEARNS = {"grpo__steps": 4, "grpo__validate_every": 4, "grpo__save_every": 1, "grpo__p_mask_prompt": 0.3}
+SPLIT = {"mesh__data": 1, "rollout_mesh__data": 1, "grpo__off_policy_steps": 1, "grpo__save_every": 1}
+
+
+def records_of(workdir):
+  return [jobs.untimed(record) for record in read_records(workdir / "metrics.jsonl")]
+
+
+@pytest.mark.slow(reason="runs the recipe")
+def test_a_run_that_stops_while_rollouts_wait_goes_on_bit_for_bit(tmp_path):
+  """Its checkpoint holds the two rollouts that wait, which older weights drew. The weights are gone: drawn again by
+  the weights of the checkpoint, they would be others.
+  """
+  changes = HALVES | LEARNS | {"grpo__off_policy_steps": 2, "grpo__num_iterations": 2, "grpo__dump_every": 3}
+  whole = recipe.run(jobs.started(tmp_path / "whole", **changes))
+  records = records_of(tmp_path / "whole")
+  assert [record["async/staleness"] for record in records] == [0, 1, 2, 2]
+  gaps = [record["behaviour_gap"] for record in records]
+  assert gaps[0] < 1e-6, "the weights that drew are those that are updated, scored with the same masks"
+  assert max(gaps) > 1e-3
+  assert all(0 < record["importance/effective_sample_size"] <= 1 + 1e-6 for record in records)
+  for record in read_records(tmp_path / "whole" / "metrics.jsonl"):
+    assert 0 <= record["async/idle/rollout"] <= 1
+    assert 0 <= record["async/idle/update"] <= 1
+  shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+  (tmp_path / "parts" / "results.json").unlink()
+  shutil.rmtree(tmp_path / "parts" / "checkpoints" / "grpo" / "4")
+  parts = recipe.run(jobs.started(tmp_path / "parts", **changes))
+  assert parts["params_fingerprint"] == whole["params_fingerprint"]
+  assert parts["after"] == whole["after"]
+  assert records_of(tmp_path / "parts") == records
+
+
+@pytest.mark.long
+@pytest.mark.slow(reason="a process that is killed twenty times")
+def test_a_run_at_staleness_one_that_is_killed_twenty_times_ends_the_same(tmp_path):
+  def start(workdir):
+    return jobs.start(*jobs.flags(workdir, **(jobs.STARTED | SPLIT | {"grpo__steps": 20, "grpo__validate_every": 10})))
+
+  began = time.monotonic()
+  code, _, err = jobs.finish(start(tmp_path / "whole"))
+  assert code == 0, err
+  seconds, chance, killed = time.monotonic() - began, random.Random(22), 0
+  for number in itertools.count():
+    workdir, done = tmp_path / str(number), False
+    while not done:
+      process = start(workdir)
+      try:
+        process.wait(chance.uniform(0.2, 0.7) * seconds if killed < 20 else 600)
+        done = True
+      except subprocess.TimeoutExpired:
+        process.kill()
+        killed += 1
+      code, _, err = jobs.finish(process)
+      assert code == (0 if done else -9), err
+    runs.check_same_end(workdir, tmp_path / "whole")
+    if killed >= 20:
+      return
+
+
+@pytest.mark.long
+@pytest.mark.slow(reason="two processes of the recipe, and one")
+def test_several_processes_draw_ahead_as_one_does(tmp_path):
+  """Each of two processes has a device of either side; one process has them all."""
+  changes = jobs.STARTED | LEARNS | {"mesh__data": 2, "rollout_mesh__data": 2, "grpo__off_policy_steps": 1}
+  one = jobs.start(*jobs.flags(tmp_path / "one", **changes, cpu_devices=4))
+  assert jobs.finish(one)[0] == 0
+  two = jobs.start_processes(2, *jobs.flags(tmp_path / "two", **changes), devices=2)
+  for code, _, err in jobs.finish_processes(two):
+    assert code == 0, err
+  alone, together = (read_records(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+  for a, b in zip(alone, together, strict=True):
+    assert a["async/staleness"] == b["async/staleness"]
+    assert a["reward"] == pytest.approx(b["reward"], abs=1e-6)
+    assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+  assert json.loads((tmp_path / "two" / "results.json").read_text())["best_iteration"] == 4
