@@ -8,6 +8,7 @@ from typing import Any, cast
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from d1jax.parallel import chips
 from d1jax.parallel.mesh import make_mesh, twin
 
 
@@ -85,10 +86,9 @@ def check_holds(tree: Any, name: str) -> None:
 
 
 def memory(mesh: Mesh) -> int | None:
-  """The bytes that programs may use of a device of this process; None if nothing says it, as on CPUs."""
-  own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
-  stats = own[0].memory_stats() if own else None
-  return stats.get("bytes_limit") if stats else None
+  """The bytes of memory of each device; None if its kind is not known, as that of CPUs."""
+  chip = chips.of(mesh.devices.flat[0].device_kind)
+  return None if chip is None else chip.hbm_bytes
 
 
 def across(tree: Any, placements: Any) -> Any:

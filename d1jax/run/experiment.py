@@ -299,7 +299,7 @@ def build(
     raise ValueError(f"model.quantize={quantized!r} stores a frozen base: set lora.rank to train adapters")
   devices = jax.devices() if devices is None else devices
   rules = meshes.changed(meshes.RULES, config.rules.to_dict())
-  mesh, rollout_mesh = sub_meshes(config.mesh.to_dict(), config.get("rollout_mesh", {}), devices)
+  mesh, rollout_mesh = sub_meshes(config.mesh.to_dict(), ConfigDict(config.get("rollout_mesh", {})).to_dict(), devices)
   model = models.build(
     _size(config, source, tokenizer.vocab),
     tokenizer,

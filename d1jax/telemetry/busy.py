@@ -35,7 +35,8 @@ class Busy:
         jax.block_until_ready(results)
       span[1] = time.perf_counter()
 
-    threading.Thread(target=wait, daemon=True).start()
+    # No daemon: Python would end it inside of XLA when the process ends, which aborts the process.
+    threading.Thread(target=wait).start()
     return span
 
   def idle(self, begin: float, end: float) -> float:

@@ -201,6 +201,7 @@ def update(
   old, reference = (mu - 1) * method.scores_old, mu * method.scores_reference
   if not method.estimator.redraws:  # each optimiser step scores the same states
     old, reference = min(old, 1), min(reference, 1)
+  old += method.scores_proximal
   tokens = int(reach.rows[:, 0].sum()) // oversample * sampler.completion_length
   score, update = (total(parts[scored])._asdict() for scored in (True, False))
   return Work(tokens=(old + reference) * tokens, **score), Work(tokens=mu * tokens, **update)
