@@ -140,10 +140,22 @@ class Ahead:
       self._queue.append(Drawn(version, batch, chunks, behaviour, span))
       self._next = iteration + 1
 
-  def _graded(self) -> Visit:
-    """The grades of the first rollout that waits, for whose completions this waits."""
+  def _graded(self, metrics: Any = ()) -> Visit:
+    """The grades of the first rollout that waits, for whose completions this waits.
+
+    Processes exchange rewards by a program on all devices. While other programs run, CPUs would mix up the messages of
+    both: several processes first wait for everything that was dispatched.
+
+    Args:
+      metrics: of the update that runs.
+    """
+
+    def settle() -> None:
+      if not multihost.alone():
+        jax.block_until_ready((metrics, [(drawn.chunks, drawn.behaviour) for drawn in self._queue]))
+
     if self._visit is None:
-      self._visit = grade_chunks(self._grading, self._queue[0].batch.record, self._queue[0].chunks)
+      self._visit = grade_chunks(self._grading, self._queue[0].batch.record, self._queue[0].chunks, settle)
     return self._visit
 
   def __call__(self, state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
@@ -162,7 +174,7 @@ class Ahead:
     ready = sum(each.span[1] <= updating for each in self._queue)
     state, metrics, advantages = programs.update(state, self._frozen, chunks, visit.rewards, behaviour, iteration)
     update = self._updates.watch(metrics)
-    arrived = self._graded().arrived
+    arrived = self._graded(metrics).arrived
     graded = time.perf_counter()
     with jax.profiler.TraceAnnotation("update"):
       host_metrics = jax.device_get(metrics)

@@ -5,7 +5,7 @@ Each process grades its own rows. Processes exchange only the rewards and a few 
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -72,13 +72,16 @@ class Grading(NamedTuple):
   length: int | None = None
 
 
-def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ...]) -> Visit:
+def grade_chunks(
+  grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ...], settle: Callable[[], None] = lambda: None
+) -> Visit:
   """Grades each chunk while the next one is computed.
 
   Args:
     grading: the prompts, grader and protocol.
     record: the index of each row's record.
     chunks: the batch, on devices.
+    settle: called before rewards are exchanged with the other processes.
 
   Raises:
     RunError: on any process, the grader's workers died twice on a chunk, or the task breaks its contract.
@@ -113,6 +116,7 @@ def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ..
   length = grading.length or rollout.completion.shape[1]
   grades = [grading.shaping(grade, n, length) for grade, n in zip(grades, counted, strict=bool(grades))]
   own = Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32))
+  settle()
   return _shared(failure, np.concatenate(places), rollout, own, arrived)._replace(overlapped=overlapped)
 
 
