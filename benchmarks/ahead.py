@@ -42,13 +42,12 @@ def prepared(off_policy_steps: int, seconds: float) -> tuple[Any, Any, Any, int]
     config.grpo.off_policy_steps = off_policy_steps
   built = experiments.build(config, None)
   model, passes = built.model, config.rollout.diffusion_steps
-  slower = {
-    "denoiser": dataclasses.replace(model.denoiser, encode=occupied.for_seconds(model.denoiser.encode, seconds)),
-    "rollout_denoiser": dataclasses.replace(
-      model.rollout_denoiser, encode=occupied.for_seconds(model.rollout_denoiser.encode, seconds / passes)
-    ),
-  }
-  built = dataclasses.replace(built, model=dataclasses.replace(model, **slower))
+  slower = [
+    dataclasses.replace(each, encode=occupied.for_seconds(each.encode, wait))
+    for each, wait in ((model.denoiser, seconds), (model.rollout_denoiser, seconds / passes))
+  ]
+  model = dataclasses.replace(model, denoiser=slower[0], rollout_denoiser=slower[1])
+  built = dataclasses.replace(built, model=model)
   optimizer = built.optimizer(built.config.grpo, 100)
   programs, grading = configured.programs(built, optimizer), configured.grading(built)
   programs.compile()
@@ -58,13 +57,12 @@ def prepared(off_policy_steps: int, seconds: float) -> tuple[Any, Any, Any, int]
 def run(off_policy_steps: int, seconds: float, iterations: int) -> dict[str, Any]:
   """The line of one arm; the first iterations, in which the queue fills, are not counted."""
   programs, grading, state, seed = prepared(off_policy_steps, seconds)
-  arguments = (programs, grading, programs.model.weights.frozen, 0)
-  options = {"seed": seed, "gap_every": 10**9}
+  frozen = programs.model.weights.frozen
   taken: list[float] = []
   records: list[dict[str, float]] = []
   with tempfile.TemporaryDirectory() as folder, grading.grader:
     make = Ahead if off_policy_steps else grpo.advancer
-    advance = make(*arguments, Path(folder), **options)
+    advance = make(programs, grading, frozen, 0, Path(folder), seed=seed, gap_every=10**9)
     for iteration in range(off_policy_steps + 1 + iterations):
       began = time.perf_counter()
       state, record = advance(state, iteration)
