@@ -77,7 +77,7 @@ def check_holds(tree: Any, name: str) -> None:
   """
   leaves = jax.tree.leaves(tree)
   needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-  has = memory(leaves[0].sharding.mesh)
+  has = device_bytes(leaves[0].sharding.mesh)
   if has is not None and needed > has:
     raise ValueError(
       f"{name} does not hold the weights: they take {needed / 2**30:.3g} GiB of each of its devices, which have"
@@ -85,7 +85,7 @@ def check_holds(tree: Any, name: str) -> None:
     )
 
 
-def memory(mesh: Mesh) -> int | None:
+def device_bytes(mesh: Mesh) -> int | None:
   """The bytes of memory of each device; None if its kind is not known, as that of CPUs."""
   chip = chips.of(mesh.devices.flat[0].device_kind)
   return None if chip is None else chip.hbm_bytes

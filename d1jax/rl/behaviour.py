@@ -54,7 +54,7 @@ def behaviour_logp(
   return in_unit(method, method.estimator(denoiser, params, rollout, sampler, key), rollout.completion_mask)
 
 
-def weights(
+def behaviour_weights(
   method: Method,
   proximal: Scores,
   rollout: Rollout,

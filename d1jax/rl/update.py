@@ -17,7 +17,7 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.microbatch import split_rows, sum_over_parts
-from d1jax.rl import behaviour as behaviours
+from d1jax.rl.behaviour import behaviour_weights
 from d1jax.rl.importance import effective_sample_size, truncated_importance, weight_sums
 from d1jax.rl.losses import Figures, Loss, Ratios, Terms, reference_gap, sampling_gap, token_weights
 from d1jax.rl.method import Method
@@ -122,7 +122,7 @@ def update(
     if method.behaviour_cap is not None:
       if before is None:  # the estimator scores where tokens were drawn, or this is the only inner step
         before = current._replace(logp=jax.lax.stop_gradient(current.logp) if old_logp is None else old_logp)
-      importance, counted, distance = behaviours.weights(method, before, rollout, behaviour)
+      importance, counted, distance = behaviour_weights(method, before, rollout, behaviour)
       weights, sums, gap = weights * importance, weight_sums(importance, counted), jnp.sum(share * distance)
     if method.importance_cap is not None:
       mask = rollout.completion_mask & (current.weight > 0)

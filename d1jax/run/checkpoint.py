@@ -211,7 +211,7 @@ class Checkpoints:
       said["evaluated"] = fingerprint(evaluated(state))
     arrays = {"state": state}
     if waiting is not None:
-      said["waiting"], arrays["waiting"] = digest(waiting), waiting
+      said["waiting"], arrays["waiting"] = small_fingerprint(waiting), waiting
     self._passed.discard(step)  # a damaged checkpoint of this step was moved away; this is a new one
     self._writer.save_checkpointables_async(
       step,
@@ -252,7 +252,7 @@ class Checkpoints:
     read, metadata = self._read(step, {"state": abstract} | ({} if waiting is None else {"waiting": waiting}))
     self._compare(step, fingerprint(read["state"]), metadata["fingerprint"])
     if waiting is not None:
-      self._compare(step, digest(read["waiting"]), metadata.get("waiting"))
+      self._compare(step, small_fingerprint(read["waiting"]), metadata.get("waiting"))
     return Restored(step, read["state"], metadata, read.get("waiting"))
 
   def restore_evaluated(self, step: int, abstract: TrainState) -> Params:
@@ -362,7 +362,7 @@ def _silence_abandoned_reads() -> None:
   sys.unraisablehook = hook
 
 
-def digest(tree: Any) -> str:
+def small_fingerprint(tree: Any) -> str:
   """SHA-256 over small arrays that every process has whole. Unlike `fingerprint` it compiles nothing."""
   found = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -29,7 +29,7 @@ from d1jax.run.workdir import Folder
 from d1jax.state import Frozen, TrainState
 from d1jax.telemetry.busy import Busy
 from d1jax.training import dump
-from d1jax.training.grpo import batches, record
+from d1jax.training.grpo import batches, iteration_record
 from d1jax.training.host import Grading, Visit, grade_chunks
 from d1jax.training.programs import Programs
 
@@ -192,7 +192,7 @@ class Ahead:
     if programs.model.weights.apart:
       sides = {"rollout": self._rollouts, "update": self._updates}
       figures |= {f"async/idle/{name}": side.idle(began, done) for name, side in sides.items()}
-    values = record(programs, self._grading, drawn.batch, visit, host_metrics, seconds)
+    values = iteration_record(programs, self._grading, drawn.batch, visit, host_metrics, seconds)
     if self._dump_every and iteration % self._dump_every == 0:
       dump.write(self._workdir / "rollouts", iteration, chunks, visit, advantages, behaviour)
     return state, gap | figures | values

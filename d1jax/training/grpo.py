@@ -34,7 +34,7 @@ def batches(programs: Programs, grading: Grading, seed: int, position: int) -> I
   )
 
 
-def record(
+def iteration_record(
   programs: Programs,
   grading: Grading,
   batch: PromptBatch,
@@ -149,7 +149,7 @@ def advancer(
     seconds = {"rollout": visit.arrived - rolling, "grading": graded - visit.arrived, "update": updated - updating}
     if seen or gap:
       seconds["validation"] = updating - graded + time.perf_counter() - updated
-    values = record(programs, grading, batch, visit, host_metrics, seconds, cached=used)
+    values = iteration_record(programs, grading, batch, visit, host_metrics, seconds, cached=used)
     if dump_every and iteration % dump_every == 0:
       dump.write(workdir / "rollouts", iteration, chunks, visit, advantages)
     return state, seen | gap | values

@@ -52,11 +52,11 @@ def test_meshes_that_overlap_are_refused():
 def test_a_side_that_does_not_hold_the_weights_is_refused(monkeypatch):
   mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
   weights = with_placement({"w": np.zeros((2**8, 2**9), np.float32)}, sharding(mesh, RULES, "embed", "mlp"))
-  assert sides.memory(mesh) is None
+  assert sides.device_bytes(mesh) is None
   sides.check_holds(weights, "rollout_mesh")
-  monkeypatch.setattr(sides, "memory", lambda mesh: 2**18)
+  monkeypatch.setattr(sides, "device_bytes", lambda mesh: 2**18)
   sides.check_holds(weights, "rollout_mesh")
-  monkeypatch.setattr(sides, "memory", lambda mesh: 2**18 - 1)
+  monkeypatch.setattr(sides, "device_bytes", lambda mesh: 2**18 - 1)
   with pytest.raises(ValueError, match=r"rollout_mesh does not hold the weights: .* along fsdp or tensor"):
     sides.check_holds(weights, "rollout_mesh")
 
