@@ -38,6 +38,8 @@ def prepared(off_policy_steps: int, seconds: float) -> tuple[Any, Any, Any, int]
   config = runpy.run_path(str(ROOT / "configs" / "grpo.py"))["get_config"]("smoke")
   config.mesh.data, config.rollout_mesh = 1, {"data": 1}
   config.task.sizes.train = 64
+  # One token a step: the estimate of the behaviour, one more pass, then adds an eighteenth to a stale rollout.
+  config.rollout.diffusion_steps = config.rollout.completion_length
   config.grpo.update(prompts_per_iteration=ROWS // GROUP, num_generations=GROUP, accumulation=1, rollout_chunks=1)
   with config.grpo.unlocked():
     config.grpo.off_policy_steps = off_policy_steps
