@@ -65,6 +65,7 @@ OPTIONAL: Mapping[str, Field] = {
   "sft.mask_noise_steps": Field(0, "first steps with noise on the mask's embedding, which falls to none"),
   "grpo.score_reference": Field(False, "scores the reference where beta is 0 too, to log the KL to it"),
   "grpo.importance_cap": Field(None, "of weights p_train / p_sample on recorded states; None: no weights"),
+  "grpo.rollout_slots": Field(None, "rows of a part of a rollout that are computed at a time; None: all"),
   "grpo.dump_every": Field(0, "iterations between dumped rollouts; 0: none"),
   "grpo.drift_every": Field(50, "iterations between looks at what the rollouts' cache changes; 0: none"),
   "grpo.drift_limit": Field(None, "nats a token beyond which the cache goes off; None: the drift is only logged"),

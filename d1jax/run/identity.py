@@ -18,7 +18,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
   # Devices and sizes of parts: results differ only by rounding.
   "placement": (
     *("mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
-    *("sft.accumulation", "grpo.accumulation", "grpo.rollout_chunks", "grpo.grading_workers"),
+    *("sft.accumulation", "grpo.accumulation", "grpo.rollout_chunks", "grpo.rollout_slots"),
+    "grpo.grading_workers",
     *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
   ),
   # Output besides the weights.

@@ -106,6 +106,7 @@ TABLE: Mapping[str, Limit] = {
   "sft.mask_noise_steps": MANY,
   **{f"grpo.{name}": COUNT for name in ("prompts_per_iteration", "num_generations", "num_iterations")},
   **{f"grpo.{name}": COUNT for name in ("rollout_chunks", "oversample")},
+  "grpo.rollout_slots": MAYBE_COUNT,
   **{f"grpo.{name}": MANY for name in ("grading_workers", "dump_every", "overlong")},
   **{f"grpo.{name}": MAYBE_REAL for name in ("importance_cap", "drift_limit")},
   "grpo.answered": REAL,

@@ -147,6 +147,7 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
     tuple(experiment.config.data.prompt_buckets),
     section.oversample,
     section.rollout_chunks,
+    section.rollout_slots,
   )
   watch = drift.Watch(section.drift_every, section.drift_limit)
   chosen = method(section, sampler, experiment.model.denoiser.block)

@@ -45,11 +45,9 @@ def advancer(
     gap_every: iterations between measurements of the difference between merged and unmerged adapters.
     dump_every: iterations between dumps; 0: never.
   """
-  prompts, shape, mesh = grading.prompts, programs.shape, programs.model.weights.mesh
+  prompts, shape, watch, mesh = grading.prompts, programs.shape, programs.watch, programs.model.weights.mesh
   names = [record["task"] for record in prompts.records] if isinstance(prompts.task, Mixture) else []
   batches = prompts.batches(prompts=shape.groups, num_generations=shape.num_generations, seed=seed, position=position)
-
-  watch = programs.watch
   cached = watch is None or multihost.from_main(lambda: watch.trusts(read_records(workdir / "metrics.jsonl"), position))
 
   def look(
@@ -105,6 +103,7 @@ def advancer(
       chunks=shape.chunks,
       rows=shape.rows // shape.chunks,
       ways=programs.model.rollout_ways,
+      slots=shape.slots,
     )
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     tasks = [names[i] for i in batch.record] if names else []
