@@ -18,6 +18,7 @@ from d1jax.evaluation.evaluator import Evaluation, Evaluator
 from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.results import Outcome, finished_results, write_results
+from d1jax.rl.curriculum import Curriculum
 from d1jax.rl.prompts import Prompts
 from d1jax.run import compiled, fields, parts, run_tokenizer, trackers
 from d1jax.run import experiment as experiments
@@ -85,6 +86,7 @@ class Recipe:
       self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
       self._programs = configured.programs(self.experiment, self._optimizers["grpo"])
       self._grading = configured.grading(self.experiment)
+      self._curriculum = configured.curriculum(self.experiment, self._grading.prompts)
       self._validations["grpo"] = self._by_accuracy()
 
   def _optimizer(self, name: str, steps: int) -> optax.GradientTransformation:
@@ -160,6 +162,7 @@ class Recipe:
     advancer: Advancer,
     shown: tuple[str, ...],
     checkpoints: Checkpoints,
+    curriculum: Curriculum | None,
   ) -> None:
     """Runs a stage from its last good checkpoint to its end; afterwards the state is no longer in memory."""
     weights, validation, optimizer = self.experiment.model.weights, self._validations[name], self._optimizers[name]
@@ -171,6 +174,8 @@ class Recipe:
     if start and loop.is_over(start.step, start.metadata, section.steps, section.patience):
       return
     start = start or Restored(0, fresh(), {})
+    if curriculum:
+      curriculum.restore(start.metadata)
     for tree in (start.state, start.state.trainable):
       fingerprint(tree)  # compiles the program that each checkpoint uses
     finite = jax.jit(all_finite, in_shardings=(weights.state_placement(optimizer),), out_shardings=weights.replicated)
@@ -192,6 +197,7 @@ class Recipe:
       self.experiment.metadata(),
       began,
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
+      curriculum.state if curriculum else dict,
     )
     loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
 
@@ -202,6 +208,7 @@ class Recipe:
     fresh: Callable[[], TrainState],
     advancer: Advancer,
     shown: tuple[str, ...],
+    curriculum: Curriculum | None = None,
   ) -> Outcome:
     """Runs or resumes a stage. Nothing is computed twice; from a finished stage only the best weights are read."""
     home, weights = self.workdir / "checkpoints" / name, self.experiment.model.weights
@@ -217,7 +224,7 @@ class Recipe:
       step: int | None = None
       while step is None or not found()[1]:  # a damaged last checkpoint has been set aside and is made again
         if not found()[1]:
-          self._train_stage(name, section, fresh, advancer, shown, checkpoints)
+          self._train_stage(name, section, fresh, advancer, shown, checkpoints, curriculum)
         best = checkpoints.best_evaluated(abstract)
         if best is None:
           raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
@@ -276,13 +283,14 @@ class Recipe:
         seed=self.config.seed,
         gap_every=self.config.grpo.validate_every,
         dump_every=self.config.grpo.dump_every,
+        curriculum=self._curriculum,
       )
 
     def fresh() -> TrainState:
       return experiment.model.weights.state_from(start(), optimizer, donate=not stays)
 
     with self._grading.grader:
-      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN)
+      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN, self._curriculum)
 
   def _evaluate(self, read: Callable[[], Params]) -> Evaluation:
     """The final evaluation of the weights that `read` reads; afterwards they are no longer in memory."""

@@ -64,8 +64,10 @@ BRIEF = STARTED | {
   "rollout__block_length": 6,
   "rollout__diffusion_steps": 6,
   "grpo__rollout_slots": 4,
+  "grpo__curriculum": True,
 }
-"""Both stages, from the start, for tests that stop and kill processes; rollouts are in slots."""
+"""Both stages, from the start, for tests that stop and kill processes; rollouts are in slots, and prompts are drawn by
+what a checkpoint holds."""
 
 
 def untimed(record: dict) -> dict:

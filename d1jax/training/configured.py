@@ -19,10 +19,12 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.layout import extra
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.rl.curriculum import Curriculum
 from d1jax.rl.grading import Grader
 from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
-from d1jax.rl.shaping import Shaping
+from d1jax.rl.prompts import Prompts
+from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.run import parts
 from d1jax.run.experiment import Experiment
 from d1jax.tasks import Mixture, Task
@@ -109,8 +111,14 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
     ValueError: a weight names a component that neither the right nor the constant answer to a training question has.
   """
   with _of("grpo"):
-    found = Shaping(section.reward_weights.to_dict(), section.overlong, section.answered)
-  if found.weights or found.overlong or found.answered:
+    found = Shaping(
+      section.reward_weights.to_dict(),
+      section.overlong,
+      section.answered,
+      section.length_reward,
+      section.length_warmup,
+    )
+  if found != UNSHAPED:
     names: dict[str, None] = {}
     for one in task.tasks.values() if isinstance(task, Mixture) else [task]:
       record = one.records("train")[0]
@@ -132,6 +140,15 @@ def grading(experiment: Experiment) -> Grading:
   grader = Grader(task, config.grpo.grading_workers)
   length = experiment.sampler.completion_length
   return Grading(experiment.prompts("train"), grader, config.task.protocol, shaped, length)
+
+
+def curriculum(experiment: Experiment, prompts: Prompts) -> Curriculum | None:
+  """The curriculum of `config.grpo` over the training prompts; None if each prompt comes once an epoch."""
+  section = experiment.config.grpo
+  if not section.curriculum:
+    return None
+  groups = section.oversample * section.prompts_per_iteration
+  return Curriculum(prompts, groups=groups, num_generations=section.num_generations, seed=experiment.config.seed)
 
 
 def programs(experiment: Experiment, optimizer: optax.GradientTransformation) -> Programs:

@@ -10,13 +10,14 @@ import numpy as np
 from d1jax.completer import PromptArrays
 from d1jax.diffusion.rollout import Rollout
 from d1jax.parallel import multihost
+from d1jax.rl.curriculum import Curriculum
 from d1jax.run.metrics import read_records
 from d1jax.run.workdir import Folder
 from d1jax.state import Frozen, TrainState
 from d1jax.tasks import Mixture
 from d1jax.telemetry import cost, ledger
 from d1jax.training import drift, dump
-from d1jax.training.host import Grading, grade_chunks, summarise
+from d1jax.training.host import Grading, grade_chunks, rewarded, summarise
 from d1jax.training.programs import Programs
 
 SHOWN = ("reward", "loss", "tokens_per_second")
@@ -32,6 +33,7 @@ def advancer(
   seed: int,
   gap_every: int,
   dump_every: int = 0,
+  curriculum: Curriculum | None = None,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """Returns the function that runs one iteration of the GRPO stage.
 
@@ -44,6 +46,7 @@ def advancer(
     seed: the seed of the order of prompts.
     gap_every: iterations between measurements of the difference between merged and unmerged adapters.
     dump_every: iterations between dumps; 0: never.
+    curriculum: draws the prompts; None: each prompt comes once an epoch.
   """
   prompts, shape, watch, mesh = grading.prompts, programs.shape, programs.watch, programs.model.weights.mesh
   names = [record["task"] for record in prompts.records] if isinstance(prompts.task, Mixture) else []
@@ -69,12 +72,14 @@ def advancer(
   def advance(state: TrainState, iteration: int) -> tuple[TrainState, dict[str, float]]:
     nonlocal cached
     used = cached
-    batch = next(batches)
+    batch = curriculum.batch(iteration) if curriculum else next(batches)
     placed, number = programs.place(batch, iteration)
     rolling = time.perf_counter()
     params = programs.publish(state, frozen)
     chunks = programs.rollout(params, placed, state.key, number, cached=cached)
     visit = grade_chunks(grading, batch.record, chunks)
+    rewards, shaped = rewarded(grading.shaping, visit, shape.num_generations, iteration)
+    shaped |= curriculum.learn(batch.record, visit.solved) if curriculum else {}
     graded = time.perf_counter()
     seen: dict[str, float] = {} if cached else {"cache_off": 1.0}
     if watch and cached and watch.due(iteration):
@@ -85,7 +90,7 @@ def advancer(
     del params  # the update needs the memory
     updating = time.perf_counter()
     with jax.profiler.TraceAnnotation("update"):
-      state, metrics, advantages = programs.update(state, frozen, chunks, visit.rewards)
+      state, metrics, advantages = programs.update(state, frozen, chunks, rewards)
       host_metrics = jax.device_get(metrics)
     updated = time.perf_counter()
     gap = programs.merge_gap(state, frozen, chunks[0]) if iteration % gap_every == 0 else {}
@@ -107,9 +112,9 @@ def advancer(
     )
     spent = ledger.entry(mesh.size, mesh.devices.flat[0].device_kind, seconds, work)
     tasks = [names[i] for i in batch.record] if names else []
-    values = seen | gap | summarise(visit.rewards, visit.sums, host_metrics, shape.num_generations, tasks)
+    values = seen | gap | shaped | summarise(rewards, visit.sums, host_metrics, shape.num_generations, tasks)
     if dump_every and iteration % dump_every == 0:
-      dump.write(workdir / "rollouts", iteration, chunks, visit, advantages)
+      dump.write(workdir / "rollouts", iteration, chunks, visit._replace(rewards=rewards), advantages)
     sizes = {
       "tokens": float(batch.record.size * programs.sampler.completion_length),
       "reshard_bytes": float(programs.publish_bytes),

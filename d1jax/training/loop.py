@@ -107,6 +107,7 @@ class Stage:
     trackers: the trackers besides `metrics.jsonl`, see `trackers.named`.
     shown: the metrics on the progress line.
     metadata: the metadata of its checkpoints.
+    carried: gives what a checkpoint's metadata holds of its own iteration.
     began: the start of the stage's preparation (`time.perf_counter`).
     profile: the profile of some iterations.
   """
@@ -123,6 +124,7 @@ class Stage:
   metadata: Mapping[str, Any]
   began: float
   profile: Profile
+  carried: Callable[[], Mapping[str, Any]] = dict
 
 
 def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder, interrupts: Interrupts) -> float:
@@ -187,6 +189,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
           _check_finite(stage, iteration, state, checkpoints)
         metadata = {
           **stage.metadata,
+          **stage.carried(),
           "data": {"next_index": iteration},
           "seconds": time.monotonic() - began,
           "counts": (counts._replace(skipped_in_a_row=0) if refused else counts)._asdict(),

@@ -163,6 +163,9 @@ def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_pat
     "grpo__answered": 0.25,
     "grpo__reward_weights": "solved=2",
     "grpo__validate_every": 1,
+    "grpo__curriculum": True,
+    "grpo__length_reward": 0.5,
+    "grpo__length_warmup": 1,
   }
   results = recipe.run(started(tmp_path / "whole", grpo__steps=2, **changes))
   shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -175,7 +178,9 @@ def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_pat
     assert len(dumped.rewards) == len(dumped.advantages) == 24
     silent = np.ptp(dumped.rewards.reshape(6, 4), axis=1) < 1e-6
     assert record["no_signal"] == pytest.approx(silent.mean())
-    parts = ("constraints", "solved", "overlong", "answered")
+    parts = ("constraints", "solved", "overlong", "answered", *(("length",) if iteration else ()))
+    assert ("reward/length" in record) == (iteration == 1)
+    assert 6 / 64 <= record["curriculum/asked"] <= 6 * (iteration + 1) / 64
     assert record["reward"] == pytest.approx(sum(record[f"reward/{name}"] for name in parts), abs=1e-6)
     assert record["reward/overlong"] <= 0 <= record["reward/answered"] <= 0.25
     assert (record["cost/tokens/rollout"], record["cost/tokens/update"]) == (24 * 18, 8 * 18)
