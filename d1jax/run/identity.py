@@ -23,7 +23,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
   ),
   # Output besides the weights.
-  "logging": ("profile_steps", "trackers", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
+  "logging": ("profile_steps", "trackers", "report.compare", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
   # The length of a stage, and conditions that end it earlier.
   "total": tuple(f"{stage}.{name}" for stage in ("sft", "grpo") for name in ("steps", "patience", "max_skipped_steps")),
   # Paths: fingerprints tell whether the content is the same.

@@ -25,7 +25,7 @@ PARTS = ("rollout", "grading", "score", "update", "validation", "saving", "compi
   seconds are divided in proportion to FLOPs, including repeated ones: with a quarter of the FLOPs, a quarter is theirs.
 - `update`: the rest of the update, which is forward and backward passes and the optimiser.
 - `validation`: validations, and measurements of merged weights and of a cache's drift.
-- `saving`: copying a checkpoint or waiting for it.
+- `saving`: copying a checkpoint or waiting for it, and drawing the page.
 - `compilation`: compilation, and everything else before the first iteration of an attempt.
 - `idle`: everything else, such as data and logging.
 """

@@ -83,11 +83,11 @@ def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec, block: i
     old, reference = (logp if name in needs else None for name in ("old", "reference"))
     return method.loss(Terms(scores, old, reference, rows, jnp.ones(logp.shape), jnp.ones(logp.shape)))
 
-  with parts.named("estimator", section.estimator.name):
+  with parts.naming("estimator", section.estimator.name):
     scores = jax.eval_shape(score, jax.random.key(0))
-  with parts.named("loss", section.loss.name):
+  with parts.naming("loss", section.loss.name):
     _check_loss(jax.eval_shape(minimise, scores))
-  with parts.named("advantage", section.advantage.name):
+  with parts.naming("advantage", section.advantage.name):
     advantages = jax.eval_shape(lambda rewards: method.advantage(rewards, 2), jnp.ones(4))
     if getattr(advantages, "shape", None) != (4,):
       raise ValueError(f"the advantages of 4 rewards are {advantages}; there must be one for each")
