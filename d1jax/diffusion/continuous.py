@@ -213,11 +213,16 @@ class _Turns(NamedTuple):
     axes = batch_axes(self.loop.denoiser, self.loop.valid.shape[1])
     rows, place = queue.row.reshape(ways, -1), jnp.arange(len(enters) // ways)[None, :]
 
-    def put(waits: Bool[Array, "D"], slot: Int[Array, "D"], old: jax.Array, axis: int, new: jax.Array) -> jax.Array:
+    def put(slot: Int[Array, "D 1"], old: jax.Array, axis: int, new: jax.Array) -> jax.Array:
       apart = old.reshape(*old.shape[:axis], ways, -1, *old.shape[axis + 1 :])
-      at = (*(slice(None) for _ in range(axis)), jnp.arange(ways), slot)
-      enters = waits.reshape(*(1 for _ in range(axis)), ways, *(1 for _ in range(new.ndim - axis - 1)))
-      return apart.at[at].set(jnp.where(enters, new, apart[at]), unique_indices=True).reshape(old.shape)
+      numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(n for n in range(new.ndim) if n != axis),
+        inserted_window_dims=(axis + 1,),
+        scatter_dims_to_operand_dims=(axis + 1,),
+        operand_batching_dims=(axis,),
+        scatter_indices_batching_dims=(0,),
+      )
+      return jax.lax.scatter(apart, slot, new, numbers, unique_indices=True, mode="drop").reshape(old.shape)
 
     def one_each(carry: tuple[Bool[Array, "D S"], PyTree]) -> tuple[Bool[Array, "D S"], PyTree]:
       waiting, cache = carry
@@ -225,7 +230,8 @@ class _Turns(NamedTuple):
       row = jnp.take_along_axis(rows, slot[:, None], axis=1)[:, 0]
       empty = init_caches(self.loop.denoiser, self.by_row(self.loop.valid[row]), self.loop.spec)
       new = self.filled(queue.canvas, row, self.prompts, empty)[0]
-      cache = jax.tree.map(functools.partial(put, waits, slot), cache, axes, new)
+      own = jnp.where(waits, slot, place.size)[:, None]  # a device that has none drops what it computed
+      cache = jax.tree.map(functools.partial(put, own), cache, axes, new)
       return waiting & (place != slot[:, None]), cache
 
     carry = (self.everywhere(enters.reshape(ways, -1)), queue.caches[0])
