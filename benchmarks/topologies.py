@@ -68,7 +68,7 @@ def rollouts(topology: str) -> list[dict[str, Any]]:
     config.grpo.prompts_per_iteration = ROWS_A_CHIP * count // GENERATIONS
     for field, value in changes.items():
       config.update_from_flattened_dict({field: value})
-    experiment, programs, width = command.build(config)
+    experiment, programs, width = command.on_topology(config)
     chip = chips.of(experiment.model.weights.mesh.devices.flat[0].device_kind)
     if chip is None:
       raise SystemExit(f"d1jax.parallel.chips does not know the chips of {topology}")

@@ -74,6 +74,16 @@ COMMANDS: Mapping[str, Command] = {
       "output": "the folder of the results; None: a new one in the run's folder",
     },
   ),
+  "report": Command(
+    "Draws the page of a run, or of two on the same axes: curves, samples, cost.",
+    "report",
+    ("--workdir=runs/grpo --output=report.html", "--workdir=runs/grpo --compare=runs/other --output=both.html"),
+    {
+      "workdir": "a run's folder, in which nothing is written",
+      "compare": "another run's; None: the run is drawn alone",
+      "output": "the page, a file that ends in .html",
+    },
+  ),
   "generate": Command(
     "Completes prompts: one that is given, or the lines of standard input; or talks with you.",
     "generate",

@@ -89,9 +89,9 @@ _RUNTIME = ("jax", "jaxlib", "orbax", "tensorstore")
 _WRITERS = (*_RUNTIME, "etils", "fsspec", "gcsfs")
 
 
-def line_of(error: BaseException, longest: int = 160) -> str:
+def line_of(error: BaseException) -> str:
   """The first line of an exception's text, or its type if the text is empty."""
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:longest]
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def steers(char: str) -> bool:

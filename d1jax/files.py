@@ -111,9 +111,9 @@ def parse_json(text: str, name: Any, expected: type[T] | None = None, *, finite:
   return value
 
 
-def read_json(path: Any, expected: type[T] | None = None, *, finite: bool = False, largest: int = LARGEST) -> T:
+def read_json(path: Any, expected: type[T] | None = None, *, largest: int = LARGEST) -> T:
   """The value of a JSON file; for arguments and errors see `read_bytes`, `decode` and `parse_json`."""
-  return parse_json(read_text(path, largest), path, expected, finite=finite)
+  return parse_json(read_text(path, largest), path, expected)
 
 
 def json_lines(text: str, name: Any) -> Iterator[tuple[int, str, Any]]:

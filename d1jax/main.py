@@ -32,6 +32,11 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
       from d1jax.evaluation import command
 
     return command.run
+  if config.mode == "report":
+    with errors.extra("train"):
+      from d1jax.page import command as page
+
+    return page.run
   if config.mode == "export":
     from d1jax import export
 
@@ -53,7 +58,7 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
       from d1jax.serving import command as serving
 
     return serving.run
-  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, export, generate, serve, aot")
+  raise errors.RunError(f"config.mode is {config.mode!r}; known: grpo, sft, eval, report, export, generate, serve, aot")
 
 
 def _meet(config: ConfigDict) -> None:

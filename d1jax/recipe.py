@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +16,11 @@ from d1jax.completer import Completer
 from d1jax.errors import RunError, explained, input_checked, smaller_batches
 from d1jax.evaluation.evaluator import Evaluation, Evaluator
 from d1jax.fingerprint import fingerprint
+from d1jax.page import samples
+from d1jax.page.writer import Page
 from d1jax.parallel import multihost
 from d1jax.results import Outcome, finished_results, write_results
+from d1jax.rl.curriculum import Curriculum
 from d1jax.rl.prompts import Prompts
 from d1jax.run import compiled, fields, parts, run_tokenizer, trackers
 from d1jax.run import experiment as experiments
@@ -47,12 +50,12 @@ class Validation(NamedTuple):
 
   Attributes:
     compile: compiles everything that `score` needs.
-    score: scores weights; higher is better.
+    score: scores the weights of an iteration; higher is better.
     remedy: advice for the case that device memory runs out.
   """
 
   compile: Callable[[], None]
-  score: Callable[[Params], float]
+  score: Callable[[Params, int], float]
   remedy: str
 
 
@@ -69,6 +72,8 @@ class Recipe:
     experiments.check_lengths(config, self._model.length_ways)
     experiments.check_start(config)
     multihost.from_main(lambda: trackers.check(config.trackers))
+    self.page = Page(workdir, config.report.compare)
+    multihost.from_main(lambda: self.page.check(config.mode))
     self.config, self.workdir, self._interrupts = config, workdir, interrupts
     self._profiled = profile.iterations(config.profile_steps, config[config.mode].steps)
     self._completer = Completer.of(self._model, keys.Purpose.EVALUATION)
@@ -81,12 +86,13 @@ class Recipe:
       self._fine_tuning.check(self._model.denoiser.block)
       self._demonstrations, held_out = configured.demonstrations(self.experiment)
       self._optimizers["sft"] = self._optimizer("sft", config.sft.steps)
-      self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy()
+      self._validations["sft"] = self._by_loss(held_out) if held_out else self._by_accuracy("sft")
     if config.mode == "grpo":
       self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
       self._programs = configured.programs(self.experiment, self._optimizers["grpo"])
       self._grading = configured.grading(self.experiment)
-      self._validations["grpo"] = self._by_accuracy()
+      self._curriculum = configured.curriculum(self.experiment, self._grading.prompts)
+      self._validations["grpo"] = self._by_accuracy("grpo")
 
   def _optimizer(self, name: str, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
@@ -107,28 +113,31 @@ class Recipe:
       found["sft.data"] = [{"prompt": a, "answer": b} for a, b in zip(*self._demonstrations, strict=True)]
     return {name: {"n": len(records), "sha256": split_hash(records)} for name, records in found.items()}
 
-  def _evaluator(self, prompts: Prompts) -> Evaluator:
+  def _evaluator(self, prompts: Prompts, traced: Collection[int] = ()) -> Evaluator:
     """A greedy evaluation under published weights; it uses no cache, even if rollouts do."""
     sampler = self.experiment.sampler.greedy()
-    return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size)
+    return Evaluator(self._completer, prompts, sampler, self.config.evaluation.batch_size, traced)
 
   @property
   def _smaller_batches(self) -> str:
     """Advice for an evaluation that does not fit into memory."""
     return smaller_batches("evaluation.batch_size", self.config.evaluation.batch_size)
 
-  def _by_accuracy(self) -> Validation:
-    evaluator = self._evaluator(self.experiment.prompts("validation"))
+  def _by_accuracy(self, stage: str) -> Validation:
+    prompts = self.experiment.prompts("validation")
+    evaluator = self._evaluator(prompts, samples.places(len(prompts.records)))
 
-    def score(trainable: Params) -> float:
-      return evaluator(self._published(trainable)).share(VALIDATION_METRIC).value
+    def score(trainable: Params, iteration: int) -> float:
+      found = evaluator(self._published(trainable))
+      self.page.keep(stage, iteration, found, prompts)
+      return found.share(VALIDATION_METRIC).value
 
     return Validation(evaluator.compile, score, self._smaller_batches)
 
   def _by_loss(self, held_out: sft.Demonstrations) -> Validation:
     loss = HeldOutLoss(self._model, held_out, self._fine_tuning)
     remedy = self._smaller_parts("sft")
-    return Validation(loss.compile, lambda trainable: loss(trainable, self.experiment.model.weights.frozen), remedy)
+    return Validation(loss.compile, lambda trainable, _: loss(trainable, self.experiment.model.weights.frozen), remedy)
 
   def _published(self, trainable: Params) -> Params:
     """Trained weights in the form that rollouts take."""
@@ -161,24 +170,28 @@ class Recipe:
     advancer: Advancer,
     shown: tuple[str, ...],
     checkpoints: Checkpoints,
+    curriculum: Curriculum | None,
   ) -> None:
     """Runs a stage from its last good checkpoint to its end; afterwards the state is no longer in memory."""
     weights, validation, optimizer = self.experiment.model.weights, self._validations[name], self._optimizers[name]
     began, abstract = time.perf_counter(), weights.abstract_state(optimizer)
-    start = checkpoints.restore_latest(abstract, self._waiting if name == "grpo" else lambda step: None)
+    waiting = functools.partial(self._waiting, checkpoints) if name == "grpo" else lambda step: None
+    start = checkpoints.restore_latest(abstract, waiting)
     if start:
       with input_checked():
         check_base(weights, start.metadata)
     if start and loop.is_over(start.step, start.metadata, section.steps, section.patience):
       return
     start = start or Restored(0, fresh(), {})
+    if curriculum:
+      curriculum.restore(start.metadata)
     for tree in (start.state, start.state.trainable):
       fingerprint(tree)  # compiles the program that each checkpoint uses
     finite = jax.jit(all_finite, in_shardings=(weights.state_placement(optimizer),), out_shardings=weights.replicated)
 
-    def validate(trainable: Params) -> float:
+    def validate(trainable: Params, iteration: int) -> float:
       with explained(f"{name}: validation", validation.remedy):
-        return validation.score(trainable)
+        return validation.score(trainable, iteration)
 
     advance = advancer(start)
     stage = loop.Stage(
@@ -189,11 +202,13 @@ class Recipe:
       finite.lower(abstract).compile(),
       loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
       self._rates[name],
-      trackers.named(self.config.trackers),
+      trackers.entries(self.config.trackers),
       shown,
       self.experiment.metadata(),
       began,
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
+      self.page.draw,
+      curriculum.state if curriculum else dict,
       advance.waiting if isinstance(advance, Ahead) else lambda: None,
     )
     loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
@@ -205,6 +220,7 @@ class Recipe:
     fresh: Callable[[], TrainState],
     advancer: Advancer,
     shown: tuple[str, ...],
+    curriculum: Curriculum | None = None,
   ) -> Outcome:
     """Runs or resumes a stage. Nothing is computed twice; from a finished stage only the best weights are read."""
     home, weights = self.workdir / "checkpoints" / name, self.experiment.model.weights
@@ -220,7 +236,7 @@ class Recipe:
       step: int | None = None
       while step is None or not found()[1]:  # a damaged last checkpoint has been set aside and is made again
         if not found()[1]:
-          self._train_stage(name, section, fresh, advancer, shown, checkpoints)
+          self._train_stage(name, section, fresh, advancer, shown, checkpoints, curriculum)
         best = checkpoints.best_evaluated(abstract)
         if best is None:
           raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")
@@ -260,11 +276,13 @@ class Recipe:
     fresh = functools.partial(experiment.model.weights.fresh_state, optimizer)
     return self._run_stage("sft", self.config.sft, fresh, advancer, ("loss", "masked_ce"))
 
-  def _waiting(self, step: int) -> Any:
+  def _waiting(self, checkpoints: Checkpoints, step: int) -> Any:
     """What the checkpoint of an iteration of diffu-GRPO holds beside the state: shapes, types and placements."""
     if not self._programs.shape.off_policy_steps:
       return None
-    return abstract_waiting(self._programs, self._grading, self.config.seed, step)
+    if self._curriculum:
+      self._curriculum.restore(multihost.from_main(lambda: checkpoints.metadata(step)))
+    return abstract_waiting(self._programs, self._grading, self.config.seed, step, self._curriculum)
 
   def grpo(self, start: Callable[[], Params]) -> Outcome:
     """diffu-GRPO from the weights that `start` reads; they are the reference policy, if there is one."""
@@ -280,14 +298,14 @@ class Recipe:
       section = self.config.grpo
       options = dict(seed=self.config.seed, gap_every=section.validate_every, dump_every=section.dump_every)
       if section.off_policy_steps:
-        return Ahead(*shared, **options, waiting=begin.waiting or ())
-      return grpo.advancer(*shared, **options)
+        return Ahead(*shared, **options, curriculum=self._curriculum, waiting=begin.waiting or ())
+      return grpo.advancer(*shared, **options, curriculum=self._curriculum)
 
     def fresh() -> TrainState:
       return experiment.model.weights.state_from(start(), optimizer, donate=not stays)
 
     with self._grading.grader:
-      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN)
+      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN, self._curriculum)
 
   def _evaluate(self, read: Callable[[], Params]) -> Evaluation:
     """The final evaluation of the weights that `read` reads; afterwards they are no longer in memory."""
@@ -331,6 +349,10 @@ def run(config: ConfigDict) -> dict[str, Any]:
   parts.complete(config)
   finished = multihost.from_main(lambda: finished_results(workdir, config))
   if finished and multihost.from_main(lambda: run_tokenizer.is_whole(workdir)):
+    if config.report.compare:
+      page = Page(workdir, config.report.compare)
+      multihost.from_main(lambda: page.check(config.mode))
+      page.draw()
     return report.reprint(finished, workdir)
   began = time.monotonic()
   with locked(workdir), compiled.kept(workdir), Interrupts() as interrupts, explained("run", "more devices"):
@@ -349,6 +371,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     }
     rest = fingerprints | {"splits": splits}
     results = multihost.from_main(lambda: write_results(recipe.experiment, workdir, outcomes, evaluations, began, rest))
+    recipe.page.draw()
   print(report.summary(results, workdir))
   return results
 

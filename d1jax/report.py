@@ -55,6 +55,7 @@ def summary(results: Mapping[str, Any], workdir: Folder) -> str:
       *([f"Cost, on {results['device']}:", ledger.table(results["cost"]), ""] if "cost" in results else []),
       f"Time:             {seconds.replace('this_invocation', 'this command')}",
       f"Learning curves:  {workdir / 'learning_curves.png'}",
+      f"Page:             {workdir / 'report.html'}",
       f"Completions:      {workdir / 'completions'}",
       f"Results:          {workdir / 'results.json'}",
       f"Checkpoint:       {results['checkpoint']}",

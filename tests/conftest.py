@@ -25,13 +25,17 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ |= {
   "JAX_COMPILATION_CACHE_DIR": os.environ.get("D1JAX_TEST_CACHE", str(FOLDER / "cache")),
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+  "HF_HUB_OFFLINE": "1",
+  "HF_DATASETS_OFFLINE": "1",
 }
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import pytest
 from jaxtyping import install_import_hook
 
+import d1jax
 from tests import session, typechecker
 from tests.buckets import bucket
 
@@ -56,6 +60,20 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices() -> None:
   assert jax.device_count() == 8, "another JAX was initialised before tests/conftest.py"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A LLaDA of 0.1M parameters with random weights; who changes it copies it first."""
+  from tests import hub  # imports what is checked at run time
+
+  return hub.write(tmp_path_factory.mktemp("hub") / "llada", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def model(folder: Path) -> "d1jax.Model":
+  """It, on one device; it keeps what its tests compile."""
+  return d1jax.from_pretrained(folder, jnp.float32)
 
 
 @pytest.fixture(scope="session")

@@ -57,8 +57,17 @@ STARTED = {
   "sft__steps": 0,
 }
 
-BRIEF = STARTED | {"sft__steps": 40, "sft__validate_every": 20}
-"""Both stages, from the start, for tests that stop and kill processes."""
+BRIEF = STARTED | {
+  "sft__steps": 40,
+  "sft__validate_every": 20,
+  "rollout__early_exit": True,
+  "rollout__block_length": 6,
+  "rollout__diffusion_steps": 6,
+  "grpo__rollout_slots": 4,
+  "grpo__curriculum": True,
+}
+"""Both stages, from the start, for tests that stop and kill processes; rollouts are in slots, and prompts are drawn by
+what a checkpoint holds."""
 
 
 def untimed(record: dict) -> dict:

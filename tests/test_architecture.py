@@ -53,7 +53,8 @@ ALLOWED["generation"] = ALLOWED["export"] = ALLOWED["evaluation"] | {"evaluation
 ALLOWED["serving"] = ALLOWED["generation"] | {"generation"}
 ALLOWED["report"] = ALLOWED["export"] | {"telemetry"}
 ALLOWED["results"] = ALLOWED["report"] | {"report"}
-ALLOWED["recipe"] = ALLOWED["results"] | {"results", "training"}
+ALLOWED["page"] = ALLOWED["results"] | {"results", "generation"}
+ALLOWED["recipe"] = ALLOWED["page"] | {"page", "training"}
 ALLOWED["presets"] = set(ALLOWED)
 ALLOWED["harness"] = set(ALLOWED)
 ALLOWED["lm_eval"] = set(ALLOWED)
@@ -193,6 +194,7 @@ def test_few_files_know_of_configurations(path):
     "d1jax/generation/command.py",
     "d1jax/serving/command.py",
     "d1jax/aot/command.py",
+    "d1jax/page/command.py",
     "d1jax/recipe.py",
     "d1jax/results.py",
     "d1jax/serving/chat.py",
@@ -381,6 +383,7 @@ CONFIGS = [
   ("eval", ""),
   ("eval", "llada_8b,gsm8k,math"),
   ("export",),
+  ("report",),
   ("generate",),
   ("serve",),
   ("aot", "llada_8b,v5e,full"),

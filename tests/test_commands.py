@@ -32,7 +32,7 @@ def test_a_command_is_flags(typed, flags):
 @pytest.mark.parametrize(
   ("typed", "message"),
   [
-    ("trian", "unknown command 'trian'; known: train, sft, eval, generate, serve, export, aot"),
+    ("trian", "unknown command 'trian'; known: train, sft, eval, report, generate, serve, export, aot"),
     ("train tinny", "unknown preset word 'tinny'; known: tiny, smoke, "),
     ("train sft:tiny", "d1jax train takes no preset 'sft'; known: grpo, and words behind a colon"),
     ("export tiny", "preset export takes no words, but has 'tiny' behind the colon: leave it out"),
@@ -94,7 +94,7 @@ def test_presets_take_other_values():
 @pytest.mark.parametrize(
   ("preset", "overrides", "message"),
   [
-    ("nothing", {}, "unknown preset 'nothing'; known: aot, eval, export, generate, grpo, serve, sft"),
+    ("nothing", {}, "unknown preset 'nothing'; known: aot, eval, export, generate, grpo, report, serve, sft"),
     ("grpo:tinny", {}, "unknown preset word 'tinny'"),
     ("grpo", {"grpo.stpes": 5}, "unknown field 'grpo.stpes'; did you mean grpo.steps"),
     ("grpo", {"gpro.steps": 5}, "unknown field 'gpro.steps'; did you mean grpo?"),

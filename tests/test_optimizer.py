@@ -1,11 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from d1jax import optimizer
 from d1jax.models import lora
 from d1jax.models.transformer import TransformerSize, build
+from d1jax.parallel import mesh as meshes
 
 SETTINGS = {
   "learning_rate": 0.1,
@@ -101,3 +103,31 @@ def test_a_warm_up_of_most_of_the_run_is_warned_about(steps, warned, caplog):
     " grpo.learning_rate=3e-06: lower warmup_steps, or raise steps"
   )
   assert caplog.messages == ([text] if warned else [])
+
+
+def test_muon_gives_matrices_of_layers_singular_values_of_one_size():
+  params = build(TransformerSize(8, 8, 2, 12, 3)).init(jax.random.key(0))
+  gradients = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+  chosen = optimizer.muon(**SETTINGS)
+  updates, _ = chosen.update(gradients, chosen.init(params), params)
+  for name, update in updates["blocks"]["mlp"].items():
+    values = jnp.linalg.svd(update, compute_uv=False) / (0.1 * 0.2 * np.sqrt(12))
+    assert values.shape == (3, 8), name
+    np.testing.assert_allclose(values, 0.95, atol=0.35)
+  adam = optax.nadamw(0.1, b2=0.99, weight_decay=0.0)
+  expected, _ = adam.update(gradients, adam.init(params), params)
+  for name in ("head", "embedding", "final_norm"):
+    jax.tree.map(np.testing.assert_array_equal, updates[name], expected[name])
+
+
+def test_momentum_of_muon_lies_where_its_weight_lies():
+  network = build(TransformerSize(8, 8, 2, 12, 3))
+  mesh = meshes.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  chosen = optimizer.muon(**SETTINGS, ema_decay=0.9)
+  placed = meshes.state_shardings(mesh, meshes.RULES, network.axes, shapes, chosen)
+  state = jax.eval_shape(chosen.init, shapes)
+  assert jax.tree.structure(placed.opt_state) == jax.tree.structure(state)
+  momentum = placed.opt_state[1].inner_states["muon"].inner_state[0].mu["blocks"]["mlp"]["up"]
+  assert momentum == placed.trainable["blocks"]["mlp"]["up"]
+  assert "fsdp" in str(momentum.spec)

@@ -12,6 +12,8 @@ import pytest
 from d1jax import recipe
 from d1jax.errors import RunError
 from d1jax.fingerprint import fingerprint
+from d1jax.generation.canvas import END, SILENT
+from d1jax.page import samples, writer
 from d1jax.report import summary
 from d1jax.run import experiment as experiments
 from d1jax.run.checkpoint import Checkpoints
@@ -63,6 +65,10 @@ def test_results_hold_what_they_promise(finished):
   assert len({split["sha256"] for split in results["splits"].values()}) == 4
 
 
+def records_with_validation(workdir):
+  return [record for record in read_records(workdir / "metrics.jsonl") if "validation" in record]
+
+
 def test_files_are_written(finished):
   workdir, _, _ = finished
   assert len(set(pixels(workdir / "learning_curves.png"))) > 20
@@ -70,6 +76,17 @@ def test_files_are_written(finished):
     lines = (workdir / "completions" / f"{arm}.jsonl").read_text().splitlines()
     assert len(lines) == 24
     assert set(json.loads(lines[0])) == {"record", "text", "reward", "metrics"}
+  validated = [(r["stage"], r["iteration"], r["validation"]) for r in records_with_validation(workdir)]
+  kept = samples.read(workdir)
+  assert [(one.stage, one.iteration, one.solved[0]) for one in kept] == validated
+  for one in kept:
+    assert len(one.samples) == samples.COUNT
+    for sample in one.samples:
+      assert "".join(sample.pieces).rstrip(END).replace(SILENT, "") == sample.text
+      assert {*sample.steps} == {*range(max(sample.steps) + 1)}
+  page = (workdir / "report.html").read_text(encoding="utf-8")
+  assert page == writer.drawn(workdir, None)
+  assert "finished after 4 iterations of diffu-GRPO" in page
   events = b"".join(p.read_bytes() for p in (workdir / "tensorboard" / "grpo").iterdir())
   assert b"reward" in events
   assert b"validation" in events

@@ -51,7 +51,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     raise RunError("config.topology is not set; name a generation of TPUs and its chips, e.g. v5e:2x4")
   output = None if config.output is None else local("output", config.output)
   with input_checked():
-    experiment, programs, width = build(config)
+    experiment, programs, width = on_topology(config)
     devices = experiment.model.weights.mesh.devices.flat
     chip = chips.of(devices[0].device_kind)
     if chip is None:
@@ -83,7 +83,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
   return result
 
 
-def build(config: ConfigDict) -> tuple[Experiment, Programs, int]:
+def on_topology(config: ConfigDict) -> tuple[Experiment, Programs, int]:
   """The run that the configuration describes, on the topology's chips, and the length of its prompts.
 
   Raises:

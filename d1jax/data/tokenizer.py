@@ -103,7 +103,9 @@ def from_files(files: Mapping[str, bytes]) -> Tokenizer:
   return SentencePieceTokenizer(files["tokenizer.model"], files)
 
 
-def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: int) -> bytes:
+def train_sentencepiece(
+  texts: Iterable[str], *, model_type: str, vocab_size: int, symbols: Sequence[str] = ()
+) -> bytes:
   """Trains a SentencePiece model and returns its serialised form.
 
   Text is kept as it is (no normalisation, no added space), newlines included. The same texts give the same bytes.
@@ -112,6 +114,7 @@ def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: in
     texts: the training text; every character in it gets a piece.
     model_type: `char`, `unigram` or `bpe`. Characters suit small models: every digit is one token.
     vocab_size: the most pieces; `char` takes what the text needs.
+    symbols: texts that are one piece each wherever they occur, such as the tags of an answer.
 
   Raises:
     ValueError: there is no text, it is not Unicode, or it does not fit the number of pieces.
@@ -140,7 +143,7 @@ def train_sentencepiece(texts: Iterable[str], *, model_type: str, vocab_size: in
       remove_extra_whitespaces=False,
       split_digits=True,
       control_symbols=[MASK_PIECE],  # no text encodes to it
-      user_defined_symbols=["\n"],
+      user_defined_symbols=["\n", *symbols],
       pad_id=-1,
       unk_id=0,
       bos_id=1,

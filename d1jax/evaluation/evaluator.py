@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class Completed(NamedTuple):
     rows: the index in the list of prompts of each row; repeats that only fill the batch are removed.
     completion: token ids.
     mask: true up to and including the first stop id.
+    reveal_step: the denoising step, from 0, that unmasked each token.
     forward_passes: the network's forward passes for the batch, over the whole canvas or a window of it.
     seconds: the time of the compiled program.
   """
@@ -40,8 +41,21 @@ class Completed(NamedTuple):
   rows: Int[np.ndarray, "B"]
   completion: Int[np.ndarray, "B C"]
   mask: Bool[np.ndarray, "B C"]
+  reveal_step: Int[np.ndarray, "B C"]
   forward_passes: int
   seconds: float
+
+
+class Trace(NamedTuple):
+  """The tokens of one completion and how they came about.
+
+  Attributes:
+    tokens: the ids up to and including the first stop id.
+    reveal_step: the denoising step, from 0, that unmasked each of them.
+  """
+
+  tokens: list[int]
+  reveal_step: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +66,13 @@ class Evaluation:
     records: one record per completion.
     graded: texts and grades.
     clusters: one per completion; completions of the same cluster are not independent.
+    traces: the completions that the evaluator was asked to trace, by their index.
   """
 
   records: Sequence[Record]
   graded: Graded
   clusters: Sequence[str]
+  traces: Mapping[int, Trace] = dataclasses.field(default_factory=dict)
 
   def share(self, metric: str) -> Share:
     """One metric pooled over the split, with its interval; completions without the metric are left out."""
@@ -150,7 +166,14 @@ def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) 
 class Evaluator:
   """Completes and grades a fixed list of prompts under given weights."""
 
-  def __init__(self, completer: Completer, prompts: Prompts, sampler: SamplerSpec, batch_size: int):
+  def __init__(
+    self,
+    completer: Completer,
+    prompts: Prompts,
+    sampler: SamplerSpec,
+    batch_size: int,
+    traced: Collection[int] = (),
+  ):
     """Prepares the batches.
 
     Args:
@@ -159,8 +182,9 @@ class Evaluator:
       sampler: the sampler; temperature 0 is greedy.
       batch_size: the rows of a batch. Prompts of one bucket share batches; the last batch of a bucket is filled up with
         repeats that are not graded. `batches` lists the prompt indices of each batch.
+      traced: the indices of the prompts whose completions are traced.
     """
-    self._completer, self.prompts, self._sampler = completer, prompts, sampler
+    self._completer, self.prompts, self._sampler, self._traced = completer, prompts, sampler, frozenset(traced)
     self._model = completer.model
     members: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompts.ids):
@@ -199,11 +223,12 @@ class Evaluator:
     )  # compilation is not measured as sampling
     began = time.perf_counter()
     rollout = self._completer(self._sampler, params, placed, key, step)
-    rows, (completion, mask) = multihost.local_rows((rollout.completion, rollout.completion_mask))
+    rows, local = multihost.local_rows((rollout.completion, rollout.completion_mask, rollout.reveal_step))
     passes = self._sampler.forward_passes(multihost.fetch(rollout.reveal_step))
     seconds = time.perf_counter() - began
     keep, length = rows < len(own), self._sampler.completion_length
-    return Completed(np.asarray(own)[rows[keep]], completion[keep, :length], mask[keep, :length], passes, seconds)
+    completion, mask, reveal_step = (x[keep, :length] for x in local)
+    return Completed(np.asarray(own)[rows[keep]], completion, mask, reveal_step, passes, seconds)
 
   def __call__(self, params: Params, pause: Callable[[], None] | None = None) -> Evaluation:
     """Evaluates published weights with the protocol `strict`; equal weights always give equal completions.
@@ -222,9 +247,18 @@ class Evaluator:
       tokenizer = self.prompts.tokenizer
       graded = grade_completions(task, tokenizer, own, prefills, done.completion, done.mask, "strict")
       places.append(done.rows)
-      found += [(text, dataclasses.asdict(grade)) for text, grade in zip(*graded, strict=True)]
+      traces = [self._trace(done, row) for row in range(len(own))]
+      found += [(text, dataclasses.asdict(grade), trace) for text, grade, trace in zip(*graded, traces, strict=True)]
     everyone = multihost.gather_rows(np.concatenate(places), found)
-    return evaluation(task, records, [text for text, _ in everyone], [Grade(**fields) for _, fields in everyone])
+    grades = [Grade(**fields) for _, fields, _ in everyone]
+    traced = {i: Trace(*trace) for i, (_, _, trace) in enumerate(everyone) if trace}
+    return dataclasses.replace(evaluation(task, records, [text for text, *_ in everyone], grades), traces=traced)
+
+  def _trace(self, done: Completed, row: int) -> Trace | None:
+    """The trace of one row, if its prompt is traced."""
+    if int(done.rows[row]) not in self._traced:
+      return None
+    return Trace(*(x[row][done.mask[row]].tolist() for x in (done.completion, done.reveal_step)))
 
 
 def evaluate(

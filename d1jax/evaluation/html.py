@@ -60,11 +60,16 @@ def render(results: Mapping[str, Any], items: Sequence[Item]) -> str:
     all=len(items),
     limit=LIMIT,
     samples=Markup(embedded(samples)),
-    style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+    style=Markup(base_style()),
     script=Markup(script),
     script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
   )
   return _UNPRINTABLE.sub("\ufffd", page)
+
+
+def base_style() -> str:
+  """The style sheet of pages: colours for light and dark, type, tables."""
+  return (_HERE / "report.css").read_text(encoding="utf-8")
 
 
 def embedded(value: Any) -> str:

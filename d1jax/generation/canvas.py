@@ -30,6 +30,9 @@ GIVEN = -1
 NEVER = int(np.iinfo(np.int32).max)
 """The step of a token that no step unmasked."""
 
+NEAR = 16
+"""The number of tokens from whose text a token's part of it is read off, before and behind it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Glyph:
@@ -101,9 +104,27 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
   """
   if not ids:
     return []
-  texts = tokenizer.decode_all([ids[:end] for end in range(1, len(ids) + 1)])
-  ends = itertools.accumulate([0, *(_shared(text, texts[-1]) for text in texts)], max)
-  return [texts[-1][first:end] for first, end in itertools.pairwise(ends)]
+  # A token adds what the text has more with it than without. To decode all n prefixes would take n^2 / 2 tokens, so a
+  # prefix is decoded from a few tokens before its end on.
+  (whole,) = tokenizer.decode_all([ids])
+  found = _pieces(tokenizer, ids, NEAR)
+  return found if "".join(found) == whole else _pieces(tokenizer, ids, len(ids))
+
+
+def _pieces(tokenizer: Tokenizer, ids: Sequence[int], near: int) -> list[str]:
+  """The parts of the text; each one is read off a text of `near` tokens before and behind, or a little more."""
+  spans, asked = [], []
+  for first in range(0, len(ids), near):
+    begin, ends = max(first - near, 0), range(first, min(first + near, len(ids)) + 1)
+    spans.append(len(ends))
+    asked += [ids[begin : ends[-1] + near], *(ids[begin:end] for end in ends)]
+  texts = iter(tokenizer.decode_all(asked))
+  found = []
+  for count in spans:
+    around, *prefixes = itertools.islice(texts, count + 1)
+    shared = itertools.accumulate((_shared(text, around) for text in prefixes), max)
+    found += [around[first:end] for first, end in itertools.pairwise(shared)]
+  return found
 
 
 def _shared(text: str, other: str) -> int:

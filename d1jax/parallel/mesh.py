@@ -252,13 +252,19 @@ def state_shardings(mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimize
   by_parameter = shardings(mesh, rules, axes)
   moments = optax.tree.map_params(
     optimizer,
-    lambda _, placement: placement,
+    lambda moment, placement: moment if _is_masked(moment) else placement,
     jax.eval_shape(optimizer.init, abstract),
     by_parameter,
     transform_non_params=lambda _: replicated,
+    is_leaf=_is_masked,
   )
   placements: tuple[Any, ...] = (replicated, by_parameter, moments, replicated)
   return TrainState(*placements)
+
+
+def _is_masked(moment: Any) -> bool:
+  """Whether it stands for a weight that another part of the optimiser updates."""
+  return isinstance(moment, optax.MaskedNode)
 
 
 def ways(mesh: Mesh, rules: Rules, axis: str) -> int:

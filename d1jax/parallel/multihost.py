@@ -281,11 +281,6 @@ def largest(value: int) -> int:
   return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
-def any_of(flag: bool) -> bool:
-  """Whether it is true on any process."""
-  return bool(largest(int(flag)))
-
-
 def gather(value: Any) -> list[Any]:
   """The value of every process, in the order of the processes. Values must be small, and of types that JSON has.
 

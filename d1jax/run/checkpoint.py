@@ -333,12 +333,10 @@ class Checkpoints:
     read = lambda step: self.restore(step, abstract, waiting(step))
     return self._first_good(lambda: max(self.steps(), default=None), read)
 
-  def restore_best(self, abstract: TrainState) -> Restored | None:
-    """The good checkpoint with the best validation score; None if there are no checkpoints."""
-    return self._first_good(self.best_step, lambda step: self.restore(step, abstract))
-
   def best_evaluated(self, abstract: TrainState) -> tuple[int, Params] | None:
-    """Like `restore_best`, but returns the step and only the evaluated weights, without the optimiser's moments."""
+    """The step and the evaluated weights, without the optimiser's moments, of the good checkpoint with the best
+    validation score; None if there are no checkpoints.
+    """
     return self._first_good(self.best_step, lambda step: (step, self.restore_evaluated(step, abstract)))
 
 

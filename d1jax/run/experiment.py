@@ -87,7 +87,9 @@ class Experiment:
 
   def optimizer(self, stage: ConfigDict, steps: int) -> optax.GradientTransformation:
     """The optimiser of a stage that takes `steps` steps."""
-    return optimizers.adamw(
+    if stage.optimizer not in optimizers.OPTIMIZERS:
+      raise ValueError(f"optimizer={stage.optimizer!r} is unknown; known: {', '.join(optimizers.OPTIMIZERS)}")
+    return optimizers.OPTIMIZERS[stage.optimizer](
       learning_rate=stage.learning_rate,
       steps=steps,
       warmup_steps=stage.warmup_steps,
@@ -243,7 +245,7 @@ def _tokenizer(config: ConfigDict, run: Kept | None, source: Source | None, task
   if run is None:
     return make()
   is_makeable = source is not None or task is not None
-  return run_tokenizer.read(run, make if is_makeable else None, str(source.folder) if source else "the task")
+  return run_tokenizer.read_or_make(run, make if is_makeable else None, str(source.folder) if source else "the task")
 
 
 class _NoTask:

@@ -26,6 +26,7 @@ class Field(NamedTuple):
 
 
 _STAGE: Mapping[str, Field] = {
+  "optimizer": Field("adamw", "or muon, which needs fewer steps where a model learns from random weights"),
   "b1": Field(0.9, "decay of AdamW's first moment"),
   "ema_decay": Field(None, "of an average of the weights, which is validated, evaluated and exported; None: none"),
   "save_every": Field(None, "iterations between checkpoints; None: every validation saves one"),
@@ -34,6 +35,7 @@ _STAGE: Mapping[str, Field] = {
 }
 
 OPTIONAL: Mapping[str, Field] = {
+  "report.compare": Field(None, "another run's folder, which WORKDIR/report.html draws beside this one; None: none"),
   "profile_steps": Field(None, "FIRST:LAST iterations, counted from 1, to trace into WORKDIR/profile; None: none"),
   "distributed.coordinator": Field(None, "HOST:PORT of process 0; None: found on Cloud TPUs, GKE, Slurm, Open MPI"),
   "distributed.processes": Field(None, "how many processes there are; None: found in the same way"),
@@ -49,6 +51,7 @@ OPTIONAL: Mapping[str, Field] = {
   "lora.rslora": Field(False, "scales adapters by alpha / sqrt(rank) instead of alpha / rank"),
   "tokenizer.model_type": Field("char", "of the tokenizer that is trained without a folder: char, unigram, bpe"),
   "tokenizer.vocab_size": Field(512, "its largest vocabulary"),
+  "tokenizer.symbols": Field((), "texts that are one token each, such as tags"),
   "rollout.refresh_every": Field(None, "steps between refreshes of the cache; None: one a block"),
   "rollout.look_behind": Field(16, "tokens before the block that the cache `window` computes anew"),
   "rollout.look_ahead": Field(16, "tokens behind the block that it computes anew"),
@@ -67,6 +70,10 @@ OPTIONAL: Mapping[str, Field] = {
   "grpo.importance_cap": Field(None, "of weights p_train / p_sample on recorded states; None: no weights"),
   "grpo.off_policy_steps": Field(0, "updates that the weights of a rollout miss; 0: each rollout has the newest"),
   "grpo.behaviour_cap": Field(5.0, "of weights p / p_behaviour in rollouts of older weights (off_policy_steps)"),
+  "grpo.rollout_slots": Field(None, "rows of a part of a rollout that are computed at a time; None: all"),
+  "grpo.curriculum": Field(False, "draws prompts in proportion to 1 - their success rate, not once an epoch"),
+  "grpo.length_reward": Field(0.0, "weight of Kimi k1.5's reward of short answers; 0: none"),
+  "grpo.length_warmup": Field(0, "first iterations without it"),
   "grpo.dump_every": Field(0, "iterations between dumped rollouts; 0: none"),
   "grpo.drift_every": Field(50, "iterations between looks at what the rollouts' cache changes; 0: none"),
   "grpo.drift_limit": Field(None, "nats a token beyond which the cache goes off; None: the drift is only logged"),
@@ -77,7 +84,7 @@ OPTIONAL: Mapping[str, Field] = {
 OPEN = ("rules", "rollout_rules", "rollout_mesh", "task.options", "task.mix", "grpo.reward_weights")
 """Sections with fields of any name: axes, options of a task, tasks, components of a reward. One flag may set several
 fields: `--config.grpo.reward_weights="{'correct': 1.0, 'format': 0.2}"`, or `correct=1.0,format=0.2`."""
-_WHERE = {"": STAGES, "distributed": (*STAGES, "eval")}
+_WHERE = {"": STAGES, "report": STAGES, "distributed": (*STAGES, "eval")}
 """The modes whose configurations have a section; `""` stands for fields outside of sections."""
 
 

@@ -18,11 +18,12 @@ KINDS: Mapping[str, tuple[str, ...]] = {
   # Devices and sizes of parts: results differ only by rounding.
   "placement": (
     *("mesh", "rollout_mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
-    *("sft.accumulation", "grpo.accumulation", "grpo.rollout_chunks", "grpo.grading_workers"),
+    *("sft.accumulation", "grpo.accumulation", "grpo.rollout_chunks", "grpo.rollout_slots"),
+    "grpo.grading_workers",
     *("evaluation.batch_size", "model.remat", "model.unroll", "sft.logits_tile", "grpo.logits_tile"),
   ),
   # Output besides the weights.
-  "logging": ("profile_steps", "trackers", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
+  "logging": ("profile_steps", "trackers", "report.compare", "grpo.dump_every", "sft.save_every", "grpo.save_every"),
   # The length of a stage, and conditions that end it earlier.
   "total": tuple(f"{stage}.{name}" for stage in ("sft", "grpo") for name in ("steps", "patience", "max_skipped_steps")),
   # Paths: fingerprints tell whether the content is the same.

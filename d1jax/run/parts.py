@@ -37,7 +37,7 @@ _FLAG = re.compile(rf"--?config\.grpo\.({'|'.join((*TABLES, *MOVED))})((?:\.\w+)
 
 
 @contextlib.contextmanager
-def named(kind: str, name: str) -> Iterator[None]:
+def naming(kind: str, name: str) -> Iterator[None]:
   """Adds the name of the part to an error, and for a user's file the line."""
   try:
     yield
@@ -117,7 +117,7 @@ def build(kind: str, section: ConfigDict, **of_the_run: Any) -> Any:
   part = _find(kind, name)
   options = _full(kind, part, section.to_dict())
   del options["name"]
-  with named(kind, name):
+  with naming(kind, name):
     if kind == "estimator":
       shared = {option: x for option, x in of_the_run.items() if x is not None and option in part.options}
       return part.bind(**options, **shared)

@@ -6,7 +6,7 @@ copy in the work directory is damaged, the tokenizer is made again, and must hav
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from d1jax import tasks
@@ -89,7 +89,9 @@ def is_whole(workdir: Folder) -> bool:
     return False
 
 
-def train(task: Task, style: str = "d1", *, model_type: str = "char", vocab_size: int = 64) -> Tokenizer:
+def train(
+  task: Task, style: str = "d1", *, model_type: str = "char", vocab_size: int = 64, symbols: Sequence[str] = ()
+) -> Tokenizer:
   """Trains a tokenizer on prompts and answers of training records."""
   texts: list[str] = []
   for one in task.tasks.values() if isinstance(task, tasks.Mixture) else [task]:
@@ -97,11 +99,13 @@ def train(task: Task, style: str = "d1", *, model_type: str = "char", vocab_size
       for record in one.records(split)[:SAMPLE]:
         messages, prefill = one.prompt(record, style)
         texts += [m["content"] for m in messages] + [prefill, one.demonstration(record, style)]
-  model = tokenizers.train_sentencepiece(filter(None, texts), model_type=model_type, vocab_size=vocab_size)
+  model = tokenizers.train_sentencepiece(
+    filter(None, texts), model_type=model_type, vocab_size=vocab_size, symbols=symbols
+  )
   return tokenizers.SentencePieceTokenizer(model)
 
 
-def read(run: Kept, make: Callable[[], Tokenizer] | None, origin: str) -> Tokenizer:
+def read_or_make(run: Kept, make: Callable[[], Tokenizer] | None, origin: str) -> Tokenizer:
   """The tokenizer of a run with checkpoints. It is made again if its files are damaged; nothing is written.
 
   Args:

@@ -9,6 +9,8 @@ WORKDIR/
   splits.json          the number of questions in each split, and a hash of them
   checkpoints/STAGE/   Orbax checkpoints of `sft` and `grpo`
   metrics.jsonl        one record an iteration; metrics.jsonl.damaged has its damaged lines
+  samples.jsonl        the answers to a few validation questions, a line a validation
+  report.html          the page of the run, drawn at every validation
   run_id               identifies the run for trackers; some of them write to tensorboard/ or wandb/
   rollouts/            dumped rollouts, when asked for
   completions/         every graded completion of the last evaluations

@@ -95,7 +95,7 @@ async def _complete(service: Service, request: Request, *, chat: bool) -> Respon
   """Answers a request for completions."""
   content = await _read(request)
   service.check_open()
-  ask = protocol.parse(protocol.read(content), service.served, chat=chat)
+  ask = protocol.parse(protocol.json_object(content), service.served, chat=chat)
   rows = await asyncio.to_thread(service.rows, ask)
   reply = Reply(service, ask, rows)
   if ask.stream:

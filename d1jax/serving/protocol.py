@@ -125,7 +125,7 @@ def unknown_model(name: str, served: Served) -> ApiError:
   return ApiError(message, status=404, param="model", code="model_not_found")
 
 
-def read(content: bytes) -> dict[str, Any]:
+def json_object(content: bytes) -> dict[str, Any]:
   """The JSON object of a request's body; an `ApiError` if there is none."""
   try:
     return files.parse_json(files.decode(content, "the request"), "the request", dict, finite=True)

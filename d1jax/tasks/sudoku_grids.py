@@ -106,11 +106,6 @@ def published_codes() -> np.ndarray:
   return np.sort(grid << CELLS | masks[puzzle]).astype(np.int64)
 
 
-def is_solution(puzzle: str, grid: str) -> bool:
-  """Tell whether a filled grid keeps the clues of a puzzle."""
-  return all(clue in ("0", digit) for clue, digit in zip(puzzle, grid, strict=True))
-
-
 def grid_puzzles(split: str, grid: int) -> np.ndarray:
   """List the codes of the split's puzzles that one grid solves, ascending."""
   codes = (grid << CELLS) | np.flatnonzero(unique_masks()[grid])

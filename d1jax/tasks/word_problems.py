@@ -27,11 +27,11 @@ _BLOCKS, _BLOCK = 100, 40
 class WordProblems(Gsm8k):
   """The task of word problems; records are `{"question", "solution", "answer", "template", "steps"}`.
 
-  Prompts, demonstrations, the baseline and grades are GSM8K's. The stories of `validation` and of `test` are in no
-  other split; `demonstrations` and `train` share stories, but a hash of a story and its numbers decides which of the
-  two has that problem. No split has a story twice with the same numbers. All stories use the same names, things and
-  operations, and nearly the same sentences: what is new in a test question is the story that the known sentences make,
-  so that solving it asks for reading which numbers belong together, and not for new words or a new operation.
+  Prompts, demonstrations, the baseline and grades are GSM8K's. No other split has a story that begins and ends as one
+  of `validation` or `test`; `demonstrations` and `train` share stories, but a hash of a story and its numbers decides
+  which of the two has that problem. No split has a story twice with the same numbers. All stories are made of the same
+  parts: what is new in a test question is the story that the known sentences make, so that solving it asks for reading
+  which numbers belong together, and not for new words or a new operation.
 
   All numbers, those of the solution included, are whole and at least 2. Some questions have a number that does not
   matter. A split takes its stories in turn, in a new order each round, and a larger size keeps the records of a smaller

@@ -1,4 +1,5 @@
-"""Stories with numbers left open: they are read from a text file, and written out as a question with its solution.
+"""Stories with numbers left open: they are put together from the parts in a text file, and written out as a question
+with its solution.
 
 Every number of a problem and of its solution is a whole number of at least 2, so that nouns are always in the plural
 and nothing is negative, empty or cut into parts.
@@ -6,15 +7,17 @@ and nothing is negative, empty or cut into parts.
 
 import dataclasses
 import functools
+import itertools
 import operator
 import re
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 FILE = Path(__file__).with_name("word_templates.txt")
-"""The stories; its first lines say how one is written."""
+"""The parts of stories; its first lines say how one is written."""
 
 LEAST = 2
 """The smallest number of a problem or its solution."""
@@ -25,16 +28,12 @@ PEOPLE = (
 )
 """Names with their pronouns."""
 
-LISTS: Mapping[str, Sequence[str]] = {
-  "fruits": ("apples", "pears", "plums", "lemons"),
-  "cakes": ("cakes", "cookies", "muffins", "pies"),
-  "stamps": ("stamps", "coins", "shells", "cards", "marbles"),
-  "pens": ("pens", "pencils", "notebooks", "rulers"),
-  "books": ("books", "games", "toys"),
-  "hens": ("hens", "ducks"),
-  "roses": ("roses", "tulips", "trees"),
-}
-"""Words that stand for one another in a story; without the last letter they are in the singular."""
+THINGS = ("apples", "pears", "plums", "cookies", "stamps", "coins", "shells", "cards", "marbles", "books")
+"""What the people of a story have."""
+
+# A story is held out with its opening and its end: no other split has a story that begins and ends as it does.
+_SPLITS = {0: "test", 3: "validation"}
+_STRIDE, _PERIOD = 2, 7
 
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 _EITHER = re.compile(r"\[([^\[\]]*)\]")
@@ -47,7 +46,7 @@ class Template:
   """A story with numbers and words left open.
 
   Attributes:
-    name: what it is called.
+    name: the names of its parts.
     split: `train` (for demonstrations too), `validation` or `test`.
     question: the text with its slots.
     ranges: the first and last value of each number, by its letter.
@@ -93,9 +92,7 @@ class Template:
     people = [PEOPLE[i] for i in rng.permutation(len(PEOPLE))[:3]]
     words = dict(zip("NMK", (name for name, _ in people), strict=True))
     words |= _pronouns(people[0][1]) | {letter: str(value) for letter, value in values.items()}
-    for name, listed in LISTS.items():
-      word = listed[int(rng.integers(len(listed)))]
-      words |= {name: word, name[:-1]: word[:-1]}
+    words["things"] = THINGS[int(rng.integers(len(THINGS)))]
 
     def either(match: re.Match[str]) -> str:
       texts = match[1].split("|")
@@ -106,19 +103,56 @@ class Template:
     return question, "\n".join(solution)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  kind: str
+  name: str
+  text: str
+  ranges: Mapping[str, tuple[int, int]]
+  step: str
+
+
 @functools.cache
 def read() -> Sequence[Template]:
-  """Return all templates in the order of the file."""
+  """Return all stories of two to four steps, those with the same opening and end in a row."""
   lines = [line for line in FILE.read_text(encoding="ascii").split("\n") if not line.startswith("#")]
-  return tuple(map(_parse, filter(None, "\n".join(lines).strip().split("\n\n"))))
+  parts = list(map(_parse, filter(None, "\n".join(lines).strip().split("\n\n"))))
+  openings, middles, ends = ([part for part in parts if part.kind == kind] for kind in ("opening", "middle", "end"))
+  found = []
+  for (i, opening), (j, end) in itertools.product(enumerate(openings), enumerate(ends)):
+    split = _SPLITS.get((i + _STRIDE * j) % _PERIOD, "train")
+    for between in itertools.chain.from_iterable(itertools.permutations(middles, count) for count in range(3)):
+      template = _told(split, (opening, *between, end))
+      if len(template.solution) > 1:
+        found.append(template)
+  return tuple(found)
 
 
-def _parse(text: str) -> Template:
-  head, question, ranges, *solution = text.strip().split("\n")
-  split, name = head.split()
+def _parse(text: str) -> _Part:
+  head, told, ranges, *steps = text.strip().split("\n")
+  kind, name = head.split()
   pairs = (entry.split() for entry in ranges.split(", "))
   numbers = {letter: (int(span.split("-")[0]), int(span.split("-")[1])) for letter, span in pairs}
-  return Template(name, split, question, numbers, tuple(line.removeprefix("- ") for line in solution))
+  return _Part(kind, name, told, numbers, "".join(steps).removeprefix("- "))
+
+
+def _told(split: str, parts: Sequence[_Part]) -> Template:
+  """Put a story together: each number and each result gets a letter of its own."""
+  free = iter(string.ascii_lowercase)
+  ranges: dict[str, tuple[int, int]] = {}
+  quantity, question, solution = "", [], []
+  for part in parts:
+    letters = {"s": quantity} | {letter: next(free) for letter in part.ranges}
+    ranges |= {letters[letter]: span for letter, span in part.ranges.items()}
+    quantity = letters["r"] = next(free) if part.step else letters["a"]
+    question.append(_relettered(part.text, letters))
+    solution += [_relettered(part.step, letters)] if part.step else []
+  return Template("+".join(part.name for part in parts), split, " ".join(question), ranges, tuple(solution))
+
+
+def _relettered(text: str, letters: Mapping[str, str]) -> str:
+  """Give the numbers of a text, and those of its equation, other letters."""
+  return re.sub(r"(?<=[{=*/+-])[a-z](?=[}=*/+-])", lambda match: letters[match[0]], text)
 
 
 def _pronouns(subject: str) -> dict[str, str]:

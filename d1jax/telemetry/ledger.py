@@ -25,12 +25,13 @@ PARTS = ("rollout", "grading", "score", "update", "validation", "saving", "compi
   seconds are divided in proportion to FLOPs, including repeated ones: with a quarter of the FLOPs, a quarter is theirs.
 - `update`: the rest of the update, which is forward and backward passes and the optimiser.
 - `validation`: validations, and measurements of merged weights and of a cache's drift.
-- `saving`: copying a checkpoint or waiting for it.
+- `saving`: copying a checkpoint or waiting for it, and drawing the page.
 - `compilation`: compilation, and everything else before the first iteration of an attempt.
 - `idle`: everything else, such as data and logging.
 """
 
 SECONDS, FLOPS, TOKENS, PASSES = "cost/seconds/", "cost/flops/", "cost/tokens/", "cost/passes/"
+SAVED = "cost/passes_saved/"
 
 
 def entry(devices: int, kind: str, seconds: Mapping[str, float], work: Mapping[str, Work]) -> dict[str, float]:
@@ -50,6 +51,7 @@ def entry(devices: int, kind: str, seconds: Mapping[str, float], work: Mapping[s
   found |= {FLOPS + part: float(each.flops) for part, each in work.items()}
   found |= {TOKENS + part: float(each.tokens) for part, each in work.items()}
   found |= {PASSES + part: float(each.passes) for part, each in work.items()}
+  found |= {SAVED + part: float(each.saved) for part, each in work.items() if each.saved is not None}
   found["cost/devices"] = devices
   if chip := chips.of(kind):
     found["cost/peak_flops"] = devices * chip.flops

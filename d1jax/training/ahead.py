@@ -25,12 +25,13 @@ from d1jax.data.pipeline import PromptBatch
 from d1jax.diffusion.rollout import Rollout
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel import multihost
+from d1jax.rl.curriculum import Curriculum
 from d1jax.run.workdir import Folder
 from d1jax.state import Frozen, TrainState
 from d1jax.telemetry.busy import Busy
 from d1jax.training import dump
 from d1jax.training.grpo import batches, iteration_record
-from d1jax.training.host import Grading, Visit, grade_chunks
+from d1jax.training.host import Grading, Visit, grade_chunks, rewarded
 from d1jax.training.programs import Programs
 
 
@@ -52,10 +53,21 @@ class Drawn(NamedTuple):
   span: Sequence[float] = (0.0, 0.0)
 
 
-def abstract_waiting(programs: Programs, grading: Grading, seed: int, position: int) -> list[dict[str, Any]]:
-  """Shapes, types and placements of what `Ahead.waiting` gives after `position` iterations."""
+def abstract_waiting(
+  programs: Programs, grading: Grading, seed: int, position: int, curriculum: Curriculum | None = None
+) -> list[dict[str, Any]]:
+  """Shapes, types and placements of what `Ahead.waiting` gives after `position` iterations.
+
+  Args:
+    programs: the programs; nothing is compiled.
+    grading: the grading of the training prompts.
+    seed: the seed of the order of prompts.
+    position: the iterations that were run.
+    curriculum: what draws the prompts, as it was then (`Curriculum.restore`); None: each comes once an epoch.
+  """
   shape, placement, found = programs.shape, programs.model.replicated, []
-  for batch in itertools.islice(batches(programs, grading, seed, position), shape.off_policy_steps):
+  prompts = batches(programs, grading, seed, position, curriculum)
+  for batch in itertools.islice(prompts, shape.off_policy_steps):
     chunk = programs.chunk(batch.prompt.shape[1])
     whole = lambda x: jax.ShapeDtypeStruct((shape.rows, *x.shape[1:]), x.dtype, sharding=placement)
     arrays = {"rollout": jax.tree.map(whole, chunk), "version": jax.ShapeDtypeStruct((), np.int32, sharding=placement)}
@@ -79,6 +91,7 @@ class Ahead:
     seed: int,
     gap_every: int,
     dump_every: int = 0,
+    curriculum: Curriculum | None = None,
     waiting: Sequence[dict[str, Any]] = (),
   ):
     """Nothing is drawn yet.
@@ -92,11 +105,13 @@ class Ahead:
       seed: the seed of the order of prompts.
       gap_every: iterations between measurements of the difference between merged and unmerged adapters.
       dump_every: iterations between dumps; 0: never.
+      curriculum: draws the prompts; None: each prompt comes once an epoch.
       waiting: of the checkpoint to start at, see the method of this name.
     """
     self._programs, self._grading, self._frozen, self._workdir = programs, grading, frozen, workdir
     self._gap_every, self._dump_every = gap_every, dump_every
-    self._prompts, self._key = batches(programs, grading, seed, position), programs.key()
+    self._curriculum = curriculum
+    self._prompts, self._key = batches(programs, grading, seed, position, curriculum), programs.key()
     self._queue = collections.deque(self._again(arrays) for arrays in waiting)
     self._next = position + len(self._queue)
     self._visit: Visit | None = None
@@ -169,6 +184,10 @@ class Ahead:
       seconds = {"rollout": arrived - waiting, "grading": time.perf_counter() - arrived}
     drawn, visit = self._queue.popleft(), self._graded()
     self._visit = None
+    # Only now: a run that is resumed here grades this rollout again, behind the draw above. So no draw knows it.
+    shaped = self._curriculum.learn(drawn.batch.record, visit.solved) if self._curriculum else {}
+    rewards, short = rewarded(self._grading.shaping, visit, programs.shape.num_generations, iteration)
+    visit = visit._replace(rewards=rewards)
     chunks, behaviour = programs.brought((drawn.chunks, drawn.behaviour))
     updating = time.perf_counter()
     ready = sum(each.span[1] <= updating for each in self._queue)
@@ -195,4 +214,4 @@ class Ahead:
     values = iteration_record(programs, self._grading, drawn.batch, visit, host_metrics, seconds)
     if self._dump_every and iteration % self._dump_every == 0:
       dump.write(self._workdir / "rollouts", iteration, chunks, visit, advantages, behaviour)
-    return state, gap | figures | values
+    return state, gap | figures | shaped | short | values

@@ -19,10 +19,12 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.layout import extra
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.rl.curriculum import Curriculum
 from d1jax.rl.grading import Grader
 from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
-from d1jax.rl.shaping import Shaping
+from d1jax.rl.prompts import Prompts
+from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.run import parts
 from d1jax.run.experiment import Experiment
 from d1jax.tasks import Mixture, Task
@@ -93,11 +95,11 @@ def _try_out(method: Method, section: ConfigDict, sampler: SamplerSpec, block: i
     old, reference = (logp if name in needs else None for name in ("old", "reference"))
     return method.loss(Terms(scores, old, reference, rows, jnp.ones(logp.shape), jnp.ones(logp.shape)))
 
-  with parts.named("estimator", section.estimator.name):
+  with parts.naming("estimator", section.estimator.name):
     scores = jax.eval_shape(score, jax.random.key(0))
-  with parts.named("loss", section.loss.name):
+  with parts.naming("loss", section.loss.name):
     _check_loss(jax.eval_shape(minimise, scores))
-  with parts.named("advantage", section.advantage.name):
+  with parts.naming("advantage", section.advantage.name):
     advantages = jax.eval_shape(lambda rewards: method.advantage(rewards, 2), jnp.ones(4))
     if getattr(advantages, "shape", None) != (4,):
       raise ValueError(f"the advantages of 4 rewards are {advantages}; there must be one for each")
@@ -121,8 +123,14 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
     ValueError: a weight names a component that neither the right nor the constant answer to a training question has.
   """
   with _of("grpo"):
-    found = Shaping(section.reward_weights.to_dict(), section.overlong, section.answered)
-  if found.weights or found.overlong or found.answered:
+    found = Shaping(
+      section.reward_weights.to_dict(),
+      section.overlong,
+      section.answered,
+      section.length_reward,
+      section.length_warmup,
+    )
+  if found != UNSHAPED:
     names: dict[str, None] = {}
     for one in task.tasks.values() if isinstance(task, Mixture) else [task]:
       record = one.records("train")[0]
@@ -146,6 +154,21 @@ def grading(experiment: Experiment) -> Grading:
   return Grading(experiment.prompts("train"), grader, config.task.protocol, shaped, length)
 
 
+def curriculum(experiment: Experiment, prompts: Prompts) -> Curriculum | None:
+  """The curriculum of `config.grpo` over the training prompts; None if each prompt comes once an epoch."""
+  section = experiment.config.grpo
+  if not section.curriculum:
+    return None
+  groups = section.oversample * section.prompts_per_iteration
+  return Curriculum(
+    prompts,
+    groups=groups,
+    num_generations=section.num_generations,
+    seed=experiment.config.seed,
+    ahead=section.off_policy_steps,
+  )
+
+
 def programs(experiment: Experiment, optimizer: optax.GradientTransformation) -> Programs:
   """The programs of a GRPO iteration; nothing is compiled yet.
 
@@ -159,6 +182,7 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
     tuple(experiment.config.data.prompt_buckets),
     section.oversample,
     section.rollout_chunks,
+    section.rollout_slots,
     section.off_policy_steps,
   )
   watch = drift.Watch(section.drift_every, section.drift_limit)

@@ -3,6 +3,7 @@
 `d1jax.training.ahead` has the loop whose rollouts do not wait for the last updates.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,21 +15,28 @@ from d1jax.completer import PromptArrays
 from d1jax.data.pipeline import PromptBatch
 from d1jax.diffusion.rollout import Rollout
 from d1jax.parallel import multihost
+from d1jax.rl.curriculum import Curriculum
 from d1jax.run.metrics import read_records
 from d1jax.run.workdir import Folder
 from d1jax.state import Frozen, TrainState
 from d1jax.tasks import Mixture
 from d1jax.telemetry import cost, ledger
 from d1jax.training import drift, dump
-from d1jax.training.host import Grading, Visit, grade_chunks, summarise
+from d1jax.training.host import Grading, Visit, grade_chunks, rewarded, summarise
 from d1jax.training.programs import Programs
 
 SHOWN = ("reward", "loss", "tokens_per_second")
 
 
-def batches(programs: Programs, grading: Grading, seed: int, position: int) -> Iterator[PromptBatch]:
-  """The prompts of each iteration from `position` on; they are a function of the seed and of the iteration."""
+def batches(
+  programs: Programs, grading: Grading, seed: int, position: int, curriculum: Curriculum | None = None
+) -> Iterator[PromptBatch]:
+  """The prompts of each iteration from `position` on, a function of the seed, of the iteration and of the curriculum's
+  rates when they are taken.
+  """
   shape = programs.shape
+  if curriculum:
+    return map(curriculum.batch, itertools.count(position))
   return grading.prompts.batches(
     prompts=shape.groups, num_generations=shape.num_generations, seed=seed, position=position
   )
@@ -67,6 +75,7 @@ def iteration_record(
     chunks=shape.chunks,
     rows=shape.rows // shape.chunks,
     ways=programs.model.rollout_ways,
+    slots=shape.slots,
   )
   devices = weights.mesh.size + (weights.sampling_mesh.size if weights.apart else 0)
   spent = ledger.entry(devices, weights.mesh.devices.flat[0].device_kind, seconds, work)
@@ -90,6 +99,7 @@ def advancer(
   seed: int,
   gap_every: int,
   dump_every: int = 0,
+  curriculum: Curriculum | None = None,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """Returns the function that runs one iteration of the GRPO stage.
 
@@ -102,9 +112,10 @@ def advancer(
     seed: the seed of the order of prompts.
     gap_every: iterations between measurements of the difference between merged and unmerged adapters.
     dump_every: iterations between dumps; 0: never.
+    curriculum: draws the prompts; None: each prompt comes once an epoch.
   """
-  prompts, key = batches(programs, grading, seed, position), programs.key()
-  watch = programs.watch
+  prompts, key = batches(programs, grading, seed, position, curriculum), programs.key()
+  shape, watch = programs.shape, programs.watch
   cached = watch is None or multihost.from_main(lambda: watch.trusts(read_records(workdir / "metrics.jsonl"), position))
 
   def look(
@@ -131,6 +142,8 @@ def advancer(
     params = programs.publish(state, frozen)
     chunks = programs.rollout(params, placed, key, number, cached=cached)
     visit = grade_chunks(grading, batch.record, chunks)
+    rewards, shaped = rewarded(grading.shaping, visit, shape.num_generations, iteration)
+    shaped |= curriculum.learn(batch.record, visit.solved) if curriculum else {}
     graded = time.perf_counter()
     seen: dict[str, float] = {} if cached else {"cache_off": 1.0}
     if watch and cached and watch.due(iteration):
@@ -142,16 +155,17 @@ def advancer(
     chunks = programs.brought(chunks)
     updating = time.perf_counter()
     with jax.profiler.TraceAnnotation("update"):
-      state, metrics, advantages = programs.update(state, frozen, chunks, visit.rewards)
+      state, metrics, advantages = programs.update(state, frozen, chunks, rewards)
       host_metrics = jax.device_get(metrics)
     updated = time.perf_counter()
     gap = programs.merge_gap(state, frozen, chunks[0]) if iteration % gap_every == 0 else {}
     seconds = {"rollout": visit.arrived - rolling, "grading": graded - visit.arrived, "update": updated - updating}
     if seen or gap:
       seconds["validation"] = updating - graded + time.perf_counter() - updated
+    visit = visit._replace(rewards=rewards)
     values = iteration_record(programs, grading, batch, visit, host_metrics, seconds, cached=used)
     if dump_every and iteration % dump_every == 0:
       dump.write(workdir / "rollouts", iteration, chunks, visit, advantages)
-    return state, seen | gap | values
+    return state, seen | gap | shaped | values
 
   return advance

@@ -100,22 +100,24 @@ class Stage:
     iterations: the number of all iterations.
     advance: `(state, iteration) -> (state, metrics)` runs one iteration; metrics are host numbers, among them `finite`,
       `tokens` (of completions) and those of `ledger.entry`.
-    validate: `params -> score` scores the evaluated weights; higher is better.
+    validate: `(params, iteration) -> score` scores the evaluated weights; higher is better.
     all_finite: whether every weight and moment of a state is finite; checked before a state is saved.
     cadence: when the stage validates and saves.
     rates: the learning rate of each optimiser step.
-    trackers: the trackers besides `metrics.jsonl`, see `trackers.named`.
+    trackers: the trackers besides `metrics.jsonl`, see `trackers.entries`.
     shown: the metrics on the progress line.
     metadata: the metadata of its checkpoints.
     began: the start of the stage's preparation (`time.perf_counter`).
     profile: the profile of some iterations.
+    draw: is called when the record of a validation is written.
+    carried: gives what a checkpoint's metadata holds of its own iteration.
     waiting: what checkpoints hold beside the state, see `Checkpoints.save`.
   """
 
   name: str
   iterations: int
   advance: Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]
-  validate: Callable[[Params], float]
+  validate: Callable[[Params, int], float]
   all_finite: Callable[[TrainState], Any]
   cadence: Cadence
   rates: Float[np.ndarray, "optimiser_steps"]
@@ -124,6 +126,8 @@ class Stage:
   metadata: Mapping[str, Any]
   began: float
   profile: Profile
+  draw: Callable[[], object] = lambda: None
+  carried: Callable[[], Mapping[str, Any]] = dict
   waiting: Callable[[], Any] = lambda: None
 
 
@@ -165,7 +169,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
       if last or (not refused and iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
         with clock.outside("validation"):
-          score = metrics["validation"] = stage.validate(evaluated(state))
+          score = metrics["validation"] = stage.validate(evaluated(state), iteration)
         is_better = not math.isnan(score) and (best is None or score > best)
         counts = counts._replace(stale=0 if is_better else counts.stale + 1)
         last = last or is_over(iteration, {"counts": counts._asdict()}, stage.iterations, cadence.patience)
@@ -189,6 +193,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
           _check_finite(stage, iteration, state, checkpoints)
         metadata = {
           **stage.metadata,
+          **stage.carried(),
           "data": {"next_index": iteration},
           "seconds": time.monotonic() - began,
           "counts": (counts._replace(skipped_in_a_row=0) if refused else counts)._asdict(),
@@ -197,6 +202,9 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
           writer.keep()
           checkpoints.save(iteration, state, metadata, score, stage.waiting())
         best = max((x for x in (best, score) if x is not None and not math.isnan(x)), default=None)
+      if score is not None:
+        with clock.outside("saving"):
+          stage.draw()
       if refused:
         checkpoints.wait()
         raise NotFiniteError(

@@ -1,7 +1,8 @@
 """The compiled programs of a diffu-GRPO iteration: publish, rollout and update."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import optax
 from d1jax import keys
 from d1jax.completer import Completer, PromptArrays
 from d1jax.data import pipeline
+from d1jax.diffusion import continuous
 from d1jax.diffusion.layout import predicting
 from d1jax.diffusion.replay import replay
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
@@ -55,6 +57,7 @@ class Shape:
     buckets: the prompt lengths that are compiled.
     oversample: rollouts have this many times the groups of an update, and those with the most signal are kept.
     chunks: the parts of a rollout; one is graded while the next is computed.
+    slots: the rows of a part that are computed at a time; None: all.
     off_policy_steps: the updates that weights miss when they draw a rollout; 0: each rollout has the newest weights.
   """
 
@@ -63,6 +66,7 @@ class Shape:
   buckets: tuple[int, ...]
   oversample: int = 1
   chunks: int = 1
+  slots: int | None = None
   off_policy_steps: int = 0
 
   @property
@@ -133,8 +137,13 @@ class Programs:
         f"a rollout of {shape.rows} completions in grpo.rollout_chunks={shape.chunks} does not divide over the"
         f" {model.rollout_ways} devices that rollout_rules share rows over: change one of them"
       )
+    if shape.slots is not None:
+      with _of("rollout."):
+        continuous.check(sampler)
+      with _of("grpo.rollout_"):
+        continuous.check_slots(shape.slots, shape.rows // shape.chunks, model.rollout_ways)
     self.compiled: dict[int, Compiled] = {}
-    self._completer = Completer(model, keys.Purpose.ROLLOUT, for_update=True)
+    self._completer = Completer(model, keys.Purpose.ROLLOUT, for_update=True, slots=shape.slots)
     if model.weights.apart:
       check_holds(model.weights.abstract_state(optimizer), "mesh")
       check_holds(model.publisher.abstract, "rollout_mesh")
@@ -358,3 +367,12 @@ class Programs:
   def drift(self, params: Any, cached: Rollout, exact: Rollout) -> dict[str, jax.Array]:
     """The figures of `drift.drift` for a chunk that was completed both ways under published weights."""
     return self.compiled[cached.prompt.shape[1]].drift(params, cached, exact)
+
+
+@contextlib.contextmanager
+def _of(section: str) -> Iterator[None]:
+  """Completes the name of a field with which an error begins."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"{section}{error}") from error

@@ -21,7 +21,7 @@ def compiler():
 
 
 def analysis(config):
-  experiment, made, width = command.build(config)
+  experiment, made, width = command.on_topology(config)
   kind = experiment.model.weights.mesh.devices.flat[0].device_kind
   return Analysis(experiment, made, chips.of(kind), width)
 
@@ -191,7 +191,7 @@ def test_state_beside_a_program_counts():
   taken = tiny.program("publish")["memory"]
   assert taken["elsewhere"] > 0
   chip = chips.Chip("small", taken["total"] - 1, 1e12, 1e9, 1e8, chips.of("TPU v5 lite").torus)
-  experiment, made, width = command.build(V5E.config)
+  experiment, made, width = command.on_topology(V5E.config)
   found = Analysis(experiment, made, chip, width).program("publish")
   assert (found["fits"], found["needed"], found["available"]) == (False, taken["total"], taken["total"] - 1)
   assert found["largest"]
@@ -203,14 +203,14 @@ def test_the_programs_know_llada_without_its_files():
   assert tokenizer.vocab <= 126464
   config = jobs.load("aot", "llada_8b,gsm8k,v5e")
   config.topology = "v5e:2x4"
-  experiment, _, width = command.build(config)
+  experiment, _, width = command.on_topology(config)
   assert (experiment.model.denoiser.mask_id, experiment.model.denoiser.vocab, width) == (126336, 126464, 200)
 
 
 def test_slices_share_the_data_axis():
   config = V5E.config
   config.update_from_flattened_dict({"slices": 2, "grpo.prompts_per_iteration": 32})
-  experiment, _, _ = command.build(config)
+  experiment, _, _ = command.on_topology(config)
   mesh = experiment.model.weights.mesh
   assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 4, "sequence": 1}
   assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]

@@ -21,17 +21,6 @@ BUCKETS = {"prompt_buckets": (16, 32), "answer_buckets": (8, 24)}
 score = functools.partial(log_likelihood, samples=4, strata=2, **BUCKETS)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return hub.write(tmp_path_factory.mktemp("hub") / "llada", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-  """On one device."""
-  return d1jax.from_pretrained(folder, jnp.float32)
-
-
 def logps(found) -> np.ndarray:
   return np.asarray([one.logp for one in found])
 

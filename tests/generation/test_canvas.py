@@ -47,6 +47,14 @@ def test_pieces_of_bytes_that_are_no_text_are_the_text_all_the_same(reader):
   assert "".join(pieces(reader, ids)) == reader.decode_all([ids])[0] == "a\ufffdb"
 
 
+@pytest.mark.parametrize("text", ["né日本a😀b" * 8, "é" * 70])
+def test_the_pieces_of_a_long_text_are_those_of_its_whole_beginnings(reader, text):
+  ids = spelled(reader, text)
+  assert len(ids) > 2 * canvases.NEAR
+  assert "".join(pieces(reader, ids)) == text
+  assert [piece for piece in pieces(reader, ids) if piece] == list(text)
+
+
 def test_a_tokenizer_that_joins_words_has_the_same_text():
   model = tokenizers.train_sentencepiece(["the cat sat", "on the mat"] * 20, model_type="unigram", vocab_size=40)
   joined = tokenizers.SentencePieceTokenizer(model)

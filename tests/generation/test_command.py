@@ -14,7 +14,7 @@ from PIL import Image
 
 from d1jax.errors import InterruptedRunError, RunError, StorageError
 from d1jax.generation import command, terminal
-from tests import QUICK_TO_COMPILE, hub, jobs, runs
+from tests import QUICK_TO_COMPILE, jobs, runs
 from tests.training import test_adapters
 
 
@@ -22,11 +22,6 @@ from tests.training import test_adapters
 def finished():
   """The folder of a run that trained every weight."""
   return runs.finished()[0]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return hub.write(tmp_path_factory.mktemp("hub") / "llada", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -21,17 +21,6 @@ DRAWN = SamplerSpec(completion_length=12, diffusion_steps=6, block_length=6, tem
 SMALL = dataclasses.replace(DRAWN, temperature=0.0)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return hub.write(tmp_path_factory.mktemp("hub") / "llada", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-  """On one device."""
-  return d1jax.from_pretrained(folder, jnp.float32)
-
-
 def tokens(generations) -> np.ndarray:
   return np.stack([one.tokens for one in generations])
 

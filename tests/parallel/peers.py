@@ -100,7 +100,6 @@ def talk() -> dict:
     "is_main": multihost.is_main(),
     "gather": multihost.gather({"process": own, "text": "é" * 700 * own}),
     "largest": multihost.largest(own),
-    "any": [multihost.any_of(own == last), multihost.any_of(False)],
     "from_main": [multihost.from_main(lambda: {"number": own}), message(lambda: multihost.from_main(refuse))],
     "same": [message(functools.partial(multihost.check_same, "the number", value)) for value in (7, min(own, 1))],
     "in_order": multihost.gather_rows(np.arange(own, 6, last + 1)[::-1], [f"{own}!"] * len(range(own, 6, last + 1))),

@@ -104,8 +104,6 @@ def test_alone_nothing_is_opened_and_nothing_waited_for(monkeypatch):
   value = {"any": ["thing"]}
   assert multihost.gather(value) == [value]
   assert multihost.from_main(lambda: value) is value
-  assert multihost.any_of(True)
-  assert not multihost.any_of(False)
   multihost.barrier("here")
   multihost.check_same("the number", 3)
 
@@ -296,7 +294,6 @@ def check_talk(found):
   for own in found:
     assert own["gather"] == [{"process": i, "text": "é" * 700 * i} for i in range(count)]
     assert own["largest"] == count - 1
-    assert own["any"] == [True, False]
     assert own["from_main"] == [{"number": 0}, "process 0 does not like it"]
     assert own["in_order"] == [f"{i % count}!" for i in range(6)]
     others = ", ".join(map(str, range(1, count)))

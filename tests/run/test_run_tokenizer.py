@@ -33,7 +33,7 @@ def test_a_damaged_tokenizer_is_trained_again(tmp_path, how, caplog):
   run = kept_by(tmp_path, tokenizer)
   path = tmp_path / "tokenizer" / "tokenizer.model"
   (DAMAGES | FLIPPED)[how](path)
-  again = run_tokenizer.read(run, trained, "the task")
+  again = run_tokenizer.read_or_make(run, trained, "the task")
   assert again.files == tokenizer.files
   (said,) = [record.message for record in caplog.records]
   assert said.startswith(f"the tokenizer of the run in {tmp_path} is damaged (")
@@ -53,7 +53,7 @@ def test_a_whole_tokenizer_is_read_and_made_by_nobody(tmp_path):
   run = kept_by(tmp_path, tokenizer)
   (tmp_path / "tokenizer" / ".DS_Store").write_bytes(b"\xff")
   (tmp_path / "tokenizer" / "notes").mkdir()
-  assert run_tokenizer.read(run, None, "").files == tokenizer.files
+  assert run_tokenizer.read_or_make(run, None, "").files == tokenizer.files
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def test_what_cannot_be_made_again_says_what_helps(tmp_path, told, made, message
   (tmp_path / "run" / "tokenizer" / "tokenizer.model").write_bytes(b"")
   make = {None: None, "other": lambda: trained(["ab"]), "same": trained}[made]
   with pytest.raises(RunError) as caught:
-    run_tokenizer.read(run, make, "the task")
+    run_tokenizer.read_or_make(run, make, "the task")
   assert message in str(caught.value)
   assert "\n" not in str(caught.value)
   assert f"put {tmp_path}/run/tokenizer back from a copy" in str(caught.value)
   shutil.rmtree(tmp_path / "run" / "tokenizer")
   shutil.copytree(tmp_path / "copy", tmp_path / "run" / "tokenizer")
-  assert run_tokenizer.read(run, make, "the task").files == tokenizer.files
+  assert run_tokenizer.read_or_make(run, make, "the task").files == tokenizer.files
 
 
 def test_a_template_that_writes_the_day_keeps_that_of_the_start(tmp_path):
@@ -86,10 +86,10 @@ def test_a_template_that_writes_the_day_keeps_that_of_the_start(tmp_path):
   began = tokenizers.from_files(files | {DATE: b"2026-11-03"})
   run = kept_by(tmp_path, began)
   (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(b"")
-  assert run_tokenizer.read(run, lambda: tokenizers.from_files(files), "the folder").files == began.files
+  assert run_tokenizer.read_or_make(run, lambda: tokenizers.from_files(files), "the folder").files == began.files
   (tmp_path / "tokenizer" / DATE).write_bytes(b"2026-11-04")
   with pytest.raises(RunError, match="the folder gives another one now"):
-    run_tokenizer.read(run, lambda: tokenizers.from_files(files), "the folder")
+    run_tokenizer.read_or_make(run, lambda: tokenizers.from_files(files), "the folder")
 
 
 @pytest.mark.parametrize("said", [None, 3, {}, {"tokenizer.model": 3}, "absent"])

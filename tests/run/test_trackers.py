@@ -80,7 +80,7 @@ def service(monkeypatch):
 def test_a_service_is_told_the_numbers_of_each_iteration_and_knows_the_run_again(tmp_path, service, name, expected):
   begun = service(name)
   for start in (0, 1):
-    all_of_them = Trackers(trackers.named(f" {name},"), run_of(tmp_path, start))
+    all_of_them = Trackers(trackers.entries(f" {name},"), run_of(tmp_path, start))
     all_of_them.log(start + 1, {"loss": 0.5, "steps": 3, "alarms": ["kl"]})
     all_of_them.close()
   assert [one.logged for one in begun] == [[(1, {"loss": 0.5, "steps": 3.0})], [(2, {"loss": 0.5, "steps": 3.0})]]

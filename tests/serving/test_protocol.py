@@ -227,7 +227,7 @@ def test_what_is_refused_is_named(chat, fields, message, param):
 )  # fmt: skip
 def test_a_body_that_is_no_request(content, message):
   with pytest.raises(ApiError) as caught:
-    protocol.read(content)
+    protocol.json_object(content)
   assert str(caught.value).startswith(message)
 
 
@@ -245,7 +245,9 @@ NAMES = sorted({name for chat in (True, False) for name in (*protocol._KNOWN[cha
 @hypothesis.given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), ANY, max_size=4), st.booleans())
 def test_any_object_is_a_request_or_an_error(fields, chat):
   try:
-    ask = protocol.parse(protocol.read(json.dumps((HELLO if chat else SAY) | fields).encode()), SERVED, chat=chat)
+    ask = protocol.parse(
+      protocol.json_object(json.dumps((HELLO if chat else SAY) | fields).encode()), SERVED, chat=chat
+    )
   except ApiError as error:
     json.dumps(error.body()).encode("ascii")
   else:

@@ -1,5 +1,6 @@
 import collections
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_a_test_file_is_the_test_split_and_no_other_has_a_puzzle_of_it(tmp_path,
 def test_a_test_puzzle_with_several_solutions_is_solved_by_each_of_them(tmp_path):
   root = write(tmp_path, test=[AMBIGUOUS])
   (record,) = Sudoku(root=root).records("test")
-  grids = [grid for grid in sudoku_grids.GRIDS if sudoku_grids.is_solution(AMBIGUOUS[0], grid)]
+  grids = [grid for grid in sudoku_grids.GRIDS if re.fullmatch(AMBIGUOUS[0].replace("0", "."), grid)]
   assert len(grids) > 1
   grades = {grid: Sudoku().grade(grid, record).metrics for grid in grids}
   assert all(metrics["solved"] == (1, 1) for metrics in grades.values())

@@ -22,16 +22,21 @@ def records_of(workdir):
 
 @pytest.mark.slow(reason="runs the recipe")
 def test_a_run_that_stops_while_rollouts_wait_goes_on_bit_for_bit(tmp_path):
-  """Its checkpoint holds the two rollouts that wait, which older weights drew. The weights are gone: drawn again by
-  the weights of the checkpoint, they would be others.
+  """Its checkpoint holds the two rollouts that wait, which older weights drew in slots, for prompts of older success
+  rates. The weights are gone: drawn again by the weights of the checkpoint, they would be others.
   """
   changes = HALVES | LEARNS | {"grpo__off_policy_steps": 2, "grpo__num_iterations": 2, "grpo__dump_every": 3}
+  changes |= {"grpo__curriculum": True, "grpo__length_reward": 0.5, "grpo__length_warmup": 1}
+  changes |= {"grpo__rollout_slots": 4, "rollout__early_exit": True, "rollout__block_length": 6}
+  changes |= {"rollout__diffusion_steps": 6, "task__protocol": "strict"}
   whole = recipe.run(jobs.started(tmp_path / "whole", **changes))
   records = records_of(tmp_path / "whole")
   assert [record["async/staleness"] for record in records] == [0, 1, 2, 2]
   gaps = [record["behaviour_gap"] for record in records]
   assert gaps[0] < 1e-6, "the weights that drew are those that are updated, scored with the same masks"
   assert max(gaps) > 1e-3
+  assert len({record["curriculum/success"] for record in records}) > 1
+  assert ["reward/length" in record for record in records] == [False, True, True, True]
   assert all(0 < record["importance/effective_sample_size"] <= 1 + 1e-6 for record in records)
   for record in read_records(tmp_path / "whole" / "metrics.jsonl"):
     assert 0 <= record["async/idle/rollout"] <= 1

@@ -49,7 +49,7 @@ def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=Non
     "sft",
     STEPS,
     advance,
-    lambda trainable: dict(scores).get(asked[-1], 0.0),
+    lambda trainable, iteration: dict(scores).get(iteration, 0.0),
     jax.jit(all_finite),
     loop.Cadence(validate_every, **cadence),
     np.asarray([rate * i for i in range(STEPS)]),

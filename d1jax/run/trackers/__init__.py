@@ -49,7 +49,7 @@ class Run(NamedTuple):
   config: Mapping[str, Any]
 
 
-def named(trackers: str) -> list[str]:
+def entries(trackers: str) -> list[str]:
   """The entries of the field `trackers`, a list separated by commas."""
   return [name.strip() for name in trackers.split(",") if name.strip()]
 
@@ -88,7 +88,7 @@ def _load(name: str) -> ModuleType:
 
 def check(trackers: str) -> None:
   """Raises a RunError if an entry of the field `trackers` cannot be loaded; call it on process 0."""
-  for name in named(trackers):
+  for name in entries(trackers):
     _load(name)
 
 
