@@ -85,6 +85,8 @@ def get_config(words: str = "", alone: bool = True) -> config_dict.ConfigDict:
   c.rules = config_dict.ConfigDict()
   # Changes to these rules in rollouts. If there are any, weights are moved once per iteration.
   c.rollout_rules = config_dict.ConfigDict()
+  # Devices of their own for rollouts, along each axis, such as data=4; they are not of `mesh`. See docs/performance.md.
+  c.rollout_mesh = config_dict.ConfigDict()
 
   c.model = dict(
     # A model's folder or its name on the hub, such as GSAI-ML/LLaDA-8B-Instruct, which is downloaded. It sets the

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from d1jax import keys
+from d1jax.diffusion.continuous import sample_in_slots
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
 from d1jax.model import Model
@@ -24,16 +25,17 @@ class Completer:
   be gathered at every step. Completions are placed by row, as rollouts or as updates need them.
   """
 
-  def __init__(self, model: Model, purpose: keys.Purpose, *, for_update: bool = False):
+  def __init__(self, model: Model, purpose: keys.Purpose, *, for_update: bool = False, slots: int | None = None):
     """Stores the arguments; nothing is compiled yet.
 
     Args:
       model: network and mesh.
       purpose: the purpose of the draws, a part of their keys.
-      for_update: whether completions are moved to the placement of updates.
+      for_update: whether completions are moved to the placement of updates, if they have the same devices.
+      slots: how many rows of a batch are computed at a time (`d1jax.diffusion.continuous`); None: all.
     """
-    self.model, self._purpose = model, purpose
-    self.placement = model.by_row if for_update else model.rollout_by_row
+    self.model, self._purpose, self._slots = model, purpose, slots
+    self.placement = model.by_row if for_update and not model.weights.apart else model.rollout_by_row
     self._jitted: dict[SamplerSpec, Any] = {}
     self._compiled: dict[tuple[SamplerSpec, int, int], Any] = {}
 
@@ -49,13 +51,18 @@ class Completer:
     self, sampler: SamplerSpec, params: Params, prompts: PromptArrays, key: jax.Array, step: jax.Array
   ) -> Rollout:
     model, key = self.model, keys.purpose_key(key, self._purpose, step)
-    rollout = sample(model.rollout_denoiser, params, *prompts, key, spec=sampler, row_multiple=model.rollout_ways)
+    complete: Any = sample
+    if self._slots is not None:
+      by_row = functools.partial(constrained, placement=model.rollout_by_row)
+      everywhere = functools.partial(constrained, placement=model.rollout_replicated)
+      complete = functools.partial(sample_in_slots, slots=self._slots, by_row=by_row, everywhere=everywhere)
+    rollout = complete(model.rollout_denoiser, params, *prompts, key, spec=sampler, row_multiple=model.rollout_ways)
     return constrained(rollout, model.rollout_by_row)  # rows stay on the placement that the weights need
 
   def jitted(self, sampler: SamplerSpec) -> Any:
     """The jitted program of a sampler: weights, prompts, key and step in, a rollout out."""
     if sampler not in self._jitted:
-      model, scalar = self.model, self.model.replicated
+      model, scalar = self.model, self.model.rollout_replicated
       self._jitted[sampler] = jax.jit(
         functools.partial(self._complete, sampler),
         in_shardings=(model.publisher.placement, model.rollout_by_row, scalar, scalar),
@@ -65,7 +72,7 @@ class Completer:
 
   def arguments(self, rows: int, width: int) -> tuple[Any, ...]:
     """The abstract arguments for `rows` prompts of `width` tokens: shapes, types and placements."""
-    model, scalar, key = self.model, self.model.replicated, keys.seeded(0)
+    model, scalar, key = self.model, self.model.rollout_replicated, keys.seeded(0)
     row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct(
       (rows, *shape), dtype, sharding=self.model.rollout_by_row
     )
@@ -96,7 +103,7 @@ class Completer:
       sampler: the sampler.
       params: the weights, from `Model.publish` or `Model.params`.
       prompts: the batch, placed at `Model.rollout_by_row`.
-      key: the run's key, replicated.
+      key: the run's key, placed at `Model.rollout_replicated`.
       step: the number of the batch; each row's draws depend only on key, purpose, step and its sample id.
     """
     return self.program(sampler, *prompts[0].shape)(params, prompts, key, step)

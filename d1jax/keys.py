@@ -52,14 +52,11 @@ def sample_keys(key: Key[Array, ""], sample_id: Int[Array, "B"]) -> Key[Array, "
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(sample_id)
 
 
-def fold(keys: Key[Array, "B"], counter: Int[Array, ""] | int) -> Key[Array, "B"]:
-  """Folds one counter into each of a batch of keys."""
+def fold(keys: Key[Array, "B"], counter: Int[Array, ""] | Int[Array, "B"] | int) -> Key[Array, "B"]:
+  """Folds a counter into each of a batch of keys: the same one, or an array that has one for each of them."""
+  if not isinstance(counter, int) and counter.ndim:
+    return jax.vmap(jax.random.fold_in)(keys, counter)
   return jax.vmap(lambda k: jax.random.fold_in(k, counter))(keys)
-
-
-def fold_each(keys: Key[Array, "B"], counters: Int[Array, "B"]) -> Key[Array, "B"]:
-  """Folds a counter of its own into each of a batch of keys."""
-  return jax.vmap(jax.random.fold_in)(keys, counters)
 
 
 def token_keys(key: Key[Array, ""], sample_id: Int[Array, "B"], place: UInt32[Array, "L"]) -> Key[Array, "B L"]:

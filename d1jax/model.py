@@ -57,7 +57,7 @@ class Model:
   @property
   def rollout_ways(self) -> int:
     """The number of devices over which a batch is split in rollouts."""
-    return meshes.batch_ways(self.weights.mesh, self.weights.rollout_rules)
+    return meshes.batch_ways(self.weights.sampling_mesh, self.weights.rollout_rules)
 
   @property
   def length_ways(self) -> int:
@@ -70,6 +70,11 @@ class Model:
     return self.weights.replicated
 
   @property
+  def rollout_replicated(self) -> NamedSharding:
+    """The placement of scalars in rollouts."""
+    return meshes.sharding(self.weights.sampling_mesh, self.weights.rollout_rules)
+
+  @property
   def by_row(self) -> NamedSharding:
     """The placement of a batch: rows are split over the batch axis."""
     return meshes.sharding(self.weights.mesh, self.weights.rules, "batch")
@@ -77,7 +82,7 @@ class Model:
   @property
   def rollout_by_row(self) -> NamedSharding:
     """The placement of a batch in rollouts."""
-    return meshes.sharding(self.weights.mesh, self.weights.rollout_rules, "batch")
+    return meshes.sharding(self.weights.sampling_mesh, self.weights.rollout_rules, "batch")
 
   @functools.cached_property
   def publisher(self) -> Publisher:
@@ -211,6 +216,7 @@ def build(
   source: Source | None,
   *,
   mesh: Mesh,
+  rollout_mesh: Mesh | None = None,
   rules: meshes.Rules = meshes.RULES,
   rollout_rules: meshes.Rules | None = None,
   dtype: DTypeLike,
@@ -228,6 +234,7 @@ def build(
     tokenizer: text to ids; None: the ids that `source` names are used.
     source: the folder of the weights; None: they are drawn.
     mesh: the devices.
+    rollout_mesh: other devices, for rollouts (`d1jax.parallel.sides.sub_meshes`); None: the same.
     rules: maps logical axes to mesh axes.
     rollout_rules: the same in rollouts; None: `rules`.
     dtype: the dtype of matrix products, and of a frozen base.
@@ -246,7 +253,7 @@ def build(
     raise ValueError("there is no tokenizer, and no folder that names the ids of the mask and of the end")
   rollout_rules = rules if rollout_rules is None else rollout_rules
 
-  def on(rules: meshes.Rules) -> tuple[Network, Denoiser]:
+  def on(mesh: Mesh, rules: meshes.Rules) -> tuple[Network, Denoiser]:
     network = transformer.build(
       size,
       dtype=dtype,
@@ -266,9 +273,10 @@ def build(
       vocab_shards=meshes.ways(mesh, rules, "vocab"),
     )
 
-  network, denoiser = on(rules)
-  rollout_denoiser = denoiser if rollout_rules == rules else on(rollout_rules)[1]
-  weights = Weights(network, mesh, rules, rollout_rules, seed, source, lora, quantize, dtype)
+  network, denoiser = on(mesh, rules)
+  weights = Weights(network, mesh, rules, rollout_rules, seed, source, lora, quantize, dtype, rollout_mesh)
+  alike = rollout_rules == rules and not weights.apart
+  rollout_denoiser = denoiser if alike else on(weights.sampling_mesh, rollout_rules)[1]
   weights.check()
   return Model(denoiser, rollout_denoiser, tokenizer, weights)
 

@@ -9,6 +9,7 @@ from d1jax.models import lora
 from d1jax.models.quantize import Quantized
 from d1jax.models.transformer import Params
 from d1jax.parallel import mesh as meshes
+from d1jax.parallel.sides import across
 from d1jax.state import Frozen
 from d1jax.weights import Weights
 
@@ -19,7 +20,8 @@ class Publisher:
   Adapters are added into a float base, and stay separate from a quantised one. Every leaf is cast to the dtype of the
   network's products, which would otherwise cast it in every forward pass. Both happen on the placement of updates,
   before anything moves: a merged bfloat16 leaf has half the bytes of the float32 one, and no adapters move with it.
-  A leaf that rollouts take unchanged costs nothing. All other leaves move each time, also those of a frozen base: a
+  A leaf that rollouts take unchanged costs nothing, unless rollouts have devices of their own, to which every leaf is
+  copied. All other leaves move each time, also those of a frozen base: a
   second copy of it would need memory during updates.
 
   Attributes:
@@ -44,13 +46,16 @@ class Publisher:
       axes = lora.overlay(lora.quantized_axes(axes), weights.trainable_axes)
     self._arguments = trainable, weights.abstract_frozen().base
     shapes = jax.eval_shape(self._merged, *self._arguments)
-    before, after = (meshes.shardings(weights.mesh, rules, axes) for rules in (weights.rules, weights.rollout_rules))
+    before = meshes.shardings(weights.mesh, weights.rules, axes)
+    after = meshes.shardings(weights.sampling_mesh, weights.rollout_rules, axes)
     meshes.check_divides(shapes, after)
     self.received_bytes = meshes.received_bytes(shapes, before, after)
     self._before = before
     same = lambda x, old, new: old if new.is_equivalent_to(old, x.ndim) else new
     self.placement = jax.tree.map(same, shapes, before, after)
     self.abstract = meshes.with_placements(shapes, self.placement)
+    # The program runs on the devices of updates. If rollouts have others, it leaves the weights as updates place them.
+    self._made_at = before if weights.apart else self.placement
 
     # An argument that is returned unchanged is one variable of the trace, input and output: `_kept` holds its place
     # among the inputs, so that the array itself can be returned. With inputs (a, b, c) and outputs (a, cast(b), c),
@@ -61,7 +66,7 @@ class Publisher:
     self._program = jax.jit(
       self._made,
       in_shardings=jax.tree.map(lambda x: x.sharding, self._arguments),
-      out_shardings=self._new(self.placement),
+      out_shardings=self._new(self._made_at),
     )
     self._compiled: Any = None
 
@@ -72,7 +77,7 @@ class Publisher:
     return jax.tree.map(cast, params, is_leaf=few_bits)
 
   def _publish(self, trainable: Params, base: Params) -> Params:
-    return meshes.moved(self._merged(trainable, base), self._before, self.placement)
+    return meshes.moved(self._merged(trainable, base), self._before, self._made_at)
 
   def _new(self, tree: Any) -> list[Any]:
     """The published leaves that are computed. The others are arguments, which XLA would copy if it returned them."""
@@ -95,4 +100,5 @@ class Publisher:
     self.compile()
     given, made = jax.tree.leaves((trainable, base)), iter(self._compiled(trainable, base))
     leaves = [next(made) if place is None else given[place] for place in self._kept]
-    return jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)
+    published = jax.tree.unflatten(jax.tree.structure(self.abstract), leaves)
+    return across(published, self.placement) if self._weights.apart else published

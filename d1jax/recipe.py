@@ -25,7 +25,7 @@ from d1jax.results import Outcome, finished_results, write_results
 from d1jax.rl.prompts import Prompts
 from d1jax.run import compiled, fields, opening, parts, run_tokenizer, trackers
 from d1jax.run import experiment as experiments
-from d1jax.run.checkpoint import Checkpoints
+from d1jax.run.checkpoint import Checkpoints, Restored
 from d1jax.run.identity import check_splits, holds_run, record_changes
 from d1jax.run.interrupts import Interrupts
 from d1jax.run.lock import locked
@@ -35,6 +35,7 @@ from d1jax.stages import Stages, Validation
 from d1jax.state import Frozen, Params, TrainState
 from d1jax.tasks import split_hash
 from d1jax.training import configured, dpo, grpo, loop, sft, sft_data
+from d1jax.training.ahead import Ahead, abstract_waiting
 from d1jax.training.dpo import HeldOutPairs
 from d1jax.training.held_out_loss import HeldOutLoss
 
@@ -76,6 +77,7 @@ class Recipe(Stages):
       self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
       self._programs = configured.programs(self.experiment, self._optimizers["grpo"])
       self._grading = configured.grading(self.experiment)
+      self._curriculum = configured.curriculum(self.experiment, self._grading.prompts)
       self._validations["grpo"] = self._by_accuracy("grpo")
 
   def _optimizer(self, name: str, steps: int) -> optax.GradientTransformation:
@@ -202,13 +204,13 @@ class Recipe(Stages):
     """Masked supervised fine-tuning from the run's start."""
     experiment, optimizer = self.experiment, self._optimizers["sft"]
 
-    def advancer(position: int) -> Any:
+    def advancer(start: Restored) -> Any:
       return sft.advancer(
         experiment.model,
         self._demonstrations,
         self._fine_tuning,
         optimizer,
-        position,
+        start.step,
         seed=self.config.seed,
         iterations=self.config.sft.steps,
       )
@@ -225,10 +227,10 @@ class Recipe(Stages):
       pause = self._pause("the start of dpo, before its pairs were made")
       pairs.prepare(lambda: self._published(start()), pause)
 
-    def advancer(position: int) -> Any:
+    def advancer(at: Restored) -> Any:
       frozen = self._with_reference()
       return dpo.advancer(
-        experiment.model, pairs.train, self._tuning, optimizer, frozen, position, seed=self.config.seed
+        experiment.model, pairs.train, self._tuning, optimizer, frozen, at.step, seed=self.config.seed
       )
 
     fresh = lambda: experiment.model.weights.state_from(start(), optimizer)
@@ -239,32 +241,36 @@ class Recipe(Stages):
     """The frozen weights, with the start of preference tuning as their reference."""
     return self.experiment.model.weights.frozen._replace(reference=self._start())
 
+  def waiting(self, name: str, checkpoints: Checkpoints, step: int) -> Any:
+    """What the checkpoint of an iteration holds beside the state: shapes, types and placements; None: nothing."""
+    if name != "grpo" or not self._programs.shape.off_policy_steps:
+      return None
+    if self._curriculum:
+      self._curriculum.restore(multihost.from_main(lambda: checkpoints.metadata(step)))
+    return abstract_waiting(self._programs, self._grading, self.config.seed, step, self._curriculum)
+
   def grpo(self, start: Callable[[], Params]) -> Outcome:
     """diffu-GRPO from the weights that `start` reads; they are the reference policy, if there is one."""
     experiment, optimizer = self.experiment, self._optimizers["grpo"]
     stays = self._programs.method.scores_reference and experiment.model.weights.lora is None
     start = functools.cache(start) if stays else start
 
-    def advancer(position: int) -> Any:
+    def advancer(begin: Restored) -> Any:
       self._programs.compile()
       frozen = experiment.model.weights.frozen
       frozen = frozen._replace(reference=start()) if stays else frozen
-      return grpo.advancer(
-        self._programs,
-        self._grading,
-        frozen,
-        position,
-        self.workdir,
-        seed=self.config.seed,
-        gap_every=self.config.grpo.validate_every,
-        dump_every=self.config.grpo.dump_every,
-      )
+      shared = (self._programs, self._grading, frozen, begin.step, self.workdir)
+      section = self.config.grpo
+      options = dict(seed=self.config.seed, gap_every=section.validate_every, dump_every=section.dump_every)
+      if section.off_policy_steps:
+        return Ahead(*shared, **options, curriculum=self._curriculum, waiting=begin.waiting or ())
+      return grpo.advancer(*shared, **options, curriculum=self._curriculum)
 
     def fresh() -> TrainState:
       return experiment.model.weights.state_from(start(), optimizer, donate=not stays)
 
     with self._grading.grader:
-      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN)
+      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN, curriculum=self._curriculum)
 
   def _evaluate(self, **arms: Callable[[], Params]) -> dict[str, Evaluation]:
     """The final evaluation of each arm's weights, which its function reads; there is none without a task."""

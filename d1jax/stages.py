@@ -1,5 +1,6 @@
 """Runs or resumes one stage of a work directory: its checkpoints, its loop, its best weights."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from d1jax.fingerprint import fingerprint
 from d1jax.page.writer import Page
 from d1jax.parallel import multihost
 from d1jax.results import Outcome
+from d1jax.rl.curriculum import Curriculum
 from d1jax.run import experiment as experiments
 from d1jax.run import opening, trackers
 from d1jax.run.checkpoint import Checkpoints, Restored
@@ -23,10 +25,11 @@ from d1jax.run.workdir import Folder
 from d1jax.state import Params, TrainState, all_finite
 from d1jax.telemetry import profile
 from d1jax.training import loop
+from d1jax.training.ahead import Ahead
 from d1jax.weights import check_base
 
-Advancer = Callable[[int], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
-"""Takes the iteration to start at, and returns the function that runs one iteration of a stage."""
+Advancer = Callable[[Restored], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
+"""Takes what to start from, and returns the function that runs one iteration of a stage."""
 
 
 class Validation(NamedTuple):
@@ -72,6 +75,10 @@ class Stages:
     """What the run does after a stage, in validations of the stage, for its eta; 0: nobody knows."""
     return 0.0
 
+  def waiting(self, name: str, checkpoints: Checkpoints, step: int) -> Any:
+    """What the checkpoint of an iteration holds beside the state: shapes, types and placements; None: nothing."""
+    return None
+
   def _train_stage(
     self,
     name: str,
@@ -82,11 +89,12 @@ class Stages:
     checkpoints: Checkpoints,
     more: dict[str, str],
     before: float,
+    curriculum: Curriculum | None,
   ) -> None:
     """Runs a stage from its last good checkpoint to its end; afterwards the state is no longer in memory."""
     weights, validation, optimizer = self.experiment.model.weights, self._validations[name], self._optimizers[name]
     began, abstract = time.perf_counter(), weights.abstract_state(optimizer)
-    start = checkpoints.restore_latest(abstract)
+    start = checkpoints.restore_latest(abstract, functools.partial(self.waiting, name, checkpoints))
     if start:
       with input_checked():
         check_base(weights, start.metadata)
@@ -98,12 +106,14 @@ class Stages:
     if not start:
       with opening.timed(f"reading the weights for {name}"):
         start = Restored(0, fresh(), {"seconds": before})
+    if curriculum:
+      curriculum.restore(start.metadata)
     with opening.timed(f"compiling the iterations of {name}"):
       for tree in (start.state, start.state.trainable):
         fingerprint(tree)  # compiles the program that each checkpoint uses
       placement = (weights.state_placement(optimizer),)
       finite = jax.jit(all_finite, in_shardings=placement, out_shardings=weights.replicated).lower(abstract).compile()
-      advance = advancer(start.step)
+      advance = advancer(start)
 
     def validate(trainable: Params, iteration: int) -> loop.Scored:
       with explained(f"{name}: validation", validation.remedy):
@@ -124,6 +134,8 @@ class Stages:
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
       self.page.draw,
       self.later(name),
+      curriculum.state if curriculum else dict,
+      advance.waiting if isinstance(advance, Ahead) else lambda: None,
     )
     loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
 
@@ -136,10 +148,11 @@ class Stages:
     shown: tuple[str, ...],
     more: dict[str, str] | None = None,
     before: float = 0.0,
+    curriculum: Curriculum | None = None,
   ) -> Outcome:
     """Runs or resumes a stage. Nothing is computed twice; from a finished stage only the best weights are read.
 
-    Its checkpoints have `more` metadata, and its seconds begin at `before`.
+    Its checkpoints have `more` metadata, and the state of the curriculum; its seconds begin at `before`.
     """
     home, weights = self.workdir / "checkpoints" / name, self.experiment.model.weights
     checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
@@ -154,7 +167,7 @@ class Stages:
       step: int | None = None
       while step is None or not found()[1]:  # a damaged last checkpoint has been set aside and is made again
         if not found()[1]:
-          self._train_stage(name, section, fresh, advancer, shown, checkpoints, more or {}, before)
+          self._train_stage(name, section, fresh, advancer, shown, checkpoints, more or {}, before, curriculum)
         best = checkpoints.best_evaluated(abstract)
         if best is None:
           raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")

@@ -16,6 +16,7 @@ from d1jax.models import load, lora
 from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import Network, Params
 from d1jax.parallel import mesh as meshes
+from d1jax.parallel.sides import check_apart
 from d1jax.source import Source
 from d1jax.state import Frozen, TrainState
 
@@ -34,6 +35,7 @@ class Weights:
     lora: the adapters; None: everything is trained.
     quantized: the storage of the base: `int8`, `nf4` or None. If quantised and without adapters, nothing is trained.
     base_dtype: the dtype of the network's products, of a base that is not quantised, and of its other leaves.
+    rollout_mesh: the devices of rollouts; None: `mesh`.
   """
 
   network: Network
@@ -45,6 +47,17 @@ class Weights:
   lora: LoraSpec | None = None
   quantized: str | None = None
   base_dtype: Any = jnp.float32
+  rollout_mesh: Mesh | None = None
+
+  @property
+  def sampling_mesh(self) -> Mesh:
+    """The devices of rollouts."""
+    return self.mesh if self.rollout_mesh is None else self.rollout_mesh
+
+  @property
+  def apart(self) -> bool:
+    """Whether rollouts have devices of their own."""
+    return self.sampling_mesh != self.mesh
 
   @property
   def has_base(self) -> bool:
@@ -82,7 +95,8 @@ class Weights:
     return meshes.shardings(self.mesh, self.rules, axes)
 
   def check(self) -> None:
-    """Raises a ValueError if the mesh does not divide a weight or a head, or if the folder lacks a weight."""
+    """Raises a ValueError if meshes overlap or do not divide a weight or a head, or if the folder lacks a weight."""
+    check_apart(self.mesh, self.sampling_mesh)
     if self.source is not None:
       load.check(self.source.folder, self.network)
     meshes.check_divides(self._initial, self.trainable_placement)
@@ -92,10 +106,11 @@ class Weights:
 
   def _check_heads(self) -> None:
     """Checks that no head is split: its device would need the rest of the head from others in every layer."""
-    for field, rules in (("rules", self.rules), ("rollout_rules", self.rollout_rules)):
+    sides = (("rules", self.mesh, self.rules), ("rollout_rules", self.sampling_mesh, self.rollout_rules))
+    for field, mesh, rules in sides:
       sizes = {"heads": self.network.size.heads, "kv_heads": self.network.size.key_value_heads}
       for axis, size in sizes.items():
-        devices = meshes.ways(self.mesh, rules, axis)
+        devices = meshes.ways(mesh, rules, axis)
         if size % devices:
           raise ValueError(
             f"{field} cut {axis} over {devices} devices, but the network has {size}: change {field}.{axis} or the mesh"

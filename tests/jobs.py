@@ -57,13 +57,31 @@ STARTED = {
   "sft__steps": 0,
 }
 
-BRIEF = STARTED | {"sft__steps": 40, "sft__validate_every": 20}
-"""Both stages, from the start, for tests that stop and kill processes."""
+BRIEF = STARTED | {
+  "sft__steps": 40,
+  "sft__validate_every": 20,
+  "rollout__early_exit": True,
+  "rollout__block_length": 6,
+  "rollout__diffusion_steps": 6,
+  "grpo__rollout_slots": 4,
+  "grpo__curriculum": True,
+}
+"""Both stages, from the start, for tests that stop and kill processes; rollouts are in slots, and prompts are drawn by
+what a checkpoint holds."""
 
 
 def untimed(record: dict) -> dict:
   """A record of `metrics.jsonl` without what a clock says."""
-  timed = ("seconds", "compiled_share", "tokens_per_second", "elapsed", "cost/seconds/", "cost/grading_overlapped")
+  timed = (
+    "seconds",
+    "compiled_share",
+    "tokens_per_second",
+    "elapsed",
+    "cost/seconds/",
+    "cost/grading_overlapped",
+    "async/queue",
+  )
+  timed += ("async/idle/",)
   return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 

@@ -140,3 +140,16 @@ def test_an_unknown_axis_in_rollout_rules_is_refused(tmp_path):
 def test_weights_that_the_rollouts_mesh_does_not_divide_are_refused(tmp_path):
   with pytest.raises(ValueError, match=r"does not divide \['blocks'\]\['mlp'\]\['down'\]"):
     built(tmp_path, ROLLOUTS, model__overrides__mlp=66, **MESH)
+
+
+def test_rollouts_on_devices_of_their_own_get_copies(tmp_path):
+  """Also of weights that need no change, so that an update may take the trained ones."""
+  sides = {"mesh__data": 4, "rollout_mesh__data": 2, "rollout_mesh__tensor": 2}
+  experiment, trained, publisher = built(tmp_path, **sides)
+  weights = experiment.model.weights
+  found = publish(publisher, trained, weights.frozen.base)
+  assert_placed(found, publisher)
+  jax.tree.map(np.testing.assert_array_equal, found, trained)
+  assert {device for x in jax.tree.leaves(found) for device in x.devices()} == set(weights.rollout_mesh.devices.flat)
+  largest = max(shard.data.nbytes for x in jax.tree.leaves(found) for shard in x.addressable_shards)
+  assert publisher.received_bytes >= largest

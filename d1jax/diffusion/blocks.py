@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.rollout import SamplerSpec
@@ -19,6 +19,9 @@ Caches = tuple[Any, ...]
 
 NO_CACHES: Caches = (None, None)
 
+Place = Int[Array, ""] | Int[Array, "B"] | int
+"""A number of a column, a block or a step: the same for all rows of a batch, or an array that has one for each row."""
+
 NEXT_BLOCK = "d1jax.next_block"
 """The scope of the logits of a block's first token, which the last token of the block before predicts."""
 
@@ -26,8 +29,22 @@ NEXT_BLOCK = "d1jax.next_block"
 class Window(NamedTuple):
   """The rows of the canvas that a pass computes: `width` of them from `first` on."""
 
-  first: Int[Array, ""] | int
+  first: Place
   width: int
+
+
+def columns(x: Shaped[Array, "B L"], first: Place, width: int) -> Shaped[Array, "B W"]:
+  """`width` columns from `first` on."""
+  if isinstance(first, int) or not first.ndim:
+    return jax.lax.dynamic_slice_in_dim(x, first, width, axis=1)
+  return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width))(x, first)
+
+
+def with_columns(x: Shaped[Array, "B L"], new: Shaped[Array, "B W"], first: Place) -> Shaped[Array, "B L"]:
+  """The array with other columns from `first` on."""
+  if isinstance(first, int) or not first.ndim:
+    return jax.lax.dynamic_update_slice_in_dim(x, new, first, axis=1)
+  return jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, axis=0))(x, new, first)
 
 
 def pass_over(width: int) -> str:
@@ -81,7 +98,7 @@ def init_caches(denoiser: Denoiser, valid: Bool[Array, "B L"], spec: SamplerSpec
   return denoiser.init_cache(valid), denoiser.init_cache(valid) if spec.cfg_scale else None
 
 
-def window_of(spec: SamplerSpec, start: Int[Array, ""] | int, length: int, shift: int) -> Window:
+def window_of(spec: SamplerSpec, start: Place, length: int, shift: int) -> Window:
   """The window of a cached mode for the block that starts at `start` on a canvas of `length`.
 
   It holds the block and the rows that predict it, which begin `shift` rows earlier. The window of the mode `window` has
@@ -103,7 +120,7 @@ def block_logits(
   tokens: Int[Array, "B L"],
   valid: Bool[Array, "B L"],
   caches: Caches,
-  start: Int[Array, ""] | int,
+  start: Place,
   *,
   spec: SamplerSpec,
   window: Window | None = None,
@@ -126,7 +143,8 @@ def block_logits(
   """
   length = tokens.shape[1]
   first, width = window or Window(0, length)
-  relative = start - first + jnp.arange(spec.block_length)
+  relative, place = jnp.asarray(start - first), jnp.arange(spec.block_length)
+  relative = relative + place if relative.ndim == 0 else relative[:, None] + place[None, :]
   if denoiser.block is not None:  # the first token of a window is never masked if the one before it predicts it
     relative = jnp.maximum(relative, denoiser.shift)
 
@@ -135,8 +153,7 @@ def block_logits(
     if cache is None or denoiser.encode_window is None:
       hidden = denoiser.encode(params, tokens, valid)
     else:
-      rows = jax.lax.dynamic_slice_in_dim(tokens, first, width, axis=1)
-      hidden, cache = denoiser.encode_window(params, rows, first, cache)
+      hidden, cache = denoiser.encode_window(params, columns(tokens, first, width), first, cache)
     return denoiser.logits(params, denoiser.hidden_predicting(hidden, relative)), cache
 
   logits, cache = forward(tokens, caches[0])

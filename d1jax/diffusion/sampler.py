@@ -22,7 +22,19 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from d1jax import keys
 from d1jax.diffusion import layout
-from d1jax.diffusion.blocks import NEXT_BLOCK, Caches, Window, block_logits, check, init_caches, window_of, write_over
+from d1jax.diffusion.blocks import (
+  NEXT_BLOCK,
+  Caches,
+  Place,
+  Window,
+  block_logits,
+  check,
+  columns,
+  init_caches,
+  window_of,
+  with_columns,
+  write_over,
+)
 from d1jax.diffusion.denoiser import FORWARD_PASS, Denoiser, Params
 from d1jax.diffusion.draw import log_prob, propose
 from d1jax.diffusion.rollout import Rollout, SamplerSpec, up_to_stop
@@ -37,18 +49,18 @@ TOKEN_STREAM, ORDER_STREAM = 0, 1
 """The draws of a step are folded with these: for tokens, and for the order of random remasking."""
 
 
-class _Canvas(NamedTuple):
-  """The arrays that the loops write."""
+class Canvas(NamedTuple):
+  """The arrays that the loops write. Shapes: B batch, L canvas, C the columns that the blocks cover."""
 
   tokens: Int[Array, "B L"]
   reveal_step: Int[Array, "B C"]
   reveal_logp: Float[Array, "B C"]
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
   """The loops' carry."""
 
-  canvas: _Canvas
+  canvas: Canvas
   caches: Caches
 
 
@@ -84,26 +96,51 @@ def sample(
     ValueError: the denoiser has no cached form or other blocks, or the prompt has no token to predict the first
       completion token from.
   """
+  loop, canvas = prepared(denoiser, params, prompt, prompt_valid, sample_id, key, spec)
+  sizes = batch_sizes(len(prompt), row_multiple, spec)
+  canvas = loop.run(canvas, jnp.int32(0), sizes, loop.valid.shape[1] - loop.active)
+  return recorded(loop, canvas, prompt, prompt_valid, sample_id, group_id)
+
+
+def prepared(
+  denoiser: Denoiser,
+  params: Params,
+  prompt: Int[Array, "B P"],
+  prompt_valid: Bool[Array, "B P"],
+  sample_id: Int[Array, "B"],
+  key: Key[Array, ""],
+  spec: SamplerSpec,
+) -> "tuple[Loop, Canvas]":
+  """The loop that completes prompts, and their canvas with nothing but masks behind them; see `sample`."""
   check(denoiser, spec)
-  batch = len(prompt)
   if prompt.shape[1] < denoiser.shift:
     raise ValueError(
       "prompt has width 0, but this network predicts each token from the one before: give a prompt of one token or more"
     )
-  width = spec.completion_length + layout.extra(denoiser)
-  shape = (batch, width)
+  shape = (len(prompt), spec.completion_length + layout.extra(denoiser))
   tokens, valid = layout.lay_out(denoiser, prompt, prompt_valid, jnp.full(shape, denoiser.mask_id, prompt.dtype))
-  canvas = _Canvas(tokens, jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
-  first = None if denoiser.block is None else layout.places(denoiser, prompt_valid, width)[:, 0]
-  loop = _Loop(denoiser, params, spec, keys.sample_keys(key, sample_id), valid, first)
-  canvas = loop.run(canvas, jnp.int32(0), batch_sizes(batch, row_multiple, spec), tokens.shape[1] - width)
+  first = None if denoiser.block is None else layout.places(denoiser, prompt_valid, shape[1])[:, 0]
+  loop = Loop(denoiser, params, spec, keys.sample_keys(key, sample_id), valid, first)
+  return loop, Canvas(tokens, jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+
+
+def recorded(
+  loop: "Loop",
+  canvas: "Canvas",
+  prompt: Int[Array, "B P"],
+  prompt_valid: Bool[Array, "B P"],
+  sample_id: Int[Array, "B"],
+  group_id: Int[Array, "B"],
+) -> Rollout:
+  """The rollout of a canvas whose rows have all ended."""
+  denoiser, width = loop.denoiser, loop.active
   canvas = canvas._replace(tokens=canvas.tokens[:, -width:])
   completion, steps, logps = (layout.taken_out(denoiser, prompt_valid, x) for x in canvas)
   if loop.ends_early:
     completion = jnp.where(completion == denoiser.mask_id, denoiser.stop_ids[0], completion)
   mask = up_to_stop(completion, denoiser.stop_ids)
   if denoiser.block is not None:
-    mask &= jnp.arange(width)[None, :] < spec.completion_length
+    mask &= jnp.arange(width)[None, :] < loop.spec.completion_length
   return Rollout(sample_id, group_id, prompt, prompt_valid, completion, mask, steps, logps)
 
 
@@ -121,10 +158,11 @@ def batch_sizes(batch: int, row_multiple: int, spec: SamplerSpec) -> list[int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Loop:
+class Loop:
   """The loops over blocks, periods and steps, of a batch of samples with these keys and valid positions.
 
-  `first` is the place of each row's first completion token among the active columns of a block-causal network.
+  `first` is the place of each row's first completion token among the active columns of a block-causal network. The
+  number of a block is that of all rows, or an array that has one for each of them (`d1jax.diffusion.continuous`).
   """
 
   denoiser: Denoiser
@@ -141,26 +179,28 @@ class _Loop:
 
   @property
   def blocks(self) -> int:
+    """The blocks of the active columns."""
     return self.active // self.spec.block_length
 
   @property
   def ends_early(self) -> bool:
+    """Whether a row ends with its first stop id."""
     return self.spec.early_exit and bool(self.denoiser.stop_ids)
 
-  def start_of(self, block: Int[Array, ""] | int) -> Int[Array, ""] | int:
+  def start_of(self, block: Place) -> Place:
     """The first column of a block."""
     return self.valid.shape[1] - self.active + block * self.spec.block_length
 
-  def run(self, canvas: _Canvas, block: Int[Array, ""], sizes: list[int], done: int) -> _Canvas:
+  def run(self, canvas: Canvas, block: Int[Array, ""], sizes: list[int], done: int) -> Canvas:
     """Denoises the blocks from `block` on; where rows end early, until none goes on, in ever smaller batches.
 
     The first `done` columns may be put into the cache of a block-causal network; what is not complete among them is not
     seen before it is written again.
     """
-    state = _State(canvas, init_caches(self.denoiser, self.valid, self.spec))
+    state = State(canvas, init_caches(self.denoiser, self.valid, self.spec))
     denoise, smaller = self.denoise, sizes[1] if len(sizes) > 1 else 0
 
-    def too_many(carry: tuple[Int[Array, ""], _State]) -> Bool[Array, ""]:
+    def too_many(carry: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
       return (carry[0] < self.blocks) & (jnp.sum(self.unfinished(carry[1].canvas)) > smaller)
 
     if self.denoiser.block is not None:
@@ -185,7 +225,16 @@ class _Loop:
     completed = few.run(jax.tree.map(lambda x: x[rows], canvas), block, sizes[1:], self.valid.shape[1])
     return jax.tree.map(lambda everyone, part: everyone.at[rows].set(part), canvas, completed)
 
-  def unfinished(self, canvas: _Canvas) -> Bool[Array, "B"]:
+  def of(self, rows: Int[Array, "R"]) -> "Loop":
+    """The loops of some of the samples."""
+    first = None if self.first is None else self.first[rows]
+    return dataclasses.replace(self, keys=self.keys[rows], valid=self.valid[rows], first=first)
+
+  def placed(self, place: Callable[[Any], Any]) -> "Loop":
+    """The same loops, with what they know of the samples at another placement."""
+    return dataclasses.replace(self, keys=place(self.keys), valid=place(self.valid), first=place(self.first))
+
+  def unfinished(self, canvas: Canvas) -> Bool[Array, "B"]:
     """The rows that have no stop id yet; all, where rows do not end early."""
     if not self.ends_early:
       return jnp.ones(canvas.tokens.shape[0], bool)
@@ -195,7 +244,7 @@ class _Loop:
       found &= jnp.arange(self.active)[None, :] >= self.first[:, None]
     return ~jnp.any(found, axis=1)
 
-  def denoise(self, block: Int[Array, ""], state: _State) -> _State:
+  def denoise(self, block: Place, state: State) -> State:
     """Denoises one block, period by period."""
     # A period begins with a refresh, a pass over the whole canvas that renews the cache; the other steps of the period
     # compute a window only. With 8 steps a block and `refresh_every` 3, F a refresh and w a window, the steps are
@@ -208,12 +257,12 @@ class _Loop:
     alive = self.unfinished(state.canvas)
     repeat = lambda count, body, state: self.repeat(block, count, body, state, None if static else alive)
 
-    def period(first: Int[Array, ""] | int, count: int, state: _State) -> _State:
+    def period(first: Int[Array, ""] | int, count: int, state: State) -> State:
       state = self.step(block, first, alive, state, None)
       if count == 1:
         return state
 
-      def windowed(block: Int[Array, ""] | int, state: _State) -> _State:
+      def windowed(block: Place, state: State) -> State:
         window = window_of(spec, self.start_of(block), length, self.denoiser.shift)
         return repeat(count - 1, lambda i, state: self.step(block, first + 1 + i, alive, state, window), state)
 
@@ -229,25 +278,24 @@ class _Loop:
 
   def repeat(
     self,
-    block: Int[Array, ""],
+    block: Place,
     count: int,
-    body: Callable[[Any, _State], _State],
-    state: _State,
+    body: Callable[[Any, State], State],
+    state: State,
     alive: Bool[Array, "B"] | None,
-  ) -> _State:
+  ) -> State:
     """`count` times `body(i, state)`; with `alive` rows, only while one of them has a mask in the block."""
     if alive is None:
       return jax.lax.fori_loop(0, count, body, state)
     goes_on = lambda carry: (carry[0] < count) & self.has_masks(block, carry[1], alive)
     return jax.lax.while_loop(goes_on, lambda carry: (carry[0] + 1, body(*carry)), (jnp.int32(0), state))[1]
 
-  def has_masks(self, block: Int[Array, ""], state: _State, alive: Bool[Array, "B"]) -> Bool[Array, ""]:
+  def has_masks(self, block: Place, state: State, alive: Bool[Array, "B"]) -> Bool[Array, ""]:
     """Whether a row that goes on has a mask in the block."""
-    size = self.spec.block_length
-    tokens = jax.lax.dynamic_slice_in_dim(state.canvas.tokens, self.start_of(block), size, axis=1)
+    tokens = columns(state.canvas.tokens, self.start_of(block), self.spec.block_length)
     return jnp.any((tokens == self.denoiser.mask_id) & alive[:, None])
 
-  def denoise_causal(self, block: Int[Array, ""], state: _State) -> _State:
+  def denoise_causal(self, block: Place, state: State) -> State:
     """Denoises one block of a block-causal network."""
     # The network's block before the active one is complete, but the cache has the keys and values of its last step,
     # when it still had masks. They are written again from the clean tokens: in the same pass as the first step of the
@@ -259,27 +307,27 @@ class _Loop:
     own = self.start_of(block // parts * parts)
     window, fused = Window(own, size), parts == 1 and not self.denoiser.shift
 
-    def take(first: int, count: int, window: Window, state: _State) -> _State:
+    def take(first: int, count: int, window: Window, state: State) -> State:
       body = lambda i, state: self.step(block, first + i, alive, state, window)
       return self.repeat(block, count, body, state, alive)
 
     if fused:
       state = take(0, 1, Window(own - size, 2 * size), state)
       return take(1, spec.steps_per_block - 1, window, state)
-    begins = (block % parts == 0) & self.has_masks(block, state, alive)
+    begins = jnp.any(block % parts == 0) & self.has_masks(block, state, alive)
     state = jax.lax.cond(begins, lambda state: self.begin(block, alive, state), lambda state: state, state)
     return take(0, spec.steps_per_block, window, state)
 
-  def encoded(self, first: Int[Array, ""] | int, width: int, state: _State) -> tuple[Float[Array, "B W D"], _State]:
+  def encoded(self, first: Place, width: int, state: State) -> tuple[Float[Array, "B W D"], State]:
     """The hidden states of some columns, whose keys and values are written into the cache."""
-    tokens = jax.lax.dynamic_slice_in_dim(state.canvas.tokens, first, width, axis=1)
+    tokens = columns(state.canvas.tokens, first, width)
     encode: Any = self.denoiser.encode_window
     with jax.named_scope(write_over(width)):
       # The pass is counted by its tokens: nobody may use its hidden states.
       hidden, cache = encode(self.params, checkpoint_name(tokens, FORWARD_PASS), first, state.caches[0])
     return hidden, state._replace(caches=(cache, None))
 
-  def begin(self, block: Int[Array, ""], alive: Bool[Array, "B"], state: _State) -> _State:
+  def begin(self, block: Place, alive: Bool[Array, "B"], state: State) -> State:
     """Writes the network's block before the active one; with a shift, it also unmasks the first token of this one."""
     size, start = self.denoiser.block or 1, self.start_of(block)
     hidden, state = self.encoded(start - size, size, state)
@@ -290,45 +338,46 @@ class _Loop:
     index = block * self.spec.steps_per_block
     uniform = keys.uniforms(keys.fold(keys.fold(self.keys, index), TOKEN_STREAM), self.active)
     offset = block * self.spec.block_length
-    proposal, logp = propose(logits, jax.lax.dynamic_slice_in_dim(uniform, offset, 1, axis=1), self.spec.temperature)
-    old = jax.lax.dynamic_slice_in_dim(state.canvas.tokens, start, 1, axis=1)
+    proposal, logp = propose(logits, columns(uniform, offset, 1), self.spec.temperature)
+    old = columns(state.canvas.tokens, start, 1)
     chosen = (old == self.denoiser.mask_id) & alive[:, None]
     return state._replace(canvas=self.revealed(state.canvas, chosen, proposal, logp, index, offset))
 
   def revealed(
     self,
-    canvas: _Canvas,
+    canvas: Canvas,
     chosen: Bool[Array, "B W"],
     tokens: Int[Array, "B W"],
     logp: Float[Array, "B W"],
-    step: Int[Array, ""] | int,
-    offset: Int[Array, ""] | int,
-  ) -> _Canvas:
+    step: Place,
+    offset: Place,
+  ) -> Canvas:
     """The canvas with the chosen tokens in place of masks, from column `offset` of the active ones on."""
 
-    def write(x: jax.Array, new: jax.Array, first: Int[Array, ""] | int) -> jax.Array:
-      old = jax.lax.dynamic_slice_in_dim(x, first, chosen.shape[1], axis=1)
-      return jax.lax.dynamic_update_slice_in_dim(x, jnp.where(chosen, new, old), first, axis=1)
+    def write(x: jax.Array, new: jax.Array, first: Place) -> jax.Array:
+      old = columns(x, first, chosen.shape[1])
+      return with_columns(x, jnp.where(chosen, new, old), first)
 
-    return _Canvas(
+    number = jnp.full_like(tokens, step if jnp.ndim(step) == 0 else jnp.reshape(step, (-1, 1)))
+    return Canvas(
       write(canvas.tokens, tokens, self.valid.shape[1] - self.active + offset),
-      write(canvas.reveal_step, jnp.full_like(tokens, step), offset),
+      write(canvas.reveal_step, number, offset),
       write(canvas.reveal_logp, logp, offset),
     )
 
   def step(
     self,
-    block: Int[Array, ""] | int,
+    block: Place,
     within: Int[Array, ""] | int,
     alive: Bool[Array, "B"],
-    state: _State,
+    state: State,
     window: Window | None,
-  ) -> _State:
+  ) -> State:
     """One denoising step of a block: proposes a token for each of its masks and unmasks the best proposals."""
     spec, canvas = self.spec, state.canvas
     offset, index = block * spec.block_length, block * spec.steps_per_block + within
     start = self.start_of(block)
-    cut = lambda x, first: jax.lax.dynamic_slice_in_dim(x, first, spec.block_length, axis=1)
+    cut = lambda x, first: columns(x, first, spec.block_length)
     per_step = keys.fold(self.keys, index)
     draw = lambda stream: cut(keys.uniforms(keys.fold(per_step, stream), self.active), offset)
 
@@ -347,4 +396,4 @@ class _Loop:
     else:
       count = confident_count(spec, confidence, rank, masked)[:, None]
     chosen = masked & (rank < count) & alive[:, None]
-    return _State(self.revealed(canvas, chosen, proposal, logp, index, offset), caches)
+    return State(self.revealed(canvas, chosen, proposal, logp, index, offset), caches)

@@ -218,7 +218,7 @@ def _step(denoiser: Denoiser, params: Params, rows: Rows, cache: PyTree, width: 
   begins, place = rows.within < 0, jnp.arange(width)[None, :]
   index = rows.block * rows.steps + jnp.maximum(rows.within, 0)
   of_sample = jax.random.wrap_key_data(rows.key, impl="threefry2x32")
-  per_step = keys.fold_each(of_sample, index)
+  per_step = keys.fold(of_sample, index)
   offset = jnp.minimum((rows.block * rows.block_length)[:, None] + place, rows.tokens.shape[1] - 1)
 
   def draw(stream: int) -> Float[Array, "B W"]:

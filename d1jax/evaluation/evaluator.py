@@ -217,7 +217,7 @@ class Evaluator:
     tokens, valid = pad_left([ids[i] for i in asked], self._width[batch], self.prompts.tokenizer.pad_id)
     places = np.asarray(asked, np.int32)
     placed = place((tokens, valid, places, places), model.rollout_by_row)
-    key, step = place((keys.seeded(seed), np.int32(sample)), model.replicated)
+    key, step = place((keys.seeded(seed), np.int32(sample)), model.rollout_replicated)
     self._completer.program(
       self._sampler, self._size[batch], self._width[batch]
     )  # compilation is not measured as sampling

@@ -149,7 +149,7 @@ def scored(
     for index, request in enumerate(zip(prompts, answers, identities, strict=True))
   ]
   rows.sort(key=lambda row: (row.exact, row.prompt_width, row.answer_width))
-  key = meshes.place(keys.seeded(seed), model.replicated)
+  key = meshes.place(keys.seeded(seed), model.rollout_replicated)
   ways = model.rollout_ways
 
   def batches() -> Iterator[tuple[int, Likelihood]]:
@@ -248,8 +248,8 @@ def _program(model: Model, kind: str, samples: int, strata: int, cfg_scale: floa
   if name not in model.programs:
     model.programs[name] = jax.jit(
       functools.partial(_logps if kind == "logps" else _greedy, model, samples, strata, cfg_scale),
-      in_shardings=(model.publisher.placement, model.rollout_by_row, model.replicated),
-      out_shardings=model.replicated,
+      in_shardings=(model.publisher.placement, model.rollout_by_row, model.rollout_replicated),
+      out_shardings=model.rollout_replicated,
     )
   return model.programs[name]
 

@@ -200,7 +200,7 @@ def stream(
   if len(identities) != len(prompts) or not all(0 <= i < MOST_PROMPTS for i in identities):
     raise ValueError(f"identities must be {len(prompts)} numbers below {MOST_PROMPTS}, one a prompt")
   completer, ways = Completer.of(model, keys.Purpose.EVALUATION), model.rollout_ways
-  key, step = meshes.place((keys.seeded(seed), np.int32(0)), model.replicated)
+  key, step = meshes.place((keys.seeded(seed), np.int32(0)), model.rollout_replicated)
   rows = [(index, number) for index in range(len(encoded)) for number in range(samples)]
   size = min(-(-batch_size // ways), -(-len(rows) // ways)) * ways
 

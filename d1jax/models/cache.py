@@ -17,6 +17,15 @@ from d1jax.models.layers import Constrain
 AXES = ("layers", "batch", None, "kv_heads", None)
 """The logical axes of keys and values. The canvas is never sharded, because a window may start anywhere."""
 
+_EACH_ROW = jax.lax.ScatterDimensionNumbers(
+  update_window_dims=(1, 2, 3),
+  inserted_window_dims=(0,),
+  scatter_dims_to_operand_dims=(0, 2),
+  operand_batching_dims=(1,),
+  scatter_indices_batching_dims=(0,),
+)
+"""Each row of the batch writes a window [W K H] at its own layer and position."""
+
 
 class Cache(NamedTuple):
   """The keys and values to which a window attends. Shapes: B batch, L canvas, K key-value heads, H head size.
@@ -74,8 +83,9 @@ def renewed(
   def write(stack: jax.Array, new: jax.Array) -> jax.Array:
     if isinstance(start, int) or not start.ndim:
       return constrain(jax.lax.dynamic_update_slice(stack, new[None], (layer, 0, start, 0, 0)), AXES)
-    row = lambda stack, new, start: jax.lax.dynamic_update_slice(stack, new[None], (layer, start, 0, 0))
-    return constrain(jax.vmap(row, in_axes=(1, 0, 0), out_axes=1)(stack, new, start), AXES)
+    # `vmap` of an update would move the axis of the batch to the front and back: two copies of the whole stack.
+    places = jnp.stack([jnp.broadcast_to(layer, start.shape), start], axis=1)
+    return constrain(jax.lax.scatter(stack, places, new, _EACH_ROW, unique_indices=True, mode="clip"), AXES)
 
   cache = cache._replace(key=write(cache.key, k), value=write(cache.value, v))
   if k.shape[1] == cache.valid.shape[1]:  # a refresh: the window is the whole canvas, so nothing else must be read

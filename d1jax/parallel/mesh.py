@@ -227,9 +227,10 @@ def received_bytes(abstract: Any, source: Any, target: Any) -> int:
   received: collections.Counter[Any] = collections.Counter()
   for x, before, after in zip(*map(jax.tree.leaves, (abstract, source, target)), strict=True):
     held = before.devices_indices_map(x.shape)
+    nothing = tuple(slice(0, 0) for _ in x.shape)
     for device, part in after.devices_indices_map(x.shape).items():
       wanted = [range(*index.indices(size)) for index, size in zip(part, x.shape, strict=True)]
-      owned = [range(*index.indices(size)) for index, size in zip(held[device], x.shape, strict=True)]
+      owned = [range(*index.indices(size)) for index, size in zip(held.get(device, nothing), x.shape, strict=True)]
       shared = math.prod(
         max(0, min(a.stop, b.stop) - max(a.start, b.start)) for a, b in zip(wanted, owned, strict=True)
       )
@@ -300,6 +301,13 @@ def per_device(
   specs = tuple(_spec(axes, rules) for axes in arguments)
   # Kernels do not say over which axes their results vary: the check would have nothing to compare with.
   return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=_spec(result, rules), check_vma=False)
+
+
+def twin(placement: NamedSharding, devices: Sequence[Any]) -> NamedSharding:
+  """The same placement on other devices, each in the place of one of `placement`."""
+  mesh = placement.mesh
+  grid = np.asarray(devices, object).reshape(mesh.devices.shape)
+  return NamedSharding(Mesh(grid, mesh.axis_names, axis_types=mesh.axis_types), placement.spec)
 
 
 def place(tree: Any, placement: NamedSharding) -> Any:

@@ -43,6 +43,11 @@ class Estimator:
     return self.function.__name__
 
   @property
+  def replays(self) -> bool:
+    """Whether it scores each token where it was drawn: under the policy that drew it, log p is `reveal_logp`."""
+    return self.function in (step_merged, sampled_steps) and dict(self.bound).get("segments") is None
+
+  @property
   def options(self) -> Mapping[str, inspect.Parameter]:
     """The keywords that its function takes."""
     parameters = inspect.signature(self.function).parameters.items()

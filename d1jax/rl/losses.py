@@ -106,10 +106,12 @@ class Loss(abc.ABC):
   Attributes:
     per_sequence: whether its ratio and its KL are of whole sequences; if not, the estimator must score single tokens.
     weighs_tokens: whether it can weigh the tokens of a sequence differently.
+    corrects: whether weights p_v / p_u correct it for a rollout that another policy drew (`d1jax.rl.behaviour`).
   """
 
   per_sequence: ClassVar[bool] = False
   weighs_tokens: ClassVar[bool] = True
+  corrects: ClassVar[bool] = True
 
   @property
   def needs(self) -> frozenset[str]:
@@ -299,6 +301,7 @@ class Sandwich(PulledLoss):
   upper_share: float
 
   per_sequence = True
+  corrects = False
 
   def __post_init__(self) -> None:
     super().__post_init__()

@@ -1,9 +1,10 @@
 """Checkpoints of a stage with Orbax: asynchronous, sharded, verified on the way back in.
 
-A checkpoint holds the TrainState and, as metadata, everything needed to resume or to evaluate: data position, config,
-seconds spent, and a fingerprint of every array. A checkpoint is damaged if its metadata, metrics or arrays cannot be
-read, or if its fingerprint differs. It is then skipped with a warning, and another one is used; the run that writes the
-folder also moves it to `corrupt`. A reader changes nothing: an unfinished checkpoint may be one that a run is writing.
+A checkpoint holds the TrainState, rollouts that wait for their update (if there are any) and, as metadata, everything
+needed to resume or to evaluate: data position, config, seconds spent, and a fingerprint of every array. A checkpoint is
+damaged if its metadata, metrics or arrays cannot be read, or if its fingerprint differs. It is then skipped with a
+warning, and another one is used; the run that writes the folder also moves it to `corrupt`. A reader changes nothing:
+an unfinished checkpoint may be one that a run is writing.
 All processes save and read together, from a shared folder. Process 0 lists the checkpoints, and one is good only if all
 processes can read it.
 """
@@ -11,6 +12,7 @@ processes can read it.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import logging
 import math
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -40,11 +43,12 @@ KNOWN: Mapping[str, Any] = {"fingerprint": str, "config": dict, "seconds": int |
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-  """A checkpoint that was read and verified."""
+  """A checkpoint that was read and verified; `waiting` is None unless it was asked for."""
 
   step: int
   state: TrainState
   metadata: dict[str, Any]
+  waiting: Any = None
 
 
 class Checkpoints:
@@ -190,15 +194,28 @@ class Checkpoints:
     step = self.newest()
     return None if step is None else self.metadata(step)
 
-  def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None) -> None:
-    """Starts to write a checkpoint. Arrays are copied before this returns, so `state` may be donated."""
+  def save(
+    self, step: int, state: TrainState, metadata: Mapping[str, Any], score: float | None, waiting: Any = None
+  ) -> None:
+    """Starts to write a checkpoint. Arrays are copied before this returns, so `state` may be donated.
+
+    Args:
+      step: the number of the checkpoint.
+      state: the state.
+      metadata: what else to know; fingerprints are added.
+      score: of the validation; None: there was none.
+      waiting: small replicated arrays that the next iterations need beside the state; None: there are none.
+    """
     said = {**metadata, "fingerprint": fingerprint(state), "trainable": fingerprint(state.trainable)}
     if evaluated(state) is not state.trainable:
       said["evaluated"] = fingerprint(evaluated(state))
+    arrays = {"state": state}
+    if waiting is not None:
+      said["waiting"], arrays["waiting"] = small_fingerprint(waiting), waiting
     self._passed.discard(step)  # a damaged checkpoint of this step was moved away; this is a new one
     self._writer.save_checkpointables_async(
       step,
-      {"state": state},
+      arrays,
       force=True,  # the loop decides when to save
       overwrite=True,
       metrics=None if score is None else {METRIC: score},
@@ -221,15 +238,22 @@ class Checkpoints:
     if self._orbax is not None:
       self._orbax.close()
 
-  def restore(self, step: int, abstract: TrainState) -> Restored:
+  def restore(self, step: int, abstract: TrainState, waiting: Any = None) -> Restored:
     """Reads one checkpoint onto the placements of `abstract`; the mesh may differ from that of the writer.
+
+    Args:
+      step: the number of the checkpoint.
+      abstract: shapes, types and placements of the state.
+      waiting: the same of the arrays that were saved beside it; None: they are not read.
 
     Raises:
       RunError: some process cannot read it, or its arrays are not those that were written.
     """
-    state, metadata = self._read(step, abstract)
-    self._compare(step, state, metadata["fingerprint"])
-    return Restored(step, state, metadata)
+    read, metadata = self._read(step, {"state": abstract} | ({} if waiting is None else {"waiting": waiting}))
+    self._compare(step, fingerprint(read["state"]), metadata["fingerprint"])
+    if waiting is not None:
+      self._compare(step, small_fingerprint(read["waiting"]), metadata.get("waiting"))
+    return Restored(step, read["state"], metadata, read.get("waiting"))
 
   def restore_evaluated(self, step: int, abstract: TrainState) -> Params:
     """Like `restore`, but reads only the evaluated weights (`optimizer.evaluated`), not the optimiser's moments."""
@@ -237,15 +261,16 @@ class Checkpoints:
     if not isinstance(multihost.from_main(lambda: self.metadata(step).get(name)), str):
       return evaluated(self.restore(step, abstract).state)  # an older release wrote no separate fingerprint
     wanted = set(map(id, jax.tree.leaves(evaluated(abstract))))
-    state, metadata = self._read(step, jax.tree.map(lambda x: x if id(x) in wanted else ocp.PLACEHOLDER, abstract))
-    self._compare(step, evaluated(state), metadata[name])
-    return evaluated(state)
+    partial = jax.tree.map(lambda x: x if id(x) in wanted else ocp.PLACEHOLDER, abstract)
+    read, metadata = self._read(step, {"state": partial})
+    self._compare(step, fingerprint(evaluated(read["state"])), metadata[name])
+    return evaluated(read["state"])
 
-  def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+  def _read(self, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     failure: Exception | None = None
     _silence_abandoned_reads()
     try:
-      state = ocp.load_checkpointables(self._absolute / str(step), {"state": abstract})["state"]
+      found = ocp.load_checkpointables(self._absolute / str(step), abstract)
       metadata = self.metadata(step)
     except Exception as error:
       if is_lost(error):
@@ -254,10 +279,10 @@ class Checkpoints:
     reasons = multihost.gather(failure and (str(failure).splitlines() or [type(failure).__name__])[0][:160])
     for reason in filter(None, reasons):
       raise RunError(f"checkpoint {self.folder}/{step} cannot be read ({reason})") from failure
-    return state, metadata
+    return found, metadata
 
-  def _compare(self, step: int, tree: Any, expected: str) -> None:
-    if fingerprint(tree) != expected:
+  def _compare(self, step: int, found: str, expected: Any) -> None:
+    if found != expected:
       raise RunError(f"checkpoint {self.folder}/{step} is corrupt: its arrays are not those that were written")
 
   def _set_aside(self, step: int) -> None:
@@ -295,13 +320,18 @@ class Checkpoints:
       ) from failure
     return None
 
-  def restore_latest(self, abstract: TrainState) -> Restored | None:
+  def restore_latest(self, abstract: TrainState, waiting: Callable[[int], Any] = lambda step: None) -> Restored | None:
     """The last good checkpoint; None if there are no checkpoints.
+
+    Args:
+      abstract: see `restore`.
+      waiting: gives what `restore` takes of that name for a step.
 
     Raises:
       RunError: there are checkpoints, but none of them is good.
     """
-    return self._first_good(lambda: max(self.steps(), default=None), lambda step: self.restore(step, abstract))
+    read = lambda step: self.restore(step, abstract, waiting(step))
+    return self._first_good(lambda: max(self.steps(), default=None), read)
 
   def best_evaluated(self, abstract: TrainState) -> tuple[int, Params] | None:
     """The step and the evaluated weights, without the optimiser's moments, of the good checkpoint with the best
@@ -328,6 +358,15 @@ def _silence_abandoned_reads() -> None:
       print_error(unraisable)
 
   sys.unraisablehook = hook
+
+
+def small_fingerprint(tree: Any) -> str:
+  """SHA-256 over small arrays that every process has whole. Unlike `fingerprint` it compiles nothing."""
+  found = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    value = np.asarray(leaf)
+    found.update(f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}\n".encode() + value.tobytes())
+  return found.hexdigest()
 
 
 def _rank(score: float) -> float:

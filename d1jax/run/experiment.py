@@ -20,6 +20,7 @@ from d1jax.models.lora import LoraSpec
 from d1jax.models.quantize import KINDS
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import mesh as meshes
+from d1jax.parallel.sides import sub_meshes
 from d1jax.rl.prompts import Prompts
 from d1jax.run import fields, inputs, limits, run_tokenizer
 from d1jax.run.inputs import NO_TASK
@@ -113,6 +114,7 @@ def of_checkpoint(trained: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
   # This is for sampling, not training, so `rules` are those of rollouts; runs of 0.1 have no `rollout_rules`.
   rules = meshes.changed(meshes.RULES, trained["rules"])
   restored.rules, restored.rollout_rules = meshes.changed(rules, trained.get("rollout_rules", {})), {}
+  restored.rollout_mesh = {}
   # Fields that runs of 0.1 did not have.
   restored.task = {"module": None, "mix": {}, **restored.task.to_dict()}
   restored.lora = {"rslora": False, **restored.lora.to_dict()}
@@ -299,11 +301,13 @@ def build(
     raise ValueError(f"model.quantize={quantized!r} stores a frozen base: set lora.rank to train adapters")
   devices = jax.devices() if devices is None else devices
   rules = meshes.changed(meshes.RULES, config.rules.to_dict())
+  mesh, rollout_mesh = sub_meshes(config.mesh.to_dict(), ConfigDict(config.get("rollout_mesh", {})).to_dict(), devices)
   model = models.build(
     _size(config, source, tokenizer.vocab),
     tokenizer,
     source,
-    mesh=meshes.make_mesh(config.mesh.to_dict(), devices),
+    mesh=mesh,
+    rollout_mesh=rollout_mesh,
     rules=rules,
     rollout_rules=meshes.changed(rules, config.rollout_rules.to_dict()),
     dtype=models.compute_dtype(config.model.dtype, devices[0].platform),

@@ -73,6 +73,12 @@ OPTIONAL: Mapping[str, Field] = {
   "sft.mask_noise_steps": Field(0, "first steps with noise on the mask's embedding, which falls to none"),
   "grpo.score_reference": Field(False, "scores the reference where beta is 0 too, to log the KL to it"),
   "grpo.importance_cap": Field(None, "of weights p_train / p_sample on recorded states; None: no weights"),
+  "grpo.off_policy_steps": Field(0, "updates that the weights of a rollout miss; 0: each rollout has the newest"),
+  "grpo.behaviour_cap": Field(5.0, "of weights p / p_behaviour in rollouts of older weights (off_policy_steps)"),
+  "grpo.rollout_slots": Field(None, "rows of a part of a rollout that are computed at a time; None: all"),
+  "grpo.curriculum": Field(False, "draws prompts in proportion to 1 - their success rate, not once an epoch"),
+  "grpo.length_reward": Field(0.0, "weight of Kimi k1.5's reward of short answers; 0: none"),
+  "grpo.length_warmup": Field(0, "first iterations without it"),
   "grpo.dump_every": Field(0, "iterations between dumped rollouts; 0: none"),
   "grpo.drift_every": Field(50, "iterations between looks at what the rollouts' cache changes; 0: none"),
   "grpo.drift_limit": Field(None, "nats a token beyond which the cache goes off; None: the drift is only logged"),
@@ -80,7 +86,7 @@ OPTIONAL: Mapping[str, Field] = {
 }
 """The fields by dotted name. If a configuration lacks the section (`sft`, `rollout`), it lacks the field too."""
 
-OPEN = ("rules", "rollout_rules", "task.options", "task.mix", "grpo.reward_weights")
+OPEN = ("rules", "rollout_rules", "rollout_mesh", "task.options", "task.mix", "grpo.reward_weights")
 """Sections with fields of any name: axes, options of a task, tasks, components of a reward. One flag may set several
 fields: `--config.grpo.reward_weights="{'correct': 1.0, 'format': 0.2}"`, or `correct=1.0,format=0.2`."""
 _WHERE = {"": STAGES, "report": STAGES, "distributed": (*STAGES, "eval")}

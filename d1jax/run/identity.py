@@ -22,9 +22,10 @@ PAIRS = ("pairs.questions", "pairs.samples", "pairs.held_out")
 KINDS: Mapping[str, tuple[str, ...]] = {
   # Devices and sizes of parts: results differ only by rounding.
   "placement": (
-    *("mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
+    *("mesh", "rollout_mesh", "cpu_devices", "distributed", "rules", "rollout_rules"),
     *(f"{stage}.{name}" for stage in STAGES for name in ("accumulation", "logits_tile")),
-    *("grpo.rollout_chunks", "grpo.grading_workers", "evaluation.batch_size", "model.remat", "model.unroll"),
+    *("grpo.rollout_chunks", "grpo.rollout_slots", "grpo.grading_workers"),
+    *("evaluation.batch_size", "model.remat", "model.unroll"),
   ),
   # Output besides the weights.
   "logging": (

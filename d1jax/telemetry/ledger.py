@@ -31,6 +31,7 @@ PARTS = ("rollout", "grading", "score", "update", "validation", "saving", "compi
 """
 
 SECONDS, FLOPS, TOKENS, PASSES = "cost/seconds/", "cost/flops/", "cost/tokens/", "cost/passes/"
+SAVED = "cost/passes_saved/"
 
 
 def entry(devices: int, kind: str, seconds: Mapping[str, float], work: Mapping[str, Work]) -> dict[str, float]:
@@ -50,6 +51,7 @@ def entry(devices: int, kind: str, seconds: Mapping[str, float], work: Mapping[s
   found |= {FLOPS + part: float(each.flops) for part, each in work.items()}
   found |= {TOKENS + part: float(each.tokens) for part, each in work.items()}
   found |= {PASSES + part: float(each.passes) for part, each in work.items()}
+  found |= {SAVED + part: float(each.saved) for part, each in work.items() if each.saved is not None}
   found["cost/devices"] = devices
   if chip := chips.of(kind):
     found["cost/peak_flops"] = devices * chip.flops

@@ -18,11 +18,13 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.layout import extra
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.rl.curriculum import Curriculum
 from d1jax.rl.grading import Grader
 from d1jax.rl.losses import Ratios, Terms
 from d1jax.rl.method import Method
 from d1jax.rl.preference import Preference
-from d1jax.rl.shaping import Shaping
+from d1jax.rl.prompts import Prompts
+from d1jax.rl.shaping import UNSHAPED, Shaping
 from d1jax.run import parts
 from d1jax.run.experiment import Experiment
 from d1jax.run.inputs import data_root
@@ -31,7 +33,18 @@ from d1jax.training import dpo, drift, sft_data
 from d1jax.training.host import Grading
 from d1jax.training.programs import Programs, Shape
 
-TAKEN = ("loss", "grad_norm", "finite", "sampling_gap", "reference_gap", "reward", "stage", "iteration", "alarms")
+TAKEN = (
+  "loss",
+  "grad_norm",
+  "finite",
+  "sampling_gap",
+  "reference_gap",
+  "behaviour_gap",
+  "reward",
+  "stage",
+  "iteration",
+  "alarms",
+)
 """Names in the records of `metrics.jsonl` that a figure of a loss must not have."""
 
 
@@ -54,6 +67,7 @@ def method(section: ConfigDict, sampler: SamplerSpec, block: int | None = None) 
       section.aggregation,
       section.importance_cap,
       section.score_reference,
+      section.behaviour_cap if section.off_policy_steps else None,
     )
   if section.num_generations < 2:
     raise ValueError(f"grpo.num_generations={section.num_generations}: a group of one has no baseline; use at least 2")
@@ -110,8 +124,14 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
     ValueError: a weight names a component that neither the right nor the constant answer to a training question has.
   """
   with _of("grpo"):
-    found = Shaping(section.reward_weights.to_dict(), section.overlong, section.answered)
-  if found.weights or found.overlong or found.answered:
+    found = Shaping(
+      section.reward_weights.to_dict(),
+      section.overlong,
+      section.answered,
+      section.length_reward,
+      section.length_warmup,
+    )
+  if found != UNSHAPED:
     names: dict[str, None] = {}
     for one in task.tasks.values() if isinstance(task, Mixture) else [task]:
       record = one.records("train")[0]
@@ -135,6 +155,21 @@ def grading(experiment: Experiment) -> Grading:
   return Grading(experiment.prompts("train"), grader, config.task.protocol, shaped, length)
 
 
+def curriculum(experiment: Experiment, prompts: Prompts) -> Curriculum | None:
+  """The curriculum of `config.grpo` over the training prompts; None if each prompt comes once an epoch."""
+  section = experiment.config.grpo
+  if not section.curriculum:
+    return None
+  groups = section.oversample * section.prompts_per_iteration
+  return Curriculum(
+    prompts,
+    groups=groups,
+    num_generations=section.num_generations,
+    seed=experiment.config.seed,
+    ahead=section.off_policy_steps,
+  )
+
+
 def programs(experiment: Experiment, optimizer: optax.GradientTransformation) -> Programs:
   """The programs of a GRPO iteration; nothing is compiled yet.
 
@@ -148,6 +183,8 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
     tuple(experiment.config.data.prompt_buckets),
     section.oversample,
     section.rollout_chunks,
+    section.rollout_slots,
+    section.off_policy_steps,
   )
   watch = drift.Watch(section.drift_every, section.drift_limit)
   chosen = method(section, sampler, experiment.model.denoiser.block)

@@ -15,12 +15,15 @@ from d1jax.training.host import Visit
 
 
 class Dumped(NamedTuple):
-  """One iteration; `rollout` and `rewards` are enough to repeat its update."""
+  """One iteration; `rollout`, `rewards` and `behaviour` are enough to repeat its update. `behaviour` is log p under the
+  weights that drew the rollout, if the method scores it.
+  """
 
   rollout: Rollout
   rewards: Float[np.ndarray, "B"]
   advantages: Float[np.ndarray, "B"]
   texts: list[str]
+  behaviour: Float[np.ndarray, "B C"] | None = None
 
 
 def path_of(folder: Folder, iteration: int) -> Folder:
@@ -29,18 +32,22 @@ def path_of(folder: Folder, iteration: int) -> Folder:
 
 
 def write(
-  folder: Folder, iteration: int, chunks: Sequence[Rollout], visit: Visit, advantages: Float[Array, "B"]
+  folder: Folder,
+  iteration: int,
+  chunks: Sequence[Rollout],
+  visit: Visit,
+  advantages: Float[Array, "B"],
+  behaviour: Sequence[Float[Array, "b C"]] = (),
 ) -> None:
-  """Writes one iteration; every process has a part of it, and `chunks` and `advantages` are on devices."""
-  parts, advantages = multihost.fetch((list(chunks), advantages))
+  """Writes one iteration; every process has a part of it, and all but `visit` is on devices."""
+  parts, advantages, behaviour = multihost.fetch((list(chunks), advantages, list(behaviour)))
   texts = multihost.gather_rows(visit.rows, visit.graded.texts)
   if not multihost.is_main():
     return
   rollout = jax.tree.map(lambda *x: np.concatenate(x), *parts)
   content = io.BytesIO()
-  np.savez_compressed(
-    content, **rollout._asdict(), rewards=visit.rewards, advantages=advantages, texts=np.asarray(texts)
-  )
+  arrays = rollout._asdict() | ({"behaviour": np.concatenate(behaviour)} if behaviour else {})
+  np.savez_compressed(content, **arrays, rewards=visit.rewards, advantages=advantages, texts=np.asarray(texts))
   folder.mkdir(parents=True, exist_ok=True)
   write_atomically(path_of(folder, iteration), content.getvalue())
 
@@ -49,4 +56,5 @@ def read(folder: Folder, iteration: int) -> Dumped:
   """Reads one iteration back."""
   with np.load(io.BytesIO(path_of(folder, iteration).read_bytes())) as stored:
     rollout = Rollout(*(stored[name] for name in Rollout._fields))
-    return Dumped(rollout, stored["rewards"], stored["advantages"], stored["texts"].tolist())
+    given = stored["rewards"], stored["advantages"], stored["texts"].tolist(), stored.get("behaviour")
+    return Dumped(rollout, *given)

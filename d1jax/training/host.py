@@ -5,7 +5,7 @@ Each process grades its own rows. Processes exchange only the rewards and a few 
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from d1jax.rl.grading import Graded, Grader, WorkersDiedError, graded_texts
 from d1jax.rl.losses import RATIO_EDGES
 from d1jax.rl.prompts import Prompts
 from d1jax.rl.selection import NO_SIGNAL
-from d1jax.rl.shaping import UNSHAPED, Shaping
+from d1jax.rl.shaping import LENGTH, UNSHAPED, Shaping, length_rewards
 from d1jax.tasks.base import TaskError
 
 QUANTILES = (0.01, 0.5, 0.99)
@@ -27,6 +27,9 @@ QUANTILES = (0.01, 0.5, 0.99)
 
 ROUNDING = 1e-5
 """The rounding error that a sum of shares may have."""
+
+SOLVED = "solved"
+"""The metric of every task that says whether a completion is right."""
 
 Sums = Mapping[str, tuple[float, float]]
 """The numerator and denominator of each figure of a batch; both are summed over rows and processes."""
@@ -37,6 +40,8 @@ class Visit(NamedTuple):
 
   Attributes:
     rewards: the rewards of the whole batch, the same on every process.
+    solved: the task's verdict on each completion of the batch, from 0 to 1.
+    lengths: the tokens of each completion of the batch, with its stop id.
     sums: the figures of the whole batch.
     arrived: the time (`time.perf_counter`) at which the last chunk arrived.
     rows: the indices in the batch of the rows that this process graded.
@@ -46,6 +51,8 @@ class Visit(NamedTuple):
   """
 
   rewards: Float[np.ndarray, "B"]
+  solved: Float[np.ndarray, "B"]
+  lengths: Int[np.ndarray, "B"]
   sums: Sums
   arrived: float
   rows: Int[np.ndarray, "R"]
@@ -72,13 +79,16 @@ class Grading(NamedTuple):
   length: int | None = None
 
 
-def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ...]) -> Visit:
+def grade_chunks(
+  grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ...], settle: Callable[[], None] = lambda: None
+) -> Visit:
   """Grades each chunk while the next one is computed.
 
   Args:
     grading: the prompts, grader and protocol.
     record: the index of each row's record.
     chunks: the batch, on devices.
+    settle: called before rewards are exchanged with the other processes.
 
   Raises:
     RunError: on any process, the grader's workers died twice on a chunk, or the task breaks its contract.
@@ -113,21 +123,51 @@ def grade_chunks(grading: Grading, record: np.ndarray, chunks: tuple[Rollout, ..
   length = grading.length or rollout.completion.shape[1]
   grades = [grading.shaping(grade, n, length) for grade, n in zip(grades, counted, strict=bool(grades))]
   own = Graded(written, grades, np.asarray([grade.reward for grade in grades], np.float32))
+  settle()
   return _shared(failure, np.concatenate(places), rollout, own, arrived)._replace(overlapped=overlapped)
 
 
 def _shared(failure: str, rows: np.ndarray, rollout: Rollout, own: Graded, arrived: float) -> Visit:
   """Exchanges rewards and sums with the other processes."""
-  found = multihost.gather(
-    {"failure": failure, "rows": rows.tolist(), "rewards": own.rewards.tolist(), "sums": sums(rollout, own)}
-  )
+  own_rows = {
+    "rewards": own.rewards.tolist(),
+    "solved": [top / bottom for top, bottom in (grade.metrics.get(SOLVED, (0, 1)) for grade in own.grades)],
+    "lengths": rollout.completion_mask.sum(axis=1).tolist(),
+  }
+  found = multihost.gather({"failure": failure, "rows": rows.tolist(), "sums": sums(rollout, own)} | own_rows)
   for part in found:
     if part["failure"]:
       raise RunError(part["failure"])
-  rewards = np.zeros(sum(len(part["rows"]) for part in found), np.float32)
-  for part in found:
-    rewards[part["rows"]] = part["rewards"]
-  return Visit(rewards, added(part["sums"] for part in found), arrived, rows, rollout, own)
+  order = np.argsort(np.concatenate([part["rows"] for part in found]))
+  rewards, solved, lengths = (np.concatenate([part[name] for part in found])[order] for name in own_rows)
+  return Visit(
+    rewards.astype(np.float32),
+    solved.astype(np.float32),
+    lengths.astype(np.int32),
+    added(part["sums"] for part in found),
+    arrived,
+    rows,
+    rollout,
+    own,
+  )
+
+
+def rewarded(
+  shaping: Shaping, visit: Visit, num_generations: int, iteration: int
+) -> tuple[Float[np.ndarray, "B"], dict[str, float]]:
+  """The rewards of a batch with the component that compares the lengths of a group, and the figure of this component.
+
+  Args:
+    shaping: converts grades into rewards.
+    visit: the graded batch.
+    num_generations: the rows of a group.
+    iteration: counted from 0.
+  """
+  weight = shaping.length_weight(iteration)
+  if not weight:
+    return visit.rewards, {}
+  short = weight * length_rewards(visit.lengths, visit.solved == 1, num_generations)
+  return visit.rewards + short, {f"reward/{LENGTH}": float(short.mean())}
 
 
 def sums(rollout: Rollout, graded: Graded) -> Sums:

@@ -128,6 +128,8 @@ class Stage:
     profile: the profile of some iterations.
     draw: is called when the record of a validation is written.
     later: what the run does after this stage, in validations of this one; for the eta of the run.
+    carried: gives what a checkpoint's metadata holds of its own iteration.
+    waiting: what checkpoints hold beside the state, see `Checkpoints.save`.
   """
 
   name: str
@@ -144,6 +146,8 @@ class Stage:
   profile: Profile
   draw: Callable[[], object] = lambda: None
   later: float = 0.0
+  carried: Callable[[], Mapping[str, Any]] = dict
+  waiting: Callable[[], Any] = lambda: None
 
 
 def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder, interrupts: Interrupts) -> float:
@@ -211,13 +215,14 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
           _check_finite(stage, iteration, state, checkpoints)
         metadata = {
           **stage.metadata,
+          **stage.carried(),
           "data": {"next_index": iteration},
           "seconds": time.monotonic() - began,
           "counts": (counts._replace(skipped_in_a_row=0) if refused else counts)._asdict(),
         }
         with clock.outside("saving"):
           writer.keep()
-          checkpoints.save(iteration, state, metadata, score)
+          checkpoints.save(iteration, state, metadata, score, stage.waiting())
         best = max((x for x in (best, score) if x is not None and not math.isnan(x)), default=None)
       if score is not None:
         with clock.outside("saving"):

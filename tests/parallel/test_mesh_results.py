@@ -1,6 +1,8 @@
 """What is computed does not depend on the mesh."""
 
 import dataclasses
+import functools
+import math
 import re
 from typing import Any
 
@@ -12,6 +14,8 @@ from jax.sharding import Mesh
 
 from d1jax import keys
 from d1jax import optimizer as optimizers
+from d1jax.aot import collectives, hlo
+from d1jax.diffusion.continuous import sample_in_slots
 from d1jax.diffusion.corruption import corrupt, mask_prompt
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import SamplerSpec
@@ -22,6 +26,7 @@ from d1jax.parallel.attention import attention
 from d1jax.parallel.mesh import (
   MESH_AXES,
   RULES,
+  constrained,
   constrainer,
   make_mesh,
   place,
@@ -105,6 +110,23 @@ class World:
       out_shardings=self.rows,
     )
     return program(jax.device_put(host_params(), self.params), self.batch(), KEY)
+
+  def rollout_in_slots(self, slots: int) -> Any:
+    """A rollout whose rows end early, and the program."""
+    spec = dataclasses.replace(SAMPLER, completion_length=16, diffusion_steps=8, early_exit=True)
+    denoiser = dataclasses.replace(self.denoiser, stop_ids=(2, 5, 7))
+    by_row, everywhere = (functools.partial(constrained, placement=one) for one in (self.rows, self.scalar))
+    options = dict(spec=spec, row_multiple=ways(self.mesh, RULES, "batch"), slots=slots)
+    program = jax.jit(
+      lambda params, batch, key: sample_in_slots(
+        denoiser, params, *batch, key, by_row=by_row, everywhere=everywhere, **options
+      ),
+      in_shardings=(self.params, self.rows, self.scalar),
+      out_shardings=self.rows,
+    )
+    arguments = (jax.device_put(host_params(), self.params), self.batch(), KEY)
+    compiled = program.lower(*arguments).compile()
+    return jax.device_get(compiled(*arguments)), compiled
 
   def compile_update(self, rollout: Any, state: TrainState) -> tuple[Any, Any]:
     def program(state, frozen, rollout, advantages):
@@ -215,6 +237,20 @@ def test_a_block_causal_network_does_the_same_on_any_mesh():
     other = results(World(mesh_of(*sizes), 4), one.rollout)
     assert_same_rollouts(one.rollout, other.rollout)
     assert_same_updates(one, other)
+
+
+@pytest.mark.slow(reason="compiles programs of its own")
+@pytest.mark.parametrize("block", [None, 4])
+def test_rollouts_in_slots_are_the_same_on_any_mesh_and_no_cache_is_sent(block):
+  """On one device with two slots, and on four and eight devices with eight."""
+  one, _ = World(mesh_of(1, 1, 1), block).rollout_in_slots(2)
+  assert len(set(one.completion_mask.sum(axis=1).tolist())) > 4, "rows should end at different places"
+  for sizes in ((2, 2, 2), (4, 1, 1)):
+    other, compiled = World(mesh_of(*sizes), block).rollout_in_slots(8)
+    assert_same_rollouts(one, other)
+  sent = [c for c in collectives.find(hlo.parse(compiled.as_text()), 4) if c.in_loop]
+  canvases = ROWS * (8 + 16 + (block or 0))
+  assert max(math.prod(shape.dims) for c in sent for shape in c.shapes) <= canvases
 
 
 def assert_same_updates(one_device, other):

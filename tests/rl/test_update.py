@@ -258,10 +258,10 @@ def one_token_logp(params, rollout) -> jax.Array:
   return jax.nn.log_softmax(jnp.where(jnp.arange(toy.VOCAB) < toy.MASK, logits, -jnp.inf) / ONE.temperature)[: toy.MASK]
 
 
-def weighted_update(spec, rollout, advantages, frozen=FROZEN):
+def weighted_update(spec, rollout, advantages, frozen=FROZEN, **stale):
   state = create(lambda _: toy.params(scale=0.7), SGD, jax.random.key(8), jax.random.key(0))
   fixed = {"denoiser": toy.DENOISER, "sampler": ONE, "optimizer": SGD, "method": spec}
-  new, metrics = jax.jit(functools.partial(update, **fixed))(state, frozen, rollout, advantages)
+  new, metrics = jax.jit(functools.partial(update, **fixed))(state, frozen, rollout, advantages, **stale)
   step = jax.tree.map(lambda a, b: a - b, new.trainable, state.trainable)
   return state.trainable, step, metrics
 

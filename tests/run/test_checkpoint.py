@@ -195,3 +195,22 @@ def test_a_failed_read_is_said_once(monkeypatch, file, printed):
   del coroutine
   assert len(tracebacks) == printed
   _silence_abandoned_reads.cache_clear()
+
+
+def test_rollouts_that_wait_are_read_back_and_verified(tmp_path):
+  """One that is damaged makes its checkpoint a damaged one; whoever does not ask for them does not read them."""
+  rollouts = [{"completion": jnp.arange(6).reshape(2, 3), "version": jnp.int32(4)}]
+  abstract_rollouts = [{name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=HERE) for name, x in rollouts[0].items()}]
+  writer = Checkpoints(tmp_path / "grpo", writes=True)
+  for step in (1, 2):
+    writer.save(step, state(step), METADATA, None, rollouts)
+  writer.wait()
+  found = writer.restore_latest(abstract(), lambda step: abstract_rollouts)
+  jax.tree.map(np.testing.assert_array_equal, found.waiting, rollouts)
+  assert writer.restore_latest(abstract()).waiting is None
+  path = tmp_path / "grpo" / "2" / "_CHECKPOINT_METADATA"
+  said = json.loads(path.read_text())
+  said["custom_metadata"]["waiting"] = "0" * 64
+  path.write_text(json.dumps(said))
+  assert writer.restore_latest(abstract(), lambda step: abstract_rollouts).step == 1
+  writer.close()

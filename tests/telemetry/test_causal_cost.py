@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from d1jax.diffusion.continuous import sample_in_slots
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
@@ -67,6 +68,7 @@ CASES = {
   "next token": (4, 1, dict(schedule="threshold", threshold=0.5), (5, 6, 7, 1)),
   "next token, parts of one token": (4, 1, dict(block_length=1), (5, 6, 8, 7)),
   "a batch that shrinks": (4, 0, dict(completion_length=16, diffusion_steps=16, early_exit=True), (5, 6, 7, 8)),
+  "in slots": (4, 1, dict(completion_length=16, diffusion_steps=8, block_length=2, early_exit=True), (5, 8, 7, 4)),
 }
 
 
@@ -79,11 +81,13 @@ def test_what_a_rollout_computes_is_what_is_counted(monkeypatch, name):
   valid = np.arange(WIDTH)[None, :] >= WIDTH - np.asarray(lengths)[:, None]
   prompt = np.where(valid, np.random.default_rng(0).integers(4, 17, valid.shape), 0).astype(np.int32)
   ids = np.arange(16, 20, dtype=np.int32)
-  program = jax.jit(functools.partial(sample, denoiser, spec=spec))
+  slots = 2 if name == "in slots" else None
+  way = functools.partial(sample_in_slots, slots=slots) if slots else sample
+  program = jax.jit(functools.partial(way, denoiser, spec=spec))
   arguments = (causal.params(), prompt, valid, ids, ids, KEY)
   found = jax.device_get(program(*arguments))
   jax.effects_barrier()
-  reach = cost.reached(spec, [found], len(ids), 1, block)
+  reach = cost.reached(spec, [found], len(ids), 1, block, slots)
   work = cost.rollout(flops.count(program.trace(*arguments)), spec, denoiser, WIDTH, reach)
   canvas = -(-WIDTH // block) * block + spec.completion_length
   computed = 0
@@ -95,6 +99,25 @@ def test_what_a_rollout_computes_is_what_is_counted(monkeypatch, name):
   assert work.tokens == len(ids) * spec.completion_length
   if name == "a batch that shrinks":
     assert {rows for _, rows, _ in denoiser.made} > {4}, "it should shrink"
+  if slots:
+    assert {rows for _, rows, _ in denoiser.made} == {2, 1}, "two slots, which become one"
+
+
+@pytest.mark.parametrize("of_process", [[[3, 1, 2, 1]], [[3, 2], [1, 1]]], ids=["alone", "two processes"])
+def test_slots_save_what_batches_of_as_many_rows_wait_for(monkeypatch, of_process):
+  """Rows that end in their third, first, second and first block take four turns of two slots, in place of five."""
+  spec = SamplerSpec(completion_length=6, diffusion_steps=6, block_length=2, early_exit=True)
+  said: list = []
+  monkeypatch.setattr(multihost, "gather", lambda value: said.append(value) or said)
+  for first, blocks in enumerate(of_process):
+    steps = np.asarray([[i if i < 2 * number else 0 for i in range(6)] for number in blocks])
+    ids = first + len(of_process) * np.arange(len(blocks))
+    nothing = np.zeros_like(steps)
+    part = Rollout(ids, ids, nothing, nothing == 0, nothing, nothing == 0, steps, nothing)
+    reach = cost.reached(spec, [part], 4, 1, None, slots=2)
+  assert (reach.steps.tolist(), reach.rows.tolist()) == ([[2, 2, 2]], [[4, 2, 1]])
+  assert (reach.turns.steps.tolist(), reach.turns.rows.tolist()) == ([[2] * 4], [[2] * 4])
+  assert reach.saved == 2 * 2 * (5 - 4)
 
 
 def test_processes_put_together_what_their_rows_say(monkeypatch):

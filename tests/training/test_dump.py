@@ -10,7 +10,8 @@ from tests import toy
 
 def visit(rollout, texts, rewards):
   rewards = np.asarray(rewards, np.float32)
-  return Visit(rewards, {}, 0.0, np.arange(len(texts)), rollout, Graded(texts, [], rewards))
+  lengths = rollout.completion_mask.sum(axis=1)
+  return Visit(rewards, rewards, lengths, {}, 0.0, np.arange(len(texts)), rollout, Graded(texts, [], rewards))
 
 
 def test_an_iteration_comes_back_as_it_was(tmp_path):

@@ -97,7 +97,15 @@ def records_of(workdir):
 
 @pytest.mark.slow(reason="runs the recipe")
 def test_the_recorded_states_train_as_well(tmp_path):
+  """They are those of rollouts in slots, whose rows are at different blocks in the same pass."""
   changes = {"grpo__estimator": "step_merged", "grpo__importance_cap": 2.0, "grpo__num_iterations": 2}
+  changes |= {
+    "grpo__rollout_slots": 8,
+    "grpo__rollout_chunks": 1,
+    "rollout__early_exit": True,
+    "rollout__block_length": 6,
+  }
+  changes |= {"rollout__diffusion_steps": 9, "task__protocol": "strict"}
   recipe.run(started(tmp_path, grpo__steps=3, grpo__accumulation=2, grpo__loss__beta=0.01, **changes))
   records = records_of(tmp_path)
   assert len(records) == 3
@@ -107,6 +115,8 @@ def test_the_recorded_states_train_as_well(tmp_path):
     # Rollouts without a cache are drawn from what is trained.
     assert record["importance/effective_sample_size"] == pytest.approx(1, abs=1e-5)
     assert "drift/logp_difference" not in record
+    assert record["cost/passes_saved/rollout"] >= 0
+    assert record["cost/passes/rollout"] % 8 == 0
 
 
 GREEDY = {"rollout__temperature": 0.0, "rollout__remasking": "random"}
@@ -120,6 +130,11 @@ GREEDY = {"rollout__temperature": 0.0, "rollout__remasking": "random"}
       "loss=sandwich needs the option upper_share: give --config.grpo.loss.upper_share=",
     ),
     ({"grpo__reward_weights": "sloved=1"}, "names 'sloved', which is no component; known: constraints, solved"),
+    ({"grpo__rollout_slots": 4}, r"rollout\.early_exit=False lets no row end .* use early_exit=True"),
+    (
+      {"grpo__rollout_slots": 8, "rollout__early_exit": True, "task__protocol": "strict"},
+      r"grpo\.rollout_slots=8 leaves no row",
+    ),
     ({"grpo__oversample": 0}, "grpo.oversample=0 must be a whole number of at least 1"),
     ({"grpo__importance_cap": 2.0}, r"needs an estimator of the recorded states.* no ratio to the sampler"),
     ({"grpo__importance_cap": 0.0, "grpo__estimator": "step_merged"}, "importance_cap=0.0 must be positive"),
@@ -128,6 +143,16 @@ GREEDY = {"rollout__temperature": 0.0, "rollout__remasking": "random"}
       "importance_cap=2.0 .* compare the probabilities of draws, but rollout.temperature=0 takes the argmax",
     ),
     ({"rollout__cache": "dual", **GREEDY}, "drift_every=4 compare the probabilities of draws"),
+    (
+      {"grpo__off_policy_steps": 1, "grpo__estimator": "step_merged", **GREEDY},
+      "off_policy_steps=1 takes the probabilities of draws .* rollout.temperature=0",
+    ),
+    (
+      {"grpo__off_policy_steps": 1, "rollout__cache": "dual"},
+      "drift_every=4 .* set grpo.drift_every=0, or rollout.cache",
+    ),
+    ({"grpo__off_policy_steps": 1, "grpo__loss": "sandwich", "grpo__loss__upper_share": 0.5}, "Sandwich"),
+    ({"rollout_mesh__data": 8}, "mesh .* and rollout_mesh .data=8. do not share 8 devices"),
     ({"grpo__drift_every": -1}, "grpo.drift_every is -1"),
     ({"grpo__drift_every": 0, "grpo__drift_limit": 0.1}, "grpo.drift_limit is 0.1 with grpo.drift_every=0"),
     ({"grpo__drift_limit": -0.1}, "grpo.drift_limit is -0.1"),
@@ -148,6 +173,9 @@ def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_pat
     "grpo__answered": 0.25,
     "grpo__reward_weights": "solved=2",
     "grpo__validate_every": 1,
+    "grpo__curriculum": True,
+    "grpo__length_reward": 0.5,
+    "grpo__length_warmup": 1,
   }
   results = recipe.run(started(tmp_path / "whole", grpo__steps=2, **changes))
   shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -160,7 +188,9 @@ def test_groups_with_signal_are_taken_out_of_more_and_rewards_are_shaped(tmp_pat
     assert len(dumped.rewards) == len(dumped.advantages) == 24
     silent = np.ptp(dumped.rewards.reshape(6, 4), axis=1) < 1e-6
     assert record["no_signal"] == pytest.approx(silent.mean())
-    parts = ("constraints", "solved", "overlong", "answered")
+    parts = ("constraints", "solved", "overlong", "answered", *(("length",) if iteration else ()))
+    assert ("reward/length" in record) == (iteration == 1)
+    assert 6 / 64 <= record["curriculum/asked"] <= 6 * (iteration + 1) / 64
     assert record["reward"] == pytest.approx(sum(record[f"reward/{name}"] for name in parts), abs=1e-6)
     assert record["reward/overlong"] <= 0 <= record["reward/answered"] <= 0.25
     assert (record["cost/tokens/rollout"], record["cost/tokens/update"]) == (24 * 18, 8 * 18)

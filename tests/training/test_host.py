@@ -137,6 +137,10 @@ def test_every_chunk_is_handed_over_before_any_is_waited_for(tmp_path, protocol)
   rollout, found = visit.rollout, visit.graded
   np.testing.assert_array_equal(visit.rows, np.arange(12))
   np.testing.assert_array_equal(visit.rewards, found.rewards)
+  np.testing.assert_array_equal(visit.lengths, rollout.completion_mask.sum(axis=1))
+  np.testing.assert_array_equal(
+    visit.solved, [top / bottom for top, bottom in (g.metrics["solved"] for g in found.grades)]
+  )
   assert visit.sums == host.sums(rollout, found)
   assert grader.events == [("submitted", 4, protocol)] * 3 + [("waited for", n) for n in range(3)]
   np.testing.assert_array_equal(rollout.completion, np.concatenate([c.completion for c in chunks]))
