@@ -428,12 +428,12 @@ def _word_problems(c: config_dict.ConfigDict) -> None:
 def _small_word_problems(c: config_dict.ConfigDict) -> None:
   """A block-causal network: a few words are a block, and the cache of finished ones is exact.
 
-  With full attention each of the 40 steps would be a pass over 88 tokens, in validations too.
+  With full attention each of the 40 steps would be a pass over 92 tokens, in validations too.
   """
   c.model.block = 4
   c.task.options = dict(largest=20, steps=(2, 2))
   c.task.sizes.update(demonstrations=1000, train=4000, validation=128, test=512)
-  c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (48,)
+  c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (52,)
   c.rollout.update(completion_length=40, block_length=4, diffusion_steps=40, early_exit=True)
   # A masked number cannot be used. With AdamW, 2,000 steps are too few to learn to read the numbers of a question.
   c.sft.update(

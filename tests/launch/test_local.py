@@ -182,7 +182,7 @@ def test_a_real_run_in_two_processes_goes_on_after_one_is_preempted(tmp_path):
     assert f"process {number} ended with exit code 75" in err
   assert err.count("preempted; attempt 2 of 4") == 1
   assert "attempt 3" not in err
-  assert "[0] Held-out split of sudoku, greedy:" in out
+  assert "[0] Held-out split of sudoku, greedy, " in out
   assert "[1] Held-out split" not in out
   said = dict(re.findall(r"^\[(\d)\] d1jax: (SIGTERM: saved at (?:sft|grpo) iteration \d+;.*)$", out, re.MULTILINE))
   assert set(said) == {"0", "1"}
