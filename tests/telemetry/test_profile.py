@@ -84,6 +84,7 @@ def test_a_run_traces_what_it_is_told_and_names_its_parts(tmp_path):
   recipe.run(small(workdir, **runs.CHANGES | {"grpo__steps": 8}, profile_steps="6:7"))
   assert traced_steps(workdir / "profile") == {"grpo": [6, 7]}
   counted = Counter(event.name for event in events(workdir / "profile"))
-  # Two chunks an iteration, and grades that are waited for at its end; iteration 6 validates and is saved, and its page drawn.
+  # Two chunks an iteration, and grades that are waited for at its end; iteration 6 validates and is saved, and its page
+  # is drawn.
   expected = {"rollout": 4, "grading": 6, "update": 2, "validation": 1, "saving": 2}
   assert {name: counted[name] for name in expected} == expected
