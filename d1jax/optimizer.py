@@ -95,18 +95,8 @@ def adamw(
     max_grad_norm: the global norm to which larger gradients are scaled down.
     ema_decay: the decay of the average of the weights, see `averaging`; None: there is no average.
   """
-  averaged = () if ema_decay is None else (averaging(ema_decay),)
-  return optax.chain(
-    optax.clip_by_global_norm(max_grad_norm),
-    optax.adamw(
-      schedule(learning_rate, steps, warmup_steps, decay),
-      b1=b1,
-      b2=b2,
-      weight_decay=weight_decay,
-      mask=decayed,
-    ),
-    *averaged,
-  )
+  rate = schedule(learning_rate, steps, warmup_steps, decay)
+  return _clipped(optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed), max_grad_norm, ema_decay)
 
 
 def muon(
@@ -138,19 +128,23 @@ def muon(
     max_grad_norm: the global norm to which larger gradients are scaled down.
     ema_decay: the decay of the average of the weights; None: there is no average.
   """
-  averaged = () if ema_decay is None else (averaging(ema_decay),)
-  return optax.chain(
-    optax.clip_by_global_norm(max_grad_norm),
-    optax.contrib.muon(
-      schedule(learning_rate, steps, warmup_steps, decay),
-      weight_decay=weight_decay,
-      adam_b1=b1,
-      adam_b2=b2,
-      consistent_rms=0.2,
-      muon_weight_dimension_numbers=_matrices,
-    ),
-    *averaged,
+  step = optax.contrib.muon(
+    schedule(learning_rate, steps, warmup_steps, decay),
+    weight_decay=weight_decay,
+    adam_b1=b1,
+    adam_b2=b2,
+    consistent_rms=0.2,
+    muon_weight_dimension_numbers=_matrices,
   )
+  return _clipped(step, max_grad_norm, ema_decay)
+
+
+def _clipped(
+  step: optax.GradientTransformation, max_grad_norm: float, ema_decay: float | None
+) -> optax.GradientTransformation:
+  """An optimiser behind gradient clipping, with an average of the weights if `ema_decay` is given."""
+  averaged = () if ema_decay is None else (averaging(ema_decay),)
+  return optax.chain(optax.clip_by_global_norm(max_grad_norm), step, *averaged)
 
 
 def _matrices(params: Params) -> Params:
