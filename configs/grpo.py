@@ -435,7 +435,7 @@ def _small_word_problems(c: config_dict.ConfigDict) -> None:
   c.task.sizes.update(demonstrations=1000, train=4000, validation=128, test=512)
   c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (52,)
   c.rollout.update(completion_length=40, block_length=4, diffusion_steps=40, early_exit=True)
-  # A masked number cannot be used. With AdamW, 2,000 steps are too few to learn to read the numbers of a question.
+  # A masked number cannot be used. In a trial with AdamW, 2,000 steps were too few to learn to read the numbers.
   c.sft.update(
     optimizer="muon",
     steps=1000,
