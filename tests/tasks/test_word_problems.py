@@ -138,6 +138,21 @@ def test_options_shape_the_problems():
     WordProblems(largest=1)
 
 
+def test_some_demonstrations_say_the_answer_alone():
+  """They are the same problems, and all other splits show their steps."""
+  terse = generated("demonstrations", worked=0.25)
+  told = [record for record in terse if EQUATION.search(record["solution"])]
+  assert 30 <= len(told) <= 70
+  for record, other in zip(terse, generated("demonstrations"), strict=True):
+    alone = record | {"solution": f"The answer is {record['answer']}."}
+    assert record == (other if record in told else alone)
+    assert record["question"] == other["question"]
+  assert generated("train", worked=0.25) == generated("train")
+  for worked in (1.5, True, "0.5"):
+    with pytest.raises(ValueError, match=f"word_problems worked is {worked!r}; give a number from 0 to 1"):
+      WordProblems(worked=worked)
+
+
 def test_more_than_there_are_is_an_error():
   task = WordProblems(steps=(4, 4), largest=12, sizes={"validation": 5000})
   message = (
