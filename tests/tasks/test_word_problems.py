@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d1jax.tasks import PROTOCOLS, SPLITS, STYLES, DataError, WordProblems, arithmetic, word_templates
+from d1jax.tasks import PROTOCOLS, SPLITS, STYLES, DataError, WordProblems, arithmetic, word_problems, word_templates
 
 SIZES = {"demonstrations": 200, "train": 600, "validation": 100, "test": 150}
 EQUATION = re.compile(r"([0-9]+)([-+*/])([0-9]+)=([0-9]+)")
@@ -153,7 +153,8 @@ def test_some_demonstrations_say_the_answer_alone():
       WordProblems(worked=worked)
 
 
-def test_more_than_there_are_is_an_error():
+def test_more_than_there_are_is_an_error(monkeypatch):
+  monkeypatch.setattr(word_problems, "_BLOCKS", 2)  # it gives up soon
   task = WordProblems(steps=(4, 4), largest=12, sizes={"validation": 5000})
   message = (
     r"sizes\['validation'\] is 5000, but only \d+ problems were found with 4 to 4 steps and .* up to 12; lower the size"
