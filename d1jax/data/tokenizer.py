@@ -9,6 +9,7 @@ import sentencepiece
 
 from d1jax.data import characters, chat, folder
 from d1jax.data.confined import ConfinedTokenizer
+from d1jax.errors import reworded
 
 MASK_PIECE = "<mask>"
 MODEL_TYPES = ("char", "unigram", "bpe")
@@ -89,10 +90,8 @@ def load(path: Path) -> Tokenizer | None:
   files = folder.read(path)
   if not any(name in files for name in (*folder.CORE, *folder.EXTRAS)):
     return None
-  try:
+  with reworded(f"{path}: "):
     return from_files(files)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
 
 
 def from_files(files: Mapping[str, bytes]) -> Tokenizer:

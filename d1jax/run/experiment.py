@@ -15,6 +15,7 @@ from d1jax import optimizer as optimizers
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion import blocks
 from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.errors import reworded
 from d1jax.model import Model, scaled_to
 from d1jax.models.lora import LoraSpec
 from d1jax.models.quantize import KINDS
@@ -321,8 +322,6 @@ def build(
   if config.get("mode") == "sft" or (config.get("mode") == "dpo" and config.pairs.file):  # which only validates with it
     sampler = sampler.for_block(model.denoiser.block)
   elif config.get("mode") in ("dpo", "grpo"):
-    try:
+    with reworded("rollout."):
       blocks.check(model.denoiser, sampler)
-    except ValueError as error:
-      raise ValueError(f"rollout.{error}") from error
   return Experiment(config, task, model, sampler)
