@@ -33,12 +33,8 @@ _gone: list[int] = []  # Numbers of unused tokenizers, which the process may del
 class ConfinedTokenizer:
   """A `HuggingFaceTokenizer` that lives in the other process; it is built there again where that one had to end.
 
-  Attributes:
-    files: the content of the files that make this tokenizer, by name.
-    vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
-    mask_id: the id of the mask; if the folder names none, the first id after the tokenizer's own.
-    stop_ids: each ends a completion.
-    pad_id: the id of padding.
+  Its attributes are those of `HuggingFaceTokenizer`. Each method raises a ValueError if the template fails, the text
+  becomes the mask, or either takes too much time or memory.
   """
 
   def __init__(self, files: Mapping[str, bytes]):
@@ -66,11 +62,7 @@ class ConfinedTokenizer:
     self._ask("try_tokenizer", self._vocabulary)
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
-    """The ids of a conversation that the model is to continue, the given start of its answer included.
-
-    Raises:
-      ValueError: the template fails, the text becomes a mask, or either takes too much time or memory.
-    """
+    """The ids of a conversation that the model is to continue, the given start of its answer included."""
     names = " and ".join(filter(None, (self._template, self._vocabulary)))
     ids: list[int] = self._ask("prompt", names, [dict(message) for message in messages], prefill)
     if self._unk_id in ids:
@@ -78,32 +70,20 @@ class ConfinedTokenizer:
     return ids
 
   def completion(self, text: str) -> list[int]:
-    """The ids of an answer: the text, the text that the template writes after an answer, and the end of sequence.
-
-    Raises:
-      ValueError: the text becomes the mask, or takes too much time or memory.
-    """
+    """The ids of an answer: the text, the text that the template writes after an answer, and the end of sequence."""
     found: list[int] = self._ask("completion", self._vocabulary, text)
     if self._unk_id in found:
       self._unknown.check(text)
     return found
 
   def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
-    """A conversation as the chat template writes it; without a template, the contents one after the other.
-
-    Raises:
-      ValueError: the template fails, or takes too much time or memory.
-    """
+    """A conversation as the chat template writes it; without a template, the contents one after the other."""
     name = self._template or self._vocabulary
     found: str = self._ask("written", name, [dict(message) for message in messages], begin_answer)
     return found
 
   def encode(self, text: str) -> list[int]:
-    """The ids that transformers gives a text: special tokens that it spells are special.
-
-    Raises:
-      ValueError: the text becomes a mask, or takes too much time or memory.
-    """
+    """The ids that transformers gives a text: special tokens that it spells are special."""
     found: list[int] = self._ask("encode", self._vocabulary, text)
     if self._unk_id in found:
       self._unknown.check(text)

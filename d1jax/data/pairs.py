@@ -192,14 +192,7 @@ def pair_batches(
 ) -> Iterator[PairBatch]:
   """An endless stream of pairs, from batch `position` on, in the order of `d1jax.data.sft_batches.sft_batches`.
 
-  Args:
-    tokens: the pairs; those that fit no buckets are left out.
-    seed: the seed of the order.
-    batch_size: pairs a batch.
-    buckets: allowed prompt lengths.
-    answer_buckets: allowed answer lengths, ascending.
-    pad_id: fills both ends.
-    position: the batch to start at.
+  The arguments are those of `sft_batches`; pairs that fit no buckets are left out.
   """
 
   def assemble(first: int, chosen: Sequence[int], width: int) -> PairBatch:

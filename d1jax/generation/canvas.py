@@ -145,10 +145,6 @@ def layout(texts: Sequence[str], columns: int) -> list[list[Glyph]]:
   """Breaks texts into lines: at line breaks, between words, and inside words that are longer than a line.
 
   A space or the sign of a line break stays on the line of its word, and may exceed the line by one column.
-
-  Args:
-    texts: the texts of the tokens.
-    columns: the width of a line.
   """
   lines: list[list[Glyph]] = [[]]
   used = 0

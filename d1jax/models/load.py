@@ -39,11 +39,7 @@ def load(
 ) -> Loaded:
   """Reads a whole folder onto the first device; `read` does the same for any placement.
 
-  Args:
-    folder: a folder with config.json and safetensors.
-    dtype: the dtype of weights and matrix products.
-    quantized: `int8` or `nf4` stores the projections in few bits.
-    rows: the smallest vocabulary; see `read`.
+  The arguments are those of `read`; `rows` is the size of the smallest vocabulary.
   """
   description = describe(folder)
   network = transformer.build(families.with_rows(description.size, rows), dtype=dtype)

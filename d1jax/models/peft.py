@@ -163,12 +163,7 @@ def _options(path: Path) -> LoraSpec:
 def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Scheme) -> None:
   """Writes an adapter folder that PEFT loads.
 
-  Args:
-    folder: the folder, which is made.
-    adapter: the adapter tree.
-    spec: its settings.
-    base: the name or folder of the base model.
-    scheme: the names of the base's tensors.
+  `folder` is made, `base` is the name or folder of the base model, and `scheme` has the names of its tensors.
 
   Raises:
     ValueError: the folder, or a parent of it, is a file.

@@ -50,9 +50,7 @@ class Drawn(NamedTuple):
 def render(run: RunFiles, other: RunFiles | None = None) -> str:
   """The text of the page; equal inputs give equal bytes.
 
-  Args:
-    run: the run.
-    other: a run to draw on the same axes.
+  `other` is a run to draw on the same axes.
 
   Returns:
     HTML that can be encoded in UTF-8, whatever the files contain.

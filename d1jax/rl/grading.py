@@ -112,11 +112,6 @@ class Grader:
   def submit(self, texts: Sequence[str], records: Sequence[Record], protocol: str) -> Pending:
     """Begins to grade a batch.
 
-    Args:
-      texts: completions.
-      records: one record per text.
-      protocol: the protocol of the task's grader.
-
     Returns:
       A function that waits for the grades. If a worker dies, all workers are started again and the batch is graded once
       more. If one dies then too, the function raises a WorkersDiedError. It raises a TaskError if a grade is not

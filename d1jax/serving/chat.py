@@ -97,14 +97,7 @@ def live(
 ) -> Generation:
   """Completes one prompt and shows the answer while it is denoised, as slowly as a person can follow.
 
-  Args:
-    model: network, tokenizer and mesh.
-    prompt: the prompt.
-    spec: the sampler.
-    params: the published weights.
-    config: a configuration of configs/generate.py.
-    prefill: the start of the answer.
-    record: what the prompt asks, if that is known.
+  `config` is one of configs/generate.py. The other arguments are those of `Chat` and of `Chat.answer`.
 
   Raises:
     ValueError: the prompt cannot be used, or the engine has not this sampler.
@@ -162,14 +155,8 @@ class Chat:
   ):
     """Begins a conversation; nothing is compiled yet.
 
-    Args:
-      model: network, tokenizer and mesh.
-      spec: the sampler.
-      params: the published weights.
-      seed: of the draws.
-      prefill: the start of each answer.
-      prompt_buckets: for each there is a canvas, with the length of an answer added; conversations are cut to the
-        largest.
+    `params` are published weights, `seed` is that of the draws, and `prefill` the start of each answer. For each of the
+    prompt buckets there is a canvas, with the length of an answer added; conversations are cut to the largest.
 
     Raises:
       ValueError: there is no tokenizer, or the engine has not this sampler.

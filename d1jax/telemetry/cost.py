@@ -297,17 +297,9 @@ def iteration(
 ) -> dict[str, Work]:
   """The work of one iteration of diffu-GRPO: `rollout`, `score` and `update`; for processes see `reached`.
 
-  Args:
-    counted: the products of the programs `rollout` and `update`.
-    found: this process's rows of the rollout on the host, chunk by chunk.
-    sampler: the sampler that was used, with or without its cache.
-    denoiser: the denoiser.
-    method: the method of the update.
-    oversample: groups drawn for each one trained on.
-    chunks: the number of parts of the rollout.
-    rows: the rows of a chunk on all processes.
-    ways: the number of devices over which they are split.
-    slots: how many rows of a chunk are computed at a time; None: all.
+  `counted` has the products of the programs `rollout` and `update`, and `found` this process's rows of the rollout on
+  the host, in `chunks` parts. The sampler is the one that was used, with or without its cache. For the others see
+  `reached` and `update`.
   """
   parts = [Rollout(*part) for part in zip(*(np.split(x, chunks) for x in found), strict=True)]
   reach = reached(sampler, parts, rows, ways, denoiser.block, slots)

@@ -106,13 +106,7 @@ class Programs:
   ):
     """Defines the programs; nothing is compiled yet.
 
-    Args:
-      model: network and mesh.
-      sampler: the sampler of rollouts.
-      method: the method of updates.
-      shape: the shape of an iteration.
-      optimizer: the optimiser of updates.
-      watch: when to measure the drift of a cache.
+    The arguments are the attributes, and the optimiser of updates. A `watch` counts if the sampler has a cache.
     """
     self.model, self.sampler, self.method, self.shape = model, sampler, method, shape
     self._optimizer = optimizer

@@ -79,11 +79,8 @@ def advancer(
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """Returns the function that runs one iteration of a stage: one compiled step on the next batch.
 
-  Args:
-    model: network and mesh.
-    batches: host batches, from the first iteration that is still to come.
-    steps_of: the compiled steps of an iteration.
-    frozen: the weights that no step changes.
+  `batches` are on the host, from the first iteration that is still to come; `steps_of` gives the compiled steps of an
+  iteration.
   """
   mesh = model.weights.mesh
 
