@@ -97,10 +97,7 @@ def refusal(message: str, lowered: str) -> Refusal:
 
   The message lists the largest buffers, unless the compiler gave up before it allocated any. In that case, the largest
   arrays of the lowered program are used, which are not yet divided over devices.
-
-  Args:
-    message: the text of the exception.
-    lowered: the program's StableHLO.
+  `message` is the text of the exception, and `lowered` the program's StableHLO.
 
   Raises:
     ValueError: the message is about something else.

@@ -185,10 +185,7 @@ def parse(found: Iterable[Row], name: object) -> list[Demonstration]:
   Text is kept to the letter, but for GSM8K: its calculator marks go, and the white space around reasoning and gold.
   Rows without a final answer, which real files have, are left out, and one warning counts them: an s1K row without
   traces whose solution has no `\boxed{...}`, a MATH row with an empty `answer`.
-
-  Args:
-    found: the rows.
-    name: what messages call the file.
+  `name` is what messages call the file.
 
   Raises:
     ValueError: a row is wrong (the message names its line), or none is left.

@@ -86,10 +86,7 @@ class Canvas:
 def of(generation: Generation, tokenizer: Tokenizer, record: Record | None = None) -> Canvas:
   """The canvas of a completion.
 
-  Args:
-    generation: the completion.
-    tokenizer: the model's tokenizer.
-    record: the question, if it is known; a Sudoku is drawn as a grid.
+  A Sudoku is drawn as a grid if its question, `record`, is known.
   """
   ids = generation.tokens.tolist()
   ended = ids[generation.length - 1] in tokenizer.stop_ids

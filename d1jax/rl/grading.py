@@ -76,9 +76,7 @@ class Grader:
   def __init__(self, task: Task, workers: int):
     """Keeps the task.
 
-    Args:
-      task: the grader.
-      workers: processes; 0 grades here, before `submit` returns.
+    With 0 workers, texts are graded here, before `submit` returns.
 
     Raises:
       ValueError: a negative number, or a task that cannot be sent to another process.

@@ -282,10 +282,7 @@ class Chat:
   def answer(self, text: str, pace: float = 0.0, record: Record | None = None) -> tuple[Generation, str]:
     """Asks a message, and shows the answer while it is denoised, if standard output is a terminal.
 
-    Args:
-      text: the message.
-      pace: the least seconds of a step.
-      record: what the message asks, if that is known; a Sudoku is drawn as a grid.
+    A step takes at least `pace` seconds. If `record` says what the message asks, a Sudoku is drawn as a grid.
 
     Returns:
       The answer, which is taken away from the screen; and what it took, in words.

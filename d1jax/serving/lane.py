@@ -118,9 +118,7 @@ class Lane:
   def advance(self, chosen: Sequence[int], most: int | None) -> Bool[np.ndarray, "slots"]:
     """Advances the rows in these slots until one has finished its block, at most for about `SLICE` seconds.
 
-    Args:
-      chosen: the slots.
-      most: the most passes; None: as many as fit.
+    `chosen` are the slots, and `most` the most passes; None: as many as fit.
 
     Returns:
       Which slots have finished a block.

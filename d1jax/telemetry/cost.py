@@ -65,11 +65,8 @@ class Reach(NamedTuple):
 def whole(sampler: SamplerSpec, chunks: int, rows: int, block: int | None = None) -> Reach:
   """The reach of rollouts that take every step for every row, with the static schedule and without early exits.
 
-  Args:
-    sampler: their sampler.
-    chunks: the number of rollouts.
-    rows: of each.
-    block: that of a block-causal network, whose prompts begin to be completed inside of one; None: full attention.
+  `chunks` is the number of rollouts, of `rows` each. `block` is that of a block-causal network, whose prompts begin to
+  be completed inside of one; None: full attention.
   """
   shape = (chunks, sampler.blocks + (block or 0) // sampler.block_length)
   return Reach(np.full(shape, sampler.steps_per_block), np.full(shape, rows))
@@ -227,12 +224,7 @@ def _causal_passes(sampler: SamplerSpec, denoiser: Denoiser, canvas: int, reach:
 def rollout(counted: Counted, sampler: SamplerSpec, denoiser: Denoiser, width: int, reach: Reach) -> Work:
   """The work of a rollout of all chunks.
 
-  Args:
-    counted: the products of the rollout program of one chunk.
-    sampler: the sampler.
-    denoiser: the denoiser.
-    width: the width of the prompts.
-    reach: the steps that were taken.
+  `counted` has the products of the rollout program of one chunk, and `width` is that of the prompts.
   """
   times, flops, made = 2 if sampler.cfg_scale else 1, 0, 0
   canvas = layout.prompt_width(denoiser, width) + sampler.completion_length

@@ -300,12 +300,8 @@ class Programs:
   ) -> tuple[Rollout, ...]:
     """Completes placed prompts under published weights; the arrays arrive chunk by chunk.
 
-    Args:
-      params: the result of `publish`.
-      chunks: the chunks from `place`.
-      key: the run's key, from `key`.
-      iteration: the iteration from `place`.
-      cached: False samples without the cache of a watched sampler.
+    `params` are those of `publish`, `key` is that of `key`, and chunks and iteration are from `place`. If `cached` is
+    False, the cache of a watched sampler is not used.
     """
     sampler = self.sampler if cached else self.sampler.with_cache("none")
     return tuple(self._completer(sampler, params, chunk, key, iteration) for chunk in chunks)

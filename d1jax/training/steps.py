@@ -42,13 +42,8 @@ class Steps:
   ):
     """Compiles the steps.
 
-    Args:
-      model: network and mesh.
-      program: the step.
-      batches: abstract batches, one of each shape.
-      optimizer: the optimiser of the stage.
-      answers: the answers of a batch.
-      with_reference: whether `Frozen.reference` holds a copy of the trained weights.
+    `program` is the step, `batches` has an abstract batch of each shape, and a batch has so many `answers`.
+    `with_reference` says whether `Frozen.reference` holds a copy of the trained weights.
     """
     weights = model.weights
     placement, frozen_placement = weights.state_placement(optimizer), weights.frozen_placement()

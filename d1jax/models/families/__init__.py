@@ -96,11 +96,7 @@ def check_claims(folder: Path, description: Description, shapes: Mapping[str, tu
 
   It must run before the sizes are used for anything: for 10^9 layers, a list of tensor names alone would fill the
   memory before the first missing tensor was noticed. The shape of each tensor is checked later.
-
-  Args:
-    folder: the folder of config.json.
-    description: the content of config.json.
-    shapes: the shapes of the tensors in the files.
+  `shapes` are those of the tensors in the files.
 
   Raises:
     ValueError: no tensor has an axis as long as a size, or there are fewer tensors than layers.
