@@ -255,9 +255,5 @@ class SentencePieceTokenizer:
     ids: list[int] = self._processor.encode(text)
     if self._processor.unk_id() in ids:
       self._unknown.check(text)
-    if self.mask_id in ids:
-      raise ValueError(
-        f"the text {text[:80]!r} becomes the mask (id {self.mask_id}), which the sampler would fill; change the text,"
-        " or the mask_token_id of config.json if it is an ordinary token"
-      )
+    characters.check_no_mask(text, ids, self.mask_id)
     return ids
