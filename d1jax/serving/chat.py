@@ -7,7 +7,6 @@ begin with `/` are commands.
 import contextlib
 import dataclasses
 import importlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -170,7 +169,7 @@ class Chat:
     self._tokenizer: Tokenizer = model.tokenizer
     self._block = spec.block_length  # the longest
     self._engines: dict[int, Engine] = {}
-    self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    self._live = command.has_screen()
     self._check(spec)
 
   @property
@@ -246,11 +245,8 @@ class Chat:
       spec = dataclasses.replace(spec, temperature=float(value))
     elif name == "steps":
       spec = dataclasses.replace(spec, diffusion_steps=int(value))
-    else:  # with as many tokens a step as before
-      length, per_step = int(value), spec.completion_length / spec.diffusion_steps
-      block = min(self._block, length)
-      steps = length // block * max(1, round(block / per_step))
-      spec = dataclasses.replace(spec, completion_length=length, block_length=block, diffusion_steps=steps)
+    else:
+      spec = spec.resized(int(value), min(self._block, int(value)))
     self._check(spec)
     self.spec = spec
 
