@@ -21,7 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from d1jax.aot.table import markdown
+from d1jax.columns import markdown
 from d1jax.run.metrics import read_records
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import passes, timing
-from d1jax.aot.table import markdown
+from d1jax.columns import markdown
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.advantage import ADVANTAGES
 from d1jax.run.metrics import read_records
