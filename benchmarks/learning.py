@@ -4,7 +4,7 @@ same time.
 `python -m benchmarks.learning` trains, for each seed, the default recipe of `configs/grpo.py` (arm `recipe`: SFT, then
 diffu-GRPO) and `configs/sft.py` on the same demonstrations (arm `control`), one after the other on an otherwise idle
 machine. Both choose their checkpoint on the validation grids and look at the held-out grids once. It prints a JSON line
-a run, and writes the table and the curves to `docs/learning.md` and `docs/learning.png`.
+a run, and writes the table and the curves to `learning.md` and `learning.png` in `--docs`.
 """
 
 import argparse
@@ -13,14 +13,13 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from d1jax import look
 from d1jax.run.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
@@ -84,25 +83,40 @@ def table(lines: list[dict[str, Any]]) -> str:
   return "\n".join(rows)
 
 
-def plot(workdirs: dict[tuple[str, int], Path], path: Path) -> None:
-  """Validation over training seconds, a line a run."""
-  figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-  colours = {"recipe": "tab:blue", "control": "tab:gray"}
-  labels = {"recipe": "SFT, then diffu-GRPO", "control": "SFT only"}
-  for (arm, seed), workdir in workdirs.items():
-    offset, seconds, solved = 0.0, [], []
-    for stage in ("sft", "grpo"):
-      own = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage]
-      seconds += [offset + r["elapsed"] for r in own if "validation" in r]
-      solved += [100 * r["validation"] for r in own if "validation" in r]
-      if own and arm == "recipe" and stage == "sft":
-        offset = own[-1]["elapsed"]
-        axis.axvline(offset, color="tab:blue", linewidth=0.6, linestyle=":")
-    axis.plot(seconds, solved, color=colours[arm], label=labels[arm] if seed == min(s for _, s in workdirs) else None)
-  axis.set(xlabel="training seconds (dotted: diffu-GRPO starts)", ylabel="validation puzzles solved, %", ylim=(0, 100))
-  axis.grid(alpha=0.3)
-  axis.legend(frameon=False)
-  figure.savefig(path, dpi=120)
+def curve(arm: str, workdir: Path) -> tuple[list[float], list[float], float]:
+  """Training seconds and solved validation grids in percent of one run; and when its diffu-GRPO starts, in seconds."""
+  offset, seconds, solved = 0.0, [], []
+  for stage in ("sft", "grpo"):
+    own = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage]
+    seconds += [offset + r["elapsed"] for r in own if "validation" in r]
+    solved += [100 * r["validation"] for r in own if "validation" in r]
+    if own and arm == "recipe" and stage == "sft":
+      offset = own[-1]["elapsed"]
+  return seconds, solved, offset
+
+
+@look.styled()
+def plot(curves: Mapping[str, Sequence[tuple[list[float], list[float], float]]]) -> Figure:
+  """Validation over training seconds, a line a run; `curves` has those of each arm."""
+  figure = look.panels(width=8, height=4)
+  axes = figure.axes[0]
+  colours, names = {"recipe": "line0", "control": "muted"}, {"recipe": "SFT + diffu-GRPO", "control": "SFT only"}
+  for arm, runs in curves.items():
+    for seconds, solved, _ in runs:
+      look.line(axes, seconds, solved, colours[arm], names[arm])
+  starts = [offset for _, _, offset in curves.get("recipe", [])]
+  if starts:
+    start = statistics.mean(starts)
+    axes.axvline(start, color=look.LIGHT["muted"], linewidth=0.8, linestyle=":", label="_start")
+    axes.annotate("diffu-GRPO starts", (start, 97), xytext=(4, 0), textcoords="offset points", va="top", fontsize=9)
+  axes.set(
+    title="The recipe against more SFT in the same time, a line a seed",
+    xlabel="time of training, s",
+    ylabel="validation puzzles solved, %",
+    xlim=(0, None),
+    ylim=(0, 100),
+  )
+  return figure
 
 
 def main() -> None:
@@ -112,15 +126,19 @@ def main() -> None:
   parser.add_argument(
     "--folder", type=Path, default=Path("runs/learning"), help="work directories; finished ones are read"
   )
-  parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the table and the picture go")
+  parser.add_argument(
+    "--docs", type=Path, default=Path("runs/learning"), help="where the table and the picture go; docs: the page's own"
+  )
   options = parser.parse_args()
   workdirs = {(arm, seed): options.folder.absolute() / f"{arm}-{seed}" for seed in options.seeds for arm in ARMS}
   lines = []
   for (arm, seed), workdir in workdirs.items():
     lines.append(run(arm, seed, workdir))
     print(json.dumps(lines[-1]), flush=True)
-  plot(workdirs, options.docs / "learning.png")
-  head = "# Recipe against control\n\nWritten by `python -m benchmarks.learning`.\n\n"
+  head = "# Recipe against control\n\nWritten by `python -m benchmarks.learning --docs docs`.\n\n"
+  options.docs.mkdir(parents=True, exist_ok=True)
+  curves = {arm: [curve(arm, workdirs[arm, seed]) for seed in options.seeds] for arm in ARMS}
+  (options.docs / "learning.png").write_bytes(look.png(plot(curves)))
   text = f"{head}{table(lines)}\n\n![curves](learning.png)\n"
   (options.docs / "learning.md").write_text(text, encoding="utf-8")
   print(table(lines), file=sys.stderr)

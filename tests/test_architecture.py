@@ -32,6 +32,7 @@ ALLOWED = {
   "hub": {"errors"},
   "intervals": set(),
   "keys": set(),
+  "look": set(),
   "microbatch": set(),
   "models": set(),
   "tasks": set(),

@@ -1,9 +1,7 @@
-"""The closing table and the curves."""
-
-import numpy as np
+"""The closing report."""
 
 from d1jax.evaluation.evaluator import tables
-from d1jax.report import smoothed, summary
+from d1jax.report import summary
 
 ROW = {
   "solved": 0.5,
@@ -67,9 +65,3 @@ def test_the_summary_names_arms_samples_and_files(tmp_path):
   del results["before"]
   results["seconds"] = {"sft": 10.4}
   assert "diffu-GRPO" not in summary(results, tmp_path)
-
-
-def test_smoothing_is_a_running_mean():
-  values = np.asarray([1.0, 3.0, 5.0, 7.0])
-  np.testing.assert_allclose(smoothed(values, 2), [1.0, 2.0, 4.0, 6.0])
-  np.testing.assert_allclose(smoothed(values, 10), [1.0, 2.0, 3.0, 4.0])

@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from d1jax import look
 from d1jax.evaluation.items import Item
 from d1jax.evaluation.plots import plots
 from d1jax.evaluation.summary import columns, verdict
@@ -69,7 +70,7 @@ def render(results: Mapping[str, Any], items: Sequence[Item]) -> str:
 
 def base_style() -> str:
   """The style sheet of pages: colours for light and dark, type, tables."""
-  return (_HERE / "report.css").read_text(encoding="utf-8")
+  return look.css() + (_HERE / "report.css").read_text(encoding="utf-8")
 
 
 def embedded(value: Any) -> str:
