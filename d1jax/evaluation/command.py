@@ -108,7 +108,10 @@ def _row(arm: Arm, folder: Folder) -> output.Row:
 
 def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Folder, interrupts: Interrupts) -> None:
   """Runs every batch with missing items; each process grades its rows, and process 0 writes all items."""
-  completer, params = Completer.of(found.experiment.model, keys.Purpose.EVALUATION), found.params()
+  completer = Completer.of(found.experiment.model, keys.Purpose.EVALUATION)
+  completer.announce = subject.saying
+  with subject.saying("publishing the weights"):
+    params = found.params()
   for arm in arms:
     done = set(map(tuple, multihost.from_main(functools.partial(_done, folder, arm))))
     evaluator = Evaluator(completer, arm.prompts, arm.sampler, _batch_size(config, found))

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 import jax
 
@@ -47,12 +48,17 @@ def count(number: float) -> str:
 
 
 @contextlib.contextmanager
-def timed(what: str) -> Iterator[None]:
-  """Prints what is being done, and behind it how long it took: `compiling the steps of sft ... 8 s`."""
-  print(f"{what} ...", end="", flush=True)
+def timed(what: str, stream: TextIO | None = None) -> Iterator[None]:
+  """Prints what is being done, and behind it how long it took: `compiling the steps of sft ... 8 s`.
+
+  Args:
+    what: is being done.
+    stream: where it is said; None: standard output.
+  """
+  print(f"{what} ...", end="", flush=True, file=stream)
   began, ended = time.monotonic(), " stopped"
   try:
     yield
     ended = f" {time.monotonic() - began:.0f} s"
   finally:
-    print(ended, flush=True)
+    print(ended, flush=True, file=stream)
