@@ -204,7 +204,7 @@ def test_the_plots_are_in_the_page(everything):
 def test_a_small_evaluation_has_no_empty_parts():
   text = render(results([item(0)]), [item(0)])
   page = Page(text)
-  assert [t.strip() for t in page.texts("h2")] == ["What was evaluated", "Results", "Completions"]
+  assert [t.strip() for t in page.texts("h2")] == ["Results", "What was evaluated", "Completions"]
   assert "1 of 1 completions are on this page." in text
 
 
