@@ -115,6 +115,17 @@ def test_the_learning_curves_of_a_run_can_be_read(tmp_path):
   assert [len(each.get_paths()) for each in figure.axes[1].collections] == [5], "a whisker a validation"
 
 
+@pytest.mark.parametrize(("stage", "sign", "label"), [("dpo", 1, "preferred"), ("sft", -1, "held-out loss")])
+def test_the_learning_curves_of_other_runs_can_be_read(stage, sign, label):
+  shares = dict.fromkeys(("accuracy", "held_out/accuracy"), 0.7) if stage == "dpo" else {}
+  records = [
+    {"stage": stage, "iteration": i, "loss": 1 / i, "validation": sign * i / 99, **shares} for i in range(1, 50)
+  ]
+  figure = picture.figure(run_files.RunFiles("", {}, {stage: records}, [], 0, None))
+  looks.check(figure)
+  assert label in figure.axes[0].get_ylabel()
+
+
 @pytest.mark.parametrize("temperatures", [(0.0, 0.9), (0.0, 0.3, 0.6, 0.9)])
 def test_the_plots_of_an_evaluation_can_be_read(monkeypatch, temperatures):
   checked = []

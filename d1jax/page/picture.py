@@ -16,8 +16,8 @@ NAME = "learning_curves.png"
 _SHARES = {
   "sft": (),
   "dpo": (
-    curves.Figure("accuracy", "preferred, training", "%"),
-    curves.Figure("held_out/accuracy", "preferred, held out", "%"),
+    curves.Figure("accuracy", "preferred", "%"),
+    curves.Figure("held_out/accuracy", "held out", "%"),
   ),
   "grpo": (curves.Figure("solved", "training", "%"),),
 }
