@@ -28,7 +28,7 @@ from d1jax.weights import check_base
 
 def saying(what: str) -> AbstractContextManager[None]:
   """Says on standard error what takes long, and how long it took; standard output is for results."""
-  return opening.timed(harmless(what), sys.stderr) if multihost.is_main() else contextlib.nullcontext()
+  return opening.timed(harmless(what), on_stderr=True) if multihost.is_main() else contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,9 @@ import logging
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
-from typing import TextIO
 
 import jax
 
@@ -48,17 +48,17 @@ def count(number: float) -> str:
 
 
 @contextlib.contextmanager
-def timed(what: str, stream: TextIO | None = None) -> Iterator[None]:
+def timed(what: str, *, on_stderr: bool = False) -> Iterator[None]:
   """Prints what is being done, and behind it how long it took: `compiling the steps of sft ... 8 s`.
 
   Args:
     what: is being done.
-    stream: where it is said; None: standard output.
+    on_stderr: whether it is said on standard error; otherwise on standard output.
   """
-  print(f"{what} ...", end="", flush=True, file=stream)
+  print(f"{what} ...", end="", flush=True, file=sys.stderr if on_stderr else None)
   began, ended = time.monotonic(), " stopped"
   try:
     yield
     ended = f" {time.monotonic() - began:.0f} s"
   finally:
-    print(ended, flush=True, file=stream)
+    print(ended, flush=True, file=sys.stderr if on_stderr else None)
