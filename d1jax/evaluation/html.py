@@ -102,8 +102,7 @@ def _samples(arms: Sequence[Mapping[str, Any]], items: Sequence[Item], accuracy:
   shown: list[dict[str, Any]] = []
   for number, arm in enumerate(arms):
     for item in chosen(by_arm.get((arm["task"], arm["length"], arm["temperature"]), []), accuracy):
-      known = {name: value for name, value in item.record.items() if value not in (None, "")}
-      records[item.question] = {name: _plain(value) for name, value in known.items()}
+      records[item.question] = {name: _plain(value) for name, value in item.record.items()}
       shown.append(
         {
           "arm": number,

@@ -129,7 +129,8 @@ def test_elements_are_closed_and_ids_are_unique(everything):
 def test_the_page_says_what_was_evaluated(everything):
   text, found = everything
   page = Page(text)
-  about = dict(zip(page.texts("th", scope="row"), page.texts("td"), strict=False))
+  table = Page(re.findall(r'<table class="about">.*?</table>', text, re.DOTALL)[0])
+  about = dict(zip(table.texts("th", scope="row"), table.texts("td"), strict=True))
   shown = {
     "subject": "runs/a/checkpoints/grpo/400",
     "protocol": "strict",
