@@ -71,7 +71,7 @@ def test_one_answer_is_printed_alone(finished, capsys):
   command.run(configured(checkpoint=str(finished), prompt=prompts[0]))
   out, err = capsys.readouterr()
   assert out == answers[0] + "\n"
-  said = ("reading .*", "publishing the weights", r"compiling completions of 18 tokens for 1 prompt of \d+")
+  said = ("reading .*", "publishing the weights", r"compiling completions of 18 tokens for \d+ prompts? of \d+")
   assert re.fullmatch("".join(rf"{line} \.\.\. \d+ s\n" for line in said), err), "nothing that takes long is silent"
 
 
