@@ -5,6 +5,7 @@ docs/scaling.md explains the numbers.
 
 import importlib.metadata
 import json
+import time
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from d1jax.aot import topology
 from d1jax.aot.analysis import Analysis, iteration
-from d1jax.aot.table import tables
+from d1jax.aot.table import GIB, needed, tables
 from d1jax.data import tokenizer as tokenizers
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.errors import RunError, input_checked
@@ -62,8 +63,12 @@ def run(config: ConfigDict) -> dict[str, Any]:
   result["programs"] = {}
   for name in analysis.tracing:
     print(f"compiling {name} for {config.topology}", flush=True)
+    began = time.process_time()
     with input_checked():
-      result["programs"][name] = {"runs": chunks if name == "rollout" else 1} | analysis.program(name)
+      found = {"runs": chunks if name == "rollout" else 1} | analysis.program(name)
+    result["programs"][name] = found
+    spent, room = time.process_time() - began, f"{chip.hbm_bytes / GIB:.2f} GiB a chip"
+    print(f"{name} takes {needed(found)} of {room}; compiling it took {spent:.0f} s of CPU time", flush=True)
   print(f"compiling evaluation for {config.topology}", flush=True)
   result["evaluation"] = analysis.evaluation()
   parts = result["programs"] | {"evaluation": result["evaluation"]}

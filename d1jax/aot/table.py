@@ -20,7 +20,7 @@ def tables(result: Mapping[str, Any]) -> str:
     parts += ["GiB a chip:", _memory(programs), "Collectives of one run, by what a chip receives:"]
     parts += [_collectives(programs), *_notes(programs), "Seconds of one run, at least:", _times(programs)]
   if found := result.get("evaluation"):
-    said = f"A validation of {found['rows']} prompts of {found['width']} tokens needs {_needed(found)} GiB a chip"
+    said = f"A validation of {found['rows']} prompts of {found['width']} tokens needs {needed(found)} GiB a chip"
     parts.append(said + (", which fits." if found["fits"] else ", which does not fit."))
   return "\n\n".join(parts)
 
@@ -33,7 +33,7 @@ def overview(results: Sequence[Mapping[str, Any]]) -> Rows:
   """One row per result: the memory of each program on a chip, and the time of an iteration."""
   rows = []
   for result in results:
-    needs = [_needed(found) for found in result["programs"].values()]
+    needs = [needed(found) for found in result["programs"].values()]
     time, share, bound = "", "", ""
     if each := result["iteration"]:
       time = f"{each['seconds']:.1f} - {each['seconds_apart']:.1f}"
@@ -48,7 +48,8 @@ def overview(results: Sequence[Mapping[str, Any]]) -> Rows:
   return (*head, "s an iteration", "bound", "compute share"), rows
 
 
-def _needed(found: Mapping[str, Any]) -> str:
+def needed(found: Mapping[str, Any]) -> str:
+  """The GiB that a program needs on a chip."""
   return f"{(found['memory']['total'] if 'memory' in found else found['needed']) / GIB:.2f}"
 
 
