@@ -10,9 +10,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from benchmarks import real
-from d1jax import export, main, recipe, tasks
+from d1jax import main, tasks
 from d1jax.run import limits
-from tests import hub
+from tests import hub, jobs
 from tests.data.folders import write_json
 
 SOLVED = "Ann has {0} pens and buys 2. How many has she?"
@@ -108,10 +108,10 @@ def test_the_whole_of_it_on_a_small_folder(tmp_path, monkeypatch, capsys):
 
   def run(command, seconds):
     # A byte is a token here: prompts are longer.
-    command = [flag.replace("(160,)", "(512,)").replace("buckets=(96,)", "buckets=(512,)") for flag in command]
-    config = configuration(command)
-    (export if config.mode == "export" else recipe).run(config)
-    return 0
+    flags = [flag.replace("(160,)", "(512,)").replace("buckets=(96,)", "buckets=(512,)") for flag in command[3:]]
+    code, _, error = jobs.finish(jobs.start(*flags), timeout=900)
+    assert code == 0, error
+    return code
 
   monkeypatch.setattr(real, "run", run)
   monkeypatch.setenv("D1JAX_DATA", "")
