@@ -94,13 +94,8 @@ def write_results(
 ) -> dict[str, Any]:
   """Collects the results, and writes them together with completions and learning curves.
 
-  Args:
-    experiment: the run's experiment.
-    workdir: the run's folder.
-    outcomes: the outcome of each stage.
-    evaluated: the evaluations `before` and `after`; none without a task.
-    began: the start of this attempt (`time.monotonic`).
-    rest: further fields of the results.
+  `evaluated` are the evaluations `before` and `after`, none without a task. `began` is the start of this attempt
+  (`time.monotonic`), and `rest` has further fields of the results.
   """
   config = experiment.config
   final = outcomes[config.mode]

@@ -111,6 +111,15 @@ class SamplerSpec:
     steps = length // size * min(size, max(1, round(size * self.diffusion_steps / self.completion_length)))
     return dataclasses.replace(self, completion_length=length, block_length=size, diffusion_steps=steps)
 
+  def resized(self, length: int, block: int, per_step: float | None = None) -> "SamplerSpec":
+    """The same sampler for completions and blocks of other lengths.
+
+    A step unmasks `per_step` tokens; None: as many as before.
+    """
+    per_step = per_step or self.completion_length / self.diffusion_steps
+    steps = length // max(block, 1) * max(1, round(block / per_step))
+    return dataclasses.replace(self, completion_length=length, block_length=block, diffusion_steps=steps)
+
   def greedy(self) -> "SamplerSpec":
     """The same sampler at temperature 0 and without a cache: what validations complete with."""
     return dataclasses.replace(self.with_cache("none"), temperature=0.0)

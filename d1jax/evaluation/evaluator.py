@@ -149,12 +149,8 @@ def grade_completions(
 def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) -> Grade:
   """The grade of one completion; with a protocol other than `strict`, it also has the metrics of `strict`.
 
-  Args:
-    task: the grader.
-    record: the question.
-    shown: the text that `strict` reads, which is the prefill and the text up to the stop.
-    raw: the text that other protocols read.
-    protocol: the protocol of the grade.
+  `shown` is the text that `strict` reads, which is the prefill and the text up to the stop, and `raw` the text that
+  other protocols read.
   """
   strict = checked.grade(task, shown, record)
   if protocol == "strict":

@@ -50,11 +50,7 @@ def windows(tokens: Sequence[int], before: Sequence[int], width: int) -> Iterato
 
   A window of `width` tokens has one token of context. The last one, which may be shorter, has more, so that the model
   sees `width + 1` tokens: of 0..9 with width 4 the windows are `before | 0 1 2 3`, `3 | 4 5 6 7` and `5 6 7 | 8 9`.
-
-  Args:
-    tokens: of the document.
-    before: the context of the first window.
-    width: the most tokens of a window.
+  `before` is the context of the first window.
   """
   for first in range(0, len(tokens), width):
     end = min(first + width, len(tokens))

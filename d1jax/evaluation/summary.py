@@ -74,7 +74,8 @@ def summarise(items: Sequence[Item], accuracy: str) -> dict[str, Any]:
   if count > 1 and accuracy in metrics and _is_binary(items, accuracy):
     known = [question for question in questions if verdict(question[0], accuracy) is not None]
     right = [sum(bool(verdict(item, accuracy)) for item in question) for question in known]
-    pooled = functools.partial(_by_cluster, clusters=[question[0].cluster for question in known])
+    clusters = [question[0].cluster for question in known]
+    pooled = lambda values: _shown(clustered(values, [1] * len(values), clusters))
     ks = [2**i for i in range(count.bit_length()) if 2**i < count] + [count]
     found["pass_at"] = {str(k): pooled([pass_at(count, c, k) for c in right]) for k in ks}
     found["majority"] = pooled([float(_majority(question, accuracy)) for question in known])
@@ -234,10 +235,6 @@ def _pooled(items: Sequence[Item], name: str) -> dict[str, Any] | None:
 
 def _shown(share: Share) -> dict[str, Any]:
   return {"value": share.value, "interval": [share.low, share.high]}
-
-
-def _by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
-  return _shown(clustered(values, [1] * len(values), clusters))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -169,13 +169,9 @@ def sampler_of(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
   """The sampler of answers; fields that are not set are those of the rollouts, including the tokens per step."""
   length = trained.completion_length if config.length is None else config.length
   block = min(trained.block_length, length) if config.block_length is None else config.block_length
-  per_step = config.tokens_per_step or trained.completion_length / trained.diffusion_steps
   trained = trained.with_cache(config.cache or trained.cache)
   return dataclasses.replace(
-    trained,
-    completion_length=length,
-    block_length=block,
-    diffusion_steps=length // max(block, 1) * max(1, round(block / per_step)),
+    trained.resized(length, block, config.tokens_per_step),
     temperature=config.temperature,
     cfg_scale=trained.cfg_scale if config.cfg_scale is None else config.cfg_scale,
     remasking=config.remasking or trained.remasking,

@@ -51,10 +51,6 @@ def check(path: Path) -> None:
 def save(path: Path, canvases: Sequence[Canvas]) -> None:
   """Writes a film of completions, one after the other, in an endless loop.
 
-  Args:
-    path: the path of the file.
-    canvases: the completions.
-
   Raises:
     ValueError: see `check`.
     OSError: the disk is full.

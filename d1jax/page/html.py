@@ -4,15 +4,10 @@ Completions, questions and names may be hostile text. The page contains them esc
 script shows as text nodes only, and its content security policy allows no script but its own.
 """
 
-import base64
-import functools
-import hashlib
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from d1jax.evaluation import html as evaluations
@@ -26,7 +21,6 @@ from d1jax.run.metrics import STAGES
 TITLES = {"sft": "Supervised fine-tuning", "dpo": "Preference tuning", "grpo": "diffu-GRPO"}
 
 _HERE = Path(__file__).parent
-_UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Drawn(NamedTuple):
@@ -50,16 +44,15 @@ class Drawn(NamedTuple):
 def render(run: RunFiles, other: RunFiles | None = None) -> str:
   """The text of the page; equal inputs give equal bytes.
 
-  Args:
-    run: the run.
-    other: a run to draw on the same axes.
+  `other` is a run to draw on the same axes.
 
   Returns:
     HTML that can be encoded in UTF-8, whatever the files contain.
   """
   runs = [run] if other is None else [run, other]
-  script = _text("page.js")
-  page = _template().render(
+  return evaluations.written(
+    _HERE / "page",
+    style=(_HERE / "page.css").read_text(encoding="utf-8"),
     names=[each.name for each in runs],
     letters=drawing.LETTERS[: len(runs)] if other else [""],
     status=[facts.status(each) for each in runs],
@@ -80,24 +73,7 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
     samples=Markup(evaluations.embedded(shown.data(runs))),
     has_samples=bool(run.validated),
     config=json.dumps(run.config, indent=2),
-    style=Markup(evaluations.base_style() + _text("page.css")),
-    script=Markup(script),
-    script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
   )
-  return _UNPRINTABLE.sub("\ufffd", page)
-
-
-def _text(name: str) -> str:
-  return (_HERE / name).read_text(encoding="utf-8")
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-  """The compiled template."""
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  )
-  return environment.get_template("page.html.jinja")
 
 
 def _last(runs: list[RunFiles], stage: str) -> int:

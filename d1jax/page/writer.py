@@ -66,11 +66,8 @@ def drawn(workdir: Folder, compare: str | None) -> str:
 def check_other(workdir: Folder, mode: str, compare: str, field: str) -> None:
   """Checks that two runs can be drawn side by side.
 
-  Args:
-    workdir: the folder of one run; it may be new.
-    mode: its mode.
-    compare: the name of the other run's folder.
-    field: what the message calls the field with this name.
+  The folder of the one run, whose mode is `mode`, may be new. `field` is what the message calls the field with the name
+  of the other run's folder.
 
   Raises:
     RunError: there is no other run, it has another mode, or it is the same.

@@ -160,11 +160,8 @@ def check_splits(workdir: Folder, config: dict[str, Any], splits: Mapping[str, A
 
 def _moved(workdir: Folder, config: dict[str, Any]) -> list[str]:
   old, _ = _stored(workdir)
-  return (
-    [name for name in _differences(workdir, old, config) if name in ("data.root", "sft.data", "pairs.file")]
-    if old
-    else []
-  )
+  changed = _differences(workdir, old, config) if old else ()
+  return [name for name in changed if name in ("data.root", "sft.data", "pairs.file")]
 
 
 @input_checked()

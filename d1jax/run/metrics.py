@@ -129,12 +129,8 @@ class Progress:
   def __init__(self, stage: str, total: int, start: int, *, lines: int = 20, left: float | None = None):
     """Begins at an iteration.
 
-    Args:
-      stage: the name of the stage.
-      total: its iterations.
-      start: those that are done.
-      lines: the number of plain lines if the output is not a terminal.
-      left: the seconds that the stage may still take; None: as many as it needs.
+    `start` of the `total` iterations of the stage are done; `lines` plain lines are printed if the output is no
+    terminal. The stage may still take `left` seconds; None: as many as it needs.
     """
     self._end = None if left is None else time.monotonic() + left
     self._stage, self._total, self._later = stage, total, 0.0
