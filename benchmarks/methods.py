@@ -25,11 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks import timing
 from benchmarks.method_plan import (
@@ -44,7 +41,8 @@ from benchmarks.method_plan import (
   settings,
   words,
 )
-from d1jax.aot.table import markdown
+from d1jax import look
+from d1jax.columns import markdown
 from d1jax.intervals import over_seeds
 from d1jax.run.metrics import read_records
 
@@ -53,6 +51,9 @@ TUNING_SEED = 1000
 
 POINTS = 10
 """Validations of a run within its passes."""
+
+HIGHLIGHTED = 3
+"""Methods with a colour."""
 
 
 def run(preset: str, fields: Mapping[str, Any]) -> None:
@@ -244,32 +245,32 @@ def table(plan: Plan, lines: Lines) -> str:
   return markdown((*head, "solved at equal seconds, %", "ahead of the SFT control, points", "beats it"), rows)
 
 
-def plot(plan: Plan, lines: Lines, path: Path) -> None:
-  """Validations against passes and against seconds, means over seeds; the start and the control are lines."""
-  figure, axes = plt.subplots(
-    len(plan.mus), 2, figsize=(11, 4.5 * len(plan.mus)), layout="constrained", sharey=True, squeeze=False
-  )
+@look.styled()
+def plot(plan: Plan, lines: Lines) -> Figure:
+  """Validations against passes and against seconds, means over seeds; start and control are level lines.
+
+  The best methods have colours, the others are grey.
+  """
+  figure = look.panels(2, len(plan.mus), width=5.8, height=4.5, sharey=True)
   level = lambda label: 100 * statistics.mean(lines.found[f"{label}-{i}"]["validation"] for i in range(plan.seeds))
-  for (row, mu), column in itertools.product(enumerate(plan.mus), (0, 1)):
-    axis = axes[row, column]
-    for index, name in enumerate(dict.fromkeys(name for name, _ in plan.pairs)):
-      ends = [
-        lines.found[f"final-{name}-{mu}-{seed}-{'seconds' if column else 'passes'}"] for seed in range(plan.seeds)
-      ]
-      least = min(len(line["curve"]) for line in ends)
-      points = np.mean([np.asarray(line["curve"], float)[:least] for line in ends], axis=0)
-      axis.plot(
-        points[:, column], 100 * points[:, 2], color=f"C{index % 10}", ls="-" if index < 10 else ":", label=name
-      )
-    axis.axhline(level("sft"), color="black", linestyle="--", linewidth=1, label="start")
-    axis.axhline(level("control"), color="gray", linestyle="-.", linewidth=1, label="SFT control")
-    axis.set(title=f"mu = {mu}", xlabel=("passes of a completion (backward: two)", "seconds of iterations")[column])
-    axis.set(ylim=(0, None))
-    axis.grid(alpha=0.3)
-  for axis in axes[:, 0]:
-    axis.set(ylabel="validation problems solved, %")
-  axes[0, 1].legend(frameon=False, ncols=2)
-  figure.savefig(path, dpi=120)
+  for index, (mu, kind) in enumerate(itertools.product(plan.mus, ("passes", "seconds"))):
+    axes, column, curves = figure.axes[index], ("passes", "seconds").index(kind), {}
+    for name in dict.fromkeys(name for name, _ in plan.pairs):
+      own = [lines.found[f"final-{name}-{mu}-{seed}-{kind}"]["curve"] for seed in range(plan.seeds)]
+      least = min(map(len, own))
+      curves[name] = np.mean([np.asarray(curve, float)[:least] for curve in own], axis=0)
+    best = sorted(curves, key=lambda name: -float(curves[name][-1, 2]))[:HIGHLIGHTED]
+    for name in [*(name for name in curves if name not in best), *reversed(best)]:
+      color = look.LINES[best.index(name)] if name in best else "muted"
+      x, y = curves[name][:, column], 100 * curves[name][:, 2]
+      look.line(axes, x, y, color, name, width=2.2 if name in best else 1)
+    look.level(axes, level("sft"), "start")
+    look.level(axes, level("control"), "SFT control")
+    axes.set(title=f"mu = {mu}", ylim=(0, None))
+    axes.set(xlabel=("passes of a completion, backward: two", "time of iterations, s")[column])
+    if not column:
+      axes.set(ylabel="validation problems solved, %")
+  return figure
 
 
 def chosen_plan(arguments: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
@@ -290,7 +291,7 @@ def chosen_plan(arguments: Sequence[str]) -> tuple[Plan, argparse.Namespace]:
   parser.add_argument("--task", choices=("sudoku", "countdown"))
   parser.add_argument("--hours", type=float, default=4.0, help="the plan may take no longer on two idle cores")
   parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="what is done there is not done again")
-  parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "methods_learning.png")
+  parser.add_argument("--picture", type=Path, help="of the curves; left out: learning.png in the folder")
   options = parser.parse_args(arguments)
   given: dict[str, Any] = {}
   for name in Plan._fields:
@@ -329,7 +330,7 @@ def main() -> None:
   folder.mkdir(parents=True, exist_ok=True)
   lines = Lines(folder / "lines.jsonl")
   execute(plan, folder, lines)
-  plot(plan, lines, options.picture)
+  (options.picture or folder / "learning.png").write_bytes(look.png(plot(plan, lines)))
   print(table(plan, lines))
 
 

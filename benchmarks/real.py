@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 
 from benchmarks import gguf_folder, timing
 from d1jax import report, tasks
-from d1jax.aot.table import markdown
+from d1jax.columns import markdown
 from d1jax.errors import PREEMPTED, RunError
 from d1jax.files import json_lines, read_json, read_text
+from d1jax.page import picture
 from d1jax.run.metrics import read_records
 from d1jax.telemetry import ledger
 
@@ -272,7 +273,7 @@ def described(folder: Path) -> str:
 def _write_report(folder: Path) -> None:
   for workdir in (folder / "adapt", folder / "train"):
     if (workdir / "metrics.jsonl").exists():
-      report.plot_learning_curves(workdir)
+      picture.write(workdir)
   (folder / "report.md").write_text(described(folder), encoding="utf-8")
 
 

@@ -92,7 +92,7 @@ def write_results(
   began: float,
   rest: dict[str, Any],
 ) -> dict[str, Any]:
-  """Collects the results, and writes them together with completions and learning curves.
+  """Collects the results, and writes them together with completions.
 
   `evaluated` are the evaluations `before` and `after`, none without a task. `began` is the start of this attempt
   (`time.monotonic`), and `rest` has further fields of the results.
@@ -101,7 +101,6 @@ def write_results(
   final = outcomes[config.mode]
   for name, found in evaluated.items():
     found.write(workdir / "completions" / f"{name}.jsonl")
-  report.plot_learning_curves(workdir)
   total = time.monotonic() - began
   seconds = {stage: round(outcome.seconds, 2) for stage, outcome in outcomes.items()}
   results = {

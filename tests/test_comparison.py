@@ -99,8 +99,7 @@ def test_a_stop_loses_no_cell_that_is_done(tmp_path, monkeypatch):
   written = methods.table(SMALL, lines)
   assert "| start | " in written
   assert "| `wd1` | 4 | T 1, rate 0.0006, group 4 | 10 |" in written
-  methods.plot(SMALL, lines, tmp_path / "curves.png")
-  assert (tmp_path / "curves.png").stat().st_size > 10_000
+  assert len(methods.plot(SMALL, lines).axes) == 4
 
 
 def test_the_best_setting_and_what_equal_cost_allows_it(tmp_path):

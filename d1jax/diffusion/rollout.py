@@ -56,9 +56,18 @@ class SamplerSpec:
   max_reveal: int = 4
 
   def __post_init__(self) -> None:
-    if min(self.block_length, self.completion_length) < 1 or self.completion_length % self.block_length:
+    if min(self.block_length, self.completion_length) < 1:
       raise ValueError(
-        f"completion_length={self.completion_length} is not a multiple of block_length={self.block_length}"
+        f"completion_length={self.completion_length} and block_length={self.block_length} must be at least 1"
+      )
+    if beyond := self.completion_length % self.block_length:
+      near = {
+        max(self.completion_length - beyond, self.block_length),
+        self.completion_length - beyond + self.block_length,
+      }
+      raise ValueError(
+        f"completion_length={self.completion_length} is not a multiple of block_length={self.block_length}: take"
+        f" {' or '.join(map(str, sorted(near)))}"
       )
     if self.diffusion_steps < self.blocks or self.diffusion_steps % self.blocks:
       raise ValueError(

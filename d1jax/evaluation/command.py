@@ -107,7 +107,10 @@ def _row(arm: Arm, folder: Folder) -> output.Row:
 
 def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Folder, interrupts: Interrupts) -> None:
   """Runs every batch with missing items; each process grades its rows, and process 0 writes all items."""
-  completer, params = Completer.of(found.experiment.model, keys.Purpose.EVALUATION), found.params()
+  completer = Completer.of(found.experiment.model, keys.Purpose.EVALUATION)
+  completer.announce = subject.saying
+  with subject.saying("publishing the weights"):
+    params = found.params()
   for arm in arms:
     places = lambda arm=arm: [(item.seed, item.sample, item.index) for item in output.read_items(folder, arm.name)]
     done = set(map(tuple, multihost.from_main(places)))

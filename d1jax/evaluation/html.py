@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from d1jax import look
 from d1jax.evaluation.items import Item
 from d1jax.evaluation.plots import plots
 from d1jax.evaluation.summary import columns, verdict
@@ -69,7 +70,7 @@ def written(stem: Path, style: str = "", **values: Any) -> str:
   script = stem.with_suffix(".js").read_text(encoding="utf-8")
   page = _template(stem).render(
     **values,
-    style=Markup((_HERE / "report.css").read_text(encoding="utf-8") + style),
+    style=Markup(look.css() + (_HERE / "report.css").read_text(encoding="utf-8") + style),
     script=Markup(script),
     script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
   )

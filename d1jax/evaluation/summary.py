@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from d1jax import columns as layout
 from d1jax.evaluation.items import Item
 from d1jax.intervals import Share, clustered, mcnemar, over_seeds, paired_difference, pass_at
 
@@ -168,17 +169,10 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A plain table of arms for the terminal, see `columns`; lines have at most 120 characters for short task names and
-  a static schedule.
-  """
+  """A plain table of arms for the terminal, see `columns`."""
   shown = columns(rows)
-  widths = [max(map(len, (column.head, *column.cells))) for column in shown]
-  lines = [[column.head for column in shown], ["-" * width for width in widths]]
-  lines += [list(cells) for cells in zip(*(column.cells for column in shown), strict=True)]
-  return "\n".join(
-    "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-    for line in lines
-  )
+  keys = sum(column.head in ("task", "length", "temp", "mode") for column in shown)
+  return layout.table([column.head for column in shown], list(zip(*(each.cells for each in shown), strict=True)), keys)
 
 
 def _check_arm(items: Sequence[Item], accuracy: str) -> None:

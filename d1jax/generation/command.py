@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from d1jax import files
+from d1jax import files, keys
+from d1jax.completer import Completer
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.blocks import check
 from d1jax.diffusion.rollout import SamplerSpec
@@ -81,7 +82,10 @@ def _answer(
     style = experiment.config.task.style
     questions = [puzzle.Question.of(config.task, record, style) for record in records]
     texts = [question.prompt for question in questions] or prompts
-    prefill, params = config.prefill or (questions[0].prefill if questions else ""), found.params()
+    prefill = config.prefill or (questions[0].prefill if questions else "")
+    with subject.saying("publishing the weights"):
+      params = found.params()
+    Completer.of(experiment.model, keys.Purpose.EVALUATION).announce = subject.saying
     if live and len(texts) * config.samples == 1 and not sampler.cfg_scale and sampler.cache == "none":
       one = live(
         experiment.model,

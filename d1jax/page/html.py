@@ -15,7 +15,7 @@ from d1jax.page import curves, drawing, facts, shown
 from d1jax.page.curves import Curve, Figure
 from d1jax.page.drawing import Chart, Level, Line, Span
 from d1jax.page.run_files import RunFiles
-from d1jax.report import SMOOTHING
+from d1jax.report import TITLES as SHORT
 from d1jax.run.metrics import STAGES
 
 TITLES = {"sft": "Supervised fine-tuning", "dpo": "Preference tuning", "grpo": "diffu-GRPO"}
@@ -60,7 +60,7 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
     tiles=facts.tiles(runs),
     alarms=facts.alarm_lines(run),
     hero=_validations(runs),
-    smoothing=SMOOTHING,
+    smoothing=curves.SMOOTHING,
     has_training=other is None and any(curves.TRAINING.name in own[-1] for own in run.records.values()),
     held_out=facts.held_out(runs),
     stages=[
@@ -105,9 +105,7 @@ def _validations(runs: list[RunFiles]) -> list[tuple[str, Markup]]:
   kept = [s for s in stages if any((f := found[place, s]) and f[0] is curves.VALIDATION for place in range(len(runs)))]
   if not kept:
     return []
-  spans = [
-    Span(stage, facts.NAMES[stage], _last(runs, stage), share) for stage, share in _shares(runs[0], kept).items()
-  ]
+  spans = [Span(stage, SHORT[stage], _last(runs, stage), share) for stage, share in _shares(runs[0], kept).items()]
   lines: list[Line] = []
   levels: list[Level] = []
   for at, stage in enumerate(kept):
@@ -120,7 +118,7 @@ def _validations(runs: list[RunFiles]) -> list[tuple[str, Markup]]:
       if (validated := found[place, stage]) and validated[0] is curves.VALIDATION:
         lines.append(Line(at, place, validated[1], "points", name))
   chart = Chart(curves.VALIDATION.title, "%", spans, lines, levels)
-  return [("wide", drawing.drawn(chart, 980, 320)), ("narrow", drawing.drawn(chart, 360, 240))]
+  return [("wide", drawing.drawn(chart, 980, 334)), ("narrow", drawing.drawn(chart, 360, 254))]
 
 
 def _shares(run: RunFiles, stages: list[str]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from d1jax.errors import RunError, line_of
 from d1jax.evaluation.evaluator import Evaluation
-from d1jax.page import html, run_files, samples
+from d1jax.page import html, picture, run_files, samples
 from d1jax.parallel import multihost
 from d1jax.rl.prompts import Prompts
 from d1jax.run.workdir import Folder, folder, write_atomically
@@ -40,6 +40,11 @@ class Page:
   def draw(self) -> None:
     """Writes the page anew from what is in the folder."""
     self._try(NAME, lambda: write_atomically(self._workdir / NAME, drawn(self._workdir, self._compare).encode()))
+
+  def close(self) -> None:
+    """Writes the page, and the picture of the learning curves, at the end of a run."""
+    self.draw()
+    self._try(picture.NAME, lambda: picture.write(self._workdir))
 
   def _try(self, name: str, write: Callable[[], None]) -> None:
     """Writes on process 0; any failure is a warning, which is said once."""
