@@ -105,6 +105,8 @@ def _results(facts: Facts) -> str:
   results = facts.results
   if results is None:
     return "The run has no results of this checkpoint."
+  if "held_out" in results:  # of a run without a task
+    return f"Held-out loss of its data: {results['held_out']['held_out_loss']:.3f} nats a token."
   arms = {"constant answer": results["baseline"]}
   arms |= {"start": results["before"]} if "before" in results else {}
   arms["this model"] = results["after"]

@@ -65,7 +65,7 @@ def finished_results(workdir: Folder, config: ConfigDict) -> dict[str, Any] | No
 
 def _totals(config: dict[str, Any]) -> list[Any]:
   flat = flatten(json.loads(json.dumps(config)))
-  return [flat.get(f"{stage}.{name}") for stage in STAGES for name in ("steps", "patience")]
+  return [flat.get(f"{stage}.{name}") for stage in STAGES for name in ("steps", "patience", "seconds")]
 
 
 def _graded(experiment: Experiment, evaluated: dict[str, Evaluation]) -> dict[str, Any]:

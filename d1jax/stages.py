@@ -93,7 +93,7 @@ class Stages:
       with input_checked():
         check_base(weights, start.metadata)
         _check_pairs(more, start.metadata, self.workdir)
-    if start and loop.is_over(start.step, start.metadata, section.steps, section.patience):
+    if start and loop.is_over(start.step, start.metadata, section.steps, section.patience, section.seconds):
       return
     if start:
       print(f"{name}: goes on from iteration {start.step} of {section.steps}")
@@ -119,7 +119,9 @@ class Stages:
       advance,
       validate,
       finite,
-      loop.Cadence(section.validate_every, section.save_every, section.max_skipped_steps, section.patience),
+      loop.Cadence(
+        section.validate_every, section.save_every, section.max_skipped_steps, section.patience, section.seconds
+      ),
       self._rates[name],
       trackers.entries(self.config.trackers),
       shown,
@@ -154,7 +156,8 @@ class Stages:
     def last() -> tuple[int, bool]:
       """The last saved step, and whether the stage ended with it."""
       step = max(checkpoints.steps(), default=0)
-      return step, step > 0 and loop.is_over(step, checkpoints.metadata(step), section.steps, section.patience)
+      over = lambda: loop.is_over(step, checkpoints.metadata(step), section.steps, section.patience, section.seconds)
+      return step, step > 0 and over()
 
     found = lambda: multihost.from_main(last)
     with explained(name, self._smaller_parts(name)):

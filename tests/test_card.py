@@ -61,6 +61,11 @@ def test_what_is_not_known_is_not_claimed():
   assert "base_model" not in text
 
 
+def test_a_run_without_a_task_has_a_held_out_loss():
+  results = {name: RESULTS[name] for name in ("device", "revision")} | {"held_out": {"held_out_loss": 2.5}}
+  assert "Held-out loss of its data: 2.500 nats a token." in card.write(FACTS._replace(results=results))
+
+
 def test_names_that_others_chose_stay_in_their_cell():
   name = "x\n---\n# | <b>\x1b[2J"
   text = card.write(FACTS._replace(name=name, base=name, config=CONFIG | {"task": {"name": name}}))

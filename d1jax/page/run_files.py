@@ -9,7 +9,7 @@ from d1jax.page.samples import Validated
 from d1jax.run.metrics import STAGES, read_records
 from d1jax.run.workdir import Folder
 
-_TOTALS = ("steps", "patience")
+_TOTALS = ("steps", "patience", "seconds")
 
 
 class RunFiles(NamedTuple):

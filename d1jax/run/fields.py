@@ -32,6 +32,7 @@ _STAGE: Mapping[str, Field] = {
   "ema_decay": Field(None, "of an average of the weights, which is validated, evaluated and exported; None: none"),
   "save_every": Field(None, "iterations between checkpoints; None: every validation saves one"),
   "patience": Field(None, "validations in a row without a better score that end the stage; None: all steps are done"),
+  "seconds": Field(None, "of iterations, validations and saving, after which the stage ends; None: all steps are done"),
   "max_skipped_steps": Field(0, "iterations in a row whose loss may be not finite; one more ends the run"),
 }
 

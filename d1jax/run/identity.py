@@ -33,7 +33,9 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     *(f"{stage}.save_every" for stage in STAGES),
   ),
   # The length of a stage, and conditions that end it earlier.
-  "total": tuple(f"{stage}.{name}" for stage in STAGES for name in ("steps", "patience", "max_skipped_steps")),
+  "total": tuple(
+    f"{stage}.{name}" for stage in STAGES for name in ("steps", "patience", "seconds", "max_skipped_steps")
+  ),
   # Paths: fingerprints tell whether the content is the same.
   "place": ("workdir", "data.root", "sft.data", "pairs.file", "model.pretrained"),
   # Fields that a user may have to change so that a run can continue; changes.jsonl records each change.
@@ -44,7 +46,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 """The fields of each kind. Every other field is part of the run's identity: another value makes it another run."""
 CHANGEABLE = tuple(name for names in KINDS.values() for name in names)
-SETTLED = ("sft.steps", "sft.patience", "sft.learning_rate", "sft.max_grad_norm")
+SETTLED = ("sft.steps", "sft.patience", "sft.seconds", "sft.learning_rate", "sft.max_grad_norm")
 """Fields that determine the start of the stage after SFT; they are fixed once it has begun."""
 FREE = ("task.options", "task.mix", "grpo.reward_weights", "grpo.estimator", "grpo.loss", "grpo.advantage")
 """Sections without a fixed set of fields: a field that is not in them has no value."""

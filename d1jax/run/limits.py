@@ -67,6 +67,7 @@ _STAGE: Mapping[str, Limit] = {
   "save_every": MAYBE_COUNT,
   "max_skipped_steps": MANY,
   "patience": MAYBE_COUNT,
+  "seconds": POSITIVE._replace(optional=True),
   "accumulation": COUNT,
   "learning_rate": SIZE,
   "warmup_steps": MANY,

@@ -126,12 +126,13 @@ def duration(seconds: float) -> str:
 class Progress:
   """A progress bar on a terminal, plain lines otherwise, and a line for each validation; only on process 0."""
 
-  def __init__(self, stage: str, total: int, start: int, *, lines: int = 20):
+  def __init__(self, stage: str, total: int, start: int, *, lines: int = 20, left: float | None = None):
     """Begins at an iteration.
 
     `start` of the `total` iterations of the stage are done; `lines` plain lines are printed if the output is no
-    terminal.
+    terminal. The stage may still take `left` seconds; None: as many as it needs.
     """
+    self._end = None if left is None else time.monotonic() + left
     self._stage, self._total, self._later = stage, total, 0.0
     self._every = max(total // lines, 1)
     self._first: tuple[float, int] | None = None  # when the first iteration ended: those before it compile
@@ -170,7 +171,10 @@ class Progress:
       return "?"
     began, first = self._first
     each = (time.monotonic() - began) / (iteration - first)
-    return duration((self._total - iteration) * each + later)
+    rest = (self._total - iteration) * each
+    if self._end is not None:
+      rest = min(rest, max(self._end - time.monotonic(), 0.0))
+    return duration(rest + later)
 
   def _say(self, line: str) -> None:
     if self._bar is None:

@@ -42,12 +42,14 @@ class Cadence(NamedTuple):
     max_skipped_steps: the largest number of iterations in a row whose loss or gradient is not finite; one more ends
       the run.
     patience: the stage ends after this many validations in a row without a better score; None: it never ends early.
+    seconds: the stage ends with the first iteration that ends after this time, earlier attempts included; None: never.
   """
 
   validate_every: int
   save_every: int | None = None
   max_skipped_steps: int = 0
   patience: int | None = None
+  seconds: float | None = None
 
   def saves(self, iteration: int, score: float | None, best: float | None) -> bool:
     """Whether an iteration before the last one saves.
@@ -89,9 +91,12 @@ def counts_of(metadata: Mapping[str, Any]) -> Counts:
   return Counts(**{name: n for name, n in found.items() if name in Counts._fields and isinstance(n, int)})
 
 
-def is_over(step: int, metadata: Mapping[str, Any], iterations: int, patience: int | None) -> bool:
-  """Whether a stage ended with a checkpoint: after all its iterations, or because its `patience` was used up."""
-  return step >= iterations or (patience is not None and counts_of(metadata).stale >= patience)
+def is_over(
+  step: int, metadata: Mapping[str, Any], iterations: int, patience: int | None, seconds: float | None = None
+) -> bool:
+  """Whether a stage ended with a checkpoint: after all its iterations, or its `patience` or its `seconds` were up."""
+  late = seconds is not None and float(metadata.get("seconds", 0.0)) >= seconds
+  return step >= iterations or late or (patience is not None and counts_of(metadata).stale >= patience)
 
 
 class Scored(NamedTuple):
@@ -163,7 +168,8 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
   """
   state, began = start.state, time.monotonic() - float(start.metadata.get("seconds", 0.0))
   writer, trackers = MetricsWriter(workdir, stage.name, start.step), _trackers(stage, start.step, workdir)
-  progress = Progress(stage.name, stage.iterations, start.step)
+  left = None if stage.cadence.seconds is None else stage.cadence.seconds - (time.monotonic() - began)
+  progress = Progress(stage.name, stage.iterations, start.step, left=left)
   history = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage.name]
   sounded: dict[str, str] = {}
   clock, best, cadence = ledger.Clock(stage.began), checkpoints.best_score(), stage.cadence
@@ -184,7 +190,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
         _warn_of_skip(stage, iteration, counts)
       score: float | None = None
       lines: Sequence[str] = ()
-      last = iteration == stage.iterations
+      last = iteration == stage.iterations or _is_late(cadence, time.monotonic() - began)
       # The last weights are validated even if the last step was skipped, so that the same command then ends the stage.
       if last or (not refused and iteration % cadence.validate_every == 0):
         _check_finite(stage, iteration, state, checkpoints)
@@ -239,7 +245,7 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
         raise interrupts.error(f"{stage.name} iteration {iteration}")
       if last:
         if iteration < stage.iterations:
-          print(f"{stage.name}: ends at iteration {iteration}, {counts.stale} validations without a better score")
+          print(f"{stage.name}: ends at iteration {iteration}, {_reason(cadence, counts)}")
         break
   finally:
     stage.profile.close()
@@ -248,6 +254,18 @@ def run(stage: Stage, start: Restored, checkpoints: Checkpoints, workdir: Folder
     trackers.close()
   checkpoints.wait()
   return time.monotonic() - began
+
+
+def _is_late(cadence: Cadence, elapsed: float) -> bool:
+  """Whether the time of a stage is up for any process; all of them must call this together."""
+  return cadence.seconds is not None and multihost.largest(int(elapsed >= cadence.seconds)) > 0
+
+
+def _reason(cadence: Cadence, counts: Counts) -> str:
+  """Why a stage ended before its last iteration."""
+  if cadence.patience is not None and counts.stale >= cadence.patience:
+    return f"{counts.stale} validations without a better score"
+  return f"whose {cadence.seconds:g} seconds are up"
 
 
 def _shown(stage: Stage, metrics: Mapping[str, float]) -> dict[str, float | str]:

@@ -132,16 +132,16 @@ def clock(monkeypatch):
   return now
 
 
-def test_plain_lines_without_a_terminal(capsys, clock):
-  progress = Progress("grpo", 40, 10, lines=4)
+@pytest.mark.parametrize(("left", "etas"), [(None, (40, 20, 0)), (641, (23, 3, 0))])
+def test_plain_lines_without_a_terminal(capsys, clock, left, etas):
+  progress = Progress("grpo", 40, 10, lines=4, left=left)
   for iteration in range(11, 41):
     clock[0] += 600 if iteration == 11 else 2  # what the first one compiles says nothing about the others
     progress.update(iteration, {"reward": 0.12345, "alarm": "entropy"})
   progress.close()
   assert capsys.readouterr().out.splitlines() == [
-    "grpo 20/40  reward 0.123  alarm entropy  eta 40 s",
-    "grpo 30/40  reward 0.123  alarm entropy  eta 20 s",
-    "grpo 40/40  reward 0.123  alarm entropy  eta 0 s",
+    f"grpo {iteration}/40  reward 0.123  alarm entropy  eta {eta} s"
+    for iteration, eta in zip((20, 30, 40), etas, strict=True)
   ]
 
 

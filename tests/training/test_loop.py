@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,9 @@ def fresh(optimizer: optax.GradientTransformation) -> TrainState:
   return create(lambda _: {"w": jnp.ones((3,))}, optimizer, jax.random.key(0), jax.random.key(1))
 
 
-def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=None, trackers=(), **cadence):
+def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=None, trackers=(), tick=None, **cadence):
   """Runs, or goes on with, a stage whose iteration i has the loss `losses[i]`, 1 where nothing is said, and a
-  validation `scores[i]`, 0 where nothing is said.
+  validation `scores[i]`, 0 where nothing is said; `tick` is called in each.
   """
   optimizer = optax.adam(rate)
   checkpoints = Checkpoints(folder / "checkpoints" / "sft", writes=True)
@@ -40,6 +41,8 @@ def run(folder, *, losses=(), scores=(), rate=0.1, validate_every=3, stop_at=Non
 
   def advance(state, iteration):
     asked.append(iteration + 1)
+    if tick is not None:
+      tick()
     loss = dict(losses).get(iteration + 1, 1.0)
     finite = jnp.isfinite(loss)
     state = apply_gradients(state, {"w": jnp.full((3,), loss)}, optimizer, finite)
@@ -233,6 +236,22 @@ def test_a_stage_ends_where_validation_no_longer_improves(tmp_path, stop_at, cap
   end = checkpoints.metadata(6)
   assert [loop.is_over(6, end, STEPS, patience) for patience in (1, 2, 3, None)] == [True, True, False, False]
   assert run(tmp_path, **options | {"patience": 3})[-1] == 8, "more patience goes on in the same folder"
+
+
+@pytest.mark.parametrize("stop_at", [None, 2])
+def test_a_stage_ends_when_its_time_is_up(tmp_path, stop_at, capsys, monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+  options = {"validate_every": 100, "seconds": 3.5, "tick": lambda: clock.append(clock.pop() + 1.0)}
+  if stop_at:
+    with pytest.raises(PreemptedError):
+      run(tmp_path, **options, stop_at=stop_at)
+    clock[0] += 100.0
+  assert run(tmp_path, **options)[-1] == 4, "the iteration that ends after the time is the last, in all attempts"
+  assert "sft: ends at iteration 4, whose 3.5 seconds are up" in capsys.readouterr().out
+  assert "validation" in records(tmp_path)[-1], "it is validated"
+  end = Checkpoints(tmp_path / "checkpoints" / "sft").metadata(4)
+  assert [loop.is_over(4, end, STEPS, None, seconds) for seconds in (3.5, 4.5, None)] == [True, False, False]
 
 
 @pytest.mark.parametrize("counts", [None, 3, [1], {}, {"stale": "2"}, {"more": 1}])
