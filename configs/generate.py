@@ -18,7 +18,7 @@ def get_config() -> config_dict.ConfigDict:
 
   # The model: set one of these two fields.
   c.checkpoint = none(str)  # a run's work directory, or the folder of one checkpoint
-  c.pretrained = none(str)  # a model folder; with `checkpoint`: the new place of the run's base model, if it moved
+  c.pretrained = none(str)  # a model folder, or d1jax:sudoku; with `checkpoint`: where the run's base model is now
 
   # A conversation on the terminal, answer by answer (docs/generation.md); a prompt is then its first message.
   c.chat = False

@@ -51,7 +51,7 @@ _GRPO = {
 }
 _WHO = {
   "checkpoint": "a run's folder, or the folder of one of its checkpoints",
-  "pretrained": "instead: the folder of a model",
+  "pretrained": "instead: the folder of a model; d1jax:sudoku comes with d1jax",
 }
 
 COMMANDS: Mapping[str, Command] = {

@@ -13,6 +13,9 @@ from d1jax.models import families, load, transformer
 from d1jax.models.families import Description
 from d1jax.parallel import multihost
 
+SHIPPED = Path(__file__).parent / "shipped"
+"""The folder of the models that come with d1jax: `d1jax:sudoku` is the folder `sudoku` in it."""
+
 
 class Source(NamedTuple):
   """The result of `inspect`.
@@ -75,15 +78,23 @@ def locate(name: str | PathLike[str], kind: str = "model", *, cached: bool = Fal
   Of several processes the first decides, so that all read the same commit, even if a new one is pushed meanwhile.
 
   Args:
-    name: a folder, `owner/name` or `hf:owner/name@revision`; see `hub.parse`. A `pathlib.Path` is a folder always.
+    name: a folder, `owner/name` or `hf:owner/name@revision`, see `hub.parse`; or `d1jax:sudoku`, a model that comes
+      with d1jax. A `pathlib.Path` is a folder always.
     kind: `model` or `dataset`.
     cached: whether the hub is not asked, because a checkpoint chose the name.
 
   Raises:
     HubError: the hub does not have it. With several processes it is a RunError.
+    ValueError: no such model comes with d1jax.
   """
   if not isinstance(name, str):
     return Path(name)
+  prefix, _, shipped = name.partition("d1jax:")
+  if kind == "model" and shipped and not prefix:
+    known = sorted(folder.name for folder in SHIPPED.iterdir())
+    if shipped not in known:
+      raise ValueError(f"{name!r} does not come with d1jax; known: {', '.join(f'd1jax:{one}' for one in known)}")
+    return SHIPPED / shipped
   if multihost.alone():
     return hub.find(name, kind, cached=cached) or Path(name)
 

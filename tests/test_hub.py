@@ -178,3 +178,11 @@ def test_all_processes_take_the_commit_that_the_first_one_found(stand_in, tmp_pa
   assert [one for one in asked if isinstance(one, str)] == ["download"]
   with pytest.raises(RunError, match="lab/none is no folder here"):
     source.fetch("lab/none")
+
+
+def test_the_model_that_comes_with_d1jax_is_small_and_found_by_its_name():
+  folder = source.fetch("d1jax:sudoku")
+  assert sum(path.stat().st_size for path in folder.iterdir()) < 400_000
+  assert set(source.inspect(folder).tokenizer.decode_raw([[*range(4, 24)]])[0]) >= set("01234")
+  with pytest.raises(ValueError, match="'d1jax:chess' does not come with d1jax; known: d1jax:sudoku"):
+    source.fetch("d1jax:chess")
