@@ -102,6 +102,7 @@ def test_a_report_of_what_there_is(tmp_path):
   assert "not finished; cost so far" in text
 
 
+@pytest.mark.long
 @pytest.mark.slow(reason="runs three stages, an export and two evaluations on a small folder")
 def test_the_whole_of_it_on_a_small_folder(tmp_path, monkeypatch, capsys):
   model = hub.write(tmp_path / "model", "llama", layers=1)
