@@ -55,8 +55,9 @@ $(VENV)/.setup: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+# Of thousands of files the tests import a few, which Python compiles itself.
 $(VENV)/.tests: $(VENV)/.setup tests/requirements.txt docs/requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r tests/requirements.txt
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.setup docs/requirements.txt

@@ -3,18 +3,23 @@ same time.
 
 `python -m benchmarks.learning` trains, for each seed, the default recipe of `configs/grpo.py` (arm `recipe`: SFT, then
 diffu-GRPO) and `configs/sft.py` on the same demonstrations (arm `control`), one after the other on an otherwise idle
-machine. Both choose their checkpoint on the validation grids and look at the held-out grids once. It prints a JSON line
-a run, and writes the table and the curves to `docs/learning.md` and `docs/learning.png`.
+machine. Both choose their checkpoint on the validation questions and look at the held-out questions once. It prints a
+JSON line a run, and writes the table and the curves to `docs/learning.md` and `docs/learning.png`.
+
+`--preset small,word_problems` does the same with word problems, and writes `docs/word_problems.md` and `.png`. Fields
+after the arguments, such as `--config.cpu_devices=1`, are for both arms.
 """
 
 import argparse
 import json
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -24,23 +29,47 @@ import matplotlib.pyplot as plt
 from d1jax.run.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
-CONTROL_STEPS = 7000
-"""Steps of the control: calibrated once so that it takes as long as the recipe's two stages; never a clock."""
+ARMS = ("recipe", "control")
 
-ARMS = {
-  "recipe": ("--config=configs/grpo.py",),
-  "control": (
-    "--config=configs/sft.py",
-    f"--config.sft.steps={CONTROL_STEPS}",
-    f"--config.sft.validate_every={CONTROL_STEPS // 20}",
-  ),
+
+class Comparison(NamedTuple):
+  """What is compared.
+
+  Attributes:
+    control_steps: of the control: calibrated once so that it takes as long as the recipe's two stages; never a clock.
+    name: of the table and of the picture in `docs/`.
+    also: the share of the answers that is told beside the solved ones.
+  """
+
+  control_steps: int
+  name: str
+  also: str
+
+
+PRESETS = {
+  "": Comparison(7000, "learning", "cell_accuracy"),
+  "small,word_problems": Comparison(4000, "word_problems", "well_formed"),
 }
 
 
-def run(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
+def command(arm: str, preset: str, seed: int, workdir: Path, fields: Sequence[str]) -> list[str]:
+  """The command line of an arm."""
+  words, steps = preset and f":{preset}", PRESETS[preset].control_steps
+  own = {
+    "recipe": [f"--config=configs/grpo.py{words}"],
+    "control": [
+      f"--config=configs/sft.py{words}",
+      f"--config.sft.steps={steps}",
+      f"--config.sft.validate_every={steps // 20}",
+    ],
+  }
+  where = [f"--config.seed={seed}", f"--config.workdir={workdir}"]
+  return [sys.executable, "-m", "d1jax.main", *own[arm], *where, *fields]
+
+
+def run(arm: str, preset: str, seed: int, workdir: Path, fields: Sequence[str]) -> dict[str, Any]:
   """Trains one arm and returns its line; a finished work directory is read, not run again."""
-  command = [sys.executable, "-m", "d1jax.main", *ARMS[arm], f"--config.seed={seed}", f"--config.workdir={workdir}"]
-  subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+  subprocess.run(command(arm, preset, seed, workdir, fields), cwd=ROOT, check=True, stdout=sys.stderr)
   results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
   after = results["after"]
   shares = [r["compiled_share"] for r in read_records(workdir / "metrics.jsonl") if "compiled_share" in r]
@@ -49,28 +78,28 @@ def run(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
     "arm": arm,
     "solved": after["solved"],
     "solved_interval": after["solved_interval"],
-    "cell_accuracy": after["cell_accuracy"],
+    "also": after[PRESETS[preset].also],
     "n": after["n"],
     "seconds": results["seconds"]["this_invocation"],
     "training_seconds": sum(results["seconds"][stage] for stage in ("sft", "grpo") if stage in results["seconds"]),
     "before": results["before"]["solved"] if "before" in results else None,
-    "baseline_cell_accuracy": results["baseline"]["cell_accuracy"],
+    "baseline_also": results["baseline"][PRESETS[preset].also],
     "compiled_share": statistics.median(shares) if shares else None,
     "peak_memory_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
   }
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-  """The runs in Markdown, and the gap between the arms a seed."""
+def table(lines: list[dict[str, Any]], also: str) -> str:
+  """The runs in Markdown, and the gap between the arms a seed; `also` names the share beside the solved ones."""
   rows = [
-    "| seed | arm | solved | 95% interval | cell accuracy | n | training s | all s |",
+    f"| seed | arm | solved | 95% interval | {also.replace('_', ' ')} | n | training s | all s |",
     "|--:|---|--:|---|--:|--:|--:|--:|",
   ]
   for line in lines:
     low, high = line["solved_interval"]
     rows.append(
       f"| {line['seed']} | {line['arm']} | {100 * line['solved']:.1f}% | {100 * low:.1f} to {100 * high:.1f}"
-      f" | {100 * line['cell_accuracy']:.1f}% | {line['n']} | {line['training_seconds']:.0f} | {line['seconds']:.0f} |"
+      f" | {100 * line['also']:.1f}% | {line['n']} | {line['training_seconds']:.0f} | {line['seconds']:.0f} |"
     )
   by_arm = {arm: {x["seed"]: x["solved"] for x in lines if x["arm"] == arm} for arm in ARMS}
   gaps = [by_arm["recipe"][seed] - by_arm["control"][seed] for seed in by_arm["recipe"] if seed in by_arm["control"]]
@@ -99,7 +128,9 @@ def plot(workdirs: dict[tuple[str, int], Path], path: Path) -> None:
         offset = own[-1]["elapsed"]
         axis.axvline(offset, color="tab:blue", linewidth=0.6, linestyle=":")
     axis.plot(seconds, solved, color=colours[arm], label=labels[arm] if seed == min(s for _, s in workdirs) else None)
-  axis.set(xlabel="training seconds (dotted: diffu-GRPO starts)", ylabel="validation puzzles solved, %", ylim=(0, 100))
+  axis.set(
+    xlabel="training seconds (dotted: diffu-GRPO starts)", ylabel="validation questions solved, %", ylim=(0, 100)
+  )
   axis.grid(alpha=0.3)
   axis.legend(frameon=False)
   figure.savefig(path, dpi=120)
@@ -108,22 +139,25 @@ def plot(workdirs: dict[tuple[str, int], Path], path: Path) -> None:
 def main() -> None:
   """Runs all seeds and arms."""
   parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--preset", choices=list(PRESETS), default="", help="words of configs/grpo.py")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument(
     "--folder", type=Path, default=Path("runs/learning"), help="work directories; finished ones are read"
   )
   parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the table and the picture go")
-  options = parser.parse_args()
+  options, fields = parser.parse_known_args()
+  made = PRESETS[options.preset]
   workdirs = {(arm, seed): options.folder.absolute() / f"{arm}-{seed}" for seed in options.seeds for arm in ARMS}
   lines = []
   for (arm, seed), workdir in workdirs.items():
-    lines.append(run(arm, seed, workdir))
+    lines.append(run(arm, options.preset, seed, workdir, fields))
     print(json.dumps(lines[-1]), flush=True)
-  plot(workdirs, options.docs / "learning.png")
-  head = "# Recipe against control\n\nWritten by `python -m benchmarks.learning`.\n\n"
-  text = f"{head}{table(lines)}\n\n![curves](learning.png)\n"
-  (options.docs / "learning.md").write_text(text, encoding="utf-8")
-  print(table(lines), file=sys.stderr)
+  plot(workdirs, options.docs / f"{made.name}.png")
+  printed_by = shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]])
+  head = f"# Recipe against control\n\nWritten by `{printed_by}`.\n\n"
+  text = f"{head}{table(lines, made.also)}\n\n![curves]({made.name}.png)\n"
+  (options.docs / f"{made.name}.md").write_text(text, encoding="utf-8")
+  print(table(lines, made.also), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ the losses differ. It prints a JSON line about the machine, then one for each wa
 - `torch`: null `ceiling_share`; the list of products is of ours alone.
 - `plain`: `d1jax.rl.update`, logits of all completion positions of a micro-batch at a time.
 - `tiled`: the same in tiles of the vocabulary, whose backward pass computes the head's products once more.
-- `path`: the same network with block-causal attention in blocks of 4, which scores the path of a rollout exactly: a
-  pass over prompt, completion and a noisy copy of it for each step of a block, computed again in the backward pass.
+- `path`: the same network with block-causal attention in blocks of 4, which scores the path of a rollout exactly: one
+  pass over prompt, completion and a noisy copy of it for each of the two steps of a block.
 
 Our products are three forward passes for what is trained and one for what is scored: old in all but the first step,
 reference in all. Weights are float32, products in the case's dtype.
@@ -100,13 +100,13 @@ def products(case: Case, rows: int, parts: int, steps: int) -> Products:
 def path_products(case: Case, rows: int, parts: int, steps: int) -> Products:
   """Those of an update by exact paths; old and reference probabilities of the recorded states are scored once each.
 
-  With blocks of 4 and two steps a block, a pass predicts two tokens of each block, 32 of them at a time.
+  With blocks of 4 and two steps a block, a pass has two noisy copies; logits exist for 32 tokens at a time.
   """
-  visits, recorded = path_sampler(case).steps_per_block, case.completion + BLOCK
-  both, predicted = case.canvas + recorded, -(-recorded // visits // CHUNK) * CHUNK
-  once = ceiling.forward(case.size, rows // parts, both, both, predicted)
+  copies, recorded = path_sampler(case).steps_per_block, case.completion + BLOCK
+  length, predicted = case.canvas + copies * recorded, -(-recorded // CHUNK) * CHUNK
+  once = ceiling.forward(case.size, rows // parts, length, length, predicted)
   trained = ceiling.times(once + ceiling.backward(once), steps)
-  return ceiling.times(ceiling.times(once, 2) + trained, parts * visits)
+  return ceiling.times(ceiling.times(once, 2) + trained, parts)
 
 
 class Arm(NamedTuple):

@@ -198,13 +198,14 @@ def streams(
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B A D"]]:
   """`Denoiser.encode_streams` of a network with blocks of this length."""
   length = clean.shape[1]
-  behind = lambda x: jnp.concatenate([x, x[:, first : first + noisy.shape[1]]], axis=1)
+  copies = noisy.shape[1] // (length - first)
+  behind = lambda x: jnp.concatenate([x, *[x[:, first:]] * copies], axis=1)
   hidden = network.encode(
     params,
     jnp.concatenate([clean, noisy], axis=1),
     behind(valid),
     dropout,
-    TwoStreams(block, length, first),
+    TwoStreams(block, length, first, copies),
     None if segment is None else behind(segment),
   )
   return hidden[:, :length], hidden[:, length:]

@@ -42,7 +42,7 @@ from tests.buckets import bucket
 __all__ = ["bucket"]
 
 # No deadline: how fast the machine is decides nothing. `make test-slow` asks for the full profile.
-hypothesis.settings.register_profile("full", max_examples=100, deadline=None)
+hypothesis.settings.register_profile("full", max_examples=60, deadline=None)
 hypothesis.settings.register_profile("quick", max_examples=20, deadline=None)
 hypothesis.settings.load_profile("quick")
 

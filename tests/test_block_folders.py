@@ -44,9 +44,12 @@ def run(*arguments: str) -> str:
   return out
 
 
-@pytest.mark.slow(reason="three or four commands, each with a small model of its own")
-@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.slow(reason="three commands, each with a small model of its own")
+@pytest.mark.parametrize(
+  "family", ["sdar", *(pytest.param(other, marks=pytest.mark.long) for other in ("a2d_qwen3", "fast_dllm_qwen"))]
+)
 def test_sft_grpo_export_eval_generate_by_the_command_line(tmp_path, family):
+  """The families differ in what is read, and in what predicts a token: tests/models and tests/diffusion have each."""
   folder, tuned, model = hub.write(tmp_path / family, family), tmp_path / "tuned", tmp_path / "model"
   out = run(
     "--config=configs/grpo.py:full,sudoku,block",
@@ -65,9 +68,8 @@ def test_sft_grpo_export_eval_generate_by_the_command_line(tmp_path, family):
   assert TensorFiles(model).shapes == TensorFiles(folder).shapes
   # The export says how long its blocks are: no command needs to be told.
   sizes = ("--config.prompt_buckets=(128,)", f"--config.pretrained={model}")
-  out = run("--config=configs/generate.py", *sizes, "--config.prompt=1234", "--config.length=8")
-  assert out
   if family != "sdar":  # the others differ from it before a denoiser is built
+    assert run("--config=configs/generate.py", *sizes, "--config.prompt=1234", "--config.length=8")
     return
   evaluated = ("--config.questions=4", "--config.batch_size=4", "--config.lengths=(8,)", "--config.style=terse")
   out = run("--config=configs/eval.py:sudoku", *sizes, *evaluated, f"--config.output={tmp_path / 'on'}")

@@ -40,8 +40,8 @@ class Denoiser:
       position of the canvas; in `encode` and `encode_window` a position sees its own block and all before it. None:
       attention goes both ways everywhere.
     encode_streams: `(params, clean[B L], noisy[B A], valid[B L], first, dropout=None, segment=None) -> (hidden[B L D],
-      hidden[B A D])` of a block-causal network: one pass over a canvas and over a noisy copy of its positions from
-      `first` on (`d1jax.models.visibility.TwoStreams`); `dropout` are keys [B L + A].
+      hidden[B A D])` of a block-causal network: one pass over a canvas and over noisy copies of its positions from
+      `first` on, of which A holds one or more (`d1jax.models.visibility.TwoStreams`); `dropout` are keys [B L + A].
     vocab_shards: over how many devices the head's columns are sharded; a tile of the vocabulary takes some columns of
       each shard.
   """

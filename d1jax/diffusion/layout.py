@@ -14,6 +14,7 @@ more tokens, `x`. The sampler fills them too, because the network was trained on
 block-causal network therefore records `block` tokens more than a completion has; they are outside of its mask.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
@@ -169,20 +170,42 @@ def predicting(
   if block is None or denoiser.encode_streams is None:
     hidden = denoiser.encode(params, tokens, valid, **_dropout(dropout_key, sample_id, distance))
     return denoiser.hidden_predicting(hidden, first + jnp.arange(width))
-  everything, _ = lay_out(denoiser, prompt, prompt_valid, clean)
   dropout = _dropout(dropout_key, sample_id, jnp.concatenate([distance, distance[first:] + NOISY]))
-  noisy = tokens[:, first:]
+  return predicting_states(denoiser, params, prompt, prompt_valid, known[None], clean, **dropout)[0]
+
+
+def predicting_states(
+  denoiser: Denoiser,
+  params: Params,
+  prompt: Int[Array, "B P"],
+  prompt_valid: Bool[Array, "B P"],
+  known: Int[Array, "S B W"],
+  clean: Int[Array, "B W"],
+  dropout: Key[Array, "B N"] | None = None,
+) -> Float[Array, "S B W D"]:
+  """`predicting` of a block-causal network at S states of the same completions, by one pass over `P + (1 + S) C`
+  positions: what is clean is encoded once. `dropout` are keys of the clean and the noisy positions.
+  """
+  everything, valid = lay_out(denoiser, prompt, prompt_valid, clean)
+  states, batch, width = known.shape
+  first, block = everything.shape[1] - width, denoiser.block or 1
+  noisy = jax.vmap(lambda each: lay_out(denoiser, prompt, prompt_valid, each)[0][:, first:])(known)
   if denoiser.shift:
     # The first token of a block is predicted by the last one of the block before, and is there before the block is
     # denoised: the noisy copy always has it.
-    noisy = jnp.where((jnp.arange(width) % block == 0)[None, :], everything[:, first:], noisy)
-  seen, hidden = denoiser.encode_streams(params, everything, noisy, valid, first, **dropout)
+    noisy = jnp.where(jnp.arange(width) % block == 0, everything[:, first:], noisy)
+  copies = jnp.moveaxis(noisy, 0, 1).reshape(batch, states * width)
+  options = {} if dropout is None else {"dropout": dropout}
+  assert denoiser.encode_streams is not None
+  seen, hidden = denoiser.encode_streams(params, everything, copies, valid, first, **options)
   hidden = checkpoint_name(hidden, FORWARD_PASS)
   at = places(denoiser, prompt_valid, width)
   take = lambda hidden, columns: jnp.take_along_axis(hidden, columns[..., None], axis=1)
+  each = jnp.moveaxis(hidden.reshape(batch, states, width, -1), 1, 0)
   if not denoiser.shift:
-    return take(hidden, at)
-  own, before = take(hidden, jnp.maximum(at - 1, 0)), take(seen, first + at - 1)
+    return jax.vmap(lambda own: take(own, at))(each)
+  before = take(seen, first + at - 1)
+  own = jax.vmap(lambda own: take(own, jnp.maximum(at - 1, 0)))(each)
   return jnp.where((at % block == 0)[..., None], before, own)
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from d1jax.diffusion.blocks import guided
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.draw import log_prob
-from d1jax.diffusion.layout import block_of, predicting
+from d1jax.diffusion.layout import block_of, predicting, predicting_states
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.schedule import reveal_counts
 from d1jax.microbatch import sum_over_parts
@@ -22,6 +22,9 @@ EACH_STEP = "d1jax.each_step"
 
 CHUNK = 32
 """The tokens of a row of a block-causal network whose logits exist at the same time."""
+
+STATES = 4
+"""The states of a row of a block-causal network that one forward pass encodes behind one clean canvas, at most."""
 
 
 class Visit(NamedTuple):
@@ -78,16 +81,23 @@ def score_visits(
   width: int,
   windows: int = 1,
 ) -> Float[Array, "B C"]:
-  """The sum over visits 0..count-1 of the log p, guided and tempered, of the tokens that each visit scores; a visit is
-  one exact forward pass.
+  """The sum over visits 0..count-1 of the log p, guided and tempered, of the tokens that each visit scores; no token is
+  scored by two.
 
-  At temperature 0 the tempered distribution is a point mass, and the untempered one is used instead. The activations of
-  a visit are computed again in the backward pass. Its logits exist for `width` tokens of a row at a time, `windows`
-  times: with full attention these are the ones from `start` on; with a block-causal network, whose visits score some
-  tokens of each block, the ones that are scored, which must not be more. A visit at which no row scores a token costs
-  nothing.
+  With full attention a visit is one exact forward pass, whose logits exist for `width` tokens of a row from `start` on
+  at a time, `windows` times. The visits of a block-causal network are states of the same canvas: up to `STATES` of them
+  share one pass, as evenly as they can. Each scores at most `width` tokens of a row, and logits exist for `CHUNK` of
+  the tokens that are scored at a time; `windows` is not read.
+
+  At temperature 0 the tempered distribution is a point mass, and the untempered one is used instead. If there are
+  several passes, the activations of each are computed again in the backward pass. A pass in which no row scores a token
+  costs nothing.
   """
   length = rollout.completion.shape[1]
+  passes, together = passes_of(denoiser.block, count)
+  if denoiser.block is not None:
+    most = min(length, together * width)
+    width, windows = min(CHUNK, most), -(-most // CHUNK)
 
   def window(hidden: tuple[Float[Array, "B C D"], ...], places: Int[Array, "B W"]) -> Float[Array, "B C"]:
     within = jnp.minimum(places, length - 1)  # places beyond the end fill the last window
@@ -107,24 +117,57 @@ def score_visits(
     scored_first = jnp.argsort(~visited.scored, axis=1, stable=True)
     return jnp.take(scored_first, n * width + jnp.arange(width), axis=1, mode="fill", fill_value=length)
 
+  blind = jnp.full_like(rollout.prompt, denoiser.mask_id)
+  prompts = (rollout.prompt, blind) if spec.cfg_scale else (rollout.prompt,)
+
   def score(visited: Visit) -> Float[Array, "B C"]:
     known = jnp.where(visited.known, rollout.completion, denoiser.mask_id)
-    blind = jnp.full_like(rollout.prompt, denoiser.mask_id)
-    prompts = (rollout.prompt, blind) if spec.cfg_scale else (rollout.prompt,)
     hidden = tuple(
       predicting(denoiser, params, prompt, rollout.prompt_valid, known, rollout.completion) for prompt in prompts
     )
+    return logps(hidden, visited)
+
+  def score_states(visited: Visit) -> Float[Array, "B C"]:
+    """Of visits [S B C]."""
+    known = jnp.where(visited.known, rollout.completion, denoiser.mask_id)
+    states = tuple(
+      predicting_states(denoiser, params, prompt, rollout.prompt_valid, known, rollout.completion) for prompt in prompts
+    )
+    hidden = tuple(jnp.sum(jnp.where(visited.scored[..., None], each, 0), axis=0) for each in states)
+    return logps(hidden, Visit(visited.known[0], jnp.any(visited.scored, axis=0), visited.start[0]))
+
+  def logps(hidden: tuple[Float[Array, "B C D"], ...], visited: Visit) -> Float[Array, "B C"]:
     one = jax.checkpoint(lambda n: window(hidden, chosen(visited, n)), prevent_cse=False)
     return jnp.where(visited.scored, sum_over_parts(one, jnp.arange(windows)), 0.0)
 
   def part(index: Int[Array, ""]) -> Float[Array, "B C"]:
-    visited = visit(index)
     nothing = lambda _: jnp.zeros(rollout.completion.shape)
-    return jax.lax.cond(jnp.any(visited.scored), score, nothing, visited)
+    if denoiser.block is None:
+      visited = visit(index)
+      return jax.lax.cond(jnp.any(visited.scored), score, nothing, visited)
+    each = index * together + jnp.arange(together)
+    visited = jax.vmap(visit)(each)
+    visited = visited._replace(scored=visited.scored & (each < count)[:, None, None])
+    return (
+      jax.lax.cond(jnp.any(visited.scored), score_states, nothing, visited) if passes > 1 else score_states(visited)
+    )
 
+  if denoiser.block is not None and passes == 1:
+    return part(jnp.int32(0))
   # The checkpoint is around the branches of `cond`: inside them, each visit would keep the weights for the backward
   # pass.
-  return sum_over_parts(jax.checkpoint(part, prevent_cse=False), jnp.arange(count))
+  return sum_over_parts(jax.checkpoint(part, prevent_cse=False), jnp.arange(passes))
+
+
+def passes_of(block: int | None, visits: int) -> tuple[int, int]:
+  """The forward passes that score so many visits, and the visits of each; the last one may have fewer.
+
+  Args:
+    block: that of a block-causal network; None: full attention.
+    visits: states of a row.
+  """
+  passes = visits if block is None else -(-visits // STATES)
+  return passes, -(-visits // passes)
 
 
 def blocks_spanned(spec: SamplerSpec, segments: int) -> int:
@@ -194,7 +237,8 @@ def _replay_blocks(
   run: int,
 ) -> Float[Array, "B C"]:
   """The path of a block-causal network (TraceRL, arXiv 2509.06949): visit i scores, in all blocks at once, the tokens
-  that their block's steps `i * run` to `(i + 1) * run - 1` revealed. At most `block` visits, whatever the length.
+  that their block's steps `i * run` to `(i + 1) * run - 1` revealed. At most `block` visits, whatever the length, and
+  one forward pass for `STATES` of them.
   """
   # With blocks of 4 and two steps a block, block 2 has the steps 4 and 5. A token of block 2 that step 5 revealed is
   # scored by visit 1, together with those that step 1 revealed in block 0 and step 3 in block 1.
@@ -215,6 +259,4 @@ def _replay_blocks(
   a_step = spec.max_reveal if spec.by_confidence else int(reveal_counts(spec.block_length, spec.steps_per_block)[0])
   most = min(size, run * a_step + denoiser.shift) * (rollout.completion.shape[1] // size)
   with jax.named_scope(EACH_STEP) if run == 1 else contextlib.nullcontext():
-    return score_visits(
-      denoiser, params, rollout, spec, visit, steps // run, width=min(CHUNK, most), windows=-(-most // CHUNK)
-    )
+    return score_visits(denoiser, params, rollout, spec, visit, steps // run, width=most)

@@ -12,7 +12,7 @@ from d1jax import keys
 from d1jax.diffusion.denoiser import Denoiser, Params
 from d1jax.diffusion.layout import block_of
 from d1jax.diffusion.likelihood import Scores
-from d1jax.diffusion.replay import CHUNK, Visit, replay, revealed_at, score_visits, steps_of
+from d1jax.diffusion.replay import Visit, replay, revealed_at, score_visits, steps_of
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 
 
@@ -142,7 +142,6 @@ def left_to_right(
     place = order[:, index]
     return Visit(places < place[:, None], chosen & (places == place[:, None]), place)
 
-  width = 1 if denoiser.block is None else min(CHUNK, length // denoiser.block)
-  windows = 1 if denoiser.block is None else -(-length // (denoiser.block * width))
-  logp = score_visits(denoiser, params, rollout, spec, visit, order.shape[1], width=width, windows=windows)
+  width = 1 if denoiser.block is None else length // denoiser.block
+  logp = score_visits(denoiser, params, rollout, spec, visit, order.shape[1], width=width)
   return Scores(logp, chosen.astype(jnp.float32))

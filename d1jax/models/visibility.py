@@ -68,22 +68,25 @@ class BlockCausal(Rule):
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class TwoStreams(Rule):
-  """A clean canvas, and behind it a noisy copy of its last part, in one pass (BD3-LM, arXiv 2503.09573, section 3.2).
+  """A clean canvas, and behind it noisy copies of its last part, in one pass (BD3-LM, arXiv 2503.09573, section 3.2).
 
   A noisy position sees the noisy positions of its own block and the clean ones of earlier blocks: what the sampler
   sees when it completes that block. A clean position sees the clean ones of its own block and of earlier ones, and no
   noisy one. With blocks of 2, a clean canvas `a b c d` and a noisy copy `C D` of its last one, C and D see a, b, C, D;
-  c and d see a, b, c, d.
+  c and d see a, b, c, d. Several copies stand one behind the other and do not see each other: each is its own state of
+  the completion, and all of them share the clean canvas.
 
   Attributes:
     block: tokens a block.
     clean: positions of the clean canvas, a multiple of `block`.
     first: the position of the first noisy token, a multiple of `block`, at most `clean`.
+    copies: of the positions from `first` on.
   """
 
   block: int
   clean: int
   first: int
+  copies: int = 1
 
   def __post_init__(self) -> None:
     if self.clean % self.block or self.first % self.block:
@@ -94,13 +97,16 @@ class TwoStreams(Rule):
       )
 
   def sees(self, end: Any, k: Any) -> Any:
-    """See `Rule`; the noisy copy begins with a block, so that no block lies in both."""
+    """See `Rule`; a noisy copy begins with a block, so that no block lies in two of them."""
     clean_query = end <= self.clean
     own_block = k >= end - self.block
-    earlier = k < end - self.block - (self.clean - self.first)  # up to the clean copy of a noisy query's block
-    return (k < end) & (clean_query | own_block | earlier)
+    width = self.clean - self.first
+    behind = end - self.block - width  # where the clean copy of a noisy query's block begins
+    for copy in range(1, self.copies):
+      behind -= width * (end > self.clean + copy * width)
+    return (k < end) & (clean_query | own_block | (k < behind))
 
   def positions(self, start: int | Int[Array, ""], length: int) -> Int[Array, "length"]:
     """See `Rule`."""
-    index = start + jnp.arange(length)
-    return index + jnp.where(index >= self.clean, self.first - self.clean, 0)
+    index, width = start + jnp.arange(length), self.clean - self.first
+    return index - width * jnp.clip((index - self.first) // max(width, 1), 0, self.copies)

@@ -45,6 +45,12 @@ def check_integer(name: str, value: object, low: int) -> None:
     raise ValueError(f"{name} is {value!r}; give an integer of at least {low}")
 
 
+def check_share(name: str, value: object) -> None:
+  """Raise ValueError unless the value is a number from 0 to 1."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    raise ValueError(f"{name} is {value!r}; give a number from 0 to 1")
+
+
 def check_range(name: str, value: Sequence[int], low: int, high: int | None) -> tuple[int, int]:
   """Return the closed range `value` as a pair, or raise a ValueError that says its limits."""
   pair = tuple(value) if isinstance(value, list | tuple) else ()

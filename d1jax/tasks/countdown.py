@@ -186,9 +186,10 @@ def _key(nums: Sequence[int]) -> str:
   return " ".join(map(str, sorted(nums)))
 
 
-def _owner(nums: Sequence[int]) -> str:
-  """Name the split that a multiset of numbers belongs to."""
-  digest = hashlib.sha256(_key(nums).encode()).digest()
+@functools.lru_cache(maxsize=2**14)  # of few small numbers the same ones are drawn often
+def _owner(key: str) -> str:
+  """Name the split that a multiset of numbers, written as `_key` does, belongs to."""
+  digest = hashlib.sha256(key.encode()).digest()
   if digest[:8].hex() in held_out.listed("countdown"):
     return "test"
   return _TENTHS[int.from_bytes(digest[:8], "big") % len(_TENTHS)]
@@ -210,21 +211,25 @@ def _draw(
   """
   rng = np.random.default_rng((seed, common.SPLITS.index(split)))
   drawn: list[_Problem] = []
-  seen = set()
+  seen, in_vain = set(), set()
 
-  def fresh(length: int, target: int) -> Iterator[tuple[int, ...]]:
+  def fresh(length: int, target: int) -> Iterator[tuple[tuple[int, ...], str]]:
     for _ in range(_BLOCKS):
       for nums in rng.integers(1, largest + 1, size=(_BLOCK, length)).tolist():
-        if _owner(nums) == split and (_key(nums), target) not in seen:
-          yield tuple(nums)
+        key = _key(nums)
+        if _owner(key) == split and (key, target) not in seen:
+          yield tuple(nums), key
 
   def attempt() -> _Problem | None:
     length = int(rng.integers(numbers[0], numbers[1] + 1))
     target = int(rng.integers(targets[0], targets[1] + 1))
-    for nums in itertools.islice(fresh(length, target), _SEARCHES):
+    for nums, key in itertools.islice(fresh(length, target), _SEARCHES):
+      if (key, target) in in_vain:
+        continue
       expression = arithmetic.solve(nums, target)
       if expression is not None:
         return nums, target, expression
+      in_vain.add((key, target))
     return None
 
   while len(drawn) < count:
@@ -261,7 +266,7 @@ def _read(root: str, name: str, split: str, numbers: tuple[int, int]) -> Sequenc
       len(distinct) - len(problems),
       TEST_FILE,
     )
-  return tuple(row for row in problems if name == TEST_FILE or _owner(row["nums"]) == split)
+  return tuple(row for row in problems if name == TEST_FILE or _owner(_key(row["nums"])) == split)
 
 
 def _parse(place: str, value: object) -> dict[str, Any]:

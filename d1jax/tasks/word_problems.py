@@ -43,11 +43,14 @@ class WordProblems(Gsm8k):
     sizes: records per split, defaults for those not named.
     steps: the range (first, last) of how many steps a solution has; 2 to 4 exist.
     largest: no number of a problem or its solution is larger.
+    worked: the share of demonstrations whose solution shows its steps; the others say the answer alone, as most people
+      do. Reinforcement learning can then find out that steps pay.
   """
 
   sizes: Mapping[str, int] = dataclasses.field(default_factory=DEFAULT_SIZES.copy, hash=False)
   steps: tuple[int, int] = (_FEWEST, _MOST)
   largest: int = 999
+  worked: float = 1.0
 
   name = "word_problems"
 
@@ -57,11 +60,20 @@ class WordProblems(Gsm8k):
     object.__setattr__(self, "sizes", common.check_sizes("word_problems", self.sizes, DEFAULT_SIZES))
     object.__setattr__(self, "steps", common.check_range("word_problems steps", self.steps, _FEWEST, _MOST))
     common.check_integer("word_problems largest", self.largest, word_templates.LEAST)
+    common.check_share("word_problems worked", self.worked)
 
   def records(self, split: str) -> Sequence[Record]:
     """Return the records of one split; an unknown one raises ValueError, too few DataError."""
     common.check_choice("split", split, self.splits)
-    return _draw(split, self.seed, self.sizes[split], self.steps, self.largest)
+    drawn = _draw(split, self.seed, self.sizes[split], self.steps, self.largest)
+    if split != "demonstrations" or self.worked == 1:
+      return drawn
+    rng = np.random.default_rng((self.seed, len(common.SPLITS)))
+    shown = rng.random(len(drawn)) < self.worked
+    return tuple(
+      record if steps else {**record, "solution": f"The answer is {record['answer']}."}
+      for record, steps in zip(drawn, shown, strict=True)
+    )
 
   def cluster(self, record: Record) -> str:
     """Name the story, since a model that can solve one problem of it can often solve all."""

@@ -15,7 +15,7 @@ from d1jax.diffusion import layout
 from d1jax.diffusion.blocks import NEXT_BLOCK, pass_over, window_of, write_over
 from d1jax.diffusion.continuous import Taken
 from d1jax.diffusion.denoiser import Denoiser
-from d1jax.diffusion.replay import EACH_STEP
+from d1jax.diffusion.replay import EACH_STEP, passes_of
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import batch_sizes
 from d1jax.parallel import multihost
@@ -271,11 +271,13 @@ def update(
     oversample: groups drawn for each one trained on.
   """
   at_once = sampler.blocks if block is None else block // sampler.block_length
-  taken = int(reach.steps.reshape(-1, at_once).max(axis=0).sum())
-  steps = at_once * sampler.steps_per_block
+  most = reach.steps.reshape(-1, at_once).max(axis=0)
+  visited = (np.arange(sampler.steps_per_block)[None, :] < most[:, None]).ravel()
+  passes, together = passes_of(block, visited.size)
+  taken = len(set((np.flatnonzero(visited) // together).tolist())) if passes > 1 else 1
   parts: dict[bool, list[Products]] = {True: [], False: []}
   for scopes, found in counted.items():
-    made = Products(*(number * taken // steps for number in found)) if EACH_STEP in scopes else found
+    made = Products(*(number * taken // passes for number in found)) if EACH_STEP in scopes else found
     parts[SCORE in scopes].append(made)
   mu = method.num_iterations
   old, reference = (mu - 1) * method.scores_old, mu * method.scores_reference

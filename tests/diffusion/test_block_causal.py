@@ -205,16 +205,17 @@ def test_a_block_is_scored_under_the_clean_tokens_before_it(shift):
     np.testing.assert_allclose(logp[row, :8], expected[:8], rtol=1e-5, atol=2e-5)
 
 
-def test_from_left_to_right_takes_as_many_passes_as_a_block_has_tokens():
+def test_from_left_to_right_the_places_of_a_block_share_a_pass():
   denoiser, made = causal.denoiser(4), []
   found = sampled(SPEC, denoiser)
 
-  def noted(*arguments):
-    made.append(arguments[1].shape[1])
-    return denoiser.encode_streams(*arguments)
+  def noted(params, clean, noisy, *rest):
+    made.append((clean.shape[1], noisy.shape[1]))
+    return denoiser.encode_streams(params, clean, noisy, *rest)
 
   score = functools.partial(left_to_right, dataclasses.replace(denoiser, encode_streams=noted))
   logp = jax.jit(functools.partial(score, spec=SPEC))(PARAMS, found, key=KEY).logp
+  assert made == [(16, 4 * 12)]  # one pass over the canvas and a copy of its last three blocks for each place
   tempered = causal.denoiser(4)
   for row, prompt in enumerate(PROMPTS[:2]):
     width = -(-(len(prompt) + 8) // 4) * 4 - len(prompt)

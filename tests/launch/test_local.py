@@ -4,12 +4,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import QUICK_TO_COMPILE, jobs, runs
 from tests.launch.scripts import HOSTILE, ROOT, Machine, python, wait_until
 
 FLAG = "--config.distributed."
@@ -155,52 +153,3 @@ def test_what_a_process_leaves_behind_is_ended(tmp_path):
   body += "while not (folder / 'pid-9').exists(): time.sleep(0.02)\nsys.exit(70)"
   assert finish(launch(tmp_path, body, PROCESSES="1"))[0] == 70
   wait_until(lambda: gone(tmp_path, 9))
-
-
-@pytest.mark.slow(reason="four processes of the recipe")
-def test_a_real_run_in_two_processes_goes_on_after_one_is_preempted(tmp_path):
-  """All save themselves at the same iteration, and all go on from there."""
-  workdir = tmp_path / "run"
-  settings = {"PYTHON": sys.executable, "WORKDIR": str(workdir), "RETRY_WAIT": "1"}
-  environment = Machine(tmp_path / "machine").environment(**settings)
-  environment["XLA_FLAGS"] = QUICK_TO_COMPILE
-  flags = [flag for flag in jobs.flags(workdir, **jobs.BRIEF) if not flag.startswith("--config.workdir=")]
-  flags.append("--config.cpu_devices=1")
-  process = subprocess.Popen(
-    ["launch/local.sh", *flags], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-  )
-  jobs.wait_for(workdir, "sft", 5, process)
-  (second,) = (
-    int(path.parent.name)
-    for path in Path("/proc").glob("[0-9]*/cmdline")
-    if {f"--config.workdir={workdir}", f"{FLAG}process=1"} <= set(_words(path))
-  )
-  os.kill(second, signal.SIGTERM)
-  code, out, err = jobs.finish(process, timeout=600)
-  assert code == 0, err
-  for number in (0, 1):
-    assert f"process {number} ended with exit code 75" in err
-  assert err.count("preempted; attempt 2 of 4") == 1
-  assert "attempt 3" not in err
-  assert "[0] Held-out split of sudoku, greedy, " in out
-  assert "[1] Held-out split" not in out
-  said = dict(re.findall(r"^\[(\d)\] d1jax: (SIGTERM: saved at (?:sft|grpo) iteration \d+;.*)$", out, re.MULTILINE))
-  assert set(said) == {"0", "1"}
-  assert said["0"] == said["1"]
-  shown = re.findall(r"^\[0\] (sft|grpo) (\d+)/\d+  (?!validation )", out, re.MULTILINE)
-  assert len(shown) == len(set(shown)) > 5, "no iteration is made twice"
-  runs.check_same_end(workdir, runs.undisturbed(2)[0])
-
-
-def _words(path: Path) -> list[str]:
-  """The command line of a process, or none where it has just ended."""
-  try:
-    return path.read_text().split("\0")
-  except OSError:
-    return []
-
-
-def test_without_an_environment_it_is_a_line_with_the_remedy(tmp_path):
-  missing = str(tmp_path / "nowhere")
-  code, out, err = finish(launch(tmp_path, "", PYTHON=missing))
-  assert (code, out, err) == (2, "", f"launch: {missing} is missing: run make setup first\n")

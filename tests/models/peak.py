@@ -17,7 +17,7 @@ def resident() -> dict[str, int]:
 
 
 def main() -> None:
-  """Loads a folder in bfloat16 over DEVICES devices, the weights split among them."""
+  """Loads a folder in float32 over DEVICES devices, the weights split among them."""
   tiny, folder, devices = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
@@ -31,9 +31,9 @@ def main() -> None:
   mesh = meshes.make_mesh({"data": 1, "fsdp": devices, "tensor": 1})
 
   def read(folder: Path) -> transformer.Params:
-    network = transformer.build(families.describe(folder).size, dtype=jnp.bfloat16)
+    network = transformer.build(families.describe(folder).size, dtype=jnp.float32)
     placements = meshes.shardings(mesh, meshes.RULES, network.axes)
-    return jax.block_until_ready(load.read(folder, network, jnp.bfloat16, placements))
+    return jax.block_until_ready(load.read(folder, network, jnp.float32, placements))
 
   read(tiny)
   Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here

@@ -10,22 +10,31 @@ def sees(rule, q, k):
   """The masks of BD3-LM: block-causal; or block-diagonal, offset block-causal, and block-causal."""
   if isinstance(rule, BlockCausal):
     return k // rule.block <= q // rule.block
-  q_block, k_block = ((i if i < rule.clean else i - rule.clean + rule.first) // rule.block for i in (q, k))
+  width = rule.clean - rule.first
+  place = lambda i: i if i < rule.clean else (i - rule.clean) % width + rule.first
+  copy = lambda i: (i - rule.clean) // width
+  q_block, k_block = (place(i) // rule.block for i in (q, k))
   if k >= rule.clean:
-    return q >= rule.clean and q_block == k_block
+    return q >= rule.clean and q_block == k_block and copy(q) == copy(k)
   return k_block < q_block if q >= rule.clean else k_block <= q_block
 
 
-STREAMS = [TwoStreams(*x) for x in ((1, 6, 0), (1, 6, 2), (2, 8, 4), (3, 9, 0), (4, 8, 4), (4, 4, 0))]
+STREAMS = [
+  TwoStreams(*x) for x in ((1, 6, 0), (1, 6, 2), (2, 8, 4), (3, 9, 0), (4, 8, 4), (4, 4, 0), (2, 6, 2, 3), (1, 4, 0, 2))
+]
 
 
 @pytest.mark.parametrize("rule", [*map(BlockCausal, (1, 3, 4, 16)), *STREAMS], ids=str)
 def test_a_rule_is_its_definition(rule):
-  length = 12 if isinstance(rule, BlockCausal) else 2 * rule.clean - rule.first
+  length = 12 if isinstance(rule, BlockCausal) else rule.clean + rule.copies * (rule.clean - rule.first)
   expected = np.asarray([[sees(rule, q, k) for k in range(length)] for q in range(length)])
   np.testing.assert_array_equal(rule(np.arange(length)[:, None], np.arange(length)[None]), expected)
   for start, queries, keys in itertools.product((0, 1, length // 2), (1, length // 2), (length // 2, length)):
     assert rule.pairs(start, queries, keys) == expected[start : start + queries, :keys].sum()
+
+
+def test_copies_have_the_positions_that_they_copy():
+  assert TwoStreams(2, 6, 2, 2).positions(1, 13).tolist() == [1, 2, 3, 4, 5, 2, 3, 4, 5, 2, 3, 4, 5]
 
 
 def test_pairs_of_long_canvases():

@@ -28,7 +28,7 @@ def cudnn_found(monkeypatch):
 
 
 SLOW = pytest.mark.slow(reason="the TPU's compiler, for one more kind of chip")
-KINDS = ["v5e:2x2", pytest.param("v5p:2x2x1", marks=SLOW), pytest.param("v6e:2x2", marks=SLOW)]
+KINDS = ["v5e:2x2", pytest.param("v5p:2x2x1", marks=[SLOW, pytest.mark.long]), pytest.param("v6e:2x2", marks=SLOW)]
 
 
 @pytest.fixture(scope="module", params=KINDS)

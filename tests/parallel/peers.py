@@ -26,9 +26,6 @@ from d1jax.tasks import Grade
 from d1jax.training import configured, host
 from tests.jobs import small
 
-MESH = {"mesh__data": 2, "mesh__tensor": 2}
-"""With 4 processes every row is on two of them."""
-
 
 class Counting(Grader):
   """Pays for texts, by their letters alone, and notes how many it has seen."""
@@ -47,7 +44,8 @@ def digest(*arrays) -> str:
 
 
 def iteration() -> dict:
-  config = small(Path("unused"), grpo__num_iterations=2, **MESH)
+  mesh = {"mesh__data": jax.device_count() // 2, "mesh__tensor": 2}  # every row is on two devices
+  config = small(Path("unused"), grpo__num_iterations=2, **mesh)
   experiment = experiments.build(config, None)
   optimizer = experiment.optimizer(config.grpo, 4)
   programs = configured.programs(experiment, optimizer)

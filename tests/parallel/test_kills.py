@@ -1,16 +1,20 @@
-"""A job of two processes, one of which stands still and is killed again and again, ends with the bits of one that
-nobody disturbed.
+"""A job of two processes, one of which stands still, is killed or preempted, ends with the bits of one that nobody
+disturbed.
 """
 
+import os
 import random
 import re
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests import jobs, runs
+from tests import QUICK_TO_COMPILE, jobs, runs
+from tests.launch.scripts import Machine
 
 TIMEOUT = 20
 """Seconds that a process waits for another: at the start, and without a sign of life."""
@@ -57,30 +61,66 @@ def kill(processes, victim, workdir):
 
 
 @pytest.mark.slow(reason="two processes, which start again and again")
-def test_a_job_that_is_killed_again_and_again_ends_the_same(tmp_path):
-  expected, _, seconds = runs.undisturbed(2)
-  processes = start(tmp_path, timeout=10)
-  jobs.wait_for(tmp_path, "sft", 5, processes[0])
+def test_a_job_that_is_killed_and_preempted_ends_the_same(tmp_path):
+  """One process stands still, the first is killed in the first stage, the other one in the second; then the launch
+  script starts both, and starts them again after one is preempted.
+  """
+  expected, _, _ = runs.undisturbed(2)
+  workdir = tmp_path / "run"
+  processes = start(workdir, timeout=10)
+  jobs.wait_for(workdir, "sft", 5, processes[0])
   processes[1].send_signal(signal.SIGSTOP)
   code, _, err = jobs.finish(processes[0], timeout=60)
   processes[1].kill()
   assert code == 75, err
   assert "has not answered for 10 seconds" in err.strip().splitlines()[-1]
 
-  for victim, iteration in ((0, 1), (1, 2)):
-    stale, processes = jobs.written(tmp_path), start(tmp_path)
-    jobs.wait_for(tmp_path, "grpo", iteration, processes[0], stale=stale)
-    code, said = kill(processes, victim, tmp_path)
+  for victim, stage, iteration in ((0, "sft", 21), (1, "grpo", 1)):
+    stale, processes = jobs.written(workdir), start(workdir)
+    jobs.wait_for(workdir, stage, iteration, processes[0], stale=stale)
+    code, said = kill(processes, victim, workdir)
     assert code == 75
     assert "another process" in said
     assert re.search("run the same command again,? (it goes on|to resume) from the last checkpoint", said)
 
-  # At any moment: it compiled, and this one reads what it compiled.
-  processes, chance = start(tmp_path), random.Random(6)
-  if not wait(processes, chance.uniform(0, 0.5 * seconds)):
-    kill(processes, chance.randrange(2), tmp_path)
-    processes = start(tmp_path)
-  finish(processes, tmp_path, expected)
+  code, out, err = launched_and_preempted(workdir, tmp_path / "machine")
+  assert code == 0, err
+  for number in (0, 1):
+    assert f"process {number} ended with exit code 75" in err
+  assert err.count("preempted; attempt 2 of 4") == 1
+  assert "attempt 3" not in err
+  assert "[0] Held-out split of sudoku, greedy, " in out
+  assert "[1] Held-out split" not in out
+  said = dict(re.findall(r"^\[(\d)\] d1jax: (SIGTERM: saved at grpo iteration \d+;.*)$", out, re.MULTILINE))
+  assert set(said) == {"0", "1"}
+  assert said["0"] == said["1"], "all save themselves at the same iteration"
+  shown = re.findall(r"^\[0\] grpo (\d+)/\d+  (?!validation )", out, re.MULTILINE)
+  assert len(shown) == len(set(shown)) > 2, "no iteration is made twice"
+  runs.check_same_end(workdir, expected)
+
+
+def launched_and_preempted(workdir, machine):
+  """Goes on under launch/local.sh, and sends SIGTERM to process 1 alone: (exit code, standard output and error)."""
+  environment = Machine(machine).environment(PYTHON=sys.executable, WORKDIR=str(workdir), RETRY_WAIT="1")
+  environment["XLA_FLAGS"] = QUICK_TO_COMPILE
+  flags = [flag for flag in jobs.flags(workdir, **jobs.BRIEF) if not flag.startswith("--config.workdir=")]
+  stale, pipes = jobs.written(workdir), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  process = subprocess.Popen(
+    ["launch/local.sh", *flags, "--config.cpu_devices=1"], cwd=jobs.ROOT, env=environment, **pipes
+  )
+  jobs.wait_for(workdir, "grpo", 2, process, stale=stale)
+  own = {f"--config.workdir={workdir}", "--config.distributed.process=1"}
+  (second,) = (int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if own <= set(_words(path)))
+  os.kill(second, signal.SIGTERM)
+  return jobs.finish(process, timeout=600)
+
+
+def _words(path):
+  """The command line of a process, or none where it has just ended."""
+  try:
+    return path.read_text().split("\0")
+  except OSError:
+    return []
 
 
 @pytest.mark.long

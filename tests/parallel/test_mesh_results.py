@@ -191,7 +191,6 @@ SLOW = pytest.mark.slow(reason="one mesh more, for which everything is compiled"
 MESHES = [
   (2, 2, 2),
   pytest.param((1, 2, 1, 4), marks=SLOW),
-  pytest.param((2, 1, 1), marks=SLOW),
   pytest.param((1, 8, 1), marks=SLOW),
   pytest.param((1, 2, 4), marks=SLOW),
   pytest.param((1, 2, 2, 2), marks=SLOW),
@@ -231,12 +230,11 @@ def test_an_update_agrees(one_device, other):
 
 @pytest.mark.slow(reason="compiles programs of its own")
 def test_a_block_causal_network_does_the_same_on_any_mesh():
-  """The cached sampler draws the same bits on 1, 2 and 8 devices, and the exact path trains alike."""
+  """The cached sampler draws the same bits on 1 and 8 devices, and the exact path trains alike."""
   one = results(World(mesh_of(1, 1, 1), 4), None)
-  for sizes in ((2, 1, 1), (2, 2, 2)):
-    other = results(World(mesh_of(*sizes), 4), one.rollout)
-    assert_same_rollouts(one.rollout, other.rollout)
-    assert_same_updates(one, other)
+  other = results(World(mesh_of(2, 2, 2), 4), one.rollout)
+  assert_same_rollouts(one.rollout, other.rollout)
+  assert_same_updates(one, other)
 
 
 @pytest.mark.slow(reason="compiles programs of its own")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from d1jax.tasks import PROTOCOLS, SPLITS, STYLES, DataError, WordProblems, arithmetic, word_templates
+from d1jax.tasks import PROTOCOLS, SPLITS, STYLES, DataError, WordProblems, arithmetic, word_problems, word_templates
 
 SIZES = {"demonstrations": 200, "train": 600, "validation": 100, "test": 150}
 EQUATION = re.compile(r"([0-9]+)([-+*/])([0-9]+)=([0-9]+)")
@@ -138,7 +138,23 @@ def test_options_shape_the_problems():
     WordProblems(largest=1)
 
 
-def test_more_than_there_are_is_an_error():
+def test_some_demonstrations_say_the_answer_alone():
+  """They are the same problems, and all other splits show their steps."""
+  terse = generated("demonstrations", worked=0.25)
+  told = [record for record in terse if EQUATION.search(record["solution"])]
+  assert 30 <= len(told) <= 70
+  for record, other in zip(terse, generated("demonstrations"), strict=True):
+    alone = record | {"solution": f"The answer is {record['answer']}."}
+    assert record == (other if record in told else alone)
+    assert record["question"] == other["question"]
+  assert generated("train", worked=0.25) == generated("train")
+  for worked in (1.5, True, "0.5"):
+    with pytest.raises(ValueError, match=f"word_problems worked is {worked!r}; give a number from 0 to 1"):
+      WordProblems(worked=worked)
+
+
+def test_more_than_there_are_is_an_error(monkeypatch):
+  monkeypatch.setattr(word_problems, "_BLOCKS", 2)  # it gives up soon
   task = WordProblems(steps=(4, 4), largest=12, sizes={"validation": 5000})
   message = (
     r"sizes\['validation'\] is 5000, but only \d+ problems were found with 4 to 4 steps and .* up to 12; lower the size"

@@ -154,11 +154,18 @@ def test_score_and_update(adapters, mu, accumulation, beta):
   assert (score.flops == 0) == (mu == 1 and beta == 0)
 
 
-@pytest.mark.few(3, reason="each case traces programs of its own")
-@either
 @pytest.mark.few(1, reason="each case traces programs of its own")
-@pytest.mark.parametrize(("mu", "beta"), [(1, 0.1), (3, 0.0), (3, 0.1)])
-@pytest.mark.parametrize("cfg_scale", [0.0, 1.0])
+@pytest.mark.parametrize(
+  ("adapters", "mu", "beta", "cfg_scale"),
+  [
+    (None, 1, 0.1, 0.0),
+    (ADAPTERS, 1, 0.1, 1.0),
+    (ADAPTERS, 3, 0.0, 0.0),
+    (None, 3, 0.0, 1.0),
+    (ADAPTERS, 3, 0.1, 1.0),
+    (None, 3, 0.1, 0.0),
+  ],
+)
 def test_recorded_states_are_scored_once(adapters, mu, beta, cfg_scale):
   sampler = dataclasses.replace(SAMPLER, cfg_scale=cfg_scale)
   score, _ = check_update(adapters, sampler, method_of(mu, 2, beta, "step_merged"))
@@ -173,19 +180,19 @@ def test_steps_that_no_row_took_are_not_scored():
 
 
 @pytest.mark.few(1, reason="each case traces programs of its own")
-@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
-  ("name", "options"),
+  ("name", "options", "remat"),
   [
-    ("coupled", {"samples": 1}),
-    ("elbo", {"samples": 2}),
-    ("elbo", {"samples": 2, "tile": 8}),
-    ("quadrature", {"nodes": 3}),
-    ("sandwich", {"samples": 2, "exponent": 1.5}),
-    ("step_merged", {"segments": 2}),
-    ("sampled_steps", {"samples": 2}),
-    ("left_to_right", {}),
-    ("left_to_right", {"top_entropy": 0.3}),
+    ("coupled", {"samples": 1}, True),
+    ("elbo", {"samples": 2}, False),
+    ("elbo", {"samples": 2, "tile": 8}, True),
+    ("quadrature", {"nodes": 3}, True),
+    ("sandwich", {"samples": 2, "exponent": 1.5}, False),
+    ("step_merged", {"segments": 2}, True),
+    ("step_merged", {"segments": 2}, False),
+    ("sampled_steps", {"samples": 2}, True),
+    ("left_to_right", {}, False),
+    ("left_to_right", {"top_entropy": 0.3}, True),
   ],
 )
 def test_every_estimator(name, options, remat):

@@ -208,8 +208,6 @@ def test_a_quantised_base_trains_unmerged_and_is_exported_dense(folder, tmp_path
   experiment, restored = state_of(tmp_path / "run", "grpo", config)
   added = merge_for_rollout(restored.state.trainable, experiment.model.weights.frozen)
   assert isinstance(added["blocks"]["mlp"]["up"], lora.Adapted)
-  shown = command.run(eval_config(tmp_path / "run"))
-  assert shown["arms"][0]["summary"]["n"] == 8
   exporting = export_config(checkpoint=tmp_path / "run", output=tmp_path / "out")
   exporting.mesh.update(data=-1, fsdp=1)  # one block of 64 cannot be shared by 8 devices
   target = export.run(exporting)

@@ -42,7 +42,7 @@ def finished(tmp_path_factory):
   """A finished job on a mix, drawn three to one."""
   workdir = tmp_path_factory.mktemp("mixed")
   changes = {"task__mix__sudoku": 3.0, "rollout__temperature": 1.0, "grpo__prompts_per_iteration": 8}
-  config = mixed(workdir, **changes, grpo__steps=4, grpo__dump_every=1, grpo__grading_workers=2)
+  config = mixed(workdir, **changes, grpo__steps=4, grpo__dump_every=1)
   return workdir, config, recipe.run(config)
 
 
