@@ -111,9 +111,7 @@ def prepared(
   key: Key[Array, ""] | Key[Array, "B"],
   spec: SamplerSpec,
 ) -> "tuple[Loop, Canvas]":
-  """The loop that completes prompts, and their canvas with nothing but masks behind them; see `sample`. Samples may
-  have keys of different iterations.
-  """
+  """The loop that completes prompts, and their canvas of masks; see `sample`. Each sample may have a key of its own."""
   check(denoiser, spec)
   if prompt.shape[1] < denoiser.shift:
     raise ValueError(
