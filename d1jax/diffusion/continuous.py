@@ -272,8 +272,8 @@ class _Turns(NamedTuple):
 
   def goes_on(self, most: int, smaller: int, queue: _Queue) -> Bool[Array, ""]:
     """Whether there is another turn with as many slots: at most `most` of them, while more than `smaller` are used."""
-    found = (queue.number < most) & (jnp.sum(queue.alive) > smaller)
-    return found if self.cut is None else found & self.is_needed(queue)
+    busy = jnp.sum(queue.alive) > smaller
+    return (queue.number < most) & (busy if self.cut is None else busy & self.is_needed(queue))
 
   def is_needed(self, queue: _Queue) -> Bool[Array, ""]:
     """Whether a row that is to be completed has not ended, of a rollout that may be cut."""
