@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from benchmarks import occupied, timing
-from d1jax.aot.table import markdown
+from d1jax.columns import markdown
 from d1jax.parallel import multihost
 from d1jax.run import experiment as experiments
 from d1jax.training import configured, grpo

@@ -16,12 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from d1jax.aot.table import markdown
+from d1jax import look
+from d1jax.columns import markdown
 from d1jax.run.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
@@ -98,21 +96,19 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
   return markdown(head, rows)
 
 
-def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
+@look.styled()
+def plot(lines: Sequence[dict[str, Any]]) -> Figure:
   """Validations over seconds and over passes, a line a run."""
-  figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+  figure = look.panels(2, width=5.5, height=4.2, sharey=True)
   for index, (arm, (_, name)) in enumerate(ARMS.items()):
-    own = [line for line in lines if line["arm"] == arm]
-    for number, line in enumerate(own):
-      for axis, column, unit in zip(axes, (0, 1), (1, 1e3), strict=True):
-        points = [(point[column] / unit, 100 * point[2]) for point in line["curve"]]
-        axis.plot(*zip(*points, strict=True), color=f"C{index}", alpha=0.8, label=None if number else name)
-  axes[0].set(xlabel="training seconds", ylabel="validation grids solved, %", ylim=(0, 100))
-  axes[1].set(xlabel="forward passes of a row, thousands")
-  for axis in axes:
-    axis.grid(alpha=0.3)
-  axes[1].legend(frameon=False)
-  figure.savefig(path, dpi=120)
+    for line in (line for line in lines if line["arm"] == arm):
+      for axes, column, unit in zip(figure.axes, (0, 1), (1, 1e3), strict=True):
+        x, y = zip(*((point[column] / unit, 100 * point[2]) for point in line["curve"]), strict=True)
+        look.line(axes, x, y, look.LINES[index], name)
+  first, second = figure.axes
+  first.set(title="Equal time", xlabel="time of training, s", ylabel="validation grids solved, %", ylim=(0, 100))
+  second.set(title="Equal work", xlabel="forward passes of a row, thousands")
+  return figure
 
 
 def main() -> None:
@@ -120,14 +116,14 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument("--folder", type=Path, default=Path("runs/blocks"), help="finished work directories are read")
-  parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "blocks_learning.png")
+  parser.add_argument("--picture", type=Path, help="of the curves; left out: learning.png in the folder")
   options, fields = parser.parse_known_args()
   lines = []
   for seed in options.seeds:
     for arm in ARMS:
       lines.append(run(arm, seed, options.folder.absolute() / f"{arm}-{seed}", fields))
       print(json.dumps(lines[-1]), flush=True)
-  plot(lines, options.picture)
+  (options.picture or options.folder / "learning.png").write_bytes(look.png(plot(lines)))
   print(table(lines), file=sys.stderr)
 
 

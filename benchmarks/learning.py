@@ -4,9 +4,9 @@ same time.
 `python -m benchmarks.learning` trains, for each seed, the default recipe of `configs/grpo.py` (arm `recipe`: SFT, then
 diffu-GRPO) and `configs/sft.py` on the same demonstrations (arm `control`), one after the other on an otherwise idle
 machine. Both choose their checkpoint on the validation questions and look at the held-out questions once. It prints a
-JSON line a run, and writes the table and the curves to `docs/learning.md` and `docs/learning.png`.
+JSON line a run, and writes the table and the curves to `learning.md` and `learning.png` in `--docs`.
 
-`--preset small,word_problems` does the same with word problems, and writes `docs/word_problems.md` and `.png`. Fields
+`--preset small,word_problems` does the same with word problems, and writes `word_problems.md` and `.png`. Fields
 after the arguments, such as `--config.cpu_devices=1`, are for both arms.
 """
 
@@ -17,15 +17,13 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from d1jax import look
 from d1jax.run.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
@@ -113,27 +111,40 @@ def table(lines: list[dict[str, Any]], also: str) -> str:
   return "\n".join(rows)
 
 
-def plot(workdirs: dict[tuple[str, int], Path], path: Path) -> None:
-  """Validation over training seconds, a line a run."""
-  figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-  colours = {"recipe": "tab:blue", "control": "tab:gray"}
-  labels = {"recipe": "SFT, then diffu-GRPO", "control": "SFT only"}
-  for (arm, seed), workdir in workdirs.items():
-    offset, seconds, solved = 0.0, [], []
-    for stage in ("sft", "grpo"):
-      own = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage]
-      seconds += [offset + r["elapsed"] for r in own if "validation" in r]
-      solved += [100 * r["validation"] for r in own if "validation" in r]
-      if own and arm == "recipe" and stage == "sft":
-        offset = own[-1]["elapsed"]
-        axis.axvline(offset, color="tab:blue", linewidth=0.6, linestyle=":")
-    axis.plot(seconds, solved, color=colours[arm], label=labels[arm] if seed == min(s for _, s in workdirs) else None)
-  axis.set(
-    xlabel="training seconds (dotted: diffu-GRPO starts)", ylabel="validation questions solved, %", ylim=(0, 100)
+def curve(arm: str, workdir: Path) -> tuple[list[float], list[float], float]:
+  """Training seconds and solved validation questions in percent of a run; and the second in which diffu-GRPO starts."""
+  offset, seconds, solved = 0.0, [], []
+  for stage in ("sft", "grpo"):
+    own = [r for r in read_records(workdir / "metrics.jsonl") if r["stage"] == stage]
+    seconds += [offset + r["elapsed"] for r in own if "validation" in r]
+    solved += [100 * r["validation"] for r in own if "validation" in r]
+    if own and arm == "recipe" and stage == "sft":
+      offset = own[-1]["elapsed"]
+  return seconds, solved, offset
+
+
+@look.styled()
+def plot(curves: Mapping[str, Sequence[tuple[list[float], list[float], float]]]) -> Figure:
+  """Validation over training seconds, a line a run; `curves` has those of each arm."""
+  figure = look.panels(width=8, height=4)
+  axes = figure.axes[0]
+  colours, names = {"recipe": "line0", "control": "muted"}, {"recipe": "SFT + diffu-GRPO", "control": "SFT only"}
+  for arm, runs in curves.items():
+    for seconds, solved, _ in runs:
+      look.line(axes, seconds, solved, colours[arm], names[arm])
+  starts = [offset for _, _, offset in curves.get("recipe", [])]
+  if starts:
+    start = statistics.mean(starts)
+    axes.axvline(start, color=look.LIGHT["muted"], linewidth=0.8, linestyle=":", label="_start")
+    axes.annotate("diffu-GRPO starts", (start, 97), xytext=(4, 0), textcoords="offset points", va="top", fontsize=9)
+  axes.set(
+    title="The recipe against more SFT in the same time, a line a seed",
+    xlabel="time of training, s",
+    ylabel="validation questions solved, %",
+    xlim=(0, None),
+    ylim=(0, 100),
   )
-  axis.grid(alpha=0.3)
-  axis.legend(frameon=False)
-  figure.savefig(path, dpi=120)
+  return figure
 
 
 def main() -> None:
@@ -144,7 +155,9 @@ def main() -> None:
   parser.add_argument(
     "--folder", type=Path, default=Path("runs/learning"), help="work directories; finished ones are read"
   )
-  parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where the table and the picture go")
+  parser.add_argument(
+    "--docs", type=Path, default=Path("runs/learning"), help="where the table and the picture go; docs: the page's own"
+  )
   options, fields = parser.parse_known_args()
   made = PRESETS[options.preset]
   workdirs = {(arm, seed): options.folder.absolute() / f"{arm}-{seed}" for seed in options.seeds for arm in ARMS}
@@ -152,7 +165,9 @@ def main() -> None:
   for (arm, seed), workdir in workdirs.items():
     lines.append(run(arm, options.preset, seed, workdir, fields))
     print(json.dumps(lines[-1]), flush=True)
-  plot(workdirs, options.docs / f"{made.name}.png")
+  options.docs.mkdir(parents=True, exist_ok=True)
+  curves = {arm: [curve(arm, workdirs[arm, seed]) for seed in options.seeds] for arm in ARMS}
+  (options.docs / f"{made.name}.png").write_bytes(look.png(plot(curves)))
   printed_by = shlex.join(["python", "-m", "benchmarks.learning", *sys.argv[1:]])
   head = f"# Recipe against control\n\nWritten by `{printed_by}`.\n\n"
   text = f"{head}{table(lines, made.also)}\n\n![curves]({made.name}.png)\n"

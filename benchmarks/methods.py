@@ -4,8 +4,8 @@ For each seed, every preset of `configs/methods.py` goes on from one SFT checkpo
 iterations as its passes allow: forward passes of a completion in rollouts, scores and updates, a backward pass counted
 as two, come to `--passes` for all. The warm-up has the same share of each. The reference is scored by all, to log the
 distance to it. Checkpoints are chosen on the validation split, and the held-out split is looked at once. It prints a
-JSON line a run, whose figures are those of the last tenth of its iterations, then a table, and draws the curves: mean
-of the seeds, and from the worst to the best.
+JSON line a run, whose figures are those of the last tenth of its iterations, then a table, and draws the curves: means
+of the seeds, and of the best methods from the worst seed to the best.
 """
 
 import argparse
@@ -20,15 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from benchmarks import passes, timing
-from d1jax.aot.table import markdown
+from d1jax import look
+from d1jax.columns import markdown
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.advantage import ADVANTAGES
 from d1jax.run.metrics import read_records
@@ -41,6 +39,9 @@ FIRST = next(iter(METHODS))
 
 POINTS = 10
 """Validations of a run."""
+
+HIGHLIGHTED = 3
+"""Methods with a colour and a band."""
 
 FIGURES = ("reference_gap", "sampling_gap", "entropy", "no_signal")
 """Of a line, as medians over iterations. Clips and ratios are left out: tiny's one step a rollout has none."""
@@ -118,23 +119,31 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
   return markdown(head, rows)
 
 
-def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
-  """Validation against passes and against seconds."""
-  figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-  for index, name in enumerate(dict.fromkeys(line["method"] for line in lines)):
-    curves = [np.asarray(line["curve"], float) for line in lines if line["method"] == name]
-    least = min(map(len, curves))
-    every = np.stack([each[:least] for each in curves])
-    for axis, column in zip(axes, (0, 1), strict=True):
-      x, y = every[:, :, column].mean(axis=0), 100 * every[:, :, 2]
-      axis.plot(x, y.mean(axis=0), color=f"C{index}", label=name)
-      axis.fill_between(x, y.min(axis=0), y.max(axis=0), color=f"C{index}", alpha=0.15, linewidth=0)
-  axes[0].set(xlabel="passes of a completion (backward: two)", ylabel="validation problems solved, %", ylim=(0, None))
-  axes[1].set(xlabel="seconds of diffu-GRPO")
-  for axis in axes:
-    axis.grid(alpha=0.3)
-  axes[1].legend(frameon=False, ncols=2)
-  figure.savefig(path, dpi=120)
+@look.styled()
+def plot(lines: Sequence[dict[str, Any]]) -> Figure:
+  """Validation against passes and against seconds: the means of the seeds.
+
+  The best methods have colours, and bands from the worst to the best seed; the others are grey.
+  """
+  curves = {}
+  for name in dict.fromkeys(line["method"] for line in lines):
+    own = [np.asarray(line["curve"], float) for line in lines if line["method"] == name]
+    least = min(map(len, own))
+    curves[name] = np.stack([each[:least] for each in own])
+  best = sorted(curves, key=lambda name: -float(curves[name][:, -1, 2].mean()))[:HIGHLIGHTED]
+  figure = look.panels(2, width=5.8, height=4.5, sharey=True)
+  for axes, column in zip(figure.axes, (0, 1), strict=True):
+    for name in [*(name for name in curves if name not in best), *reversed(best)]:
+      x, y = curves[name][:, :, column].mean(axis=0), 100 * curves[name][:, :, 2]
+      if name in best:
+        band = (y.min(axis=0), y.max(axis=0))
+        look.line(axes, x, y.mean(axis=0), look.LINES[best.index(name)], name, band=band, width=2.2)
+      else:
+        look.line(axes, x, y.mean(axis=0), "muted", name, width=1)
+  first, second = figure.axes
+  first.set(title="Equal work", xlabel="passes of a completion, backward: two", ylabel="validation problems solved, %")
+  second.set(title="Their time", xlabel="time of diffu-GRPO, s", ylim=(0, None))
+  return figure
 
 
 def main() -> None:
@@ -147,7 +156,7 @@ def main() -> None:
   parser.add_argument("--task", default="sudoku", choices=("sudoku", "countdown"))
   parser.add_argument("--passes", type=int, default=5600, help="of a run; 5600 are the 700 iterations of d1's recipe")
   parser.add_argument("--folder", type=Path, default=Path("runs/methods"), help="finished work directories are read")
-  parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "methods_learning.png")
+  parser.add_argument("--picture", type=Path, help="of the curves; left out: learning.png in the folder")
   options = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")  # of this process: an accelerator belongs to those that train
   named = {name: getattr(options, name) for name in ("passes", "size", "task")}
@@ -157,7 +166,7 @@ def main() -> None:
     for name, advantage in dict.fromkeys(((FIRST, None), *((name, options.advantage) for name in options.methods))):
       lines.append(run(name, advantage, seed, options))
       print(json.dumps(lines[-1]), flush=True)
-  plot(lines, options.picture)
+  (options.picture or options.folder / "learning.png").write_bytes(look.png(plot(lines)))
   print(table(lines))
 
 

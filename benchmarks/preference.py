@@ -34,7 +34,7 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.enumeration import DENOISER, LENGTH, Truth, draw_params
-from d1jax.aot.table import markdown
+from d1jax.columns import markdown
 from d1jax.data.pairs import PairBatch
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.rl.preference import bounds, preference_score

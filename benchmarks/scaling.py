@@ -3,7 +3,7 @@
 From one small network, each of batch, completion length, vocabulary and depth is halved and doubled while the others
 stay. It prints a JSON line about the machine, one for each axis and program (`exact` and `dual`: seconds of a step, the
 refreshes among them; `update`: of a whole update with mu = 4), with the exponent of a power law fitted to it, and draws
-`docs/performance_scaling.png`. An exponent below 1 is a part of the cost that the axis does not touch.
+`--picture`. An exponent below 1 is a part of the cost that the axis does not touch.
 """
 
 import argparse
@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks import case as cases
 from benchmarks import rollout, timing, update
 from benchmarks.case import Case
+from d1jax import look
 from d1jax.models.transformer import TransformerSize
 from d1jax.parallel import multihost
 
@@ -31,8 +29,10 @@ BASE = Case(TransformerSize(8192, 256, 4, 768, 4), "float32", (4,), 64, 64, 32, 
 STEPS_PER_BLOCK = BASE.steps * BASE.block // BASE.completion
 AXES = {"batch": (2, 4, 8, 16), "completion": (32, 64, 128, 256), "vocabulary": (4096, 8192, 16384, 32768)}
 AXES |= {"depth": (2, 4, 8, 16)}
-PROGRAMS = {"exact": "step, exact", "dual": "step, dual cache", "update": "update"}
+PROGRAMS = {"exact": "exact step", "dual": "dual step", "update": "update"}
 """What is measured, and how the plot names it."""
+
+UNITS = {"batch": "rows", "completion": "tokens", "vocabulary": "ids", "depth": "layers"}
 
 
 class Point(NamedTuple):
@@ -68,21 +68,23 @@ def exponent(values: list[int], seconds: list[float]) -> float:
   return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
 
 
-def plot(lines: list[dict[str, Any]], path: Path) -> None:
-  """A panel an axis, a line a program."""
-  figure, panels = plt.subplots(1, len(AXES), figsize=(11, 3.4), sharey=True, layout="constrained")
-  for panel, axis in zip(panels, AXES, strict=True):
-    for line, color in zip((x for x in lines if x["axis"] == axis), ("tab:blue", "tab:green", "tab:gray"), strict=True):
-      label = f"{PROGRAMS[line['program']]}: exponent {line['exponent']:.2f}"
-      panel.plot(line["values"], 1e3 * np.array(line["seconds"]), color=color, marker="o", markersize=4, label=label)
-    panel.set(xscale="log", yscale="log", xlabel=axis)
-    panel.set_xticks(AXES[axis], [str(value) for value in AXES[axis]])
-    panel.minorticks_off()
-    panel.spines[["right", "top"]].set_visible(False)
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1))
-  panels[0].set_ylabel("milliseconds")
-  figure.savefig(path, dpi=120)
+@look.styled()
+def plot(lines: list[dict[str, Any]]) -> Figure:
+  """A panel an axis, a line a program with its exponent."""
+  figure = look.panels(2, 2, width=5, height=3, sharey=True)
+  figure.suptitle("Time of a step and of an update; behind each name, the exponent of a power law", x=0.01, ha="left")
+  programs = list(PROGRAMS)
+  for axes, axis in zip(figure.axes, AXES, strict=True):
+    for line in (line for line in lines if line["axis"] == axis):
+      color = look.LINES[programs.index(line["program"])]
+      name = f"{PROGRAMS[line['program']]} {line['exponent']:.2f}"
+      look.points(axes, line["values"], 1e3 * np.array(line["seconds"]), color, name)
+    look.logarithmic(axes, "x", "y")
+    axes.set_xticks(AXES[axis], [str(value) for value in AXES[axis]])
+    axes.set(xlabel=f"{axis}, {UNITS[axis]}")
+  for axes in figure.axes[::2]:
+    axes.set(ylabel="time, ms")
+  return figure
 
 
 def main() -> None:
@@ -90,7 +92,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--repeats", type=int, default=5, help="rounds")
   parser.add_argument("--devices", type=int, default=timing.cores(), help="into which a CPU is split")
-  parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs", help="where the plot goes")
+  parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="where the plot goes")
   options = parser.parse_args()
   multihost.split_cpu(options.devices)
   print(json.dumps({"base": cases.described(BASE), **timing.machine(len(jax.devices()))}), flush=True)
@@ -112,7 +114,7 @@ def main() -> None:
       fitted = exponent(list(values), cost)
       lines.append({"axis": axis, "program": program, "exponent": fitted, "values": values, "seconds": cost})
       print(json.dumps(lines[-1]), flush=True)
-  plot(lines, options.docs / "performance_scaling.png")
+  options.picture.write_bytes(look.png(plot(lines)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
-from d1jax.aot.table import markdown
+from d1jax.columns import markdown
 from d1jax.run.metrics import read_records
 
 ROOT = Path(__file__).parent.parent

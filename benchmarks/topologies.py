@@ -26,7 +26,8 @@ from ml_collections import ConfigDict
 from d1jax.aot import command
 from d1jax.aot.analysis import Analysis
 from d1jax.aot.roofline import Roofline
-from d1jax.aot.table import GIB, markdown, overview
+from d1jax.aot.table import GIB, overview
+from d1jax.columns import markdown
 from d1jax.parallel import chips
 from d1jax.run import fields
 
@@ -145,7 +146,7 @@ def main() -> None:
       results.append(analyse(count, rows, full) | {"chips": count})
       shown = {name: value for name, value in results[-1].items() if name != "placements"}
       print(json.dumps(shown), flush=True)
-    print(f"\n{overview(results)}\n\n{scaling(results)}\n", flush=True)
+    print(f"\n{markdown(*overview(results))}\n\n{scaling(results)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from jax.flatten_util import ravel_pytree
 
 from benchmarks import passes, timing
 from benchmarks.enumeration import LENGTH, Truth, draw_params
-from d1jax.aot.table import markdown
+from d1jax.columns import markdown
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.rl.estimators import ESTIMATORS, Estimator

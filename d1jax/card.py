@@ -1,9 +1,10 @@
 """The model card of an export: README.md with the facts of the run, its results and how to load it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from d1jax import columns
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import harmless
 from d1jax.hub import Snapshot
@@ -51,7 +52,7 @@ def write(facts: Facts) -> str:
     f"# {_cell(facts.name)}",
     f"{what} language model, trained by {stage} with d1jax.",
     "## Training",
-    _table(("", ""), _training(facts)),
+    columns.markdown(("", ""), _training(facts), "---"),
     "## Results",
     _results(facts),
     "## Use",
@@ -64,11 +65,6 @@ def _cell(value: Any) -> str:
   """A value as text that stays in its cell: names in a run may have been chosen by others."""
   text = " ".join(harmless(str(value)).split())[:LONGEST]
   return "".join(f"\\{char}" if char in "\\|`*_[]<>#" else char for char in text)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [head, ["---"] * len(head), *rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _front(facts: Facts) -> str:
@@ -121,9 +117,8 @@ def _results(facts: Facts) -> str:
       cells.append(f"{100 * found[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
     rows.append([arm, *cells, str(int(found["n"]))])
   head = ["", *(_cell(name.replace("_", " ")) for name in names), "questions"]
-  return (
-    f"The held-out split of {_cell(results['task'])}, greedy, in percent with 95% intervals:\n\n{_table(head, rows)}"
-  )
+  table = columns.markdown(head, rows, "---")
+  return f"The held-out split of {_cell(results['task'])}, greedy, in percent with 95% intervals:\n\n{table}"
 
 
 def _use(facts: Facts) -> str:

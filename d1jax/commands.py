@@ -4,10 +4,11 @@ Nothing here imports JAX, so that `--help` and a mistyped command are answered a
 """
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from d1jax import errors
+from d1jax import columns, errors
 from d1jax.version import __version__
 
 with errors.environment():
@@ -170,16 +171,17 @@ _FIELD = re.compile(r"--(?!config\b|print_config$|check$)(?=\w)")
 
 def usage() -> str:
   """What `d1jax --help` prints: the commands."""
-  width = max(map(len, COMMANDS))
   return "\n".join(
     [
       "usage: d1jax COMMAND [PRESET] [--FIELD=VALUE ...]",
       "",
-      *(f"  {name:{width}}  {command.does}" for name, command in COMMANDS.items()),
+      *columns.explained((name, command.does) for name, command in COMMANDS.items()),
       "",
-      "d1jax COMMAND --help lists presets, their words and the fields that are set most; d1jax COMMAND PRESET",
-      "--print_config lists all fields, with values and comments. python -m d1jax is the same command in a clone.",
-      "d1jax --config=FILE.py:WORDS takes a configuration of your own. d1jax --version says which release this is.",
+      "d1jax COMMAND --help lists presets, their words and the fields that are set",
+      "most; d1jax COMMAND PRESET --print_config lists all fields, with values and",
+      "comments. python -m d1jax is the same command in a clone.",
+      "d1jax --config=FILE.py:WORDS takes a configuration of your own.",
+      "d1jax --version says which release this is.",
     ]
   )
 
@@ -187,27 +189,24 @@ def usage() -> str:
 def help_of(name: str, preset: str) -> str:
   """What `d1jax NAME PRESET --help` prints: words, fields with the values of the preset, examples."""
   command, config = COMMANDS[name], presets.load(preset)
-  lines = [f"usage: d1jax {name} [PRESET] [--FIELD=VALUE ...]", "", command.does, ""]
+  lines = [f"usage: d1jax {name} [PRESET] [--FIELD=VALUE ...]", "", *textwrap.wrap(command.does, columns.WIDTH), ""]
   kind = preset.partition(":")[0]
   known = {group: ", ".join(names) for group, names in presets.words(kind).items()}
   if known:
-    width = max(map(len, known))
-    lines += [f"PRESET is words of these, separated by commas, with or without {command.preset}: before them:"]
-    lines += [*(f"  {group:{width}}  {names}" for group, names in known.items()), ""]
+    lines += ["PRESET is words of these, separated by commas, with or without", f"{command.preset}: before them:"]
+    lines += [*columns.explained(known.items()), ""]
   flat = config.to_dict()
   values = {}
   for field in command.fields:
     section, _, inner = field.rpartition(".")
     if not section or section in flat:
       values[field] = f"--{field}={flat[section][inner] if section else flat[inner]}"
-  width = max(map(len, values.values()))
   lines += [f"The fields that are set most, with the values of {preset}:"]
-  lines += [f"  {value:{width}}  {command.fields[field]}" for field, value in values.items()]
-  lines += [
-    "",
-    f"All fields: d1jax {name} {preset} --print_config, or {presets.shown()}{kind}.py. What may be empty takes None.",
-    "",
-  ]
+  lines += columns.explained((value, command.fields[field]) for field, value in values.items())
+  every = (
+    f"All fields: d1jax {name} {preset} --print_config, or {presets.shown()}{kind}.py. What may be empty takes None."
+  )
+  lines += ["", *textwrap.wrap(every, columns.WIDTH, break_on_hyphens=False), ""]
   return "\n".join([*lines, *(f"  d1jax {name} {example}" for example in command.examples)])
 
 

@@ -1,6 +1,9 @@
 """The one way to complete prompts: rollouts, validation, evaluation and generation go through `Completer`."""
 
+import contextlib
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -38,6 +41,8 @@ class Completer:
     self.placement = model.by_row if for_update and not model.weights.apart else model.rollout_by_row
     self._jitted: dict[SamplerSpec, Any] = {}
     self._compiled: dict[tuple[SamplerSpec, int, int], Any] = {}
+    self.announce: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext
+    """Told what is being compiled, while it is: a command sets it; a library is silent."""
 
   @classmethod
   def of(cls, model: Model, purpose: keys.Purpose) -> "Completer":
@@ -91,7 +96,9 @@ class Completer:
     """The program for batches of `rows` prompts of `width` tokens; compiled once, from shapes alone."""
     shape = (sampler, rows, width)
     if shape not in self._compiled:
-      self._compiled[shape] = self.traced(*shape).lower().compile()
+      answers = f"{sampler.completion_length} tokens for {rows} prompt{'s' * (rows > 1)} of {width}"
+      with self.announce(f"compiling completions of {answers}"):
+        self._compiled[shape] = self.traced(*shape).lower().compile()
     return self._compiled[shape]
 
   def __call__(

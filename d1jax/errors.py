@@ -170,6 +170,15 @@ def input_checked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reworded(before: str, after: str = "", kind: type[Exception] = ValueError) -> Iterator[None]:
+  """Puts a place or a field before the text of a ValueError, and a remedy behind it; raises it again as `kind`."""
+  try:
+    yield
+  except ValueError as error:
+    raise kind(f"{before}{error}{after}") from error
+
+
+@contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
   """Turns a failed import into a `RunError` that names the extra of d1jax which installs the package.
 

@@ -19,7 +19,7 @@ from d1jax.data.folder import SpecialIds
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.rollout import SamplerSpec
 from d1jax.errors import RunError, input_checked
-from d1jax.evaluation.subject import Found, find_checkpoint, read_run
+from d1jax.evaluation.subject import Found, find_checkpoint, read_run, saying
 from d1jax.files import FileError, read_json, write_check
 from d1jax.models import families, load, lora, peft, save
 from d1jax.models.families import llada
@@ -108,7 +108,9 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
   }
   block, texts = experiment.model.denoiser.block, _about(found, home, experiment, config)
   size = weights.network.size
-  _say_left_out(save.export(output, params, size, source=source, token_ids=token_ids, block=block, texts=texts))
+  with saying(f"writing {output}"):
+    left_out = save.export(output, params, size, source=source, token_ids=token_ids, block=block, texts=texts)
+  _say_left_out(left_out)
   if source is None:
     for name, content in tokenizer.files.items():
       if not (output / name).exists():
@@ -120,12 +122,15 @@ def _from_checkpoint(found: Found, output: Path, config: ConfigDict) -> None:
 
 def _from_adapter(base: Path, adapter: Path, output: Path) -> None:
   ids = inspect(base).ids
-  loaded = load.load(base, save.widest(TensorFiles(base)), rows=ids.mask_id + 1)
-  _, tree = peft.load(adapter, loaded.network)
+  with saying(f"reading {base} and {adapter}"):
+    loaded = load.load(base, save.widest(TensorFiles(base)), rows=ids.mask_id + 1)
+    _, tree = peft.load(adapter, loaded.network)
   params = lora.merged(lora.overlay(loaded.params, tree))
   token_ids = {"mask_token_id": ids.mask_id, "eos_token_id": ids.stop_ids[0], "pad_token_id": ids.pad_id}
   texts, size = _sampling(base, generation_config.read_sampler(adapter), ids), loaded.network.size
-  _say_left_out(save.export(output, params, size, source=base, token_ids=token_ids, texts=texts))
+  with saying(f"writing {output}"):
+    left_out = save.export(output, params, size, source=base, token_ids=token_ids, texts=texts)
+  _say_left_out(left_out)
 
 
 def _sampling(source: Path | None, sampler: SamplerSpec | None, ids: Tokenizer | SpecialIds) -> dict[str, str]:

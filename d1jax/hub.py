@@ -159,10 +159,7 @@ def check_push(repository: str) -> None:
 def push(folder: Path, repository: str, *, private: bool) -> str:
   """Adds the files of a folder to a model of the hub, as one commit; returns the model's address.
 
-  Args:
-    folder: what to push.
-    repository: `owner/name`; it is made if it does not exist.
-    private: whether a new repository is private.
+  The repository, `owner/name`, is made if it does not exist, and is then private if `private` is true.
 
   Raises:
     HubError: the hub refused.

@@ -68,11 +68,7 @@ def clustered(numerators: Sequence[float], denominators: Sequence[float], cluste
   The variance is the linearised one of a ratio over clusters (Cochran, Sampling Techniques, 3rd ed., section 6.3, with
   G / (G - 1)). Wilson's interval is computed with the number of independent observations that would have that variance;
   where the share is 0 or 1, no variance can be seen, and this number is at least one per cluster.
-
-  Args:
-    numerators: one per observation.
-    denominators: one per observation; their sum is positive.
-    clusters: one per observation.
+  There is one numerator, one denominator and one cluster an observation; the sum of the denominators is positive.
   """
   index = _numbered(clusters)
   top = np.bincount(index, np.asarray(numerators, float))
@@ -127,11 +123,7 @@ def paired_difference(first: Sequence[float], second: Sequence[float], clusters:
   Agresti and Min's interval (Statistics in Medicine 24, 2005: Wald's after half a pair is added to each cell of the
   2x2 table) is computed with the number of independent pairs that would have the variance between clusters, as in
   `clustered`; where all pairs differ alike, no variance can be seen, and this number is one per cluster.
-
-  Args:
-    first: 0 or 1 for each pair.
-    second: 0 or 1 for each pair.
-    clusters: one per pair.
+  There are two outcomes, each 0 or 1, and one cluster a pair.
 
   Raises:
     ValueError: there are no pairs.

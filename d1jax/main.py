@@ -2,13 +2,14 @@
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import runpy
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -26,59 +27,32 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, w
 _CHECK = flags.DEFINE_boolean("check", False, "Says whether flags, model and data of a training are there; no more.")
 
 
+_MODES: Mapping[str, tuple[str, str | None]] = {
+  **dict.fromkeys(("grpo", "dpo", "sft"), ("d1jax.recipe", "train")),
+  "eval": ("d1jax.evaluation.command", "eval"),
+  "report": ("d1jax.page.command", "train"),
+  "export": ("d1jax.export", None),
+  "generate": ("d1jax.generation.command", None),
+  "serve": ("d1jax.serving.command", "serve"),
+  "aot": ("d1jax.aot.command", None),
+}
+"""Of each mode the module whose `run` runs it, and the extra that installs what it needs."""
+
+
 def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
   """The function that runs a mode. It is imported late, so that a mistyped flag is answered at once."""
-  if config.mode in ("grpo", "dpo", "sft"):
-    with errors.extra("train"):
-      from d1jax import recipe
-
-    return recipe.run
-  if config.mode == "eval":
-    with errors.extra("eval"):
-      from d1jax.evaluation import command
-
-    return command.run
-  if config.mode == "report":
-    with errors.extra("train"):
-      from d1jax.page import command as page
-
-    return page.run
-  if config.mode == "export":
-    from d1jax import export
-
-    return export.run
+  if config.mode not in _MODES:
+    raise errors.RunError(f"config.mode is {config.mode!r}; known: {', '.join(_MODES)}")
+  module, extra = _MODES[config.mode]
   if config.mode == "generate" and config.chat:
+    module = "d1jax.serving.chat"
+  with errors.extra(extra) if extra else contextlib.nullcontext():
+    found = importlib.import_module(module)
+  if config.mode == "generate" and not config.chat and config.show_steps and found.has_screen():
     from d1jax.serving import chat
 
-    return chat.run
-  if config.mode == "generate":
-    from d1jax.generation import command as generation
-
-    if config.show_steps and generation.has_screen():
-      from d1jax.serving import chat
-
-      return functools.partial(generation.run, live=chat.live)
-    return generation.run
-  if config.mode == "aot":
-    from d1jax.aot import command as aot
-
-    return aot.run
-  if config.mode == "serve":
-    with errors.extra("serve"):
-      from d1jax.serving import command as serving
-
-    return serving.run
-  raise errors.RunError(
-    f"config.mode is {config.mode!r}; known: grpo, dpo, sft, eval, report, export, generate, serve, aot"
-  )
-
-
-def _meet(config: ConfigDict) -> None:
-  """Connects to the other processes of the run."""
-  if "distributed" in config:
-    multihost.initialize(config.workdir if "workdir" in config else config.mode, **config.distributed)
-  else:
-    multihost.check_alone(config.mode)
+    return functools.partial(found.run, live=chat.live)
+  return found.run
 
 
 def _run(argv: Sequence[str]) -> None:
@@ -106,7 +80,10 @@ def _start(config: ConfigDict, stack: contextlib.ExitStack) -> None:
   logging.basicConfig(level=logging.WARNING, force=True)
   logging.getLogger().handlers[0].setFormatter(Formatter("%(levelname)s: %(message)s"))
   cluster.check_xla_flags(os.environ)
-  _meet(config)
+  if "distributed" in config:
+    multihost.initialize(config.workdir if "workdir" in config else config.mode, **config.distributed)
+  else:
+    multihost.check_alone(config.mode)
   multihost.prepare(config.cpu_devices)
   with errors.explained(config.mode, "smaller batches"):
     if not multihost.is_main():  # all processes would print the same
@@ -115,11 +92,6 @@ def _start(config: ConfigDict, stack: contextlib.ExitStack) -> None:
       logging.getLogger().setLevel(logging.ERROR)
     _mode(config)(config)
     multihost.barrier("end")
-
-
-def _parse(argv: list[str]) -> list[str]:
-  """Parses the flags; an error in them is one line."""
-  return read(argv, flags.FLAGS)
 
 
 def read(argv: list[str], values: flags.FlagValues) -> list[str]:
@@ -296,7 +268,7 @@ def _say(message: str) -> None:
 def main() -> None:
   """Runs the command line; a failure is one line on standard error and an exit code (see `d1jax.errors`)."""
   try:
-    app.run(_run, flags_parser=_parse)
+    app.run(_run, flags_parser=lambda argv: read(argv, flags.FLAGS))
   except errors.RunError as error:
     code, message = error.exit_code, str(error)
     lost = errors.is_lost(error) and not multihost.alone()

@@ -149,14 +149,9 @@ def build_denoiser(
 ) -> Denoiser:
   """The denoiser of a network; ids beyond `known_ids` have no meaning and are never drawn.
 
-  Args:
-    network: pure functions.
-    mask_id: the id of the mask token.
-    stop_ids: ids that end a completion.
-    known_ids: the number of ids that the tokenizer has.
-    shift: see `families.Description`.
-    block: the length inside which attention of a block-causal network goes both ways; None: full attention.
-    vocab_shards: the number of devices over which the vocabulary is sharded.
+  `known_ids` is the number of ids that the tokenizer has, `shift` that of `families.Description`, and `block` the
+  length inside which attention of a block-causal network goes both ways (None: full attention). The others are
+  attributes of `Denoiser`.
   """
   denoiser = Denoiser(
     encode=network.encode,
@@ -230,21 +225,10 @@ def build(
 ) -> Model:
   """Builds a model from the sizes of its network.
 
-  Args:
-    size: the sizes of the network.
-    tokenizer: text to ids; None: the ids that `source` names are used.
-    source: the folder of the weights; None: they are drawn.
-    mesh: the devices.
-    rollout_mesh: other devices, for rollouts (`d1jax.parallel.sides.sub_meshes`); None: the same.
-    rules: maps logical axes to mesh axes.
-    rollout_rules: the same in rollouts; None: `rules`.
-    dtype: the dtype of matrix products, and of a frozen base.
-    seed: the seed of all draws.
-    lora: the adapters to train; None: everything is trained.
-    quantize: `int8` or `nf4` stores the projections in few bits.
-    block: the length inside which attention of a block-causal network goes both ways; None: full attention.
-    remat: whether the backward pass recomputes the activations of each layer.
-    unroll: the number of layers that are compiled one after the other, instead of as a loop.
+  `source` is the folder of the weights; without it they are drawn. Without a tokenizer, the ids that `source` names are
+  used. `dtype` is that of matrix products and of a frozen base, and `unroll` the number of layers that are compiled one
+  after the other, instead of as a loop. `rollout_mesh` has other devices for rollouts
+  (`d1jax.parallel.sides.sub_meshes`). The other arguments are those of `from_pretrained`.
 
   Raises:
     ValueError: the mesh does not divide a weight, or the folder lacks one.
@@ -358,16 +342,8 @@ def from_scratch(
 ) -> Model:
   """Makes a model with random weights.
 
-  Args:
-    size: the sizes of the network, or a preset's name, such as `tiny`; the vocabulary grows to the tokenizer's size.
-    tokenizer: text to ids.
-    dtype: this and the following arguments are those of `from_pretrained`.
-    block: the length of the blocks inside which attention goes both ways; None: full attention.
-    mesh: the devices.
-    rules: maps logical axes to mesh axes.
-    rollout_rules: the same in rollouts.
-    remat: whether the backward pass recomputes activations.
-    seed: the seed of the weights and of all other draws.
+  `size` has the sizes of the network, or is the name of a preset, such as `tiny`; the vocabulary grows to the size of
+  the tokenizer. The other arguments are those of `from_pretrained`; `seed` is that of the weights too.
 
   Raises:
     ValueError: the size is unknown, or the mesh does not divide a weight.

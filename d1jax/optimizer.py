@@ -116,17 +116,8 @@ def muon(
   An update of a matrix is its momentum with all singular values set to about 1, scaled so that it is as large as one of
   AdamW. The learning rates of AdamW therefore fit. A network that starts from random weights learns in a fraction of
   the steps.
-
-  Args:
-    learning_rate: this and the following arguments are those of `adamw`.
-    steps: the optimiser steps of the whole run.
-    warmup_steps: the length of the linear warm-up.
-    decay: see `schedule`.
-    b1: AdamW's; the momentum of matrices is 0.95.
-    b2: AdamW's.
-    weight_decay: decoupled, on the matrices alone.
-    max_grad_norm: the global norm to which larger gradients are scaled down.
-    ema_decay: the decay of the average of the weights; None: there is no average.
+  The arguments are those of `adamw`. `b1` and `b2` are AdamW's alone, since the momentum of matrices is 0.95, and the
+  weight decay is on the matrices alone.
   """
   step = optax.contrib.muon(
     schedule(learning_rate, steps, warmup_steps, decay),

@@ -16,7 +16,7 @@ from d1jax.data import demonstrations
 from d1jax.data import pairs as pair_files
 from d1jax.data.pairs import Pair, PairTokens
 from d1jax.diffusion import blocks
-from d1jax.errors import input_checked
+from d1jax.errors import input_checked, reworded
 from d1jax.evaluation import rollout_pairs, subject
 from d1jax.evaluation.evaluator import Evaluator
 from d1jax.files import FileError, parse_json, read_text
@@ -135,10 +135,8 @@ class Preferences:
   def _asking(self, experiment: Experiment) -> Evaluator:
     """The first questions of the training split, asked by the model of an experiment."""
     own, model = self._experiment, experiment.model
-    try:
+    with reworded("rollout."):
       blocks.check(model.denoiser, own.sampler)
-    except ValueError as error:
-      raise ValueError(f"rollout.{error}") from error
     if experiment is own:
       prompts = own.prompts("train")
     else:
@@ -197,10 +195,8 @@ class Preferences:
         raise ValueError(f"{self.path}: {long}: raise them")
       print(f"{self.path}: left out: {long}")
     rows = [found[i] for i in kept]
-    try:
+    with reworded("pairs."):
       train, validating = demonstrations.split(rows, self.config.pairs.held_out, "pairs")
-    except ValueError as error:
-      raise ValueError(f"pairs.{error}") from error
     tokenised = lambda side: pair_files.tokenised(side, self._experiment.tokenizer, self.path)
     self.train, self.held_out = tokenised(train), tokenised(validating) if validating else None
 

@@ -33,9 +33,7 @@ class Publisher:
   def __init__(self, weights: Weights, trainable: Params):
     """Defines the program; nothing is compiled yet.
 
-    Args:
-      weights: the weights of the run.
-      trainable: shapes, types and placements of the trained weights.
+    `trainable` has shapes, types and placements of the trained weights.
 
     Raises:
       ValueError: the mesh does not divide a weight or the heads under `rollout_rules`.

@@ -348,7 +348,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     }
     rest = fingerprints | {"splits": splits}
     results = multihost.from_main(lambda: write_results(recipe.experiment, workdir, outcomes, evaluations, began, rest))
-    recipe.page.draw()
+    recipe.page.close()
   print(report.summary(results, workdir))
   return results
 

@@ -1,21 +1,16 @@
-"""The closing report of a run: a table, sample completions, a picture of the learning curves."""
+"""The closing report of a run: a table and sample completions."""
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from d1jax.evaluation.evaluator import Evaluation, tables
-from d1jax.run.metrics import read_records
-from d1jax.run.workdir import Folder, write_atomically
+from d1jax.run.workdir import Folder
 from d1jax.telemetry import ledger
 
-SMOOTHING = 20
 TITLES = {"sft": "SFT", "dpo": "DPO", "grpo": "diffu-GRPO"}
 """The stages of a run in their order, as readers know them."""
-"""The number of iterations over which training curves are averaged."""
 
 
 def samples(evaluation: Evaluation, count: int = 5) -> list[dict[str, Any]]:
@@ -96,46 +91,3 @@ def reprint(results: dict[str, Any], workdir: Folder) -> dict[str, Any]:
   print(f"{workdir} is finished; this is its result again.\n")
   print(summary(results, workdir))
   return results
-
-
-def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-  """The running mean over up to `window` values, shorter at the start."""
-  total = np.cumsum(np.insert(values, 0, 0.0))
-  end = np.arange(1, len(values) + 1)
-  start = np.maximum(end - window, 0)
-  return (total[end] - total[start]) / (end - start)
-
-
-def plot_learning_curves(workdir: Folder) -> Folder:
-  """Draws `learning_curves.png` from `metrics.jsonl`, with one panel per stage."""
-  records = read_records(workdir / "metrics.jsonl")
-  stages = list(dict.fromkeys(r["stage"] for r in records))
-  figure = Figure(figsize=(5.5 * max(len(stages), 1), 3.8), layout="constrained")
-  axes = figure.subplots(1, max(len(stages), 1), squeeze=False)  # without records, one empty panel is drawn
-  curves = {"sft": [("loss", "loss"), ("validation", "validation: solved")]}
-  curves["grpo"] = [
-    ("reward", "reward"),
-    ("solved", "training: solved"),
-    ("validation", "validation: solved"),
-  ]
-  curves["dpo"] = [
-    ("accuracy", "training: preferred"),
-    ("held_out/accuracy", "held out: preferred"),
-    curves["grpo"][-1],
-  ]
-  for axis, stage in zip(axes[0], stages, strict=bool(stages)):
-    own = [r for r in records if r["stage"] == stage]
-    for name, label in curves[stage]:
-      points = np.asarray([(r["iteration"], r[name]) for r in own if name in r], float).reshape(-1, 2)
-      is_validation = name == "validation" or name.startswith("held_out/")
-      values = points[:, 1] if is_validation else smoothed(points[:, 1], SMOOTHING)
-      if is_validation and np.any(values < 0):  # after fine-tuning on a file, this is minus the held-out loss
-        values, label = -values, "held-out loss"
-      axis.plot(points[:, 0], values, marker="o" if is_validation else None, markersize=4, label=label)
-    axis.set(title="Masked SFT" if stage == "sft" else TITLES[stage], xlabel="iteration", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
-  path, picture = workdir / "learning_curves.png", io.BytesIO()
-  figure.savefig(picture, format="png", dpi=120)
-  write_atomically(path, picture.getvalue())
-  return path

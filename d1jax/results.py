@@ -92,21 +92,15 @@ def write_results(
   began: float,
   rest: dict[str, Any],
 ) -> dict[str, Any]:
-  """Collects the results, and writes them together with completions and learning curves.
+  """Collects the results, and writes them together with completions.
 
-  Args:
-    experiment: the run's experiment.
-    workdir: the run's folder.
-    outcomes: the outcome of each stage.
-    evaluated: the evaluations `before` and `after`; none without a task.
-    began: the start of this attempt (`time.monotonic`).
-    rest: further fields of the results.
+  `evaluated` are the evaluations `before` and `after`, none without a task. `began` is the start of this attempt
+  (`time.monotonic`), and `rest` has further fields of the results.
   """
   config = experiment.config
   final = outcomes[config.mode]
   for name, found in evaluated.items():
     found.write(workdir / "completions" / f"{name}.jsonl")
-  report.plot_learning_curves(workdir)
   total = time.monotonic() - began
   seconds = {stage: round(outcome.seconds, 2) for stage, outcome in outcomes.items()}
   results = {

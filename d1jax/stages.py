@@ -52,13 +52,7 @@ class Stages:
   """The stages of one work directory: what each needs to run, by its name."""
 
   def __init__(self, experiment: Experiment, workdir: Folder, interrupts: Interrupts):
-    """Keeps the arguments; who adds a stage fills the tables.
-
-    Args:
-      experiment: the run's experiment.
-      workdir: the run's folder.
-      interrupts: its stop signals.
-    """
+    """Keeps the arguments; who adds a stage fills the tables."""
     self.experiment, self.workdir, self._interrupts = experiment, workdir, interrupts
     self.page = Page(workdir, experiment.config.report.compare)
     self.config, self._model = experiment.config, experiment.model

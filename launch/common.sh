@@ -140,10 +140,11 @@ finish() {
   exit "$1"
 }
 
-# prefixed TEXT: copies standard input, each line behind the text.
+# prefixed TEXT: copies standard input, each line behind the text; the greetings of JAX's processes are left out.
 prefixed() {
   local line
   while IFS= read -r line || [[ $line ]]; do
+    [[ $line == "[Gloo] Rank "*" is connected to "* ]] && continue
     printf '%s%s\n' "$1" "$line"
   done
 }

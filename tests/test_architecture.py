@@ -20,10 +20,11 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 # A room, and the rooms it may import beside itself, all of which stand above it in this table: no arrow of the import
 # graph runs back up. Files at the top of the package are rooms of their own.
-# `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs, `hub` downloads, and
-# `version` is a number; everybody may use them.
-BASE = {"errors", "files", "helper", "hub", "version"}
+# `columns` writes tables, `files` reads what comes from outside, `errors` says how a run ends, `helper` runs programs,
+# `hub` downloads, and `version` is a number; everybody may use them.
+BASE = {"columns", "errors", "files", "helper", "hub", "version"}
 ALLOWED = {
+  "columns": set(),
   "errors": set(),
   "files": set(),
   "helper": set(),
@@ -31,6 +32,7 @@ ALLOWED = {
   "hub": {"errors"},
   "intervals": set(),
   "keys": set(),
+  "look": set(),
   "microbatch": set(),
   "models": set(),
   "tasks": set(),

@@ -55,12 +55,12 @@ def test_help_names_words_fields_and_commands_that_work(name, capsys):
   assert commands.flags([name, "--help"]) is None
   said = capsys.readouterr().out
   command = commands.COMMANDS[name]
-  assert command.does in said
+  assert command.does in " ".join(said.split())
   for field in command.fields:
     assert re.search(rf"^  --{re.escape(field)}=\S", said, re.MULTILINE), field
   for word in sum(presets.words(command.preset).values(), ()):
     assert re.search(rf"\b{word}\b", said), word
-  assert max(map(len, said.splitlines())) <= 120
+  assert max(map(len, said.splitlines())) <= 80
   for example in command.examples:
     assert f"  d1jax {name} {example}\n" in said
     assert commands.flags([name, *example.split()])

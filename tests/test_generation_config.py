@@ -43,7 +43,7 @@ def test_files_of_others_say_nothing(keys, tmp_path):
     ({"max_new_tokens": 10**9}, "max_new_tokens is 1000000000, expected"),
     (
       {"block_length": 7},
-      "completion_length=18 is not a multiple of block_length=7; correct it, or remove max_new_tok",
+      "completion_length=18 is not a multiple of block_length=7: take 14 or 21; correct it, or remove max_new_tok",
     ),
     ({"factor": float("inf")}, "factor is inf, expected a finite number"),
     ({"remasking": 3}, "remasking is 3, expected the type str"),

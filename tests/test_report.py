@@ -1,9 +1,7 @@
-"""The closing table and the curves."""
+"""The closing report."""
 
-import numpy as np
-
-from d1jax.evaluation.evaluator import table, tables
-from d1jax.report import smoothed, summary
+from d1jax.evaluation.evaluator import tables
+from d1jax.report import summary
 
 ROW = {
   "solved": 0.5,
@@ -15,7 +13,7 @@ ROW = {
 
 
 def test_a_row_shows_shares_in_percent_with_their_intervals():
-  head, rule, row = table({"an arm": ROW}).splitlines()
+  head, rule, row = tables({"an arm": ROW}).splitlines()
   assert head.split() == ["n", "=", "88", "solved", "cell", "accuracy"]
   assert row.split() == ["an", "arm", "50.0%", "[25.0,", "75.0]", "87.5%", "[80.0,", "95.0]"]
   assert len(head) == len(rule) == len(row)
@@ -24,7 +22,7 @@ def test_a_row_shows_shares_in_percent_with_their_intervals():
 def test_the_widest_table_fits_a_terminal_of_80_columns():
   whole = {"n": 123456} | dict.fromkeys(("solved", "cell_accuracy", "well_formed"), 1.0)
   whole |= {f"{name}_interval": [0.999, 1.0] for name in ("solved", "cell_accuracy", "well_formed")}
-  text = table({"SFT + diffu-GRPO": whole})
+  text = tables({"SFT + diffu-GRPO": whole})
   assert max(map(len, text.splitlines())) <= 80
   assert text.count("100.0% [99.9, 100.0]") == 3
 
@@ -38,7 +36,6 @@ def test_mixed_tasks_have_a_table_each():
   assert first.splitlines()[-1].split() == ["an", "arm", "25.0%", "[0.0,", "50.0]"]
   assert [part.splitlines()[1].split()[2] for part in (first, second)] == ["60", "28"]
   assert second.splitlines()[0] == "countdown:"
-  assert tables({"an arm": ROW}) == table({"an arm": ROW})
 
 
 def test_the_summary_names_arms_samples_and_files(tmp_path):
@@ -68,9 +65,3 @@ def test_the_summary_names_arms_samples_and_files(tmp_path):
   del results["before"]
   results["seconds"] = {"sft": 10.4}
   assert "diffu-GRPO" not in summary(results, tmp_path)
-
-
-def test_smoothing_is_a_running_mean():
-  values = np.asarray([1.0, 3.0, 5.0, 7.0])
-  np.testing.assert_allclose(smoothed(values, 2), [1.0, 2.0, 4.0, 6.0])
-  np.testing.assert_allclose(smoothed(values, 10), [1.0, 2.0, 3.0, 4.0])

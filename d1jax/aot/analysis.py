@@ -25,11 +25,7 @@ class Analysis:
   def __init__(self, experiment: Experiment, programs: Programs, chip: Chip, width: int):
     """Stores the arguments; nothing is compiled yet.
 
-    Args:
-      experiment: an experiment that was built on these chips.
-      programs: the programs of an iteration.
-      chip: the kind of the chips.
-      width: the length of the prompts.
+    The experiment was built on these chips, and `width` is the length of the prompts.
     """
     self._chip, self._devices = chip, list(experiment.model.weights.mesh.devices.flat)
     self.experiment, self._width = experiment, width

@@ -69,10 +69,8 @@ def bytes_placed(shapes: Any, placements: Any) -> int:
 def memory(compiled: Any, named: Mapping[str, int], elsewhere: int) -> Memory:
   """The memory of a compiled program.
 
-  Args:
-    compiled: a compiled program of `jax.stages`.
-    named: the bytes of its arguments by kind, as far as they are known.
-    elsewhere: the bytes of other arrays that the run holds.
+  `named` has the bytes of its arguments by kind, as far as they are known, and `elsewhere` those of other arrays that
+  the run holds.
   """
   found = compiled.memory_analysis()
   arguments = dict(named) | {"rest": found.argument_size_in_bytes - sum(named.values())}
@@ -99,10 +97,7 @@ def refusal(message: str, lowered: str) -> Refusal:
 
   The message lists the largest buffers, unless the compiler gave up before it allocated any. In that case, the largest
   arrays of the lowered program are used, which are not yet divided over devices.
-
-  Args:
-    message: the text of the exception.
-    lowered: the program's StableHLO.
+  `message` is the text of the exception, and `lowered` the program's StableHLO.
 
   Raises:
     ValueError: the message is about something else.

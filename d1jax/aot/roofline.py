@@ -41,11 +41,7 @@ class Roofline(NamedTuple):
 def roofline(chip: Chip, flops: float, memory_bytes: float, network_seconds: float) -> Roofline:
   """The times of a program.
 
-  Args:
-    chip: the device.
-    flops: the FLOPs of the device's share.
-    memory_bytes: the bytes that it reads and writes.
-    network_seconds: the seconds of its collectives, see `d1jax.aot.network.seconds`.
+  FLOPs and bytes are those of the device's share; for the network see `d1jax.aot.network.seconds`.
   """
   return Roofline(flops / chip.flops, memory_bytes / chip.hbm_bandwidth, network_seconds)
 

@@ -1,7 +1,9 @@
-"""The result of an analysis as Markdown."""
+"""The result of an analysis as tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from d1jax import columns
 
 GIB = 2**30
 ARGUMENTS = ("trained", "moments", "base", "reference", "weights", "rest")
@@ -13,7 +15,7 @@ SHOWN = 3
 def tables(result: Mapping[str, Any]) -> str:
   """The tables of one analysis: its overview; memory, collectives and time of each program."""
   programs = {name: found for name, found in result["programs"].items() if "memory" in found}
-  parts = [overview([result]), *_refusals(result["programs"])]
+  parts = [columns.table(*overview([result])), *_refusals(result["programs"])]
   if programs:
     parts += ["GiB a chip:", _memory(programs), "Collectives of one run, by what a chip receives:"]
     parts += [_collectives(programs), *_notes(programs), "Seconds of one run, at least:", _times(programs)]
@@ -23,7 +25,11 @@ def tables(result: Mapping[str, Any]) -> str:
   return "\n\n".join(parts)
 
 
-def overview(results: Sequence[Mapping[str, Any]]) -> str:
+Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""The head of a table, and its rows."""
+
+
+def overview(results: Sequence[Mapping[str, Any]]) -> Rows:
   """One row per result: the memory of each program on a chip, and the time of an iteration."""
   rows = []
   for result in results:
@@ -37,9 +43,9 @@ def overview(results: Sequence[Mapping[str, Any]]) -> str:
     name = result["topology"] + (f" x {result['slices']}" if result["slices"] > 1 else "")
     fits = "yes" if result["fits"] else "no"
     gib = f"{result['available'] / GIB:.2f}"
-    rows.append((name, mesh, result["training"], result["rows"], *needs, gib, fits, time, bound, share))
+    rows.append((name, mesh, result["training"], str(result["rows"]), *needs, gib, fits, time, bound, share))
   head = ("topology", "data x fsdp x tensor", "training", "rows", "publish", "rollout", "update", "GiB a chip", "fits")
-  return markdown((*head, "s an iteration", "bound", "compute share"), rows)
+  return (*head, "s an iteration", "bound", "compute share"), rows
 
 
 def _needed(found: Mapping[str, Any]) -> str:
@@ -54,7 +60,7 @@ def _memory(programs: Mapping[str, Any]) -> str:
     sizes += [memory[kind] for kind in ("outputs", "temporaries", "code", "elsewhere", "total")]
     rows.append((name, *(f"{size / GIB:.2f}" if size else "" for size in sizes), f"{found['compile_seconds']:.0f}"))
   head = ("program", *ARGUMENTS, "outputs", "temporaries", "code", "elsewhere", "total", "compile s")
-  return markdown(head, rows)
+  return columns.table(head, rows)
 
 
 def _collectives(programs: Mapping[str, Any]) -> str:
@@ -62,8 +68,10 @@ def _collectives(programs: Mapping[str, Any]) -> str:
   for name, found in programs.items():
     for each in found["collectives"]:
       where = "loops" if each["in_loop"] else "outside"
-      rows.append((name, where, each["kind"], each["count"], f"{each['bytes'] / GIB:.3f}", f"{each['seconds']:.3f}"))
-  return markdown(("program", "where", "kind", "count", "GiB", "seconds"), rows)
+      rows.append(
+        (name, where, each["kind"], str(each["count"]), f"{each['bytes'] / GIB:.3f}", f"{each['seconds']:.3f}")
+      )
+  return columns.table(("program", "where", "kind", "count", "GiB", "seconds"), rows)
 
 
 def _times(programs: Mapping[str, Any]) -> str:
@@ -71,15 +79,9 @@ def _times(programs: Mapping[str, Any]) -> str:
   for name, found in programs.items():
     counts = [f"{found[kind] / 1e15:.3f}" for kind in ("flops", "repeated")]
     seconds = [f"{found['seconds'][kind]:.3f}" for kind in ("compute", "memory", "network")]
-    rows.append((name, found["runs"], *counts, f"{found['traffic'] / GIB:.1f}", *seconds, found["bound"]))
+    rows.append((name, str(found["runs"]), *counts, f"{found['traffic'] / GIB:.1f}", *seconds, found["bound"]))
   head = ("program", "runs", "PFLOP", "repeated", "HBM GiB", "compute", "memory", "network", "bound")
-  return markdown(head, rows)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A Markdown table; all columns except the first are numbers."""
-  lines = [" | ".join(map(str, cells)) for cells in (head, *rows)]
-  return "\n".join([f"| {lines[0]} |", f"|---|{'--:|' * (len(head) - 1)}", *(f"| {line} |" for line in lines[1:])])
+  return columns.table(head, rows)
 
 
 def _refusals(programs: Mapping[str, Any]) -> Iterator[str]:

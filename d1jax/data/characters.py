@@ -1,7 +1,7 @@
 """Characters that a tokenizer cannot read: halves of surrogate pairs, and those that become its unknown token."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 _log = logging.getLogger(__name__)
 
@@ -13,6 +13,15 @@ def check_unicode(text: str) -> None:
   """Raises a ValueError if a text holds half of a surrogate pair, which no tokenizer reads."""
   if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
     raise ValueError(f"the text {text[:80]!r} is not Unicode (half a surrogate pair?); correct it")
+
+
+def check_no_mask(text: str, ids: Sequence[int], mask_id: int) -> None:
+  """Raises a ValueError if the ids of a text hold the mask."""
+  if mask_id in ids:
+    raise ValueError(
+      f"the text {text[:80]!r} becomes the mask (id {mask_id}), which the sampler would fill; change the text,"
+      " or the mask_token_id of config.json if it is an ordinary token"
+    )
 
 
 def is_read(char: str, decoded: str) -> bool:

@@ -33,12 +33,8 @@ _gone: list[int] = []  # Numbers of unused tokenizers, which the process may del
 class ConfinedTokenizer:
   """A `HuggingFaceTokenizer` that lives in the other process; it is built there again where that one had to end.
 
-  Attributes:
-    files: the content of the files that make this tokenizer, by name.
-    vocab: ids from 0 to `vocab - 1` have a meaning, the mask included.
-    mask_id: the id of the mask; if the folder names none, the first id after the tokenizer's own.
-    stop_ids: each ends a completion.
-    pad_id: the id of padding.
+  Its attributes are those of `HuggingFaceTokenizer`. Each method raises a ValueError if the template fails, the text
+  becomes the mask, or either takes too much time or memory.
   """
 
   def __init__(self, files: Mapping[str, bytes]):
@@ -66,63 +62,42 @@ class ConfinedTokenizer:
     self._ask("try_tokenizer", self._vocabulary)
 
   def prompt(self, messages: Sequence[dict[str, str]], prefill: str) -> list[int]:
-    """The ids of a conversation that the model is to continue, the given start of its answer included.
-
-    Raises:
-      ValueError: the template fails, the text becomes a mask, or either takes too much time or memory.
-    """
+    """The ids of a conversation that the model is to continue, the given start of its answer included."""
     names = " and ".join(filter(None, (self._template, self._vocabulary)))
-    ids: list[int] = self._ask("prompt", names, [dict(message) for message in messages], prefill)
-    if self._unk_id in ids:
-      self._unknown.check("".join(message["content"] for message in messages) + prefill)
-    return ids
+    text = "".join(message["content"] for message in messages) + prefill
+    return self._ids("prompt", names, text, [dict(message) for message in messages], prefill)
 
   def completion(self, text: str) -> list[int]:
-    """The ids of an answer: the text, the text that the template writes after an answer, and the end of sequence.
-
-    Raises:
-      ValueError: the text becomes the mask, or takes too much time or memory.
-    """
-    found: list[int] = self._ask("completion", self._vocabulary, text)
-    if self._unk_id in found:
-      self._unknown.check(text)
-    return found
+    """The ids of an answer: the text, the text that the template writes after an answer, and the end of sequence."""
+    return self._ids("completion", self._vocabulary, text, text)
 
   def written(self, messages: Sequence[dict[str, str]], begin_answer: bool) -> str:
-    """A conversation as the chat template writes it; without a template, the contents one after the other.
-
-    Raises:
-      ValueError: the template fails, or takes too much time or memory.
-    """
+    """A conversation as the chat template writes it; without a template, the contents one after the other."""
     name = self._template or self._vocabulary
-    found: str = self._ask("written", name, [dict(message) for message in messages], begin_answer)
-    return found
+    return self._ask("written", name, [dict(message) for message in messages], begin_answer)
 
   def encode(self, text: str) -> list[int]:
-    """The ids that transformers gives a text: special tokens that it spells are special.
-
-    Raises:
-      ValueError: the text becomes a mask, or takes too much time or memory.
-    """
-    found: list[int] = self._ask("encode", self._vocabulary, text)
-    if self._unk_id in found:
-      self._unknown.check(text)
-    return found
+    """The ids that transformers gives a text: special tokens that it spells are special."""
+    return self._ids("encode", self._vocabulary, text, text)
 
   def unknown(self, text: str) -> list[str]:
     """The characters of a text that have no token, each once."""
-    found: list[str] = self._ask("unknown", self._vocabulary, text)
-    return found
+    return self._ask("unknown", self._vocabulary, text)
 
   def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids; special tokens vanish, as do ids beyond the tokenizer."""
-    found: list[str] = self._ask("decode_all", self._vocabulary, [list(map(int, row)) for row in rows])
-    return found
+    return self._ask("decode_all", self._vocabulary, [list(map(int, row)) for row in rows])
 
   def decode_raw(self, rows: Sequence[Sequence[int]]) -> list[str]:
     """The texts of rows of ids with special tokens spelled out; ids beyond the tokenizer vanish."""
-    found: list[str] = self._ask("decode_raw", self._vocabulary, [list(map(int, row)) for row in rows])
-    return found
+    return self._ask("decode_raw", self._vocabulary, [list(map(int, row)) for row in rows])
+
+  def _ids(self, what: str, name: str, text: str, *arguments: Any) -> list[int]:
+    """Ids that the other process makes of a text, whose unknown characters are said."""
+    ids: list[int] = self._ask(what, name, *arguments)
+    if self._unk_id in ids:
+      self._unknown.check(text)
+    return ids
 
   def _ask(self, what: str, name: str, *arguments: Any) -> Any:
     """What the other process answers; `name` is the file that is to blame where it ends."""

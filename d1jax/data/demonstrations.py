@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from d1jax.data.examples import FORMS, Row, checked_text, json_lines
+from d1jax.errors import reworded
 
 SYSTEM_PROMPT = (
   "\nRespond in the following format:\n<reasoning>\nYour reasoning here\n</reasoning>\n<answer>\n...\n</answer>\n"
@@ -163,7 +164,7 @@ def _schema_of(row: Mapping[str, Any]) -> _Schema:
 def _converted(rows: Iterable[Row]) -> Iterator[Demonstration | None]:
   schema = None
   for place, row in rows:
-    try:
+    with reworded(f"{place}: "):
       if not isinstance(row, dict):
         raise ValueError(f"is a JSON {type(row).__name__}, expected an object; write one object a line")
       schema = schema or _schema_of(row)
@@ -171,8 +172,6 @@ def _converted(rows: Iterable[Row]) -> Iterator[Demonstration | None]:
       if missing:
         raise ValueError(f"field {missing[0]!r} is missing, which {schema.name} has; add it, or remove the row")
       yield schema.convert(row)
-    except ValueError as error:
-      raise ValueError(f"{place}: {error}") from None
 
 
 def read(path: str | os.PathLike[str]) -> list[Demonstration]:
@@ -186,10 +185,7 @@ def parse(found: Iterable[Row], name: object) -> list[Demonstration]:
   Text is kept to the letter, but for GSM8K: its calculator marks go, and the white space around reasoning and gold.
   Rows without a final answer, which real files have, are left out, and one warning counts them: an s1K row without
   traces whose solution has no `\boxed{...}`, a MATH row with an empty `answer`.
-
-  Args:
-    found: the rows.
-    name: what messages call the file.
+  `name` is what messages call the file.
 
   Raises:
     ValueError: a row is wrong (the message names its line), or none is left.

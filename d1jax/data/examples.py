@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from d1jax import files
+from d1jax.errors import reworded
 
 FORMS: Mapping[str, tuple[str, ...]] = {
   "messages": ("messages",),
@@ -23,6 +24,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 }
 """The fields that each kind of row must have."""
 
+UNREADABLE = "; check the path, its rights, and that it is UTF-8 text"
 Row = tuple[str, Any]
 """The place of a row, such as `mine.jsonl line 3`, and its value."""
 
@@ -64,10 +66,8 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[Row]:
   Raises:
     ValueError: the file is absent, unreadable or empty, or a line is not JSON; the message names the line.
   """
-  try:
+  with reworded("", UNREADABLE):
     text = files.read_text(Path(path))
-  except files.FileError as error:
-    raise ValueError(f"{error}; check the path, its rights, and that it is UTF-8 text") from None
   if not text.strip():
     raise ValueError(f"{path}: the file is empty; fetch it again")
   for number, _, row in files.json_lines(text, path):
@@ -92,7 +92,7 @@ def parse(rows: Iterable[Row]) -> list[Example]:
   found: list[Example] = []
   first: tuple[str, str] | None = None
   for place, row in rows:
-    try:
+    with reworded(f"{place}: "):
       form = form_of(row)
       first = first or (place, form or "")
       if form != first[1]:
@@ -102,8 +102,6 @@ def parse(rows: Iterable[Row]) -> list[Example]:
           " another kind into a file of their own; sft.data may name a folder of files"
         )
       found += _examples(place, row, first[1])
-    except ValueError as error:
-      raise ValueError(f"{place}: {error}") from None
   return found
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d1jax.files import FileError, decode, parse_json, read_bytes
+from d1jax.errors import reworded
+from d1jax.files import decode, parse_json, read_bytes
 
 CORE = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 """The files that hold a vocabulary."""
@@ -26,6 +27,8 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 MASKS = ("<|MASK|>", "|<MASK>|", "<[MASK]>", "<|mask|>")
 """The masks of SDAR, Fast-dLLM v2, iLLaDA and dllm's models, whose files do not always name them as `mask_token`."""
+
+AGAIN = "; fetch the file again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +66,14 @@ def parse(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
   """Reads a JSON object; an absent file is an empty one, a broken file a ValueError."""
   if name not in files:
     return {}
-  try:
+  with reworded("", AGAIN):
     return parse_json(decode(files[name], name), name, dict)
-  except FileError as error:
-    raise ValueError(f"{error}; fetch the file again") from None
 
 
 def text(files: Mapping[str, bytes], name: str) -> str:
   """The text of a file that is there; a ValueError where it is not UTF-8."""
-  try:
+  with reworded("", AGAIN):
     return decode(files[name], name)
-  except FileError as error:
-    raise ValueError(f"{error}; fetch the file again") from None
 
 
 def with_mask(files: Mapping[str, bytes], mask_id: int) -> dict[str, bytes]:

@@ -187,11 +187,7 @@ class HuggingFaceTokenizer:
     characters.check_unicode(text)
     with backend.library(self._name):
       ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-    if self.mask_id in ids:
-      raise ValueError(
-        f"the text {text[:80]!r} becomes the mask (id {self.mask_id}), which the sampler would fill; change the text,"
-        " or the mask_token_id of config.json if it is an ordinary token"
-      )
+    characters.check_no_mask(text, ids, self.mask_id)
     return ids
 
   @functools.cached_property

@@ -48,11 +48,7 @@ def row_shape(buckets: Sequence[int], completion_buckets: Sequence[int], block: 
   """The width of packed rows, L, and how many demonstrations a row takes, M.
 
   A demonstration fits if prompt and answer together are not longer than a row, whatever bucket each would need alone.
-
-  Args:
-    buckets: allowed prompt lengths.
-    completion_buckets: allowed completion lengths.
-    block: each demonstration takes a multiple of so many tokens; None: as many as it has.
+  The arguments are those of `Packer`.
   """
   size = block or 1
   width = -(-(max(buckets) + max(completion_buckets)) // size) * size
@@ -152,12 +148,7 @@ def packed_batches(packer: Packer, *, seed: int, batch_size: int, position: int 
 
   Each pass has every record once. Its rows are dealt out to as few batches as hold them, like cards, so that these have
   equally many rows, up to one; what a batch lacks is padding.
-
-  Args:
-    packer: the demonstrations.
-    seed: the seed of the order.
-    batch_size: rows a batch.
-    position: the batch to start at.
+  `seed` is that of the order, and `batch_size` counts the rows of a batch.
   """
   grain, count = import_grain(), len(packer.records)
   order = grain.MapDataset.source(packer.records).seed(seed).shuffle().repeat()

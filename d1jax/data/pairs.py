@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from d1jax import files
-from d1jax.data.examples import checked_text
+from d1jax.data.examples import UNREADABLE, checked_text
 from d1jax.data.pipeline import Ids, bucket_for, pad_left
 from d1jax.data.sft_batches import check_buckets, in_buckets, pad_right
 from d1jax.data.tokenizer import Tokenizer
+from d1jax.errors import reworded
 
 KINDS = ("prompt", "messages")
 """The fields that ask; all rows of a file have the same one."""
@@ -114,16 +115,14 @@ def read(path: Any) -> list[Pair]:
   Raises:
     ValueError: the file is absent, unreadable or empty, or a row is wrong; the message names its line.
   """
-  try:
+  with reworded("", UNREADABLE):
     text = files.read_text(path)
-  except files.FileError as error:
-    raise ValueError(f"{error}; check the path, its rights, and that it is UTF-8 text") from None
   found: list[Pair] = []
   kind = ""
   for number, _, row in files.json_lines(text, path):
     if isinstance(row, files.FileError):
       raise ValueError(f"{row}; write one object a line")
-    try:
+    with reworded(f"{path} line {number}: "):
       if not isinstance(row, dict):
         raise ValueError(f"is a JSON {type(row).__name__}, expected an object; write one object a line")
       kinds = [name for name in KINDS if name in row]
@@ -135,8 +134,6 @@ def read(path: Any) -> list[Pair]:
           f"has {kinds[0]!r}, but line {found[0].line} has {kind!r}; give all rows of the file the same one"
         )
       found.append(_pair(row, kind, number))
-    except ValueError as error:
-      raise ValueError(f"{path} line {number}: {error}") from None
   if not found:
     raise ValueError(f"{path}: the file holds no pair; write one object a line")
   return found
@@ -151,13 +148,11 @@ def tokenised(pairs: Sequence[Pair], tokenizer: Tokenizer, path: object) -> Pair
   """
   tokens = PairTokens([], [], [])
   for pair in pairs:
-    try:
+    with reworded(f"{path} line {pair.line}: "):
       chosen, rejected = tokenizer.completion(pair.chosen), tokenizer.completion(pair.rejected)
       if chosen == rejected:
         raise ValueError("chosen and rejected are the same tokens, so that none is preferred; remove the row")
       prompt = tokenizer.prompt(pair.messages, pair.prefill)
-    except ValueError as error:
-      raise ValueError(f"{path} line {pair.line}: {error}") from error
     for side, ids in zip(tokens, (prompt, chosen, rejected), strict=True):
       side.append(ids)
   return tokens
@@ -197,14 +192,7 @@ def pair_batches(
 ) -> Iterator[PairBatch]:
   """An endless stream of pairs, from batch `position` on, in the order of `d1jax.data.sft_batches.sft_batches`.
 
-  Args:
-    tokens: the pairs; those that fit no buckets are left out.
-    seed: the seed of the order.
-    batch_size: pairs a batch.
-    buckets: allowed prompt lengths.
-    answer_buckets: allowed answer lengths, ascending.
-    pad_id: fills both ends.
-    position: the batch to start at.
+  The arguments are those of `sft_batches`; pairs that fit no buckets are left out.
   """
 
   def assemble(first: int, chosen: Sequence[int], width: int) -> PairBatch:

@@ -71,13 +71,7 @@ def prompt_batch(
 ) -> PromptBatch:
   """Lays out the chosen prompts, each `num_generations` times in a row, in the smallest bucket that holds them all.
 
-  Args:
-    prompts: token ids of every record.
-    chosen: the records of this batch.
-    first: the sample id of the first row; the others count on.
-    num_generations: completions a prompt.
-    buckets: allowed prompt lengths.
-    pad_id: fills the left.
+  `first` is the sample id of the first row; the others count on. For the other arguments see `prompt_batches`.
   """
   width = bucket_for(max(len(prompts[i]) for i in chosen), buckets)
   if width is None:

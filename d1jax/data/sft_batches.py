@@ -192,13 +192,7 @@ def padding(
 
   Tokens used are those of prompts and completions; tokens computed are the sizes of their buckets. The few rows that
   share a batch of larger buckets compute a little more.
-
-  Args:
-    prompts: token ids of every record.
-    completions: token ids of the answers, stop id included.
-    prompt_buckets: allowed prompt lengths.
-    completion_buckets: allowed completion lengths, ascending.
-    truncate: as in `sft_batches`; tokens that are cut off do not count.
+  The arguments are those of `sft_batches`; tokens that are cut off do not count.
 
   Raises:
     ValueError: the completion buckets do not ascend.

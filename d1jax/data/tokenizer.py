@@ -9,6 +9,7 @@ import sentencepiece
 
 from d1jax.data import characters, chat, folder
 from d1jax.data.confined import ConfinedTokenizer
+from d1jax.errors import reworded
 
 MASK_PIECE = "<mask>"
 MODEL_TYPES = ("char", "unigram", "bpe")
@@ -89,10 +90,8 @@ def load(path: Path) -> Tokenizer | None:
   files = folder.read(path)
   if not any(name in files for name in (*folder.CORE, *folder.EXTRAS)):
     return None
-  try:
+  with reworded(f"{path}: "):
     return from_files(files)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
 
 
 def from_files(files: Mapping[str, bytes]) -> Tokenizer:
@@ -256,9 +255,5 @@ class SentencePieceTokenizer:
     ids: list[int] = self._processor.encode(text)
     if self._processor.unk_id() in ids:
       self._unknown.check(text)
-    if self.mask_id in ids:
-      raise ValueError(
-        f"the text {text[:80]!r} becomes the mask (id {self.mask_id}), which the sampler would fill; change the text,"
-        " or the mask_token_id of config.json if it is an ordinary token"
-      )
+    characters.check_no_mask(text, ids, self.mask_id)
     return ids

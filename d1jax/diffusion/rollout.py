@@ -56,9 +56,18 @@ class SamplerSpec:
   max_reveal: int = 4
 
   def __post_init__(self) -> None:
-    if min(self.block_length, self.completion_length) < 1 or self.completion_length % self.block_length:
+    if min(self.block_length, self.completion_length) < 1:
       raise ValueError(
-        f"completion_length={self.completion_length} is not a multiple of block_length={self.block_length}"
+        f"completion_length={self.completion_length} and block_length={self.block_length} must be at least 1"
+      )
+    if beyond := self.completion_length % self.block_length:
+      near = {
+        max(self.completion_length - beyond, self.block_length),
+        self.completion_length - beyond + self.block_length,
+      }
+      raise ValueError(
+        f"completion_length={self.completion_length} is not a multiple of block_length={self.block_length}: take"
+        f" {' or '.join(map(str, sorted(near)))}"
       )
     if self.diffusion_steps < self.blocks or self.diffusion_steps % self.blocks:
       raise ValueError(
@@ -110,6 +119,15 @@ class SamplerSpec:
     length = -(-self.completion_length // block) * block
     steps = length // size * min(size, max(1, round(size * self.diffusion_steps / self.completion_length)))
     return dataclasses.replace(self, completion_length=length, block_length=size, diffusion_steps=steps)
+
+  def resized(self, length: int, block: int, per_step: float | None = None) -> "SamplerSpec":
+    """The same sampler for completions and blocks of other lengths.
+
+    A step unmasks `per_step` tokens; None: as many as before.
+    """
+    per_step = per_step or self.completion_length / self.diffusion_steps
+    steps = length // max(block, 1) * max(1, round(block / per_step))
+    return dataclasses.replace(self, completion_length=length, block_length=block, diffusion_steps=steps)
 
   def greedy(self) -> "SamplerSpec":
     """The same sampler at temperature 0 and without a cache: what validations complete with."""

@@ -1,7 +1,6 @@
 """`--config=configs/eval.py`: completes and grades (or resumes), and writes items, numbers and a report."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import sys
@@ -108,9 +107,13 @@ def _row(arm: Arm, folder: Folder) -> output.Row:
 
 def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: Folder, interrupts: Interrupts) -> None:
   """Runs every batch with missing items; each process grades its rows, and process 0 writes all items."""
-  completer, params = Completer.of(found.experiment.model, keys.Purpose.EVALUATION), found.params()
+  completer = Completer.of(found.experiment.model, keys.Purpose.EVALUATION)
+  completer.announce = subject.saying
+  with subject.saying("publishing the weights"):
+    params = found.params()
   for arm in arms:
-    done = set(map(tuple, multihost.from_main(functools.partial(_done, folder, arm))))
+    places = lambda arm=arm: [(item.seed, item.sample, item.index) for item in output.read_items(folder, arm.name)]
+    done = set(map(tuple, multihost.from_main(places)))
     evaluator = Evaluator(completer, arm.prompts, arm.sampler, _batch_size(config, found))
     for seed, sample in arm.draws:
       for batch, rows in enumerate(evaluator.batches):
@@ -158,10 +161,6 @@ def _complete(config: ConfigDict, found: Subject, arms: Sequence[Arm], folder: F
         print(f"{arm.name}  seed {seed}  sample {sample}  batch {batch + 1}/{len(evaluator.batches)}", flush=True)
         if interrupts.pending():
           raise interrupts.error(f"{arm.name} batch {batch + 1}")
-
-
-def _done(folder: Folder, arm: Arm) -> list[tuple[int, int, int]]:
-  return [(item.seed, item.sample, item.index) for item in output.read_items(folder, arm.name)]
 
 
 def _arms(config: ConfigDict, found: Subject) -> Iterator[Arm]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from d1jax import keys
+from d1jax import columns, keys
 from d1jax.completer import Completer
 from d1jax.data.pipeline import bucket_for, pad_left
 from d1jax.data.tokenizer import Tokenizer
@@ -149,12 +149,8 @@ def grade_completions(
 def grade_text(task: Task, record: Record, shown: str, raw: str, protocol: str) -> Grade:
   """The grade of one completion; with a protocol other than `strict`, it also has the metrics of `strict`.
 
-  Args:
-    task: the grader.
-    record: the question.
-    shown: the text that `strict` reads, which is the prefill and the text up to the stop.
-    raw: the text that other protocols read.
-    protocol: the protocol of the grade.
+  `shown` is the text that `strict` reads, which is the prefill and the text up to the stop, and `raw` the text that
+  other protocols read.
   """
   strict = checked.grade(task, shown, record)
   if protocol == "strict":
@@ -288,32 +284,32 @@ def evaluate(
   return Evaluator(completer, prompts, sampler, batch_size)(model.params if params is None else params)
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-  """A table of shares in percent with their 95% intervals, one row per arm, in at most 80 columns."""
-  first = next(iter(rows.values()))
-  metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in first]
-  head = f"n = {first['n']:<12}" + "".join(f"{name.replace('_', ' '):>21}" for name in metrics)
-  lines = [head, "-" * len(head)]
-  for name, row in rows.items():
-    cells = ""
-    for metric in metrics:
-      low, high = row[f"{metric}_interval"]
-      cells += f"{100 * row[metric]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]".rjust(21)
-    lines.append(f"{name:<16}{cells}")
-  return "\n".join(lines)
-
-
 def tables(rows: Mapping[str, Mapping[str, Any]]) -> str:
-  """The table of a task, or of each task of a mix."""
+  """The shares of a task in percent with their 95% intervals, one row per arm; of a mix, a table for each task."""
   first = next(iter(rows.values()))
   tasks = dict.fromkeys(name.rpartition("/")[0] for name in first if "/" in name)
   if not tasks:
-    return table(rows)
+    return _shares(rows)
   found = []
   for task in tasks:
     own = {
       name: {k.removeprefix(f"{task}/"): v for k, v in row.items() if k.startswith(f"{task}/")}
       for name, row in rows.items()
     }
-    found.append(f"{task}:\n" + table({name: row | {"n": row["solved_n"]} for name, row in own.items()}))
+    found.append(f"{task}:\n" + _shares({name: row | {"n": row["solved_n"]} for name, row in own.items()}))
   return "\n\n".join(found)
+
+
+def _shares(rows: Mapping[str, Mapping[str, Any]]) -> str:
+  """The table of one task."""
+  first = next(iter(rows.values()))
+  metrics = [name for name in ("solved", "cell_accuracy", "well_formed") if name in first]
+  cells = []
+  for name, row in rows.items():
+    ends = [row[f"{metric}_interval"] for metric in metrics]
+    shares = [
+      f"{100 * row[metric]:.1f}% [{100 * low:.1f}, {100 * high:.1f}]"
+      for metric, (low, high) in zip(metrics, ends, strict=True)
+    ]
+    cells.append([name, *shares])
+  return columns.table([f"n = {first['n']}", *(name.replace("_", " ") for name in metrics)], cells)

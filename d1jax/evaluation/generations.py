@@ -21,6 +21,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from d1jax import tasks
+from d1jax.errors import reworded
 from d1jax.evaluation import output
 from d1jax.evaluation.evaluator import grade_text
 from d1jax.evaluation.items import Item, append, question_id
@@ -230,10 +231,8 @@ def _is_count(value: object) -> bool:
 def _generation(place: str, row: Any, task: str, setup: str, length: int) -> Generation:
   """Checks one row, and reads it in the layout that its fields show."""
   if isinstance(row, dict) and isinstance(row.get("generations"), str):
-    try:
+    with reworded(f"{place}: ", kind=DataError):
       record = d1_evaluation.record(task, row)
-    except ValueError as error:
-      raise DataError(f"{place}: {error}") from None
     raw = row["generations"]
     return Generation(setup, record, raw, PREFILL + cut(raw), length, place=place)
   if not isinstance(row, dict) or not isinstance(row.get("record"), dict) or not isinstance(row.get("text"), str):

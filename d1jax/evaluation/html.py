@@ -5,6 +5,7 @@ content security policy allows no script but its own.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from d1jax import look
 from d1jax.evaluation.items import Item
 from d1jax.evaluation.plots import plots
 from d1jax.evaluation.summary import columns, verdict
@@ -43,12 +45,9 @@ def render(results: Mapping[str, Any], items: Sequence[Item]) -> str:
     HTML that can be encoded in UTF-8, whatever the items contain.
   """
   accuracy, arms = ACCURACY[results["protocol"]], results["arms"]
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  )
-  script = (_HERE / "report.js").read_text(encoding="utf-8")
   samples = _samples(arms, items, accuracy)
-  page = environment.get_template("report.html.jinja").render(
+  return written(
+    _HERE / "report",
     tasks=list(dict.fromkeys(arm["task"] for arm in arms)),
     about=_about(results, accuracy),
     details=json.dumps({name: value for name, value in results.items() if name != "arms"}, indent=2),
@@ -60,16 +59,31 @@ def render(results: Mapping[str, Any], items: Sequence[Item]) -> str:
     all=len(items),
     limit=LIMIT,
     samples=Markup(embedded(samples)),
-    style=Markup(base_style()),
+  )
+
+
+def written(stem: Path, style: str = "", **values: Any) -> str:
+  """The text of the page of a template, `STEM.html.jinja`, with its script, `STEM.js`.
+
+  `style` stands behind the style sheet of all pages: colours for light and dark, type, tables.
+  """
+  script = stem.with_suffix(".js").read_text(encoding="utf-8")
+  page = _template(stem).render(
+    **values,
+    style=Markup(look.css() + (_HERE / "report.css").read_text(encoding="utf-8") + style),
     script=Markup(script),
     script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
   )
   return _UNPRINTABLE.sub("\ufffd", page)
 
 
-def base_style() -> str:
-  """The style sheet of pages: colours for light and dark, type, tables."""
-  return (_HERE / "report.css").read_text(encoding="utf-8")
+@functools.cache
+def _template(stem: Path) -> jinja2.Template:
+  """A compiled template."""
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(stem.parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+  )
+  return environment.get_template(f"{stem.name}.html.jinja")
 
 
 def embedded(value: Any) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,11 @@ def question_id(record: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
+_FORMS = {float: int | float, float | None: int | float | None}
+"""The JSON types of types, where they are others."""
 _KINDS: Mapping[str, Any] = {
-  **dict.fromkeys(("task", "question", "cluster", "text"), str),
-  **dict.fromkeys(("length", "seed", "sample", "index"), int),
-  **dict.fromkeys(("temperature", "reward"), int | float),
-  **dict.fromkeys(("record", "metrics"), dict),
-  **dict.fromkeys(("tokens", "forward_passes"), int | None),
-  "answer": str | None,
-  "seconds": int | float | None,
+  name: _FORMS.get(kind, dict if typing.get_origin(kind) is Mapping else kind)
+  for name, kind in typing.get_type_hints(Item).items()
 }
 """The JSON types of an item's fields."""
 

@@ -1,7 +1,6 @@
 """How probable an answer is: `d1jax.log_likelihood(model, ["2 + 2 ="], [" 4"])`."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -244,25 +243,20 @@ def _placed(model: Model, rows: Sequence[_Row]) -> Answers:
 
 def _program(model: Model, kind: str, samples: int, strata: int, cfg_scale: float) -> Any:
   """A program of the model, which keeps it: jit compiles it once a shape."""
+
+  def logps(params: Params, answers: Answers, key: jax.Array) -> jax.Array:
+    key, options = keys.purpose_key(key, keys.Purpose.LIKELIHOOD), dict[str, Any](samples=samples, strata=strata)
+    return answer_logps(model.rollout_denoiser, params, answers, key, cfg_scale=cfg_scale, **options)
+
+  def greedy(params: Params, answers: Answers, key: jax.Array) -> jax.Array:
+    del key
+    return is_greedy(model.rollout_denoiser, params, answers, cfg_scale=cfg_scale)
+
   name = ("likelihood", kind, samples, strata, cfg_scale)
   if name not in model.programs:
     model.programs[name] = jax.jit(
-      functools.partial(_logps if kind == "logps" else _greedy, model, samples, strata, cfg_scale),
+      logps if kind == "logps" else greedy,
       in_shardings=(model.publisher.placement, model.rollout_by_row, model.rollout_replicated),
       out_shardings=model.rollout_replicated,
     )
   return model.programs[name]
-
-
-def _logps(
-  model: Model, samples: int, strata: int, cfg_scale: float, params: Params, answers: Answers, key: jax.Array
-) -> jax.Array:
-  key = keys.purpose_key(key, keys.Purpose.LIKELIHOOD)
-  return answer_logps(model.rollout_denoiser, params, answers, key, samples=samples, strata=strata, cfg_scale=cfg_scale)
-
-
-def _greedy(
-  model: Model, samples: int, strata: int, cfg_scale: float, params: Params, answers: Answers, key: jax.Array
-) -> jax.Array:
-  del samples, strata, key
-  return is_greedy(model.rollout_denoiser, params, answers, cfg_scale=cfg_scale)

@@ -139,6 +139,8 @@ def finish(config: ConfigDict, folder: Folder, identity: Mapping[str, Any], rows
   arms: list[dict[str, Any]] = []
   for row in rows:
     constant = baseline(row.task, row.records, row.style, config.protocol).share(accuracy)
+    with input_checked():
+      numbers = summary.summarise(row.items, accuracy)
     arms.append(
       {
         "name": row.name,
@@ -146,7 +148,7 @@ def finish(config: ConfigDict, folder: Folder, identity: Mapping[str, Any], rows
         "length": row.length,
         "temperature": row.temperature,
         "sampler": None if row.sampler is None else dataclasses.asdict(row.sampler),
-        "summary": _summary(row, accuracy),
+        "summary": numbers,
         "baseline": {"value": constant.value, "interval": [constant.low, constant.high]},
       }
     )
@@ -181,11 +183,6 @@ def finish(config: ConfigDict, folder: Folder, identity: Mapping[str, Any], rows
     more = {"length": row.length, "temperature": row.temperature} if len(rows) > 1 else {}
     print(json.dumps(line | more))
   return results
-
-
-def _summary(row: Row, accuracy: str) -> dict[str, Any]:
-  with input_checked():
-    return summary.summarise(row.items, accuracy)
 
 
 def compared_with(config: ConfigDict) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from d1jax import files
+from d1jax import columns, files
 from d1jax.data.tokenizer import body, prefix
 from d1jax.errors import explained, input_checked, smaller_batches
 from d1jax.evaluation import subject
@@ -50,11 +50,7 @@ def windows(tokens: Sequence[int], before: Sequence[int], width: int) -> Iterato
 
   A window of `width` tokens has one token of context. The last one, which may be shorter, has more, so that the model
   sees `width + 1` tokens: of 0..9 with width 4 the windows are `before | 0 1 2 3`, `3 | 4 5 6 7` and `5 6 7 | 8 9`.
-
-  Args:
-    tokens: of the document.
-    before: the context of the first window.
-    width: the most tokens of a window.
+  `before` is the context of the first window.
   """
   for first in range(0, len(tokens), width):
     end = min(first + width, len(tokens))
@@ -122,11 +118,14 @@ def run(config: ConfigDict) -> dict[str, Any]:
       owner = np.repeat(np.arange(len(texts)), [len(own) for own in cut])
       all_of_them = [window for own in cut for window in own]
       lengths = tuple(sorted({min(2**n, config.window + 1) for n in range(3, 21)}))
+      with subject.saying("publishing the weights"):
+        params = found.params()
+      print(f"0/{len(all_of_them)} windows; each length is compiled when it is first met", flush=True)
       results = scored(
         model,
         [window.context for window in all_of_them],
         [window.tokens for window in all_of_them],
-        params=found.params(),
+        params=params,
         samples=config.mc_num,
         batch_size=config.batch_size or 16,
         prompt_buckets=lengths,
@@ -160,9 +159,11 @@ def _report(
   }
   totals = {name: sum(values) for name, values in counts.items()}
   print(f"{path}: {len(texts)} documents, " + ", ".join(f"{n:,} {name}" for name, n in totals.items()))
-  print(f"{'':<22}{'value':>12}{'+- masks':>12}{'+- documents':>14}")
-  for name, unit in figures.items():
-    print(f"{name.replace('_', ' '):<22}{unit.value:>12.6g}{unit.masks:>12.3g}{unit.documents:>14.3g}")
+  rows = [
+    (name.replace("_", " "), f"{unit.value:.6g}", f"{unit.masks:.3g}", f"{unit.documents:.3g}")
+    for name, unit in figures.items()
+  ]
+  print(columns.table(("", "value", "+- masks", "+- documents"), rows))
   line: dict[str, Any] = {"documents": len(texts)} | totals
   for name, unit in figures.items():
     known = [number if math.isfinite(number) else None for number in unit]

@@ -1,47 +1,21 @@
-"""Plots of an evaluation as SVG for the report: drawn by matplotlib, coloured by the page's style sheet."""
+"""Plots of an evaluation as SVG for the report, coloured by the page's style sheet."""
 
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from d1jax import look
 from d1jax.evaluation.items import Item
 from d1jax.evaluation.summary import verdict
 
-INK = {"ink": "#010101", "muted": "#020202", "rule": "#030303", "right": "#040404", "wrong": "#050505"}
-INK |= {f"line{i}": f"#06060{i}" for i in range(6)}
-"""Colours by name; each is a placeholder in the SVG for the style sheet's `var(--NAME)`."""
-
-MARKERS = "os^Dvp"
-
-STYLE: dict[Any, Any] = {
-  "axes.edgecolor": INK["rule"],
-  "axes.labelcolor": INK["muted"],
-  "axes.spines.right": False,
-  "axes.spines.top": False,
-  "axes.grid": True,
-  "axes.grid.axis": "y",
-  "axes.axisbelow": True,
-  "font.size": 10,
-  "grid.color": INK["rule"],
-  "grid.linewidth": 0.6,
-  "legend.frameon": False,
-  "legend.fontsize": 9,
-  "svg.fonttype": "none",
-  "text.color": INK["ink"],
-  "text.parse_math": False,
-  "xtick.color": INK["muted"],
-  "ytick.color": INK["muted"],
-  "xtick.major.size": 0,
-  "ytick.major.size": 0,
-}
+WIDTH, HEIGHT = 4.6, 3.1
+"""Inches of a plot."""
 
 
 class Plot(NamedTuple):
@@ -49,7 +23,7 @@ class Plot(NamedTuple):
 
   Attributes:
     title: the title.
-    svg: an `<svg>` element without outside references; its colours are `var(--NAME)` of the names in `INK`.
+    svg: an `<svg>` element without outside references; its colours are `var(--NAME)` of the names in `look.LIGHT`.
   """
 
   title: str
@@ -65,7 +39,7 @@ def plots(arms: Sequence[Mapping[str, Any]], items: Sequence[Item], accuracy: st
     accuracy: the name of the metric that is the accuracy.
   """
   found: list[Plot] = []
-  with matplotlib.rc_context(STYLE):
+  with look.styled():
     for task in dict.fromkeys(arm["task"] for arm in arms):
       own = [arm for arm in arms if arm["task"] == task and arm["summary"]["accuracy"] is not None]
       found += [
@@ -81,7 +55,8 @@ def _by_length(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
   lengths = sorted({arm["length"] for arm in arms})
   if len(lengths) < 2:
     return
-  figure, axes = _figure()
+  figure = look.panels(width=WIDTH, height=HEIGHT)
+  axes = figure.axes[0]
   temperatures = sorted({arm["temperature"] for arm in arms})
   for number, temperature in enumerate(temperatures):
     line = sorted((arm for arm in arms if arm["temperature"] == temperature), key=lambda arm: arm["length"])
@@ -92,29 +67,30 @@ def _by_length(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
   constant = {lengths.index(arm["length"]): 100 * arm["baseline"]["value"] for arm in arms if arm["baseline"]}
   if constant:
     x, y = zip(*sorted(constant.items()), strict=True)
-    axes.plot(x, y, color=INK["muted"], linestyle=(0, (4, 3)), linewidth=1.2, label="constant answer")
+    look.line(axes, x, y, "muted", "constant answer", width=1.2)
   axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
   axes.set(xlabel="generation length, tokens", ylabel="accuracy, %", xlim=(-0.4, len(lengths) - 0.6))
   _stay_in_percent(axes)
-  yield _finish(figure, axes, f"{task}: accuracy by generation length")
+  yield _finish(figure, f"{task}: accuracy by generation length")
 
 
 def _by_k(task: str, arms: Sequence[Mapping[str, Any]]) -> Iterator[Plot]:
   """Pass@k against k, with one line per arm."""
   if not arms:
     return
-  figure, axes = _figure()
+  figure = look.panels(width=WIDTH, height=HEIGHT)
+  axes = figure.axes[0]
   ticks = sorted({int(k) for arm in arms for k in arm["summary"]["pass_at"]})
   for number, arm in enumerate(arms):
     points = arm["summary"]["pass_at"]
     shares = [(point["value"], *point["interval"]) for point in points.values()]
-    _line(axes, number, [int(k) for k in points], shares, _name(arm))
+    _line(axes, number, [int(k) for k in points], shares, _name(arm, arms))
   axes.set_xscale("log", base=2)
   axes.set_xticks(ticks, [str(k) for k in ticks])
   axes.xaxis.set_minor_locator(NullLocator())
   axes.set(xlabel="samples k", ylabel="pass@k, %")
   _stay_in_percent(axes)
-  yield _finish(figure, axes, f"{task}: pass@k")
+  yield _finish(figure, f"{task}: pass@k")
 
 
 def _by_tokens(task: str, arms: Sequence[Mapping[str, Any]], items: Sequence[Item], accuracy: str) -> Iterator[Plot]:
@@ -125,55 +101,36 @@ def _by_tokens(task: str, arms: Sequence[Mapping[str, Any]], items: Sequence[Ite
     for name, is_right, shift in (("right", True, -0.16), ("wrong", False, 0.16)):
       tokens = [item.tokens for item in own if item.tokens is not None and verdict(item, accuracy) is is_right]
       if tokens:
-        bars.append((row + shift, INK[name], np.percentile(tokens, (5, 25, 50, 75, 95))))
-  if not bars:
+        bars.append((row + shift, look.LIGHT[name], np.percentile(tokens, (5, 25, 50, 75, 95))))
+  if len({tuple(spread) for _, _, spread in bars}) < 2:  # nothing was graded, or all answers have one length
     return
-  figure, axes = _figure(height=1.2 + 0.42 * len(arms))
+  figure = look.panels(width=WIDTH, height=1.2 + 0.42 * len(arms))
+  axes = figure.axes[0]
   for y, color, (low, first, median, third, high) in bars:
     axes.plot([low, high], [y, y], color=color, linewidth=1.2)
     axes.plot([first, third], [y, y], color=color, linewidth=6, solid_capstyle="butt", alpha=0.5)
     axes.plot([median], [y], color=color, marker="o", markersize=5, linestyle="none")
-  for name, label in (("right", "solved"), ("wrong", "wrong")):
-    axes.plot([], [], color=INK[name], marker="o", markersize=5, linewidth=4, label=label)
-  axes.set_yticks(range(len(arms)), [_name(arm) for arm in arms])
+  for name, y in (("solved", -0.16), ("wrong", 0.16)):
+    color = look.LIGHT["right" if name == "solved" else "wrong"]
+    axes.annotate(name, (0, y), xytext=(4, 0), textcoords="offset points", va="center", color=color, fontsize=9)
+  axes.set_yticks(range(len(arms)), [_name(arm, arms) for arm in arms])
   axes.set(xlabel="effective tokens", xlim=(0, None), ylim=(len(arms) - 0.5, -0.5))
   axes.grid(visible=False, axis="y")
   axes.grid(visible=True, axis="x")
-  axes.spines.left.set_visible(False)
-  yield _finish(figure, axes, f"{task}: effective tokens, solved and wrong")
+  yield _finish(figure, f"{task}: effective tokens, solved and wrong")
 
 
-def _name(arm: Mapping[str, Any]) -> str:
-  """The name of an arm among the arms of its task."""
-  return ", ".join([*([f"length {arm['length']}"] if arm["length"] else []), f"temp. {arm['temperature']:g}"])
+def _name(arm: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> str:
+  """The name of an arm among the arms of its task; a length that all have is left out."""
+  is_alone = len({other["length"] for other in arms}) == 1
+  lengths = [f"length {arm['length']}"] if arm["length"] and not is_alone else []
+  return ", ".join([*lengths, f"temp. {arm['temperature']:g}"])
 
 
-def _figure(height: float = 3.1) -> tuple[Figure, Axes]:
-  figure = Figure(figsize=(4.6, height), layout="constrained")
-  figure.patch.set_visible(False)
-  axes = figure.add_subplot()
-  axes.patch.set_visible(False)
-  return figure, axes
-
-
-def _line(
-  axes: Axes, number: int, x: Sequence[float], shares: Sequence[tuple[float, float, float]], label: str
-) -> None:
+def _line(axes: Axes, number: int, x: Sequence[float], shares: Sequence[tuple[float, float, float]], name: str) -> None:
   """One line of (value, low, high) in percent."""
   value, low, high = 100 * np.asarray(shares).T
-  color = INK[f"line{number % 6}"]
-  axes.errorbar(
-    x,
-    value,
-    yerr=np.maximum([value - low, high - value], 0),
-    color=color,
-    marker=MARKERS[number % 6],
-    markersize=5,
-    linewidth=1.6,
-    elinewidth=1.1,
-    capsize=2.5,
-    label=label,
-  )
+  look.points(axes, x, value, look.LINES[number % len(look.LINES)], name, ends=(low, high))
 
 
 def _stay_in_percent(axes: Axes) -> None:
@@ -181,19 +138,15 @@ def _stay_in_percent(axes: Axes) -> None:
   axes.set_ylim(max(low, -1), min(high, 101))
 
 
-def _finish(figure: Figure, axes: Axes, title: str) -> Plot:
+def _finish(figure: Figure, title: str) -> Plot:
   """The plot as an element of a page: equal numbers give equal bytes, ids are unique, and text stays text."""
-  axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, columnspacing=1.2)
-  buffer = io.StringIO()
-  # Ids are hashes with this salt; the file contains no date, no version and no references to outside.
-  with matplotlib.rc_context({"svg.hashsalt": title}):
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-  text = buffer.getvalue()
+  text = look.svg(figure, title)
   box = re.findall(r'viewBox="[^"]*"', text)[0]
   body = text[text.index(">", text.index("<svg")) + 1 :].strip()
   body = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", body)  # names of groups, which are the same in every plot
   body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
   body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-  for name, color in INK.items():
+  body = re.sub(r"font: ([^;\"]*?) 'DejaVu Sans'[^;\"]*", r"font: \1 sans-serif", body)
+  for name, color in look.LIGHT.items():
     body = body.replace(color, f"var(--{name})")
   return Plot(title, f'<svg class="plot" role="img" aria-label="{escape(title)}" {box}>{body}')

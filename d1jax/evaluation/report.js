@@ -55,7 +55,7 @@ function card(item) {
   show(element("span", summary, "", "asked"), asked.slice(0, 200));
   if (item.answer !== null) show(element("span", summary, "", "answer"), item.answer);
   const list = element("dl", details);
-  for (const [name, value] of Object.entries(records[item.question])) pair(list, name, value);
+  for (const [name, value] of Object.entries(records[item.question])) if (value) pair(list, name, value);
   pair(list, "answer read", item.answer === null ? "none" : item.answer);
   pair(list, "grade", `reward ${item.reward}; ${item.metrics}`);
   if (item.tokens !== null) pair(list, "effective tokens", String(item.tokens));

@@ -29,11 +29,7 @@ class Samples:
   def __init__(self, completer: Completer, prompts: Prompts, expected: Sequence[Ids], sampler: SamplerSpec):
     """Prepares the batches.
 
-    Args:
-      completer: the compiled programs.
-      prompts: the prompts; they have no task.
-      expected: the ids of the right answers.
-      sampler: the sampler; temperature 0 is greedy.
+    The prompts have no task; `expected` are the ids of the right answers.
     """
     self._evaluator = Evaluator(completer, prompts, sampler, len(prompts.ids))
     self._tokenizer = prompts.tokenizer

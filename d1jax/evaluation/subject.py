@@ -1,7 +1,9 @@
 """The evaluated model: a checkpoint of a run, or a model folder that was downloaded or exported."""
 
+import contextlib
 import dataclasses
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.publish import Publisher
 from d1jax.run import experiment as experiments
-from d1jax.run import run_tokenizer
+from d1jax.run import opening, run_tokenizer
 from d1jax.run.checkpoint import Checkpoints, is_step
 from d1jax.run.experiment import Experiment
 from d1jax.run.identity import STAGES
@@ -22,6 +24,11 @@ from d1jax.run.workdir import Folder, folder, is_workdir
 from d1jax.source import fetch
 from d1jax.state import Frozen, Params, TrainState, merge_for_rollout
 from d1jax.weights import check_base
+
+
+def saying(what: str) -> AbstractContextManager[None]:
+  """Says on standard error what takes long, and how long it took; standard output is for results."""
+  return opening.timed(harmless(what), on_stderr=True) if multihost.is_main() else contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +158,8 @@ def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Para
       abstract = experiment.model.weights.abstract_state(experiment.optimizer(section, section.steps))
     except (AttributeError, KeyError, TypeError) as error:
       raise ValueError(f"the configuration in checkpoint {found.home} is not that of a run ({error})") from error
-  home, trainable = found.trainable(abstract)
+  with saying(f"reading {found.home}"):
+    home, trainable = found.trainable(abstract)
   with input_checked():
     check_base(experiment.model.weights, metadata)
   return home, experiment, trainable
@@ -187,7 +195,9 @@ def load(config: ConfigDict) -> Subject:
     experiment = dataclasses.replace(experiment, sampler=sampler)
     if weights.source is not None and (start := weights.source.as_start()) and multihost.is_main():
       print(harmless(start), file=sys.stderr)
-    trainable = weights.start(weights.base_dtype)
+    with saying(f"reading {config.pretrained}"):
+      trainable = weights.start(weights.base_dtype)
+      jax.block_until_ready(trainable)
   home = Path("runs") / "eval"
   return Subject(
     config.pretrained, home, experiment, trainable, experiment.model.weights.frozen, fingerprint(trainable)

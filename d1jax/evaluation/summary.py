@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from d1jax import columns as layout
 from d1jax.evaluation.items import Item
 from d1jax.intervals import Share, clustered, mcnemar, over_seeds, paired_difference, pass_at
 
@@ -74,7 +75,8 @@ def summarise(items: Sequence[Item], accuracy: str) -> dict[str, Any]:
   if count > 1 and accuracy in metrics and _is_binary(items, accuracy):
     known = [question for question in questions if verdict(question[0], accuracy) is not None]
     right = [sum(bool(verdict(item, accuracy)) for item in question) for question in known]
-    pooled = functools.partial(_by_cluster, clusters=[question[0].cluster for question in known])
+    clusters = [question[0].cluster for question in known]
+    pooled = lambda values: _shown(clustered(values, [1] * len(values), clusters))
     ks = [2**i for i in range(count.bit_length()) if 2**i < count] + [count]
     found["pass_at"] = {str(k): pooled([pass_at(count, c, k) for c in right]) for k in ks}
     found["majority"] = pooled([float(_majority(question, accuracy)) for question in known])
@@ -167,17 +169,10 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A plain table of arms for the terminal, see `columns`; lines have at most 120 characters for short task names and
-  a static schedule.
-  """
+  """A plain table of arms for the terminal, see `columns`."""
   shown = columns(rows)
-  widths = [max(map(len, (column.head, *column.cells))) for column in shown]
-  lines = [[column.head for column in shown], ["-" * width for width in widths]]
-  lines += [list(cells) for cells in zip(*(column.cells for column in shown), strict=True)]
-  return "\n".join(
-    "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-    for line in lines
-  )
+  keys = sum(column.head in ("task", "length", "temp", "mode") for column in shown)
+  return layout.table([column.head for column in shown], list(zip(*(each.cells for each in shown), strict=True)), keys)
 
 
 def _check_arm(items: Sequence[Item], accuracy: str) -> None:
@@ -234,10 +229,6 @@ def _pooled(items: Sequence[Item], name: str) -> dict[str, Any] | None:
 
 def _shown(share: Share) -> dict[str, Any]:
   return {"value": share.value, "interval": [share.low, share.high]}
-
-
-def _by_cluster(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]:
-  return _shown(clustered(values, [1] * len(values), clusters))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -68,10 +68,7 @@ MOST_TERSE = 32
 def begun(texts: Sequence[str], hidden: Sequence[bool], record: Record) -> Board | None:
   """The board of an answer that is not finished, if it is terse: its first 16 tokens are the cells.
 
-  Args:
-    texts: the texts of all tokens.
-    hidden: which of them are masked.
-    record: a record of the task `sudoku`.
+  `texts` are those of all tokens, and `hidden` says which of them are masked.
   """
   cells = [*zip(texts, hidden, strict=True)][:CELLS]
   if not CELLS <= len(texts) <= MOST_TERSE or any(not (away or re.fullmatch("[0-9]", text)) for text, away in cells):
@@ -83,9 +80,7 @@ def begun(texts: Sequence[str], hidden: Sequence[bool], record: Record) -> Board
 def of(texts: Sequence[str], record: Record) -> Board | None:
   """The board of an answer to a Sudoku: the last 16 digits in a row; None if the answer has none.
 
-  Args:
-    texts: the texts of the answer's tokens.
-    record: a record of the task `sudoku`.
+  `texts` are those of the answer's tokens, and `record` is one of the task `sudoku`.
   """
   places = [(char, token) for token, text in enumerate(texts) for char in text]
   found = re.findall(r"(?<!\d)\d{16}(?!\d)", "".join(char for char, _ in places))

@@ -86,10 +86,7 @@ class Canvas:
 def of(generation: Generation, tokenizer: Tokenizer, record: Record | None = None) -> Canvas:
   """The canvas of a completion.
 
-  Args:
-    generation: the completion.
-    tokenizer: the model's tokenizer.
-    record: the question, if it is known; a Sudoku is drawn as a grid.
+  A Sudoku is drawn as a grid if its question, `record`, is known.
   """
   ids = generation.tokens.tolist()
   ended = ids[generation.length - 1] in tokenizer.stop_ids
@@ -145,10 +142,6 @@ def layout(texts: Sequence[str], columns: int) -> list[list[Glyph]]:
   """Breaks texts into lines: at line breaks, between words, and inside words that are longer than a line.
 
   A space or the sign of a line break stays on the line of its word, and may exceed the line by one column.
-
-  Args:
-    texts: the texts of the tokens.
-    columns: the width of a line.
   """
   lines: list[list[Glyph]] = [[]]
   used = 0

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from d1jax import files
+from d1jax import files, keys
+from d1jax.completer import Completer
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion.blocks import check
 from d1jax.diffusion.rollout import SamplerSpec
@@ -81,7 +82,10 @@ def _answer(
     style = experiment.config.task.style
     questions = [puzzle.Question.of(config.task, record, style) for record in records]
     texts = [question.prompt for question in questions] or prompts
-    prefill, params = config.prefill or (questions[0].prefill if questions else ""), found.params()
+    prefill = config.prefill or (questions[0].prefill if questions else "")
+    with subject.saying("publishing the weights"):
+      params = found.params()
+    Completer.of(experiment.model, keys.Purpose.EVALUATION).announce = subject.saying
     if live and len(texts) * config.samples == 1 and not sampler.cfg_scale and sampler.cache == "none":
       one = live(
         experiment.model,
@@ -169,13 +173,9 @@ def sampler_of(config: ConfigDict, trained: SamplerSpec) -> SamplerSpec:
   """The sampler of answers; fields that are not set are those of the rollouts, including the tokens per step."""
   length = trained.completion_length if config.length is None else config.length
   block = min(trained.block_length, length) if config.block_length is None else config.block_length
-  per_step = config.tokens_per_step or trained.completion_length / trained.diffusion_steps
   trained = trained.with_cache(config.cache or trained.cache)
   return dataclasses.replace(
-    trained,
-    completion_length=length,
-    block_length=block,
-    diffusion_steps=length // max(block, 1) * max(1, round(block / per_step)),
+    trained.resized(length, block, config.tokens_per_step),
     temperature=config.temperature,
     cfg_scale=trained.cfg_scale if config.cfg_scale is None else config.cfg_scale,
     remasking=config.remasking or trained.remasking,

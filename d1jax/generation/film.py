@@ -12,12 +12,13 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from d1jax import look
 from d1jax.generation import board as boards
 from d1jax.generation.canvas import GIVEN, NEVER, SCALE, Canvas, Glyph, evenly, layout, rgb
 from d1jax.run.workdir import write_atomically
 
 MOST_FRAMES = 240
-PILL = (45, 49, 58)
+PILL = look.rgb(look.DARK["rule"])
 """The colour of a masked token."""
 
 MOST_CANVASES = 8
@@ -27,8 +28,8 @@ _SIZE, _CELL, _LINE, _MARGIN = 18, 11, 29, 28  # pixels: letters, their grid, th
 _PROMPT_LINES = 5
 _FIRST, _SHORTEST, _LONGEST, _LAST = 700, 40, 500, 3000  # milliseconds
 _WHOLE = 8000  # milliseconds of all steps together, if that is neither too fast nor too slow
-_BACKGROUND, _DIM, _BRIGHT, _WHITE = (21, 23, 28), (125, 132, 145), (222, 226, 232), (255, 255, 255)
-_RED, _GREEN = (240, 98, 98), (110, 200, 130)
+_BACKGROUND, _DIM, _BRIGHT = (look.rgb(look.DARK[name]) for name in ("paper", "muted", "ink"))
+_RED, _GREEN, _WHITE = look.rgb(look.DARK["wrong"]), look.rgb(look.DARK["right"]), (255, 255, 255)
 _SQUARE, _GAP = 78, 12  # pixels: a cell of a Sudoku, the space between its boxes
 _GRID = ImageFont.Layout.BASIC  # every letter has a whole number of pixels
 
@@ -50,10 +51,6 @@ def check(path: Path) -> None:
 
 def save(path: Path, canvases: Sequence[Canvas]) -> None:
   """Writes a film of completions, one after the other, in an endless loop.
-
-  Args:
-    path: the path of the file.
-    canvases: the completions.
 
   Raises:
     ValueError: see `check`.

@@ -130,13 +130,10 @@ class Changes(NamedTuple):
         f"max_tokens={length} is no multiple of the block length {block}: take"
         f" {max(length // block, 1) * block} or {-(-length // block) * block}"
       )
-    steps = spec.diffusion_steps
     if self.max_tokens is not None or self.tokens_per_step is not None:
-      per_step = self.tokens_per_step or spec.completion_length / spec.diffusion_steps
-      steps = length // block * max(1, round(block / per_step))
-    temperature = spec.temperature if self.temperature is None else float(self.temperature)
+      spec = spec.resized(length, block, self.tokens_per_step)
     return dataclasses.replace(
-      spec, completion_length=length, block_length=block, diffusion_steps=steps, temperature=temperature
+      spec, temperature=spec.temperature if self.temperature is None else float(self.temperature)
     )
 
 

@@ -41,13 +41,7 @@ def show(canvas: Canvas, *, columns: int, colored: bool) -> str:
 
 
 def frame(canvas: Canvas, *, columns: int, colored: bool) -> list[str]:
-  """The lines of a canvas that is not finished, after its last step.
-
-  Args:
-    canvas: what is revealed, and the masks to draw.
-    columns: the width of the terminal.
-    colored: whether the terminal supports colours.
-  """
+  """The lines of a canvas that is not finished, after its last step."""
   last = canvas.total - 1
   return _picture(canvas, last, last - 1, columns, colored)
 

@@ -46,13 +46,7 @@ def empty(
 ) -> Cache:
   """A cache of zeros; the first window must cover the canvas.
 
-  Args:
-    valid: false at padding.
-    layers: the number of layers.
-    kv_heads: K.
-    head_size: H.
-    dtype: the compute dtype.
-    constrain: sets the placement of the cache.
+  `valid` is false at padding, `dtype` is the compute dtype, and `constrain` sets the placement of the cache.
   """
   zeros = jnp.zeros((layers, *valid.shape, kv_heads, head_size), dtype)
   return Cache(constrain(zeros, AXES), constrain(zeros, AXES), constrain(valid, ("batch", None)))

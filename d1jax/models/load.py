@@ -39,11 +39,7 @@ def load(
 ) -> Loaded:
   """Reads a whole folder onto the first device; `read` does the same for any placement.
 
-  Args:
-    folder: a folder with config.json and safetensors.
-    dtype: the dtype of weights and matrix products.
-    quantized: `int8` or `nf4` stores the projections in few bits.
-    rows: the smallest vocabulary; see `read`.
+  The arguments are those of `read`; `rows` is the size of the smallest vocabulary.
   """
   description = describe(folder)
   network = transformer.build(families.with_rows(description.size, rows), dtype=dtype)
@@ -205,7 +201,9 @@ def _fill(files: TensorFiles, tensors: list[str], path: names.Path, leaf: Any, p
   parts: list[list[jax.Array]] = [[] for _ in leaves]
   for device in indices[0]:
     spans = [_spans(index[device], x.shape) for index, x in zip(indices, leaves, strict=True)]
-    buffers = jax.tree.unflatten(structure, [_empty(x, span, device) for x, span in zip(leaves, spans, strict=True)])
+    sizes = [[last - first for first, last in span] for span in spans]
+    zeros = [jnp.zeros(size, x.dtype, device=device) for x, size in zip(leaves, sizes, strict=True)]
+    buffers = jax.tree.unflatten(structure, zeros)
     write = _writer(device, stacked, transposed, quantized if isinstance(leaf, Quantized) else "")
     for layer in range(*spans[0][0]) if stacked else (0,):
       for piece, start in _pieces(files, tensors[layer], spans[0][stacked:], transposed, isinstance(leaf, Quantized)):
@@ -225,10 +223,6 @@ Spans = list[tuple[int, int]]
 
 def _spans(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Spans:
   return [s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True)]
-
-
-def _empty(x: Any, spans: Spans, device: Any) -> jax.Array:
-  return jnp.zeros([last - first for first, last in spans], x.dtype, device=device)
 
 
 def _pieces(

@@ -117,10 +117,7 @@ def _each_target(spec: LoraSpec, blocks: Params, make: Callable[[Any, int], Adap
 def init(key: Key[Array, ""], spec: LoraSpec, shapes: Params) -> Params:
   """Draws a new adapter tree: `a` is uniform in +-1/sqrt(in) as in PEFT, `b` is zero.
 
-  Args:
-    key: the key of the draws.
-    spec: the settings.
-    shapes: the network's parameters or their shapes; every leaf is dense.
+  `shapes` are the network's parameters or their shapes; every leaf is dense.
   """
 
   def make(w: Any, index: int) -> Adapter:

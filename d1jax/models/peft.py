@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d1jax.files import FileError, read_json, write_check
+from d1jax.errors import reworded
+from d1jax.files import read_json, write_check
 from d1jax.models.families import FAMILIES
 from d1jax.models.family import shown
 from d1jax.models.lora import PROJECTIONS, Adapter, LoraSpec
@@ -126,10 +127,8 @@ def _scheme_of(tensors: Collection[str]) -> Scheme:
 
 def _options(path: Path) -> LoraSpec:
   """The settings in an adapter_config.json, without the targets; raises an error for unsupported options."""
-  try:
+  with reworded("", "; point to the folder of a LoRA adapter"):
     config = read_json(path, dict)
-  except FileError as error:
-    raise ValueError(f"{error}; point to the folder of a LoRA adapter") from None
   numbers = {
     "r": config.get("r"),
     "lora_alpha": config.get("lora_alpha"),
@@ -146,10 +145,8 @@ def _options(path: Path) -> LoraSpec:
   rslora = config.get("use_rslora") or False
   if not isinstance(rslora, bool):
     raise ValueError(f"{path}: use_rslora={shown.repr(rslora)} is neither true nor false")
-  try:
+  with reworded(f"{path} is not the configuration of a LoRA adapter (", ")"):
     spec = LoraSpec(rank, alpha, dropout, rslora=rslora)
-  except ValueError as error:
-    raise ValueError(f"{path} is not the configuration of a LoRA adapter ({error})") from None
   if spec.scale > LARGEST_SCALE:
     raise ValueError(f"{path}: lora_alpha={alpha:g} is more than {LARGEST_SCALE:g} times r={rank}; correct it")
   start = config.get("init_lora_weights", True)
@@ -166,12 +163,7 @@ def _options(path: Path) -> LoraSpec:
 def save(folder: Path, adapter: Params, spec: LoraSpec, *, base: str, scheme: Scheme) -> None:
   """Writes an adapter folder that PEFT loads.
 
-  Args:
-    folder: the folder, which is made.
-    adapter: the adapter tree.
-    spec: its settings.
-    base: the name or folder of the base model.
-    scheme: the names of the base's tensors.
+  `folder` is made, `base` is the name or folder of the base model, and `scheme` has the names of its tensors.
 
   Raises:
     ValueError: the folder, or a parent of it, is a file.

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from d1jax.errors import reworded
 from d1jax.files import FileError, decode, parse_json, read_json
 from d1jax.models import names
 
@@ -99,10 +100,8 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:
-  try:
+  with reworded("", "; fetch it again"):
     found = read_json(path, dict).get("weight_map")
-  except FileError as error:
-    raise ValueError(f"{error}; fetch it again") from None
   if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
     raise ValueError(f"{path}: weight_map does not map tensors to files; fetch it again")
   for tensor, name in found.items():

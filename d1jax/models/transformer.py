@@ -253,12 +253,7 @@ def shaken(params: Params, row: int, key: Key[Array, ""], size: Float[Array, ""]
 
   A row of zeros, which no training has touched, gives hidden states that a norm divides by almost nothing: gradients
   may explode (LLaDA2.0, arXiv 2512.15745). A little noise prevents this.
-
-  Args:
-    params: the parameters.
-    row: the id.
-    key: of the noise.
-    size: the noise's standard deviation, as a share of the root mean square of all embeddings.
+  `size` is the noise's standard deviation, as a share of the root mean square of all embeddings.
   """
   table = params["embedding"]
   scale = size * jax.lax.stop_gradient(jnp.sqrt(jnp.mean(jnp.square(table.astype(jnp.float32)))))

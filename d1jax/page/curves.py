@@ -8,8 +8,10 @@ from jaxtyping import Float
 
 from d1jax.intervals import wilson
 from d1jax.page.run_files import RunFiles
-from d1jax.report import SMOOTHING, smoothed
 from d1jax.telemetry.alarms import Limits
+
+SMOOTHING = 20
+"""The number of iterations over which training curves are averaged."""
 
 POINTS = 120
 """The largest number of points of a line, and of pairs of a smallest and a largest value of its single values."""
@@ -132,6 +134,14 @@ def values(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray,
   found = np.asarray([(r["iteration"], r[name]) for r in records if name in r], float).reshape(-1, 2)
   found = found[np.all(np.abs(found) < LARGEST, axis=1)]
   return found[:, 0], found[:, 1]
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+  """The running mean over up to `window` values, shorter at the start."""
+  total = np.cumsum(np.insert(values, 0, 0.0))
+  end = np.arange(1, len(values) + 1)
+  start = np.maximum(end - window, 0)
+  return (total[end] - total[start]) / (end - start)
 
 
 def curve(records: Sequence[Mapping[str, Any]], figure: Figure) -> Curve | None:

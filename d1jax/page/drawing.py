@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
+from d1jax import look
 from d1jax.page.curves import DECADES, Curve
 
 LETTERS = ("A", "B")
 """The names of the runs of a page at the ends of their lines; a run alone has none."""
 
-_TOP, _BOTTOM, _LEFT = 12, 24, 44  # pixels of a chart around its axes, at its own size
+_TOP, _BOTTOM, _LEFT = 12, 38, 44  # pixels of a chart around its axes, at its own size
 _LINE = 12  # the height of a label
 _GAP = 14  # between the axes of two stages
 
@@ -148,7 +149,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
   return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def drawn(chart: Chart, width: int = 360, height: int = 188) -> Markup:
+def drawn(chart: Chart, width: int = 360, height: int = 202) -> Markup:
   """The chart as an `<svg>` element, without outside references."""
   right = 62 if any(line.run for line in chart.lines) else 48  # for the last values
   top = _TOP + (_LINE + 4 if any(span.title for span in chart.spans) else 0)
@@ -223,6 +224,8 @@ def _axes(chart: Chart, x: Sequence[Scale], y: Scale, top: float) -> Iterator[st
       if mark == int(mark) and (mark or scale is x[0]):  # the first number of a stage would touch the last one before
         place = float(scale(mark))
         yield f'<text class="tick" x="{place:.1f}" y="{y.first + 14:g}" text-anchor="middle">{short(mark)}</text>'
+    middle = (scale.first + scale.last) / 2
+    yield f'<text class="tick" x="{middle:.1f}" y="{y.first + 30:g}" text-anchor="middle">iteration</text>'
     if span.title:
       yield f'<text class="stage" x="{scale.first:.1f}" y="{top - 8:g}">{escape(span.title)}</text>'
 
@@ -266,16 +269,12 @@ def _ends(chart: Chart, x: Sequence[Scale], y: Scale) -> Iterator[str]:
   labelled = [line for line in chart.lines if line.span == len(chart.spans) - 1]
   several = any(line.run for line in chart.lines)
   labelled.sort(key=lambda line: float(y(line.curve.last)))
-  heights: list[float] = []
-  for line in labelled:
-    place = float(y(line.curve.last)) + 3.5
-    heights.append(max(place, heights[-1] + _LINE) if heights else place)
-  over = max(heights[-1] - (y.first + 2), 0.0) if heights else 0.0
+  heights = look.apart([float(y(line.curve.last)) + 3.5 for line in labelled], _LINE, y.last, y.first + 2)
   for line, place in zip(labelled, heights, strict=True):
     kind = "t" if line.style == "thin" else "ab"[line.run]
     text = f"{LETTERS[line.run]} {short(line.curve.last)}" if several else short(line.curve.last)
     at = float(x[line.span](line.curve.x[-1])) + 5
-    yield f'<text class="end {kind}" x="{at:.1f}" y="{place - over:.1f}">{text}</text>'
+    yield f'<text class="end {kind}" x="{at:.1f}" y="{place:.1f}">{text}</text>'
 
 
 def _said(line: Line, chart: Chart) -> str:

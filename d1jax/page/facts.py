@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 from d1jax.page import curves
 from d1jax.page.drawing import short
 from d1jax.page.run_files import RunFiles
-from d1jax.report import SMOOTHING
+from d1jax.report import TITLES
 from d1jax.run.identity import flatten
 from d1jax.run.metrics import STAGES
 from d1jax.telemetry import ledger
 from d1jax.telemetry.alarms import Limits, alarms
 
-NAMES = {"sft": "SFT", "dpo": "DPO", "grpo": "diffu-GRPO"}
 SAME = ("workdir", "report.compare", "trackers")
 """Fields that say nothing about how two runs differ."""
 
@@ -101,8 +100,8 @@ def status(run: RunFiles) -> str:
   stage = [*run.records][-1]
   last, of = run.records[stage][-1]["iteration"], wanted(run, stage)
   if run.results is not None:
-    return f"finished after {last} iterations of {NAMES[stage]}"
-  return f"not finished: {NAMES[stage]}, iteration {last}" + (f" of {of}" if of else "")
+    return f"finished after {last} iterations of {TITLES[stage]}"
+  return f"not finished: {TITLES[stage]}, iteration {last}" + (f" of {of}" if of else "")
 
 
 def about(run: RunFiles) -> list[tuple[str, str]]:
@@ -142,7 +141,7 @@ def _score(score: float) -> str:
 def _best(run: RunFiles) -> Value:
   for stage in reversed(STAGES):
     if best := curves.best(run, stage):
-      said = f"{NAMES[stage]}, iteration {best[0]}"
+      said = f"{TITLES[stage]}, iteration {best[0]}"
       start = curves.best(run, "sft") if stage != "sft" else None
       if start and start[1] >= 0:
         said += f"; SFT start {_score(start[1])}"
@@ -158,7 +157,7 @@ def _newest(run: RunFiles) -> Value:
       interval = f" [{100 * ends[0][1]:.1f}, {100 * ends[0][2]:.1f}]" if ends else ""
       return _score(
         float(y[-1])
-      ), f"{NAMES[stage]}, iteration {int(x[-1])}{'; 95% interval' + interval if ends else ''}"
+      ), f"{TITLES[stage]}, iteration {int(x[-1])}{'; 95% interval' + interval if ends else ''}"
   return "–", "no validation yet"
 
 
@@ -166,13 +165,16 @@ def _recent(run: RunFiles, name: str) -> Value:
   curve = curves.curve(run.records.get("grpo", []), curves.Figure(name, "", "%"))
   if curve is None:
     return "–", ""
-  return f"{curve.last:.0f}{_NARROW}%", f"{curve.y[0]:.0f}{_NARROW}% at the start; means of {SMOOTHING} iterations"
+  return (
+    f"{curve.last:.0f}{_NARROW}%",
+    f"{curve.y[0]:.0f}{_NARROW}% at the start; means of {curves.SMOOTHING} iterations",
+  )
 
 
 def _time(run: RunFiles) -> Value:
   spent = {stage: elapsed(run, stage) for stage in run.records}
   return duration(sum(spent.values())), ", ".join(
-    f"{NAMES[stage]} {duration(seconds)}" for stage, seconds in spent.items()
+    f"{TITLES[stage]} {duration(seconds)}" for stage, seconds in spent.items()
   )
 
 
@@ -213,7 +215,7 @@ def cost_parts(runs: Sequence[RunFiles]) -> list[list[Part]]:
   for run in runs:
     merged = [one for stage, records in run.records.items() for one in _merged(stage, records)]
     spent = ledger.total(merged, {stage: elapsed(run, stage) for stage in run.records}) if merged else {}
-    rows = [_part(f"{NAMES[stage]} {part}", each) for stage in run.records for part, each in spent[stage].items()]
+    rows = [_part(f"{TITLES[stage]} {part}", each) for stage in run.records for part, each in spent[stage].items()]
     found.append([*rows, *([_part("total", spent["total"])] if spent else [])])
   return found
 

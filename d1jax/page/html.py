@@ -4,15 +4,10 @@ Completions, questions and names may be hostile text. The page contains them esc
 script shows as text nodes only, and its content security policy allows no script but its own.
 """
 
-import base64
-import functools
-import hashlib
 import json
-import re
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from d1jax.evaluation import html as evaluations
@@ -20,13 +15,12 @@ from d1jax.page import curves, drawing, facts, shown
 from d1jax.page.curves import Curve, Figure
 from d1jax.page.drawing import Chart, Level, Line, Span
 from d1jax.page.run_files import RunFiles
-from d1jax.report import SMOOTHING
+from d1jax.report import TITLES as SHORT
 from d1jax.run.metrics import STAGES
 
 TITLES = {"sft": "Supervised fine-tuning", "dpo": "Preference tuning", "grpo": "diffu-GRPO"}
 
 _HERE = Path(__file__).parent
-_UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Drawn(NamedTuple):
@@ -50,16 +44,15 @@ class Drawn(NamedTuple):
 def render(run: RunFiles, other: RunFiles | None = None) -> str:
   """The text of the page; equal inputs give equal bytes.
 
-  Args:
-    run: the run.
-    other: a run to draw on the same axes.
+  `other` is a run to draw on the same axes.
 
   Returns:
     HTML that can be encoded in UTF-8, whatever the files contain.
   """
   runs = [run] if other is None else [run, other]
-  script = _text("page.js")
-  page = _template().render(
+  return evaluations.written(
+    _HERE / "page",
+    style=(_HERE / "page.css").read_text(encoding="utf-8"),
     names=[each.name for each in runs],
     letters=drawing.LETTERS[: len(runs)] if other else [""],
     status=[facts.status(each) for each in runs],
@@ -67,7 +60,7 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
     tiles=facts.tiles(runs),
     alarms=facts.alarm_lines(run),
     hero=_validations(runs),
-    smoothing=SMOOTHING,
+    smoothing=curves.SMOOTHING,
     has_training=other is None and any(curves.TRAINING.name in own[-1] for own in run.records.values()),
     held_out=facts.held_out(runs),
     stages=[
@@ -80,24 +73,7 @@ def render(run: RunFiles, other: RunFiles | None = None) -> str:
     samples=Markup(evaluations.embedded(shown.data(runs))),
     has_samples=bool(run.validated),
     config=json.dumps(run.config, indent=2),
-    style=Markup(evaluations.base_style() + _text("page.css")),
-    script=Markup(script),
-    script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
   )
-  return _UNPRINTABLE.sub("\ufffd", page)
-
-
-def _text(name: str) -> str:
-  return (_HERE / name).read_text(encoding="utf-8")
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-  """The compiled template."""
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-  )
-  return environment.get_template("page.html.jinja")
 
 
 def _last(runs: list[RunFiles], stage: str) -> int:
@@ -129,9 +105,7 @@ def _validations(runs: list[RunFiles]) -> list[tuple[str, Markup]]:
   kept = [s for s in stages if any((f := found[place, s]) and f[0] is curves.VALIDATION for place in range(len(runs)))]
   if not kept:
     return []
-  spans = [
-    Span(stage, facts.NAMES[stage], _last(runs, stage), share) for stage, share in _shares(runs[0], kept).items()
-  ]
+  spans = [Span(stage, SHORT[stage], _last(runs, stage), share) for stage, share in _shares(runs[0], kept).items()]
   lines: list[Line] = []
   levels: list[Level] = []
   for at, stage in enumerate(kept):
@@ -144,7 +118,7 @@ def _validations(runs: list[RunFiles]) -> list[tuple[str, Markup]]:
       if (validated := found[place, stage]) and validated[0] is curves.VALIDATION:
         lines.append(Line(at, place, validated[1], "points", name))
   chart = Chart(curves.VALIDATION.title, "%", spans, lines, levels)
-  return [("wide", drawing.drawn(chart, 980, 320)), ("narrow", drawing.drawn(chart, 360, 240))]
+  return [("wide", drawing.drawn(chart, 980, 334)), ("narrow", drawing.drawn(chart, 360, 254))]
 
 
 def _shares(run: RunFiles, stages: list[str]) -> dict[str, float]:

@@ -75,12 +75,7 @@ def places(count: int) -> list[int]:
 def of(stage: str, iteration: int, found: Evaluation, prefills: Sequence[str], tokenizer: Tokenizer) -> Validated:
   """The record of a validation.
 
-  Args:
-    stage: `sft` or `grpo`.
-    iteration: counted from 1.
-    found: the evaluation, with traces of the questions that are shown.
-    prefills: the given start of each answer of the split.
-    tokenizer: the model's tokenizer.
+  `found` has traces of the questions that are shown, and `prefills` the given start of each answer of the split.
   """
   samples: list[Sample] = []
   room = FILMED

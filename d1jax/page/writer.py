@@ -6,7 +6,7 @@ from pathlib import Path
 
 from d1jax.errors import RunError, line_of
 from d1jax.evaluation.evaluator import Evaluation
-from d1jax.page import html, run_files, samples
+from d1jax.page import html, picture, run_files, samples
 from d1jax.parallel import multihost
 from d1jax.rl.prompts import Prompts
 from d1jax.run.workdir import Folder, folder, write_atomically
@@ -41,6 +41,11 @@ class Page:
     """Writes the page anew from what is in the folder."""
     self._try(NAME, lambda: write_atomically(self._workdir / NAME, drawn(self._workdir, self._compare).encode()))
 
+  def close(self) -> None:
+    """Writes the page, and the picture of the learning curves, at the end of a run."""
+    self.draw()
+    self._try(picture.NAME, lambda: picture.write(self._workdir))
+
   def _try(self, name: str, write: Callable[[], None]) -> None:
     """Writes on process 0; any failure is a warning, which is said once."""
     if not multihost.is_main():
@@ -66,11 +71,8 @@ def drawn(workdir: Folder, compare: str | None) -> str:
 def check_other(workdir: Folder, mode: str, compare: str, field: str) -> None:
   """Checks that two runs can be drawn side by side.
 
-  Args:
-    workdir: the folder of one run; it may be new.
-    mode: its mode.
-    compare: the name of the other run's folder.
-    field: what the message calls the field with this name.
+  The folder of the one run, whose mode is `mode`, may be new. `field` is what the message calls the field with the name
+  of the other run's folder.
 
   Raises:
     RunError: there is no other run, it has another mode, or it is the same.

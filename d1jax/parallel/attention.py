@@ -39,10 +39,6 @@ def attention(mesh: Mesh, rules: meshes.Rules) -> Attention:
 
   Plain attention also serves where the mesh does not divide the batch, the key-value heads or the queries: XLA may cut
   these unevenly, a kernel's call may not.
-
-  Args:
-    mesh: the devices.
-    rules: placement of `batch`, `length` and `heads`.
   """
   kernel = of_device(mesh.devices.flat[0])
   alone = kernel is plain_attention and meshes.ways(mesh, rules, "length") == 1  # XLA knows as well what to cut
@@ -256,12 +252,8 @@ def _scope(q: jax.Array, k: jax.Array, visible: Visible, parts: int = 1) -> str:
   """Of the kernel's two products, on the pairs that the rule allows, without what it pads.
 
   A rule whose first query is traced allows all pairs here.
-
-  Args:
-    q: queries.
-    k: keys.
-    visible: from the first query of all parts.
-    parts: how many devices have as many queries; each of them counts as the mean.
+  `visible` is from the first query of all `parts`: so many devices have as many queries, and each of them counts as the
+  mean.
   """
   queries, keys = parts * q.shape[1], k.shape[1]
   pairs = queries * keys

@@ -133,12 +133,7 @@ def shardings(mesh: Mesh, rules: Rules, axes: Any) -> Any:
 
 
 def check_divides(abstract: Any, placements: Any) -> None:
-  """Raises a ValueError that names the first array whose axes the mesh does not divide.
-
-  Args:
-    abstract: shapes.
-    placements: a NamedSharding for each.
-  """
+  """Raises a ValueError that names the first array whose axes the mesh does not divide."""
   leaves = jax.tree_util.tree_leaves_with_path(abstract)
   for (path, x), placement in zip(leaves, jax.tree.leaves(placements), strict=True):
     try:
@@ -219,10 +214,7 @@ def _names(axis: Any) -> tuple[str, ...]:
 def received_bytes(abstract: Any, source: Any, target: Any) -> int:
   """Bytes that a device must receive to hold its parts of arrays at other placements; the most of any device.
 
-  Args:
-    abstract: shapes and types.
-    source: the placement of each array before.
-    target: and after.
+  `source` and `target` have the placement of each array of `abstract` before and after.
   """
   received: collections.Counter[Any] = collections.Counter()
   for x, before, after in zip(*map(jax.tree.leaves, (abstract, source, target)), strict=True):
@@ -241,12 +233,7 @@ def received_bytes(abstract: Any, source: Any, target: Any) -> int:
 def state_shardings(mesh: Mesh, rules: Rules, axes: Any, abstract: Any, optimizer: optax.GradientTransformation) -> Any:
   """The placement of a TrainState, as a TrainState of placements: moments like their parameter, scalars replicated.
 
-  Args:
-    mesh: the devices.
-    rules: placement of logical axes.
-    axes: logical axes of the trainable weights.
-    abstract: their shapes.
-    optimizer: whose state is placed.
+  `axes` are the logical axes of the trainable weights, `abstract` their shapes.
   """
   replicated = sharding(mesh, rules)
   by_parameter = shardings(mesh, rules, axes)
@@ -291,12 +278,7 @@ def per_device(
 ) -> Callable[..., jax.Array]:
   """A function of global arrays in which each device computes its part of the result from its parts of the arguments.
 
-  Args:
-    function: a function of the parts; no device needs a part of another.
-    mesh: the devices.
-    rules: placement of logical axes.
-    arguments: logical axes of each argument.
-    result: logical axes of the result.
+  No device needs a part of another. `arguments` has the logical axes of each argument, `result` those of the result.
   """
   specs = tuple(_spec(axes, rules) for axes in arguments)
   # Kernels do not say over which axes their results vary: the check would have nothing to compare with.

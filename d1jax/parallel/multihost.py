@@ -316,9 +316,7 @@ def gather(value: Any) -> list[Any]:
 def gather_rows(rows: Int[np.ndarray, "R"], values: Sequence[Any]) -> list[Any]:
   """The values of all rows of a batch, in their order.
 
-  Args:
-    rows: the rows whose values this process has.
-    values: one value per row.
+  `rows` are those whose values this process has, one value each.
   """
   if alone():
     return [values[i] for i in np.argsort(rows)]

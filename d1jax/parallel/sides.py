@@ -71,9 +71,7 @@ def check_apart(mesh: Mesh, rollout_mesh: Mesh) -> None:
 def check_holds(tree: Any, name: str) -> None:
   """Raises a ValueError if arrays need more memory of a device than it has; if that is not known, nothing is checked.
 
-  Args:
-    tree: shapes, types and placements, all of one mesh.
-    name: the field of that mesh.
+  `tree` has shapes, types and placements, all of one mesh, and `name` is the field of that mesh.
   """
   leaves = jax.tree.leaves(tree)
   needed = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)

@@ -26,10 +26,7 @@ from d1jax.state import Params
 def in_unit(method: Method, scores: Scores, mask: Bool[Array, "B C"]) -> Float[Array, "B C"]:
   """Log p as the ratio of the loss takes it: of each token, or of the sequence divided by its tokens, for each token.
 
-  Args:
-    method: its loss and its estimator decide which.
-    scores: of the completions.
-    mask: the tokens up to the stop id.
+  `mask` has the tokens up to the stop id.
   """
   if not method.weighs_sequences:
     return scores.logp
@@ -43,13 +40,7 @@ def behaviour_logp(
 ) -> Float[Array, "B C"]:
   """Log p of a rollout under the weights that drew it, see `in_unit`.
 
-  Args:
-    denoiser: that of rollouts.
-    params: the published weights.
-    rollout: what they drew.
-    key: of the first inner step of the update that takes the rollout.
-    method: of that update.
-    sampler: what drew the rollout.
+  `key` is that of the first inner step of the update that takes the rollout, and `method` that of this update.
   """
   return in_unit(method, method.estimator(denoiser, params, rollout, sampler, key), rollout.completion_mask)
 
@@ -62,11 +53,8 @@ def behaviour_weights(
 ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"], Float[Array, "B C"]]:
   """The weight w of each token, which tokens have one, and |log p_v - log p_u|; constants, 0 for all other tokens.
 
-  Args:
-    method: of the update.
-    proximal: the scores of the policy before the update.
-    rollout: what is trained on.
-    behaviour: of `behaviour_logp`; None if the estimator needs none.
+  `proximal` are the scores of the policy before the update; `behaviour` is of `behaviour_logp`, or None if the
+  estimator needs none.
   """
   mask = rollout.completion_mask
   counted = mask if method.weighs_sequences else mask & (proximal.weight > 0)

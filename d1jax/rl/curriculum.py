@@ -74,9 +74,7 @@ class Curriculum:
   def learn(self, record: Int[np.ndarray, "B"], solved: Float[np.ndarray, "B"]) -> dict[str, float]:
     """Moves the rates of the prompts of a batch.
 
-    Args:
-      record: the prompt of each completion.
-      solved: from 0 to 1.
+    `record` is the prompt of each completion, and `solved` is from 0 to 1.
 
     Returns:
       The share of the prompts that were asked so far, and the mean of their rates.

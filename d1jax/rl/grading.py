@@ -76,9 +76,7 @@ class Grader:
   def __init__(self, task: Task, workers: int):
     """Keeps the task.
 
-    Args:
-      task: the grader.
-      workers: processes; 0 grades here, before `submit` returns.
+    With 0 workers, texts are graded here, before `submit` returns.
 
     Raises:
       ValueError: a negative number, or a task that cannot be sent to another process.
@@ -111,11 +109,6 @@ class Grader:
 
   def submit(self, texts: Sequence[str], records: Sequence[Record], protocol: str) -> Pending:
     """Begins to grade a batch.
-
-    Args:
-      texts: completions.
-      records: one record per text.
-      protocol: the protocol of the task's grader.
 
     Returns:
       A function that waits for the grades. If a worker dies, all workers are started again and the batch is graded once

@@ -54,14 +54,7 @@ def bounds(
   It is the mean over `samples` masks, each with its own number l of masked tokens, uniform from 1 to the answer's n:
   n / l times the sum of the log-probabilities of the masked tokens. Policy and reference see the same masks if they get
   the same key. Costs `samples` forward passes over both answers.
-
-  Args:
-    denoiser: the mask predictor.
-    params: its parameters.
-    batch: the pairs.
-    key: of the masks.
-    samples: masks of an answer.
-    tile: see `d1jax.diffusion.likelihood.token_logps`.
+  For `tile` see `d1jax.diffusion.likelihood.token_logps`.
   """
   rollout = as_rollout(denoiser, batch)
   width = rollout.completion.shape[1]

@@ -12,11 +12,7 @@ def with_signal(rewards: Float[Array, "B"], num_generations: int, rows: int) -> 
   rest.
 
   A function of the rewards and of the order in which prompts came: the same on any mesh, and after a restart.
-
-  Args:
-    rewards: groups are runs of `num_generations` neighbours.
-    num_generations: G.
-    rows: how many to take, whole groups.
+  Groups are runs of `num_generations` neighbours; whole groups are taken.
   """
   groups = rewards.reshape(-1, num_generations)
   silent = jnp.ptp(groups, axis=1) < NO_SIGNAL

@@ -323,9 +323,7 @@ class Checkpoints:
   def restore_latest(self, abstract: TrainState, waiting: Callable[[int], Any] = lambda step: None) -> Restored | None:
     """The last good checkpoint; None if there are no checkpoints.
 
-    Args:
-      abstract: see `restore`.
-      waiting: gives what `restore` takes of that name for a step.
+    For `abstract` see `restore`; `waiting` gives what it takes of that name for a step.
 
     Raises:
       RunError: there are checkpoints, but none of them is good.

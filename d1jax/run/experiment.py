@@ -15,6 +15,7 @@ from d1jax import optimizer as optimizers
 from d1jax.data.tokenizer import Tokenizer
 from d1jax.diffusion import blocks
 from d1jax.diffusion.rollout import SamplerSpec
+from d1jax.errors import reworded
 from d1jax.model import Model, scaled_to
 from d1jax.models.lora import LoraSpec
 from d1jax.models.quantize import KINDS
@@ -224,13 +225,6 @@ def check_data(config: ConfigDict) -> None:
     raise ValueError(f"{alone}, and sft.held_out=0 leaves nothing to validate with: use --config.sft.held_out=64")
 
 
-def _lora_spec(config: ConfigDict) -> LoraSpec | None:
-  if not config.lora.rank:
-    return None
-  targets = tuple(config.lora.targets)
-  return LoraSpec(config.lora.rank, config.lora.alpha, config.lora.dropout, targets, config.lora.rslora)
-
-
 def _size(config: ConfigDict, source: Source | None, known_ids: int) -> TransformerSize:
   """The network's sizes: from the folder, or from the preset with the overrides."""
   overrides = {k: v for k, v in config.model.overrides.items() if v is not None}
@@ -295,7 +289,8 @@ def build(
   source = inputs.downloaded(located) if isinstance(located, hub.Snapshot) else located
   if tokenizer is None or isinstance(tokenizer, Kept):
     tokenizer = _tokenizer(config, tokenizer, source, task if with_task else None)
-  spec = _lora_spec(config)
+  lora = config.lora
+  spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets), lora.rslora) if lora.rank else None
   check_choice("model.quantize", config.model.quantize, ("none", *KINDS))
   quantized = None if config.model.quantize == "none" else config.model.quantize
   if quantized and spec is None:
@@ -322,8 +317,6 @@ def build(
   if config.get("mode") == "sft" or (config.get("mode") == "dpo" and config.pairs.file):  # which only validates with it
     sampler = sampler.for_block(model.denoiser.block)
   elif config.get("mode") in ("dpo", "grpo"):
-    try:
+    with reworded("rollout."):
       blocks.check(model.denoiser, sampler)
-    except ValueError as error:
-      raise ValueError(f"rollout.{error}") from error
   return Experiment(config, task, model, sampler)

@@ -207,10 +207,7 @@ def take_none(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def clear(config: ConfigDict, names: Sequence[str], optional: Sequence[str]) -> None:
   """Sets fields to None.
 
-  Args:
-    config: the configuration.
-    names: the fields.
-    optional: the fields that may be None. Those that are None already may be, too.
+  `optional` are the fields that may be None. Those that are None already may be, too.
 
   Raises:
     ValueError: a field does not exist, or cannot be None.

@@ -126,6 +126,7 @@ def holds_run(workdir: Folder, config: dict[str, Any]) -> bool:
     if was is None or now is None or not flatten(old).get("lora.rank"):
       other.append("model.pretrained")  # only a base under adapters has a fingerprint to compare
   if other:
+    other.sort(key=lambda name: not name.startswith(("task.", "model.")))  # what tells two runs apart first
     shown = ", ".join(f"{name} was {differences[name][1]!r}, now {differences[name][2]!r}" for name in other[:3])
     raise RunError(
       f"{workdir} holds a run of another config ({shown}{', ...' if len(other) > 3 else ''});"
@@ -160,11 +161,8 @@ def check_splits(workdir: Folder, config: dict[str, Any], splits: Mapping[str, A
 
 def _moved(workdir: Folder, config: dict[str, Any]) -> list[str]:
   old, _ = _stored(workdir)
-  return (
-    [name for name in _differences(workdir, old, config) if name in ("data.root", "sft.data", "pairs.file")]
-    if old
-    else []
-  )
+  changed = _differences(workdir, old, config) if old else ()
+  return [name for name in changed if name in ("data.root", "sft.data", "pairs.file")]
 
 
 @input_checked()

@@ -129,11 +129,8 @@ class Progress:
   def __init__(self, stage: str, total: int, start: int, *, lines: int = 20):
     """Begins at an iteration.
 
-    Args:
-      stage: the name of the stage.
-      total: its iterations.
-      start: those that are done.
-      lines: the number of plain lines if the output is not a terminal.
+    `start` of the `total` iterations of the stage are done; `lines` plain lines are printed if the output is no
+    terminal.
     """
     self._stage, self._total, self._later = stage, total, 0.0
     self._every = max(total // lines, 1)

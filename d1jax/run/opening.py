@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 
@@ -47,12 +48,17 @@ def count(number: float) -> str:
 
 
 @contextlib.contextmanager
-def timed(what: str) -> Iterator[None]:
-  """Prints what is being done, and behind it how long it took: `compiling the steps of sft ... 8 s`."""
-  print(f"{what} ...", end="", flush=True)
+def timed(what: str, *, on_stderr: bool = False) -> Iterator[None]:
+  """Prints what is being done, and behind it how long it took: `compiling the steps of sft ... 8 s`.
+
+  Args:
+    what: is being done.
+    on_stderr: whether it is said on standard error; otherwise on standard output.
+  """
+  print(f"{what} ...", end="", flush=True, file=sys.stderr if on_stderr else None)
   began, ended = time.monotonic(), " stopped"
   try:
     yield
     ended = f" {time.monotonic() - began:.0f} s"
   finally:
-    print(ended, flush=True)
+    print(ended, flush=True, file=sys.stderr if on_stderr else None)

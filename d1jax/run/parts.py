@@ -164,10 +164,7 @@ def choose(section: ConfigDict, flags: Sequence[tuple[str, str, str]]) -> None:
   """Sets parts of `config.grpo`, and their options.
 
   If the new part is one of a table, it keeps the options that both parts have; a part of a file has its own defaults.
-
-  Args:
-    section: `config.grpo`.
-    flags: the result of `take_flags`.
+  `section` is `config.grpo`, and `flags` the result of `take_flags`.
 
   Raises:
     ValueError: a part does not exist.

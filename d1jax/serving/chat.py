@@ -7,7 +7,6 @@ begin with `/` are commands.
 import contextlib
 import dataclasses
 import importlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -97,14 +96,7 @@ def live(
 ) -> Generation:
   """Completes one prompt and shows the answer while it is denoised, as slowly as a person can follow.
 
-  Args:
-    model: network, tokenizer and mesh.
-    prompt: the prompt.
-    spec: the sampler.
-    params: the published weights.
-    config: a configuration of configs/generate.py.
-    prefill: the start of the answer.
-    record: what the prompt asks, if that is known.
+  `config` is one of configs/generate.py. The other arguments are those of `Chat` and of `Chat.answer`.
 
   Raises:
     ValueError: the prompt cannot be used, or the engine has not this sampler.
@@ -162,14 +154,8 @@ class Chat:
   ):
     """Begins a conversation; nothing is compiled yet.
 
-    Args:
-      model: network, tokenizer and mesh.
-      spec: the sampler.
-      params: the published weights.
-      seed: of the draws.
-      prefill: the start of each answer.
-      prompt_buckets: for each there is a canvas, with the length of an answer added; conversations are cut to the
-        largest.
+    `params` are published weights, `seed` is that of the draws, and `prefill` the start of each answer. For each of the
+    prompt buckets there is a canvas, with the length of an answer added; conversations are cut to the largest.
 
     Raises:
       ValueError: there is no tokenizer, or the engine has not this sampler.
@@ -183,7 +169,7 @@ class Chat:
     self._tokenizer: Tokenizer = model.tokenizer
     self._block = spec.block_length  # the longest
     self._engines: dict[int, Engine] = {}
-    self._live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    self._live = command.has_screen()
     self._check(spec)
 
   @property
@@ -259,11 +245,8 @@ class Chat:
       spec = dataclasses.replace(spec, temperature=float(value))
     elif name == "steps":
       spec = dataclasses.replace(spec, diffusion_steps=int(value))
-    else:  # with as many tokens a step as before
-      length, per_step = int(value), spec.completion_length / spec.diffusion_steps
-      block = min(self._block, length)
-      steps = length // block * max(1, round(block / per_step))
-      spec = dataclasses.replace(spec, completion_length=length, block_length=block, diffusion_steps=steps)
+    else:
+      spec = spec.resized(int(value), min(self._block, int(value)))
     self._check(spec)
     self.spec = spec
 
@@ -295,10 +278,7 @@ class Chat:
   def answer(self, text: str, pace: float = 0.0, record: Record | None = None) -> tuple[Generation, str]:
     """Asks a message, and shows the answer while it is denoised, if standard output is a terminal.
 
-    Args:
-      text: the message.
-      pace: the least seconds of a step.
-      record: what the message asks, if that is known; a Sudoku is drawn as a grid.
+    A step takes at least `pace` seconds. If `record` says what the message asks, a Sudoku is drawn as a grid.
 
     Returns:
       The answer, which is taken away from the screen; and what it took, in words.

@@ -128,19 +128,11 @@ def usual(trained: SamplerSpec, model: Model, block_length: int | None, longest:
   `block_length`, with completions of at most half of the longest canvas.
   """
   block = min(trained.block_length, block_length or trained.block_length)
-  per_step = trained.completion_length / trained.diffusion_steps
   grid = model.denoiser.block or block
   if grid % block:
     raise ValueError(f"block_length={block} does not divide the network's block of {grid} tokens: use {grid}")
   length = min(trained.completion_length, max(longest // 2, grid)) // grid * grid
-  return dataclasses.replace(
-    trained.greedy(),
-    completion_length=length,
-    block_length=block,
-    diffusion_steps=length // block * max(1, round(block / per_step)),
-    cfg_scale=0.0,
-    early_exit=True,
-  )
+  return dataclasses.replace(trained.greedy().resized(length, block), cfg_scale=0.0, early_exit=True)
 
 
 async def _serve(service: Service, listening: socket.socket, drain_seconds: float) -> None:
@@ -154,7 +146,8 @@ async def _serve(service: Service, listening: socket.socket, drain_seconds: floa
   host, port = listening.getsockname()[:2]
   print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}, compiling", flush=True)
   began = time.monotonic()
-  preparing = asyncio.create_task(asyncio.to_thread(service.engine.prepare, _say))
+  say = lambda what: print(f"compiling for {what}", flush=True)
+  preparing = asyncio.create_task(asyncio.to_thread(service.engine.prepare, say))
   stopping = asyncio.create_task(stop.wait())
   await asyncio.wait({running, preparing, stopping}, return_when=asyncio.FIRST_COMPLETED)
   if not stop.is_set():
@@ -169,10 +162,6 @@ async def _serve(service: Service, listening: socket.socket, drain_seconds: floa
   await asyncio.to_thread(service.engine.close, drain_seconds)
   serving.should_exit = True
   await running
-
-
-def _say(what: str) -> None:
-  print(f"compiling for {what}", flush=True)
 
 
 def _note(number: signal.Signals, stop: asyncio.Event) -> None:

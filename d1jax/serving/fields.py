@@ -21,12 +21,8 @@ class ApiError(Exception):
   ):
     """Stores what the client is told.
 
-    Args:
-      message: one line that says what to do.
-      status: of HTTP.
-      param: the field of the request.
-      code: a word for programs.
-      retry_after: seconds after which the same request may be answered.
+    `message` is one line that says what to do, `status` that of HTTP, `param` the field of the request, `code` a word
+    for programs. After `retry_after` seconds the same request may be answered.
     """
     super().__init__(message)
     self.status, self.param, self.code, self.retry_after = status, param, code, retry_after

@@ -66,12 +66,8 @@ class Lane:
   def __init__(self, model: Model, params: Callable[[], Params], length: int, sizes: Sequence[int], width: int):
     """Stores the arguments; nothing is compiled yet.
 
-    Args:
-      model: network and mesh.
-      params: gives the weights.
-      length: of the canvas.
-      sizes: of batches, from small to large; the last one is the number of slots.
-      width: the longest block.
+    `params` gives the weights, `length` is that of the canvas, and `width` is the longest block. `sizes` are those of
+    batches, from small to large; the last one is the number of slots.
     """
     self.model, self.denoiser, self._params = model, model.rollout_denoiser, params
     self.length, self.sizes, self.slots, self._width = length, sizes, sizes[-1], width
@@ -122,9 +118,7 @@ class Lane:
   def advance(self, chosen: Sequence[int], most: int | None) -> Bool[np.ndarray, "slots"]:
     """Advances the rows in these slots until one has finished its block, at most for about `SLICE` seconds.
 
-    Args:
-      chosen: the slots.
-      most: the most passes; None: as many as fit.
+    `chosen` are the slots, and `most` the most passes; None: as many as fit.
 
     Returns:
       Which slots have finished a block.

@@ -136,10 +136,7 @@ def json_object(content: bytes) -> dict[str, Any]:
 def parse(body: Mapping[str, Any], served: Served, *, chat: bool) -> Ask:
   """Reads a request.
 
-  Args:
-    body: the JSON object.
-    served: what is served.
-    chat: whether it is of `/v1/chat/completions`, not of `/v1/completions`.
+  `chat` says whether it is of `/v1/chat/completions`, not of `/v1/completions`.
 
   Raises:
     ApiError: a field is unknown, unsupported, or has a value that cannot be used; the message names it.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from d1jax import files
+from d1jax.errors import reworded
 from d1jax.tasks.base import DataError, Record
 
 SPLITS: Sequence[str] = ("demonstrations", "train", "validation", "test")
@@ -143,10 +144,8 @@ def read_lines(
   path = Path(root) / name
   if not path.exists():
     raise DataError(f"{name}: not found in {str(root)!r}; point root at the folder that holds it{otherwise}")
-  try:
+  with reworded("", "; save it as UTF-8 text, or fetch it again", DataError):
     text = files.read_text(path)
-  except files.FileError as error:
-    raise DataError(f"{error}; save it as UTF-8 text, or fetch it again") from None
   lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
   if not lines:
     raise DataError(f"{name}: the file is empty; fetch it again")

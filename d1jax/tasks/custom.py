@@ -70,12 +70,7 @@ def build(
 ) -> "Custom":
   """Build the task of a user's file.
 
-  Args:
-    path: the file, from the working directory.
-    seed: handed on.
-    root: handed on.
-    sizes: handed on.
-    options: handed on, as keywords.
+  `path` leads to the file from the working directory. The other arguments are handed on, `options` as keywords.
 
   Raises:
     TaskError: the file cannot be found or run, or does not build a `Task`; the message names it and says why.
@@ -146,9 +141,7 @@ class Custom:
   def try_out(self, style: str, protocol: str) -> None:
     """Ask for all records and prompts, and grade a few texts, so that mistakes show before anything is compiled.
 
-    Args:
-      style: the prompt style.
-      protocol: that training pays by; `strict` is tried in any case.
+    Training pays by `protocol`; `strict` is tried in any case.
 
     Raises:
       TaskError: a call fails, or a question of `validation` or `test` is in another split too.

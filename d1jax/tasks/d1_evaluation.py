@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from d1jax.tasks import common, d1_rewards, latex, questions, rationals
+from d1jax.tasks import common, d1_rewards, questions, rationals
 from d1jax.tasks.base import DataError, Record
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
@@ -95,12 +95,7 @@ def hendrycks_math(text: str, gold: str | None) -> bool:
   Without a gold answer every answer is wrong.
   """
   answer = read_math(text)
-  if answer is None or gold is None:
-    return False
-  try:
-    return latex.normalize(answer) == latex.normalize(gold)
-  except ValueError:
-    return answer == gold
+  return answer is not None and gold is not None and d1_rewards.is_equivalent(answer, gold)
 
 
 def read_countdown(text: str) -> str:

@@ -67,7 +67,7 @@ def hendrycks_math(text: str, solution: str) -> dict[str, float]:
   before, *blocks = text.split("<answer>")
   block = blocks[0].split("</answer>")[0] if blocks else before
   return {
-    "correctness": 2.0 if gold is not None and _is_equivalent(text if answer is None else answer, gold) else 0.0,
+    "correctness": 2.0 if gold is not None and is_equivalent(text if answer is None else answer, gold) else 0.0,
     "format": 0.5 * ((1.0 if blocks else 0.0) + (1.0 if _MISSPELT in block else 0.5)),
   }
 
@@ -96,7 +96,8 @@ def _strip_box(text: str) -> str:
   return text[len(_BOXED) : -1] if text.startswith(_BOXED) and text.endswith("}") else text
 
 
-def _is_equivalent(answer: str, gold: str) -> bool:
+def is_equivalent(answer: str, gold: str) -> bool:
+  """Tell whether two answers are the same normalised (`latex.normalize`), or else to the letter."""
   try:
     return latex.normalize(answer) == latex.normalize(gold)
   except ValueError:

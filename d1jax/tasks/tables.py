@@ -92,10 +92,7 @@ def _parse(place: str, line: str) -> Any:
 def load(shown: str, *arguments: str | None, **options: str) -> Iterator[tuple[str, Any]]:
   """Read the rows that `datasets.load_dataset` finds, each with its place, such as `openai/gsm8k train row 3`.
 
-  Args:
-    shown: what errors call the data set.
-    arguments: of `load_dataset`.
-    options: of `load_dataset`.
+  `shown` is what errors call the data set.
 
   Raises:
     DataError: the package `datasets` is missing, or the rows cannot be read.

@@ -22,8 +22,7 @@ class Verifier:
   def __init__(self, program: Path = PROGRAM):
     """Keeps what to run; nothing starts yet.
 
-    Args:
-      program: a Python file that answers as `verifier_process` does.
+    `program` is a Python file that answers as `verifier_process` does.
     """
     self._helper = Helper(program)
     self._told, self._asked = 0, 0

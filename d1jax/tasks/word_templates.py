@@ -85,9 +85,7 @@ class Template:
   def write(self, values: Mapping[str, int], rng: np.random.Generator) -> tuple[str, str]:
     """Write the question and its solution, a line a step, with names, words and alternatives by chance.
 
-    Args:
-      values: what `solve` returned.
-      rng: draws the same number of times for every choice of words.
+    `values` is what `solve` returned; `rng` draws the same number of times for every choice of words.
     """
     people = [PEOPLE[i] for i in rng.permutation(len(PEOPLE))[:3]]
     words = dict(zip("NMK", (name for name, _ in people), strict=True))

@@ -17,9 +17,6 @@ def start(pickled: bytes) -> None:
   """Take the task in; called once, when the process starts.
 
   Ctrl-C is left to the process that asked for the grades. When that dies, whatever way, this one ends too.
-
-  Args:
-    pickled: the task.
   """
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(target=_end_with_parent, daemon=True).start()

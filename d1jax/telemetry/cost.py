@@ -68,11 +68,8 @@ class Reach(NamedTuple):
 def whole(sampler: SamplerSpec, chunks: int, rows: int, block: int | None = None) -> Reach:
   """The reach of rollouts that take every step for every row, with the static schedule and without early exits.
 
-  Args:
-    sampler: their sampler.
-    chunks: the number of rollouts.
-    rows: of each.
-    block: that of a block-causal network, whose prompts begin to be completed inside of one; None: full attention.
+  `chunks` is the number of rollouts, of `rows` each. `block` is that of a block-causal network, whose prompts begin to
+  be completed inside of one; None: full attention.
   """
   shape = (chunks, sampler.blocks + (block or 0) // sampler.block_length)
   return Reach(np.full(shape, sampler.steps_per_block), np.full(shape, rows))
@@ -232,12 +229,7 @@ def _causal_passes(sampler: SamplerSpec, denoiser: Denoiser, canvas: int, reach:
 def rollout(counted: Counted, sampler: SamplerSpec, denoiser: Denoiser, width: int, reach: Reach) -> Work:
   """The work of a rollout of all chunks.
 
-  Args:
-    counted: the products of the rollout program of one chunk.
-    sampler: the sampler.
-    denoiser: the denoiser.
-    width: the width of the prompts.
-    reach: the steps that were taken.
+  `counted` has the products of the rollout program of one chunk, and `width` is that of the prompts.
   """
   times, flops, made = 2 if sampler.cfg_scale else 1, 0, 0
   canvas = layout.prompt_width(denoiser, width) + sampler.completion_length
@@ -306,19 +298,10 @@ def iteration(
 ) -> dict[str, Work]:
   """The work of one iteration of diffu-GRPO: `rollout`, `score` and `update`; for processes see `reached`.
 
-  Args:
-    counted: the products of the programs `rollout` and `update`.
-    found: this process's rows of the rollout on the host, chunk by chunk.
-    sampler: the sampler that was used, with or without its cache.
-    denoiser: the denoiser.
-    method: the method of the update.
-    oversample: groups drawn for each one trained on.
-    chunks: the number of parts of the rollout.
-    rows: the rows of a chunk on all processes.
-    ways: the number of devices over which they are split.
-    slots: how many rows of a chunk are computed at a time; None: all.
-    taken: of a partial rollout, what its turns took, on the host; they are not only of these rows.
-    width: of the prompts in the rollout; None: that of these.
+  `counted` has the products of the programs `rollout` and `update`, and `found` this process's rows of the rollout on
+  the host, in `chunks` parts. The sampler is the one that was used, with or without its cache. For the others see
+  `reached` and `update`. Of a partial rollout, `taken` says on the host what its turns took, not only for these rows,
+  and `width` is that of its prompts.
   """
   parts = [Rollout(*part) for part in zip(*(np.split(x, chunks) for x in found), strict=True)]
   reach = reached(sampler, parts, rows, ways, denoiser.block, None if taken else slots)

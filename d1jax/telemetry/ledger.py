@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from d1jax import columns
 from d1jax.parallel import chips
 from d1jax.telemetry.cost import Work
 
@@ -147,9 +148,9 @@ def table(spent: Mapping[str, Any]) -> str:
   rows = [
     (f"{stage} {part}", each) for stage, parts in spent.items() if stage != "total" for part, each in parts.items()
   ]
-  lines = [f"{'':<18}{'device-seconds':>16}{'share':>8}{'tokens':>16}{'FLOPs':>11}{'MFU':>8}"]
+  cells = []
   for name, each in [*rows, ("total", spent["total"])]:
     tokens, flops = (f"{each['tokens']:,.0f}", f"{each['flops']:.2e}") if each["flops"] else ("", "")
     used = "" if each["mfu"] is None else f"{each['mfu']:.1%}"
-    lines.append(f"{name:<18}{each['device_seconds']:>16,.1f}{each['share']:>8.1%}{tokens:>16}{flops:>11}{used:>8}")
-  return "\n".join(line.rstrip() for line in lines)
+    cells.append((name, f"{each['device_seconds']:,.1f}", f"{each['share']:.1%}", tokens, flops, used))
+  return columns.table(("", "device-seconds", "share", "tokens", "FLOPs", "MFU"), cells)

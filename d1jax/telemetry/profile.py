@@ -38,10 +38,7 @@ class Profile:
   def __init__(self, chosen: range, stage: str, folder: Folder):
     """Stores the arguments.
 
-    Args:
-      chosen: the iterations.
-      stage: the name of their steps in the trace.
-      folder: the folder of the trace.
+    `chosen` are the iterations, `stage` is the name of their steps in the trace, and `folder` that of the trace.
     """
     self._chosen = chosen if multihost.is_main() else range(0)
     self._stage, self._folder = stage, folder

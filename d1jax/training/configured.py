@@ -3,9 +3,8 @@
 Messages name fields of the command line here and in `parts`; `d1jax.rl` does not know these fields.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.layout import extra
 from d1jax.diffusion.likelihood import Scores
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.errors import reworded
 from d1jax.rl.curriculum import Curriculum
 from d1jax.rl.grading import Grader
 from d1jax.rl.losses import Ratios, Terms
@@ -58,7 +58,7 @@ def method(section: ConfigDict, sampler: SamplerSpec, block: int | None = None) 
   shared = {"p_mask_prompt": section.p_mask_prompt, "tile": section.logits_tile}
   estimator = parts.build("estimator", section.estimator, **shared)
   loss, advantage = parts.build("loss", section.loss), parts.build("advantage", section.advantage)
-  with _of("grpo"):
+  with reworded("grpo."):
     built = Method(
       estimator,
       loss,
@@ -124,7 +124,7 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
   Raises:
     ValueError: a weight names a component that neither the right nor the constant answer to a training question has.
   """
-  with _of("grpo"):
+  with reworded("grpo."):
     found = Shaping(
       section.reward_weights.to_dict(),
       section.overlong,
@@ -138,7 +138,7 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
       record = one.records("train")[0]
       for text in (one.demonstration(record, "d1"), one.baseline(record, "d1")):
         names |= dict.fromkeys(one.grade(text, record, protocol).components)
-    with _of("grpo"):
+    with reworded("grpo."):
       found.check(list(names), sampler.completion_length)
   return found
 
@@ -200,7 +200,7 @@ def fine_tuning(config: ConfigDict) -> sft_data.Options:
     ValueError: options of the noise do not fit together.
   """
   section = config.sft
-  with _of("sft"):
+  with reworded("sft."):
     noise = NoiseSpec(tuple(map(float, section.mask_ratio)), section.weighting, section.complementary)
   return sft_data.Options(
     section.batch_size,
@@ -225,7 +225,7 @@ def preferences(config: ConfigDict) -> dpo.Options:
     ValueError: an option of the loss is not a number of its range.
   """
   section = config.dpo
-  with _of("dpo"):
+  with reworded("dpo."):
     loss = Preference(section.beta, section.sft_weight)
   return dpo.Options(
     loss,
@@ -249,12 +249,3 @@ def demonstrations(experiment: Experiment) -> tuple[sft_data.Demonstrations, sft
     return sft_data.of_task(experiment.prompts("demonstrations"), config.task.style, options, block), None
   root = data_root(config.data.root)
   return sft_data.of_file(root, config.sft.data, experiment.tokenizer, config.sft.held_out, options, block)
-
-
-@contextlib.contextmanager
-def _of(section: str) -> Iterator[None]:
-  """Puts the section before errors that begin with the name of an option."""
-  try:
-    yield
-  except ValueError as error:
-    raise ValueError(f"{section}.{error}") from error

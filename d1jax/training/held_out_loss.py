@@ -50,13 +50,7 @@ class HeldOutLoss:
   """The mean loss of some demonstrations; the noise is the same for all weights."""
 
   def __init__(self, model: Model, found: Demonstrations, config: Options):
-    """Makes the batches; demonstrations that fit no bucket are left out.
-
-    Args:
-      model: network and mesh.
-      found: the demonstrations.
-      config: the options of the fine-tuning.
-    """
+    """Makes the batches; demonstrations that fit no bucket are left out."""
     pad_id = cast(Tokenizer, model.tokenizer).pad_id
     if config.packed:
       self._rows, batches = _packed(found, config, pad_id, model.denoiser.block)

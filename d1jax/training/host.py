@@ -84,11 +84,7 @@ def grade_chunks(
 ) -> Visit:
   """Grades each chunk while the next one is computed.
 
-  Args:
-    grading: the prompts, grader and protocol.
-    record: the index of each row's record.
-    chunks: the batch, on devices.
-    settle: called before rewards are exchanged with the other processes.
+  `record` has the index of each row's record. `settle` is called before rewards are exchanged with other processes.
 
   Raises:
     RunError: on any process, the grader's workers died twice on a chunk, or the task breaks its contract.
@@ -157,11 +153,7 @@ def rewarded(
 ) -> tuple[Float[np.ndarray, "B"], dict[str, float]]:
   """The rewards of a batch with the component that compares the lengths of a group, and the figure of this component.
 
-  Args:
-    shaping: converts grades into rewards.
-    visit: the graded batch.
-    num_generations: the rows of a group.
-    iteration: counted from 0.
+  `iteration` is counted from 0.
   """
   weight = shaping.length_weight(iteration)
   if not weight:

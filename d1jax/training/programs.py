@@ -1,7 +1,6 @@
 """The compiled programs of a diffu-GRPO iteration: publish, rollout and update."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from d1jax.diffusion import continuous
 from d1jax.diffusion.layout import predicting
 from d1jax.diffusion.replay import replay
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
+from d1jax.errors import reworded
 from d1jax.model import Model
 from d1jax.parallel import mesh as meshes
 from d1jax.parallel.mesh import constrained, place
@@ -74,13 +74,7 @@ class Programs:
   ):
     """Defines the programs; nothing is compiled yet.
 
-    Args:
-      model: network and mesh.
-      sampler: the sampler of rollouts.
-      method: the method of updates.
-      shape: the shape of an iteration.
-      optimizer: the optimiser of updates.
-      watch: when to measure the drift of a cache.
+    The arguments are the attributes, and the optimiser of updates. A `watch` counts if the sampler has a cache.
     """
     self.model, self.sampler, self.method, self.shape = model, sampler, method, shape
     self._optimizer = optimizer
@@ -109,9 +103,9 @@ class Programs:
         f" {model.rollout_ways} devices that rollout_rules share rows over: change one of them"
       )
     if shape.slots is not None:
-      with _of("rollout."):
+      with reworded("rollout."):
         continuous.check(sampler)
-      with _of("grpo.rollout_"):
+      with reworded("grpo.rollout_"):
         rows = shape.rows // shape.chunks * (1 + shape.partial_age)
         continuous.check_slots(shape.slots, rows, model.rollout_ways)
     self.compiled: dict[int, Compiled] = {}
@@ -284,12 +278,8 @@ class Programs:
   ) -> tuple[Rollout, ...]:
     """Completes placed prompts under published weights; the arrays arrive chunk by chunk.
 
-    Args:
-      params: the result of `publish`.
-      chunks: the chunks from `place`.
-      key: the run's key, from `key`.
-      iteration: the iteration from `place`.
-      cached: False samples without the cache of a watched sampler.
+    `params` are those of `publish`, `key` is that of `key`, and chunks and iteration are from `place`. If `cached` is
+    False, the cache of a watched sampler is not used.
     """
     sampler = self.sampler if cached else self.sampler.with_cache("none")
     return tuple(self._completer(sampler, params, chunk, key, iteration) for chunk in chunks)
@@ -345,12 +335,3 @@ class Programs:
   def drift(self, params: Any, cached: Rollout, exact: Rollout) -> dict[str, jax.Array]:
     """The figures of `drift.drift` for a chunk that was completed both ways under published weights."""
     return self.compiled[cached.prompt.shape[1]].drift(params, cached, exact)
-
-
-@contextlib.contextmanager
-def _of(section: str) -> Iterator[None]:
-  """Completes the name of a field with which an error begins."""
-  try:
-    yield
-  except ValueError as error:
-    raise ValueError(f"{section}{error}") from error

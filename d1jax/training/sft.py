@@ -119,11 +119,7 @@ class Steps(steps.Steps):
   def __init__(self, model: Model, options: Options, optimizer: optax.GradientTransformation, block: int | None = None):
     """Compiles the steps.
 
-    Args:
-      model: network and mesh.
-      options: the options of the stage.
-      optimizer: the optimiser of the stage.
-      block: the block length of the network in these steps; None: its own.
+    `block` is the block length of the network in these steps; None: its own.
     """
     lora = model.weights.lora
     self._model, self._options, self._optimizer = model, options, optimizer
@@ -171,15 +167,8 @@ def advancer(
 
   With `Options.grow`, equal parts of the stage have the block lengths that it names, and the last part has the model's;
   with grow=(1, 4) and blocks of 32, each is a third. All that is still to come is compiled before the first step.
-
-  Args:
-    model: network and mesh.
-    found: the demonstrations.
-    options: the options of the stage.
-    optimizer: the optimiser of the stage.
-    position: the index of the batch to start at.
-    seed: the seed of the order of demonstrations.
-    iterations: all iterations of the stage.
+  `found` are the demonstrations, `position` is the index of the batch to start at, and `iterations` counts all
+  iterations of the stage.
   """
   pad_id = cast(Tokenizer, model.tokenizer).pad_id
   batches: Iterator[Any]

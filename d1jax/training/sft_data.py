@@ -14,6 +14,7 @@ from d1jax.data.packing import Packer, row_shape
 from d1jax.data.sft_batches import padding
 from d1jax.data.tokenizer import Tokenizer, body, prefix
 from d1jax.diffusion.corruption import LLADA, NoiseSpec
+from d1jax.errors import reworded
 from d1jax.rl.prompts import Prompts
 from d1jax.tasks import held_out as held_out_questions
 from d1jax.tasks import tables
@@ -186,14 +187,12 @@ def _tokenised(
   if options.packed:
     longest = row_shape(options.prompt_buckets, options.completion_buckets, block)[0] - 1
   for example in side:
-    try:
+    with reworded(f"{example.place}: "):
       if example.messages:
         pieces = [(tokenizer.prompt(list(example.messages), ""), _ended(tokenizer, example.answer, options))]
       else:
         ids = [*prefix(tokenizer)[-1:], *body(tokenizer, example.answer), tokenizer.stop_ids[0]]
         pieces = [(ids[i : i + 1], ids[i + 1 : i + 1 + longest]) for i in range(0, len(ids) - 1, longest)]
-    except ValueError as error:
-      raise ValueError(f"{example.place}: {error}") from error
     for prompt, completion in pieces:
       found.prompts.append(prompt)
       found.completions.append(completion)

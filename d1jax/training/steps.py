@@ -42,13 +42,8 @@ class Steps:
   ):
     """Compiles the steps.
 
-    Args:
-      model: network and mesh.
-      program: the step.
-      batches: abstract batches, one of each shape.
-      optimizer: the optimiser of the stage.
-      answers: the answers of a batch.
-      with_reference: whether `Frozen.reference` holds a copy of the trained weights.
+    `program` is the step, `batches` has an abstract batch of each shape, and a batch has so many `answers`.
+    `with_reference` says whether `Frozen.reference` holds a copy of the trained weights.
     """
     weights = model.weights
     placement, frozen_placement = weights.state_placement(optimizer), weights.frozen_placement()
@@ -79,11 +74,8 @@ def advancer(
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """Returns the function that runs one iteration of a stage: one compiled step on the next batch.
 
-  Args:
-    model: network and mesh.
-    batches: host batches, from the first iteration that is still to come.
-    steps_of: the compiled steps of an iteration.
-    frozen: the weights that no step changes.
+  `batches` are on the host, from the first iteration that is still to come; `steps_of` gives the compiled steps of an
+  iteration.
   """
   mesh = model.weights.mesh
 

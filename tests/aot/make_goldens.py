@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from d1jax.aot.table import overview
+from d1jax.columns import markdown
 from tests import jobs
 from tests.aot.cases import BLOCK_CASE, LARGE_CASES, SMALL_CASES, TOPOLOGIES, read
 
@@ -23,7 +24,7 @@ def main() -> None:
       subprocess.run(line, cwd=jobs.ROOT, stdout=subprocess.DEVNULL, check=False)
       if not case.golden().exists():
         sys.exit(f"{case.name} failed: {' '.join(line)}")
-  print(overview([read(case.golden()) for case in cases if not case.small]))
+  print(markdown(*overview([read(case.golden()) for case in cases if not case.small])))
 
 
 if __name__ == "__main__":

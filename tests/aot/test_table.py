@@ -1,6 +1,8 @@
 import copy
+import re
 
 from d1jax.aot.table import overview, tables
+from d1jax.columns import markdown
 
 GIB = 2**30
 RESULT = {
@@ -46,7 +48,7 @@ RESULT["programs"] = {
 
 
 def test_an_overview_is_a_row_a_result():
-  lines = overview([RESULT, RESULT | {"slices": 2}]).splitlines()
+  lines = markdown(*overview([RESULT, RESULT | {"slices": 2}])).splitlines()
   assert len({line.count("|") for line in lines}) == 1, "as many cells in each row"
   assert len(lines) == 4
   row = "| v5e:2x4 | 1 x 2 x 4 | LoRA rank 128 | 96 | 7.62 | 7.62 | 7.62 | 16.00 | yes | 3.0 - 3.5 | compute, network |"
@@ -56,9 +58,11 @@ def test_an_overview_is_a_row_a_result():
 
 def test_tables_hold_every_part():
   text = tables(RESULT)
-  assert "| rollout |  |  |  |  | 4.00 |  | 0.50 | 2.00 | 0.12 | 1.00 | 7.62 | 62 |" in text
-  assert "| rollout | loops | all-reduce | 12 | 0.250 | 0.250 |" in text
-  assert "| rollout | 2 | 3.000 | 0.000 | 10.0 | 1.500 | 0.500 | 0.250 | compute |" in text
+  said = " ".join(text.split())
+  for row in ("4.00 0.50 2.00", "0.12 1.00 7.62 62"):
+    assert re.search(rf"rollout {row} (update|Collectives)", said)
+  assert "rollout loops all-reduce 12 0.250 0.250" in said
+  assert "rollout 2 3.000 0.000 10.0 1.500 0.500 0.250 compute" in said
   assert "rollout: the largest collectives in loops, the longest loop first: all-reduce of bf16[2, 3]." in text
   assert "move the same weights again in each pass of a loop: none." in text
   assert "end by what is drawn" not in text
@@ -78,4 +82,4 @@ def test_a_refusal_names_buffers():
   result["programs"]["update"] = {"fits": False, "needed": 18 * GIB, "available": 16 * GIB, "largest": largest}
   text = tables(result)
   assert "update does not fit: 18.00 GiB of 16.00. The largest buffers:\n\n- 12.00 GiB: f32[3,4] jit(f)/dot" in text
-  assert "| 7.62 | 7.62 | 18.00 | 16.00 | no |  |  |  |" in text
+  assert re.search(r" 7\.62 +7\.62 +18\.00\b", text)

@@ -50,7 +50,9 @@ def test_greedy_agrees_with_the_final_table(finished, tmp_path, capsys):
   assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
   texts = [json.loads(line)["text"] for line in (workdir / "completions" / "after.jsonl").read_text().splitlines()]
   assert [item.text for item in output.read_items(tmp_path, arm["name"])] == texts
-  last = json.loads(capsys.readouterr().out.splitlines()[-1])
+  out, err = capsys.readouterr()
+  assert "compiling completions of 18 tokens for 24 prompts" in err
+  last = json.loads(out.splitlines()[-1])
   assert last == {
     "task": "sudoku",
     "protocol": "strict",

@@ -129,7 +129,8 @@ def test_elements_are_closed_and_ids_are_unique(everything):
 def test_the_page_says_what_was_evaluated(everything):
   text, found = everything
   page = Page(text)
-  about = dict(zip(page.texts("th", scope="row"), page.texts("td"), strict=False))
+  table = Page(re.findall(r'<table class="about">.*?</table>', text, re.DOTALL)[0])
+  about = dict(zip(table.texts("th", scope="row"), table.texts("td"), strict=True))
   shown = {
     "subject": "runs/a/checkpoints/grpo/400",
     "protocol": "strict",
@@ -204,7 +205,7 @@ def test_the_plots_are_in_the_page(everything):
 def test_a_small_evaluation_has_no_empty_parts():
   text = render(results([item(0)]), [item(0)])
   page = Page(text)
-  assert [t.strip() for t in page.texts("h2")] == ["What was evaluated", "Results", "Completions"]
+  assert [t.strip() for t in page.texts("h2")] == ["Results", "What was evaluated", "Completions"]
   assert "1 of 1 completions are on this page." in text
 
 

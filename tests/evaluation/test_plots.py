@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from d1jax.evaluation.plots import INK, MARKERS, plots
+from d1jax import look
+from d1jax.evaluation.plots import plots
 from d1jax.evaluation.summary import summarise
 from tests.evaluation.arms import arm, item
 
@@ -53,7 +54,7 @@ def test_a_picture_is_self_contained_and_coloured_by_the_page(evaluation):
     assert "http" not in plot.svg
     assert "font-family" not in plot.svg
     assert "<style" not in plot.svg
-    assert set(re.findall(r"var\(--(\w+)\)", plot.svg)) <= INK.keys()
+    assert set(re.findall(r"var\(--(\w+)\)", plot.svg)) <= look.LIGHT.keys()
     assert not re.findall(r"#[0-9a-f]{6}", plot.svg)
     ids = {element.get("id") for element in root.iter() if element.get("id")}
     links = [e.get("href")[1:] for e in root.iter() if e.get("href")]
@@ -117,8 +118,8 @@ def test_names_of_tasks_are_text():
 
 
 def test_more_arms_than_colours_are_drawn():
-  count = len(MARKERS) + 2
+  count = len(look.MARKERS) + 2
   sets = [arm(4, 0.5, temperature=float(number), samples=2) for number in range(count)]
   found = plots([row(own) for own in sets], [], "solved")
   assert [plot.title for plot in found] == ["gsm8k: pass@k"]
-  assert {f"length 128, temp. {number}" for number in range(count)} <= set(texts(found[0]))
+  assert {f"temp. {number}" for number in range(count)} <= set(texts(found[0]))

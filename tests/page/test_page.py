@@ -2,12 +2,14 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import logging
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -15,7 +17,7 @@ import d1jax.page
 from benchmarks import browser as browsers
 from d1jax import serving
 from d1jax.errors import RunError
-from d1jax.page import command, samples, writer
+from d1jax.page import command, curves, samples, writer
 from d1jax.page.samples import Validated
 from tests.damages import DAMAGES
 from tests.evaluation.test_html import ATTACKS, Page
@@ -106,6 +108,18 @@ def test_curves_have_their_figures_in_the_units_of_the_page(drawn):
   assert [a for tag, a, _ in found.elements if tag == "rect" and a["class"] == "alarm"]
   whiskers = [a["d"] for tag, a, _ in found.elements if tag == "path" and a["class"] == "whisker a"]
   assert [d.count("M") for d in whiskers] == [3, 5, 3, 5]
+
+
+def test_charts_say_what_they_count_in_the_colours_of_the_page(drawn):
+  charts = re.findall(r'<svg class="chart".*?</svg>', drawn[0], re.DOTALL)
+  assert len(charts) > 10
+  for chart in charts:
+    assert ">iteration</text>" in chart
+    assert not re.search(r"#[0-9a-f]{3}|rgb\(|style=", chart), "colours are those of the style sheet"
+    ends = sorted(float(y) for y in re.findall(r'<text class="end [abt]" x="[\d.]+" y="([\d.]+)"', chart))
+    assert ends, "the last value stands at the end of its line"
+    assert all(below - above > 11.8 for above, below in itertools.pairwise(ends)), "names do not overlap"
+  assert drawn[0].count("--line0:") == 2, "one colour for light pages, one for dark ones"
 
 
 def test_samples_are_those_of_every_validation(drawn):
@@ -380,3 +394,9 @@ def test_in_a_browser_values_follow_the_pointer_and_samples_the_sliders(tmp_path
       assert {text.partition(":")[0] for text in shown} == {shown[0].partition(":")[0]}
       assert re.match(r"iteration \d+: mean [\d.]+$", shown[0])
     assert not page.complaints
+
+
+def test_smoothing_is_a_running_mean():
+  values = np.asarray([1.0, 3.0, 5.0, 7.0])
+  np.testing.assert_allclose(curves.smoothed(values, 2), [1.0, 2.0, 4.0, 6.0])
+  np.testing.assert_allclose(curves.smoothed(values, 10), [1.0, 2.0, 3.0, 4.0])

@@ -9,7 +9,8 @@ import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from d1jax.files import FileError, read_json
+from d1jax.errors import reworded
+from d1jax.files import read_json
 from d1jax.models.family import Config, Family, count, shown
 from d1jax.models.layers import TransformerSize
 
@@ -66,10 +67,8 @@ def describe(folder: Path) -> Description:
     ValueError: the file is missing or broken, or has a value that is not implemented; the message names it.
   """
   path = folder / "config.json"
-  try:
+  with reworded("", "; point to the folder of a downloaded model"):
     config = read_json(path, dict)
-  except FileError as error:
-    raise ValueError(f"{error}; point to the folder of a downloaded model") from None
   if "model_type" not in config:
     raise ValueError(f"{path} is not the configuration of a model (it has no model_type)")
   model_type = config["model_type"]
@@ -97,11 +96,7 @@ def check_claims(folder: Path, description: Description, shapes: Mapping[str, tu
 
   It must run before the sizes are used for anything: for 10^9 layers, a list of tensor names alone would fill the
   memory before the first missing tensor was noticed. The shape of each tensor is checked later.
-
-  Args:
-    folder: the folder of config.json.
-    description: the content of config.json.
-    shapes: the shapes of the tensors in the files.
+  `shapes` are those of the tensors in the files.
 
   Raises:
     ValueError: no tensor has an axis as long as a size, or there are fewer tensors than layers.
