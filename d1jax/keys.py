@@ -47,8 +47,10 @@ def purpose_key(key: Key[Array, ""], purpose: Purpose, step: Int[Array, ""] | in
   return jax.random.fold_in(jax.random.fold_in(key, int(purpose)), step)
 
 
-def sample_keys(key: Key[Array, ""], sample_id: Int[Array, "B"]) -> Key[Array, "B"]:
-  """One key per sample; it depends only on the sample's id."""
+def sample_keys(key: Key[Array, ""] | Key[Array, "B"], sample_id: Int[Array, "B"]) -> Key[Array, "B"]:
+  """One key per sample; it depends only on the sample's id, and on its own key where `key` has one for each sample."""
+  if key.ndim:
+    return fold(key, sample_id)
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(sample_id)
 
 

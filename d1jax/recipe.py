@@ -243,7 +243,7 @@ class Recipe(Stages):
 
   def waiting(self, name: str, checkpoints: Checkpoints, step: int) -> Any:
     """What the checkpoint of an iteration holds beside the state: shapes, types and placements; None: nothing."""
-    if name != "grpo" or not self._programs.shape.off_policy_steps:
+    if name != "grpo" or not self._programs.shape.ahead:
       return None
     if self._curriculum:
       self._curriculum.restore(multihost.from_main(lambda: checkpoints.metadata(step)))
@@ -262,7 +262,7 @@ class Recipe(Stages):
       shared = (self._programs, self._grading, frozen, begin.step, self.workdir)
       section = self.config.grpo
       options = dict(seed=self.config.seed, gap_every=section.validate_every, dump_every=section.dump_every)
-      if section.off_policy_steps:
+      if self._programs.shape.ahead:
         return Ahead(*shared, **options, curriculum=self._curriculum, waiting=begin.waiting or ())
       return grpo.advancer(*shared, **options, curriculum=self._curriculum)
 

@@ -108,10 +108,10 @@ def prepared(
   prompt: Int[Array, "B P"],
   prompt_valid: Bool[Array, "B P"],
   sample_id: Int[Array, "B"],
-  key: Key[Array, ""],
+  key: Key[Array, ""] | Key[Array, "B"],
   spec: SamplerSpec,
 ) -> "tuple[Loop, Canvas]":
-  """The loop that completes prompts, and their canvas with nothing but masks behind them; see `sample`."""
+  """The loop that completes prompts, and their canvas of masks; see `sample`. Each sample may have a key of its own."""
   check(denoiser, spec)
   if prompt.shape[1] < denoiser.shift:
     raise ValueError(

@@ -137,7 +137,8 @@ def _batches(config: ConfigDict) -> list[tuple[str, int, str, int]]:
     rows = config.grpo.prompts_per_iteration * config.grpo.num_generations
     name = "grpo.prompts_per_iteration x num_generations"
     batches.append((name, rows, "grpo.accumulation", config.grpo.accumulation))
-    batches.append((name, rows * config.grpo.oversample, "grpo.rollout_chunks", config.grpo.rollout_chunks))
+    if not config.grpo.partial_age:  # its rollouts have one part
+      batches.append((name, rows * config.grpo.oversample, "grpo.rollout_chunks", config.grpo.rollout_chunks))
   return batches
 
 

@@ -97,6 +97,8 @@ def _differences(workdir: Folder, old: dict[str, Any], config: dict[str, Any]) -
   was, now = flatten(old), flatten(json.loads(json.dumps(config)))
   has_begun = lambda stage: (workdir / "checkpoints" / stage).exists()
   settled = SETTLED if has_begun("grpo") else (*SETTLED, *PAIRS) if has_begun("dpo") else ()
+  if now.get("grpo.partial_age"):
+    settled = (*settled, "grpo.rollout_slots")  # they decide how much of a completion the next weights draw
   found = {}
   for name in sorted(was.keys() | now.keys()):
     if was.get(name) != now.get(name):

@@ -116,7 +116,7 @@ TABLE: Mapping[str, Limit] = {
   **{f"grpo.{name}": COUNT for name in ("prompts_per_iteration", "num_generations", "num_iterations")},
   **{f"grpo.{name}": COUNT for name in ("rollout_chunks", "oversample")},
   "grpo.rollout_slots": MAYBE_COUNT,
-  **{f"grpo.{name}": MANY for name in ("grading_workers", "dump_every", "overlong", "off_policy_steps")},
+  **{f"grpo.{name}": MANY for name in ("grading_workers", "dump_every", "overlong", "off_policy_steps", "partial_age")},
   "grpo.behaviour_cap": POSITIVE,
   "grpo.length_warmup": MANY,
   "grpo.length_reward": SIZE,

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 
 from d1jax.diffusion import layout
 from d1jax.diffusion.blocks import NEXT_BLOCK, pass_over, window_of, write_over
+from d1jax.diffusion.continuous import Taken
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.replay import EACH_STEP, passes_of
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
@@ -54,12 +55,14 @@ class Reach(NamedTuple):
     rows: the rows for which they were computed; in slots, those that go on.
     turns: of rollouts in slots, the same for each turn of the slots.
     saved: of these, the steps of a row that batches of as many rows as slots would have taken beyond them.
+    again: of partial rollouts in blocks, the rows whose keys and values are computed again at the start.
   """
 
   steps: Int[np.ndarray, "chunks blocks"]
   rows: Int[np.ndarray, "chunks blocks"]
   turns: "Reach | None" = None
   saved: int | None = None
+  again: int = 0
 
 
 def whole(sampler: SamplerSpec, chunks: int, rows: int, block: int | None = None) -> Reach:
@@ -203,6 +206,8 @@ def _causal_passes(sampler: SamplerSpec, denoiser: Denoiser, canvas: int, reach:
   size, length = denoiser.block or 1, sampler.block_length
   parts = size // length
   yield _Pass((write_over(canvas - sampler.completion_length - size),), int(reach.rows[:, 0].sum()))
+  if reach.again:
+    yield _Pass((write_over(canvas),), reach.again)
   reach = reach.turns or reach
   for taken, rows_of in zip(reach.steps.tolist(), reach.rows.tolist(), strict=True):
     for block, (steps, rows) in enumerate(zip(taken, rows_of, strict=True)):
@@ -288,15 +293,23 @@ def iteration(
   rows: int,
   ways: int,
   slots: int | None = None,
+  taken: Taken | None = None,
+  width: int | None = None,
 ) -> dict[str, Work]:
   """The work of one iteration of diffu-GRPO: `rollout`, `score` and `update`; for processes see `reached`.
 
   `counted` has the products of the programs `rollout` and `update`, and `found` this process's rows of the rollout on
   the host, in `chunks` parts. The sampler is the one that was used, with or without its cache. For the others see
-  `reached` and `update`.
+  `reached` and `update`. Of a partial rollout, `taken` says on the host what its turns took, not only for these rows,
+  and `width` is that of its prompts.
   """
   parts = [Rollout(*part) for part in zip(*(np.split(x, chunks) for x in found), strict=True)]
-  reach = reached(sampler, parts, rows, ways, denoiser.block, slots)
-  drawn = rollout(counted["rollout"], sampler, denoiser, found.prompt.shape[1], reach)
+  reach = reached(sampler, parts, rows, ways, denoiser.block, None if taken else slots)
+  if taken:
+    turns = int(taken.turns)
+    computed = np.repeat(np.asarray(taken.rows[:turns]), taken.steps.shape[1])
+    made = Reach(np.asarray(taken.steps[:turns]).reshape(1, -1), computed[None])
+    reach = reach._replace(turns=made, again=slots if denoiser.block and slots else 0)
+  drawn = rollout(counted["rollout"], sampler, denoiser, width or found.prompt.shape[1], reach)
   score, steps = update(counted["update"], sampler, method, reach, block=denoiser.block, oversample=oversample)
   return {"rollout": drawn, "score": score, "update": steps}

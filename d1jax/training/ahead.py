@@ -7,6 +7,8 @@ the older weights is in `d1jax.rl.behaviour`. With k = 1, and W_n for the weight
   rollouts   0 by W_0 | 1 by W_0 | 2 by W_1 | 3 by W_2 | ...
   updates               0: W_1   | 1: W_2   | 2: W_3   | ...
 
+With `partial_age` a rollout also leaves rows that go on in later ones (`d1jax.training.partial`), for k = 0 too.
+
 JAX dispatches both programs before either has ended. If rollouts have devices of their own (`rollout_mesh`), the two
 run at the same time, and an iteration takes as long as the slower one. One thread of the host controls both sides:
 while an update runs, it grades the next rollout, chunk by chunk as it arrives.
@@ -32,6 +34,7 @@ from d1jax.telemetry.busy import Busy
 from d1jax.training import dump
 from d1jax.training.grpo import batches, iteration_record
 from d1jax.training.host import Grading, Visit, grade_chunks, rewarded
+from d1jax.training.partial import Course, Pool
 from d1jax.training.programs import Programs
 
 
@@ -43,13 +46,15 @@ class Drawn(NamedTuple):
     batch: its prompts.
     chunks: its completions, where rollouts place them.
     behaviour: log p under the weights that drew it, chunk by chunk; empty if the method scores none.
+    course: of a partial rollout.
     span: when it was drawn, see `Busy.watch`; of a rollout of a checkpoint, the distant past.
   """
 
   version: int
   batch: PromptBatch
   chunks: tuple[Rollout, ...]
-  behaviour: tuple[jax.Array, ...]
+  behaviour: tuple[jax.Array, ...] = ()
+  course: Course | None = None
   span: Sequence[float] = (0.0, 0.0)
 
 
@@ -73,7 +78,11 @@ def abstract_waiting(
     arrays = {"rollout": jax.tree.map(whole, chunk), "version": jax.ShapeDtypeStruct((), np.int32, sharding=placement)}
     if programs.method.scores_behaviour:
       arrays["behaviour"] = whole(chunk.reveal_logp)
+    if programs.partial:
+      arrays["course"] = meshes.with_placement(programs.partial.traced().out_info[2], placement)
     found.append(arrays)
+  if programs.partial:
+    found.append({"left": programs.partial.abstract_left(placement)})
   return found
 
 
@@ -112,7 +121,9 @@ class Ahead:
     self._gap_every, self._dump_every = gap_every, dump_every
     self._curriculum = curriculum
     self._prompts, self._key = batches(programs, grading, seed, position, curriculum), programs.key()
-    self._queue = collections.deque(self._again(arrays) for arrays in waiting)
+    self._queue = collections.deque(self._again(arrays) for arrays in waiting if "rollout" in arrays)
+    left = [jax.device_get(arrays["left"]) for arrays in waiting if "left" in arrays]
+    self._pool = Pool(programs.partial, *left) if programs.partial else None
     self._next = position + len(self._queue)
     self._visit: Visit | None = None
     self._rollouts, self._updates = Busy(), Busy()
@@ -124,10 +135,12 @@ class Ahead:
     leaves = zip(*(np.split(leaf, parts) for leaf in host["rollout"]), strict=True)
     chunks = tuple(meshes.place(Rollout(*each), placement) for each in leaves)
     split = np.split(host["behaviour"], parts) if "behaviour" in host else ()
-    return Drawn(int(host["version"]), batch, chunks, tuple(meshes.place(each, placement) for each in split))
+    behaviour = tuple(meshes.place(each, placement) for each in split)
+    return Drawn(int(host["version"]), batch, chunks, behaviour, arrays.get("course"))
 
   def waiting(self) -> list[dict[str, Any]]:
-    """The rollouts that wait, as small arrays that every process has whole; this waits until all are drawn.
+    """The rollouts that wait, and behind them the rows that are unfinished, as small arrays that every process has
+    whole; this waits until all are drawn.
 
     A checkpoint holds them, because the weights that drew them are gone: with them a run that was killed goes on with
     the bits of the run that was not.
@@ -138,25 +151,33 @@ class Ahead:
       arrays = {"rollout": jax.tree.map(lambda *x: np.concatenate(x), *chunks), "version": np.int32(drawn.version)}
       if behaviour:
         arrays["behaviour"] = np.concatenate(behaviour)
+      if drawn.course:
+        arrays["course"] = multihost.fetch(drawn.course)
       return meshes.place(arrays, self._programs.model.replicated)
 
-    return [whole(drawn) for drawn in self._queue]
+    found = [whole(drawn) for drawn in self._queue]
+    if self._pool:
+      found.append(meshes.place({"left": multihost.fetch(self._pool.left)}, self._programs.model.replicated))
+    return found
 
   def _draw(self, state: TrainState, version: int) -> None:
     """Dispatches the rollouts up to that of iteration `version + off_policy_steps`, by the weights of `state`."""
     programs, params = self._programs, None
     for iteration in range(self._next, version + programs.shape.off_policy_steps + 1):
       params = programs.publish(state, self._frozen) if params is None else params
-      batch = next(self._prompts)
-      placed, number = programs.place(batch, iteration)
-      chunks = programs.rollout(params, placed, self._key, number)
-      behaviour = programs.behaviour(params, chunks, self._key, number)
-      span = self._rollouts.watch((chunks, behaviour))
-      self._queue.append(Drawn(version, batch, chunks, behaviour, span))
+      if self._pool:
+        drawn = Drawn(version, *self._pool(params, self._prompts, self._key, iteration))
+      else:
+        batch = next(self._prompts)
+        placed, number = programs.place(batch, iteration)
+        chunks = programs.rollout(params, placed, self._key, number)
+        drawn = Drawn(version, batch, chunks, programs.behaviour(params, chunks, self._key, number))
+      span = self._rollouts.watch((drawn.chunks, drawn.behaviour))
+      self._queue.append(drawn._replace(span=span))
       self._next = iteration + 1
 
   def _graded(self, metrics: Any = ()) -> Visit:
-    """The grades of the first rollout that waits, for whose completions this waits.
+    """The grades of the first rollout of the queue, for whose completions this waits.
 
     Processes exchange rewards by a program on all devices. While other programs run, CPUs would mix up the messages of
     both: several processes first wait for everything that was dispatched.
@@ -193,8 +214,8 @@ class Ahead:
     ready = sum(each.span[1] <= updating for each in self._queue)
     state, metrics, advantages = programs.update(state, self._frozen, chunks, visit.rewards, behaviour, iteration)
     update = self._updates.watch(metrics)
-    arrived = self._graded(metrics).arrived
-    graded = time.perf_counter()
+    arrived = self._graded(metrics).arrived if self._queue else updating  # no rollout waits with k = 0
+    graded = time.perf_counter() if self._queue else updating
     with jax.profiler.TraceAnnotation("update"):
       host_metrics = jax.device_get(metrics)
     done = time.perf_counter()
@@ -211,7 +232,10 @@ class Ahead:
     if programs.model.weights.apart:
       sides = {"rollout": self._rollouts, "update": self._updates}
       figures |= {f"async/idle/{name}": side.idle(began, done) for name, side in sides.items()}
-    values = iteration_record(programs, self._grading, drawn.batch, visit, host_metrics, seconds)
+    course = jax.device_get(drawn.course)
+    taken = course.taken if course else None
+    figures |= {name: float(value) for name, value in course.figures.items()} if course else {}
+    values = iteration_record(programs, self._grading, drawn.batch, visit, host_metrics, seconds, taken=taken)
     if self._dump_every and iteration % self._dump_every == 0:
       dump.write(self._workdir / "rollouts", iteration, chunks, visit, advantages, behaviour)
     return state, gap | figures | shaped | short | values

@@ -31,7 +31,8 @@ from d1jax.run.inputs import data_root
 from d1jax.tasks import Mixture, Task
 from d1jax.training import dpo, drift, sft_data
 from d1jax.training.host import Grading
-from d1jax.training.programs import Programs, Shape
+from d1jax.training.programs import Programs
+from d1jax.training.shape import Shape
 
 TAKEN = (
   "loss",
@@ -67,7 +68,7 @@ def method(section: ConfigDict, sampler: SamplerSpec, block: int | None = None) 
       section.aggregation,
       section.importance_cap,
       section.score_reference,
-      section.behaviour_cap if section.off_policy_steps else None,
+      section.behaviour_cap if section.off_policy_steps or section.partial_age else None,
     )
   if section.num_generations < 2:
     raise ValueError(f"grpo.num_generations={section.num_generations}: a group of one has no baseline; use at least 2")
@@ -166,7 +167,7 @@ def curriculum(experiment: Experiment, prompts: Prompts) -> Curriculum | None:
     groups=groups,
     num_generations=section.num_generations,
     seed=experiment.config.seed,
-    ahead=section.off_policy_steps,
+    ahead=section.off_policy_steps + section.partial_age,
   )
 
 
@@ -185,6 +186,7 @@ def programs(experiment: Experiment, optimizer: optax.GradientTransformation) ->
     section.rollout_chunks,
     section.rollout_slots,
     section.off_policy_steps,
+    section.partial_age,
   )
   watch = drift.Watch(section.drift_every, section.drift_limit)
   chosen = method(section, sampler, experiment.model.denoiser.block)

@@ -13,6 +13,7 @@ import numpy as np
 
 from d1jax.completer import PromptArrays
 from d1jax.data.pipeline import PromptBatch
+from d1jax.diffusion.continuous import Taken
 from d1jax.diffusion.rollout import Rollout
 from d1jax.parallel import multihost
 from d1jax.rl.curriculum import Curriculum
@@ -51,6 +52,7 @@ def iteration_record(
   seconds: Mapping[str, float],
   *,
   cached: bool = True,
+  taken: Taken | None = None,
 ) -> dict[str, float]:
   """The record of an iteration: its figures, its work and its seconds.
 
@@ -62,6 +64,7 @@ def iteration_record(
     metrics: the figures of the update, on the host.
     seconds: the seconds of each part, see `ledger.entry`.
     cached: whether the rollout used the cache of its sampler.
+    taken: what the turns of a partial rollout took, on the host.
   """
   shape, weights, prompts = programs.shape, programs.model.weights, grading.prompts
   counted = programs.compiled[batch.prompt.shape[1]].counted
@@ -76,6 +79,8 @@ def iteration_record(
     rows=shape.rows // shape.chunks,
     ways=programs.model.rollout_ways,
     slots=shape.slots,
+    taken=taken,
+    width=max(shape.buckets) if taken else None,
   )
   devices = weights.mesh.size + (weights.sampling_mesh.size if weights.apart else 0)
   spent = ledger.entry(devices, weights.mesh.devices.flat[0].device_kind, seconds, work)

@@ -1,6 +1,5 @@
 """The compiled programs of a diffu-GRPO iteration: publish, rollout and update."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,7 +26,8 @@ from d1jax.rl.selection import with_signal
 from d1jax.rl.update import Metrics, inner_keys, update
 from d1jax.state import Frozen, TrainState, merge, merge_for_rollout
 from d1jax.telemetry import flops
-from d1jax.training import drift
+from d1jax.training import drift, partial
+from d1jax.training.shape import Shape
 
 GAP_POSITIONS = 16
 """The number of completion positions at which merged and unmerged logits are compared."""
@@ -47,39 +47,6 @@ class Compiled(NamedTuple):
   behaviour: Any = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """The shape of an iteration.
-
-  Attributes:
-    prompts: the groups of an update.
-    num_generations: the completions of each prompt.
-    buckets: the prompt lengths that are compiled.
-    oversample: rollouts have this many times the groups of an update, and those with the most signal are kept.
-    chunks: the parts of a rollout; one is graded while the next is computed.
-    slots: the rows of a part that are computed at a time; None: all.
-    off_policy_steps: the updates that weights miss when they draw a rollout; 0: each rollout has the newest weights.
-  """
-
-  prompts: int
-  num_generations: int
-  buckets: tuple[int, ...]
-  oversample: int = 1
-  chunks: int = 1
-  slots: int | None = None
-  off_policy_steps: int = 0
-
-  @property
-  def groups(self) -> int:
-    """The number of prompts in a rollout."""
-    return self.oversample * self.prompts
-
-  @property
-  def rows(self) -> int:
-    """The number of completions in a rollout."""
-    return self.groups * self.num_generations
-
-
 class Programs:
   """The programs of an iteration, compiled for every prompt bucket before the first iteration.
 
@@ -93,6 +60,7 @@ class Programs:
     shape: the shape of an iteration.
     watch: the watch over the drift of a cached sampler; None if the sampler has no cache or is not watched.
     compiled: the programs of each prompt bucket.
+    partial: the program of partial rollouts; None: there are none.
   """
 
   def __init__(
@@ -116,15 +84,18 @@ class Programs:
         f"grpo.importance_cap={method.importance_cap} and grpo.drift_every={watch.every if watch else 0} compare the"
         " probabilities of draws, but rollout.temperature=0 takes the argmax: raise it, or leave the two out"
       )
+    if shape.partial_age:
+      partial.check(shape, sampler, method)
     if sampler.temperature == 0 and method.behaviour_cap is not None and not method.scores_behaviour:
       raise ValueError(
         f"grpo.off_policy_steps={shape.off_policy_steps} takes the probabilities of draws from the rollout, but"
         " rollout.temperature=0 takes the argmax: raise it, or set grpo.off_policy_steps=0"
       )
-    if self.watch and shape.off_policy_steps:
+    if self.watch and shape.ahead:
+      stale = "partial_age" if shape.partial_age else "off_policy_steps"
       raise ValueError(
         f"grpo.drift_every={self.watch.every} completes prompts again with the weights that completed them, which"
-        f" grpo.off_policy_steps={shape.off_policy_steps} does not keep: set grpo.drift_every=0, or rollout.cache=none"
+        f" grpo.{stale}={getattr(shape, stale)} does not keep: set grpo.drift_every=0, or rollout.cache=none"
       )
     if shape.rows % (shape.chunks * model.rollout_ways):
       raise ValueError(
@@ -135,9 +106,11 @@ class Programs:
       with reworded("rollout."):
         continuous.check(sampler)
       with reworded("grpo.rollout_"):
-        continuous.check_slots(shape.slots, shape.rows // shape.chunks, model.rollout_ways)
+        rows = shape.rows // shape.chunks * (1 + shape.partial_age)
+        continuous.check_slots(shape.slots, rows, model.rollout_ways)
     self.compiled: dict[int, Compiled] = {}
     self._completer = Completer(model, keys.Purpose.ROLLOUT, for_update=True, slots=shape.slots)
+    self.partial = partial.Partial(model, sampler, shape, self.drawn_placement) if shape.partial_age else None
     if model.weights.apart:
       check_holds(model.weights.abstract_state(optimizer), "mesh")
       check_holds(model.publisher.abstract, "rollout_mesh")
@@ -230,13 +203,16 @@ class Programs:
     cached, exact = constrained((cached, exact), model.rollout_by_row)
     return drift.drift(cached, exact, replay(model.rollout_denoiser, params, cached, self.sampler))
 
-  def _rollout(self, width: int) -> jax.stages.Traced:
+  def _rollout(self, width: int, sampler: SamplerSpec | None = None) -> jax.stages.Traced:
     """The traced rollout of prompts of `width` tokens."""
-    return self._completer.traced(self.sampler, self.shape.rows // self.shape.chunks, width)
+    if self.partial:
+      return self.partial.traced()
+    return self._completer.traced(sampler or self.sampler, self.shape.rows // self.shape.chunks, width)
 
   def chunk(self, width: int) -> Rollout:
     """The result of a rollout of one chunk of prompts of `width` tokens: shapes, types and placements."""
-    return meshes.with_placement(self._rollout(width).out_info, self._completer.placement)
+    found = self.partial.chunk(width) if self.partial else self._rollout(width).out_info
+    return meshes.with_placement(found, self._completer.placement)
 
   def tracing(self, width: int) -> Mapping[str, Callable[[], jax.stages.Traced]]:
     """Functions that trace `publish`, and `rollout` and `update` for prompts of `width` tokens, from shapes alone."""
@@ -259,15 +235,15 @@ class Programs:
 
   def compile(self) -> None:
     """Compiles every program for every prompt bucket; a later call with other shapes is an error, not a compilation."""
-    weights, rows = self.model.weights, self.shape.rows // self.shape.chunks
+    weights = self.model.weights
     trained = weights.abstract_state(self._optimizer).trainable
     samplers = {"rollout": self.sampler} | ({"exact": self.sampler.with_cache("none")} if self.watch else {})
     for width in self.shape.buckets:
       chunk, updating = self.chunk(width), self.tracing(width)["update"]()
       brought = meshes.with_placement(chunk, self.model.by_row)
-      counted = {name: flops.count(self._completer.traced(each, rows, width)) for name, each in samplers.items()}
-      for each in samplers.values():
-        self._completer.program(each, rows, width)
+      counted = {name: flops.count(self._rollout(width, each)) for name, each in samplers.items()}
+      for each in samplers.values() if self.partial is None else ():
+        self._completer.program(each, self.shape.rows // self.shape.chunks, width)
       self.compiled[width] = Compiled(
         update=updating.lower().compile(),
         counted=counted | {"update": flops.count(updating)},
@@ -275,6 +251,8 @@ class Programs:
         drift=self._drift.lower(self.model.publisher.abstract, chunk, chunk).compile() if self.watch else None,
         behaviour=self._behaviour_lowered(chunk).compile() if self.method.scores_behaviour else None,
       )
+    if self.partial:
+      self.partial.compile()
     self.model.publisher.compile()
 
   def _behaviour_lowered(self, chunk: Rollout) -> jax.stages.Lowered:

@@ -46,6 +46,19 @@ def test_the_same_config_may_go_on(tmp_path):
   assert holds_run(tmp_path, CONFIG)
 
 
+def test_slots_of_partial_rollouts_are_a_part_of_the_run(tmp_path):
+  """They decide which weights draw which tokens."""
+  for age, folder in ((0, tmp_path / "whole"), (1, tmp_path / "partial")):
+    grpo = {"partial_age": age, "rollout_slots": 4}
+    claim(folder, CONFIG | {"grpo": grpo}, FILES, SPLITS)
+    other = CONFIG | {"grpo": grpo | {"rollout_slots": 8}}
+    if not age:
+      assert holds_run(folder, other)
+      continue
+    with pytest.raises(RunError, match=r"another config \(grpo.rollout_slots was 4, now 8\)"):
+      holds_run(folder, other)
+
+
 @pytest.mark.parametrize(
   ("name", "value"),
   [

@@ -50,11 +50,11 @@ def test_a_run_that_stops_while_rollouts_wait_goes_on_bit_for_bit(tmp_path):
   assert records_of(tmp_path / "parts") == records
 
 
-def check_killed(folder, kills, steps):
+def check_killed(folder, kills, steps, **more):
   """A run at staleness 1 that is killed so many times, each time behind at least two more iterations, ends the same."""
 
   def start(workdir):
-    changes = jobs.STARTED | SPLIT | {"grpo__steps": steps, "grpo__validate_every": steps}
+    changes = jobs.STARTED | SPLIT | more | {"grpo__steps": steps, "grpo__validate_every": steps}
     return jobs.start(*jobs.flags(workdir, **changes))
 
   code, _, err = jobs.finish(start(folder / "whole"))
