@@ -10,7 +10,7 @@ import argparse
 
 import numpy as np
 
-from d1jax.aot.table import markdown
+from d1jax.columns import markdown
 
 
 def lengths(rows: int, longest: int, seed: int) -> np.ndarray:

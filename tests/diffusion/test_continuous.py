@@ -145,14 +145,14 @@ def cut(name: str, params: list[Any]) -> tuple[list[Rollout], list[Unfinished], 
 @pytest.mark.few(1, reason="each case compiles programs of its own")
 @pytest.mark.parametrize("name", ["blocks", "full", "blocks, next token, in parts, greedy", "full, dual"])
 def test_a_rollout_that_is_cut_goes_on_as_if_it_was_not(name, monkeypatch):
-  """It was cut behind each block but the last one; in all cases but the first, slots become fewer in the end."""
+  """It was cut behind the first blocks; in all cases but the first, slots become fewer in the end."""
   denoiser, changes = CASES[name]
   run = jax.jit(functools.partial(sample, denoiser, spec=dataclasses.replace(SPEC, **changes)))
   whole = [run(weights(denoiser), *rows_of(number, FIRST), jax.random.key(number)) for number in range(6)]
   if name != "blocks":
     monkeypatch.setattr("d1jax.diffusion.sampler.COMPACT_FROM", 16)
   rollouts, given, _ = cut(name, [weights(denoiser)] * 6)
-  assert {1, 2, 3} <= {int(turn) for each in given for turn in each.turn}
+  assert {1, 2, *((3,) if name in ("blocks", "full") else ())} <= {int(turn) for each in given for turn in each.turn}
   for found, expected in zip(rollouts, whole, strict=True):
     for field in Rollout._fields[:-1]:
       np.testing.assert_array_equal(getattr(found, field), getattr(expected, field), err_msg=field)
