@@ -33,6 +33,11 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
       from d1jax import recipe
 
     return recipe.run
+  if config.mode == "distill":
+    with errors.extra("train"):
+      from d1jax import distill
+
+    return distill.run
   if config.mode == "eval":
     with errors.extra("eval"):
       from d1jax.evaluation import command
@@ -69,7 +74,7 @@ def _mode(config: ConfigDict) -> Callable[[ConfigDict], Any]:
 
     return serving.run
   raise errors.RunError(
-    f"config.mode is {config.mode!r}; known: grpo, dpo, sft, eval, report, export, generate, serve, aot"
+    f"config.mode is {config.mode!r}; known: grpo, dpo, sft, distill, eval, report, export, generate, serve, aot"
   )
 
 
