@@ -122,6 +122,8 @@ TABLE: Mapping[str, Limit] = {
   "grpo.behaviour_cap": POSITIVE,
   "grpo.length_warmup": MANY,
   "grpo.length_reward": SIZE,
+  "grpo.length_curriculum": TOKENS._replace(several=True),
+  "grpo.length_threshold": SHARE,
   **{f"grpo.{name}": MAYBE_REAL for name in ("importance_cap", "drift_limit")},
   "grpo.answered": REAL,
   "evaluation.batch_size": COUNT,
@@ -152,7 +154,7 @@ TABLE: Mapping[str, Limit] = {
   "drain_seconds": SIZE,
 }
 """The conditions on the numbers of all configurations, by dotted name."""
-MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow")
+MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow", "grpo.length_curriculum")
 """If `lengths` or `prompt_buckets` is empty, the numbers of the checkpoint are used."""
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from d1jax.diffusion import blocks
 from d1jax.diffusion.corruption import NoiseSpec
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.layout import extra
@@ -31,6 +32,7 @@ from d1jax.run.inputs import data_root
 from d1jax.tasks import Mixture, Task
 from d1jax.training import dpo, drift, sft_data
 from d1jax.training.host import Grading
+from d1jax.training.lengths import Lengths
 from d1jax.training.programs import Programs, Shape
 
 TAKEN = (
@@ -138,7 +140,7 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
       for text in (one.demonstration(record, "d1"), one.baseline(record, "d1")):
         names |= dict.fromkeys(one.grade(text, record, protocol).components)
     with _of("grpo"):
-      found.check(list(names), sampler.completion_length)
+      found.check(list(names), min((*section.length_curriculum, sampler.completion_length)))
   return found
 
 
@@ -168,6 +170,35 @@ def curriculum(experiment: Experiment, prompts: Prompts) -> Curriculum | None:
     seed=experiment.config.seed,
     ahead=section.off_policy_steps,
   )
+
+
+def lengths(experiment: Experiment, optimizer: optax.GradientTransformation, whole: Programs) -> Lengths | None:
+  """The curriculum of `config.grpo` over completion lengths, whose last programs are `whole`; None: there is none.
+
+  Raises:
+    ValueError: the lengths do not fit the sampler, or `grpo.off_policy_steps`.
+  """
+  section, sampler = experiment.config.grpo, experiment.sampler
+  chosen = tuple(section.length_curriculum)
+  if not chosen:
+    return None
+  if list(chosen) != sorted(set(chosen)) or chosen[-1] != sampler.completion_length:
+    raise ValueError(
+      f"grpo.length_curriculum={chosen} must ascend and end with rollout.completion_length, here"
+      f" {sampler.completion_length}; grpo.length_curriculum=() has no shorter lengths"
+    )
+  if section.off_policy_steps:
+    raise ValueError(
+      f"grpo.length_curriculum={chosen} takes the next length after an iteration, but"
+      f" grpo.off_policy_steps={section.off_policy_steps} draws rollouts before it: set grpo.off_policy_steps=0, or"
+      " grpo.length_curriculum=()"
+    )
+  with _of("grpo.length_curriculum:"):
+    shorter = [sampler.of_length(length) for length in chosen[:-1]]
+    for each in shorter:
+      blocks.check(experiment.model.denoiser, each)
+  found = [programs(dataclasses.replace(experiment, sampler=each), optimizer) for each in shorter]
+  return Lengths([*found, whole], section.length_threshold)
 
 
 def programs(experiment: Experiment, optimizer: optax.GradientTransformation) -> Programs:
