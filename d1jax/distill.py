@@ -30,7 +30,7 @@ from d1jax.errors import RunError, explained, input_checked, smaller_batches
 from d1jax.evaluation import rejection, rollout_answers, subject
 from d1jax.evaluation.evaluator import Evaluator
 from d1jax.evaluation.subject import Found, Subject
-from d1jax.files import FileError, json_lines, parse_json, read_json, read_text, write_check
+from d1jax.files import FileError, json_lines, read_json, read_text, write_check
 from d1jax.run import compiled, fields, limits, parts
 from d1jax.run import experiment as experiments
 from d1jax.run.checkpoint import is_step
@@ -127,11 +127,15 @@ def _settings(config: ConfigDict) -> str:
 
 def _check_questions(found: Found, own: Experiment) -> None:
   """Raises a ValueError if a run had another task, or may have been trained on questions that are held out here."""
-  was, now = found.metadata["config"]["task"], json.loads(json.dumps(own.config.task.to_dict()))
-  if was["name"] not in (NO_TASK, now["name"]):
+  now = own.config.task.name
+  try:
+    was = found.metadata["config"]["task"]["name"]
+  except (LookupError, TypeError) as error:
+    raise ValueError(f"the configuration in checkpoint {found.home} is not that of a run ({error})") from error
+  if was not in (NO_TASK, now):
     raise ValueError(
-      f"{found.workdir} was trained on the task {was['name']}, but the questions are of {now['name']}: name a run of"
-      f" {now['name']}, or use the preset word of {was['name']}"
+      f"{found.workdir} was trained on the task {was}, but the questions are of {now}: name a run of {now}, or use the"
+      f" preset word of {was}"
     )
   path = found.workdir / "splits.json"
   splits = read_json(path, dict) if path.exists() else {}
@@ -268,8 +272,8 @@ class Rounds:
     """Runs what is left of a round; yields its figures stage by stage."""
     config, home = self.config, self.workdir
     answers, model = home / f"answers-{number}.jsonl", home / f"model-{number}"
-    if rows := self._kept(answers, policy):
-      found = _figures(rows) | {"seconds": {"sampling": known.get("seconds", {}).get("sampling")}}
+    if found := self._sampled(answers, policy):
+      found["seconds"] = {"sampling": known.get("seconds", {}).get("sampling")}
     else:
       with compiled.kept(answers), Interrupts() as interrupts:
         found = _sample(config, self._own, policy, answers, interrupts)
@@ -287,28 +291,28 @@ class Rounds:
     yield trained("grpo", pretrained=str(model))
     yield self._gain(number)
 
-  def _kept(self, path: Path, policy: _Policy) -> list[dict[str, Any]]:
-    """The answers of an earlier attempt; empty if they were not sampled yet.
+  def _sampled(self, path: Path, policy: _Policy) -> dict[str, Any]:
+    """The figures of an earlier attempt's sampling; empty if there was none.
 
     Raises:
-      RunError: they were sampled with other settings, or the file is damaged.
+      RunError: it had other settings, or its file is damaged.
     """
     if not path.exists():
-      return []
+      return {}
     with input_checked():
-      lines = read_text(path).splitlines()
-      rows = [parse_json(line, f"{path} line {i}", dict) for i, line in enumerate(lines, 1)]
-      made = rows[0].get("made") if rows else None
-      if not isinstance(made, dict):
-        raise FileError(f"{path} does not say where its answers come from; use --config.workdir=... for a new folder")
-      by = made["by"] if path.name != "answers-1.jsonl" else policy.name
-      if (made["by"], made["config"]) != (by, _settings(self.config)):
+      try:
+        rows = [row for _, _, row in json_lines(read_text(path), path)]
+        found, (was, config) = _figures(rows), (rows[0]["made"][name] for name in ("by", "config"))
+      except (LookupError, TypeError) as error:
+        raise FileError(f"{path} is damaged ({error}); delete it to sample it again") from error
+      now = policy.name if path.name == "answers-1.jsonl" else was
+      if (was, config) != (now, _settings(self.config)):
         raise FileError(
-          f"{path} was sampled by {made['by']} with the configuration {made['config']}, now {policy.name} and"
-          f" {_settings(self.config)}: restore checkpoint, seed, task, rollout, distill and data.prompt_buckets, or use"
-          " --config.workdir=... for new rounds"
+          f"{path} was sampled by {was} with the configuration {config}, now {now} and {_settings(self.config)}:"
+          " restore checkpoint, seed, task, rollout, distill and data.prompt_buckets, or use --config.workdir=... for"
+          " new rounds"
         )
-    return rows
+    return found
 
   def _export(self, number: int, model: Path) -> None:
     """Writes the best fine-tuned weights as a model's folder, which is there only as a whole."""
@@ -372,7 +376,8 @@ def _checked(config: ConfigDict) -> Experiment:
   if config.mode == "sft":
     configured.fine_tuning(config).check(experiment.model.denoiser.block)
   else:
-    configured.programs(experiment, experiment.optimizer(config.grpo, config.grpo.steps))
+    optimizer = experiment.optimizer(config.grpo, config.grpo.steps)
+    configured.lengths(experiment, optimizer, configured.programs(experiment, optimizer))
   return experiment
 
 

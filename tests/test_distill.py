@@ -148,6 +148,9 @@ def test_rounds_that_are_killed_before_any_stage_go_on_where_they_were(tmp_path,
   with pytest.raises(RunError, match=r"answers-1.jsonl was sampled by first .* use --config.workdir=..."):
     distill.run(job(tmp_path, checkpoint="first", distill__temperature=0.5))
   assert [one["round"] for one in distill.run(job(tmp_path, checkpoint="first", rounds=1))] == [1]
+  (tmp_path / "answers-2.jsonl").write_text('{"messages": []}\n')
+  with pytest.raises(RunError, match=r"answers-2.jsonl is damaged \('made'\); delete it to sample it again"):
+    distill.run(config)
   assert len(json.loads((tmp_path / "rounds.json").read_text())["rounds"]) == 2  # the second one is still there
 
 
