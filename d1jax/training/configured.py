@@ -193,10 +193,12 @@ def lengths(experiment: Experiment, optimizer: optax.GradientTransformation, who
       f" grpo.off_policy_steps={section.off_policy_steps} draws rollouts before it: set grpo.off_policy_steps=0, or"
       " grpo.length_curriculum=()"
     )
-  with _of("grpo.length_curriculum:"):
+  try:
     shorter = [sampler.of_length(length) for length in chosen[:-1]]
     for each in shorter:
       blocks.check(experiment.model.denoiser, each)
+  except ValueError as error:
+    raise ValueError(f"grpo.length_curriculum={chosen}: {error}") from error
   found = [programs(dataclasses.replace(experiment, sampler=each), optimizer) for each in shorter]
   return Lengths([*found, whole], section.length_threshold)
 
