@@ -84,7 +84,7 @@ def test_a_run_whose_rollouts_grow_is_resumed_bit_for_bit(tmp_path):
   results = recipe.run(started(tmp_path / "whole", **changes))
   records = [r for r in read_records(tmp_path / "whole" / "metrics.jsonl") if r["stage"] == "grpo"]
   assert [record["length_curriculum/tokens"] for record in records] == [6, 18]
-  assert [record["tokens"] for record in records] == [16 * 6, 16 * 18]
+  assert [record["cost/tokens/rollout"] for record in records] == [16 * 6, 16 * 18]
   assert records[0]["length_curriculum/unfinished"] == 1.0
   shutil.copytree(tmp_path / "whole", tmp_path / "parts")
   (tmp_path / "parts" / "results.json").unlink()
