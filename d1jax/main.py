@@ -29,6 +29,7 @@ _CHECK = flags.DEFINE_boolean("check", False, "Says whether flags, model and dat
 
 _MODES: Mapping[str, tuple[str, str | None]] = {
   **dict.fromkeys(("grpo", "dpo", "sft"), ("d1jax.recipe", "train")),
+  "distill": ("d1jax.distill", "train"),
   "eval": ("d1jax.evaluation.command", "eval"),
   "report": ("d1jax.page.command", "train"),
   "export": ("d1jax.export", None),

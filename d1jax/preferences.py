@@ -1,6 +1,5 @@
 """The pairs of a run: those of its file, or of graded rollouts, which are made once, before the stage begins."""
 
-import dataclasses
 import json
 import logging
 import time
@@ -10,17 +9,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from d1jax import keys
-from d1jax.completer import Completer
 from d1jax.data import demonstrations
 from d1jax.data import pairs as pair_files
 from d1jax.data.pairs import Pair, PairTokens
-from d1jax.diffusion import blocks
 from d1jax.errors import input_checked, reworded
-from d1jax.evaluation import rollout_pairs, subject
+from d1jax.evaluation import rollout_answers, rollout_pairs, subject
 from d1jax.evaluation.evaluator import Evaluator
 from d1jax.files import FileError, parse_json, read_text
-from d1jax.fingerprint import fingerprint
 from d1jax.parallel import multihost
 from d1jax.rl.prompts import Prompts
 from d1jax.run.experiment import Experiment
@@ -135,17 +130,13 @@ class Preferences:
   def _asking(self, experiment: Experiment) -> Evaluator:
     """The first questions of the training split, asked by the model of an experiment."""
     own, model = self._experiment, experiment.model
-    with reworded("rollout."):
-      blocks.check(model.denoiser, own.sampler)
     if experiment is own:
       prompts = own.prompts("train")
     else:
       style, buckets = self.config.task.style, tuple(self.config.data.prompt_buckets)
       prompts = Prompts.of(own.task, experiment.tokenizer, "train", style=style, buckets=buckets)
-    count = self.config.pairs.questions
-    some = {name: getattr(prompts, name)[:count] for name in ("records", "ids", "prefills")}
-    completer = Completer.of(model, keys.Purpose.ROLLOUT)
-    return Evaluator(completer, dataclasses.replace(prompts, **some), own.sampler, self.config.evaluation.batch_size)
+    count, rows = self.config.pairs.questions, self.config.evaluation.batch_size
+    return rollout_answers.asking(model, prompts, own.sampler, count, rows)
 
   def _rollouts(self, policy: Callable[[], Params], pause: Callable[[], None]) -> list[dict[str, Any]]:
     config, made = self.config, self._settings()
@@ -153,18 +144,15 @@ class Preferences:
       evaluator, params = self._evaluator, policy()
     else:
       place = ConfigDict({"pretrained": None, "mesh": config.mesh, "cpu_devices": config.cpu_devices})
-      home, experiment, trainable = subject.read_run(
-        subject.find_checkpoint(folder(self.config.pairs.checkpoint)), place
-      )
-      made |= {"checkpoint": str(home), "weights": fingerprint(trainable)}
+      sampled = subject.of_run(subject.find_checkpoint(folder(self.config.pairs.checkpoint)), place)
+      made |= {"checkpoint": sampled.name, "weights": sampled.fingerprint}
       with input_checked():
-        evaluator = self._asking(experiment)
-      frozen = experiment.model.weights.frozen
-      params = subject.Subject(str(home), home, experiment, trainable, frozen, made["weights"]).params()
+        evaluator = self._asking(sampled.experiment)
+      params = sampled.params()
     print(f"pairs: {len(evaluator.prompts.records)} questions, {self.config.pairs.samples} answers to each", flush=True)
-    return rollout_pairs.make(
-      evaluator, params, samples=self.config.pairs.samples, seed=config.seed, made=made, pause=pause
-    )
+    samples = self.config.pairs.samples
+    answers = rollout_answers.sample(evaluator, params, samples=samples, seed=config.seed, pause=pause)
+    return rollout_pairs.rows(evaluator.prompts, answers, made)
 
   def _check(self, rows: list[dict[str, Any]]) -> None:
     section = self.config.pairs

@@ -76,6 +76,7 @@ class Recipe(Stages):
     if config.mode == "grpo":
       self._optimizers["grpo"] = self._optimizer("grpo", config.grpo.steps * config.grpo.num_iterations)
       self._programs = configured.programs(self.experiment, self._optimizers["grpo"])
+      self._lengths = configured.lengths(self.experiment, self._optimizers["grpo"], self._programs)
       self._grading = configured.grading(self.experiment)
       self._curriculum = configured.curriculum(self.experiment, self._grading.prompts)
       self._validations["grpo"] = self._by_accuracy("grpo")
@@ -256,7 +257,7 @@ class Recipe(Stages):
     start = functools.cache(start) if stays else start
 
     def advancer(begin: Restored) -> Any:
-      self._programs.compile()
+      (self._lengths or self._programs).compile()
       frozen = experiment.model.weights.frozen
       frozen = frozen._replace(reference=start()) if stays else frozen
       shared = (self._programs, self._grading, frozen, begin.step, self.workdir)
@@ -264,13 +265,14 @@ class Recipe(Stages):
       options = dict(seed=self.config.seed, gap_every=section.validate_every, dump_every=section.dump_every)
       if self._programs.shape.ahead:
         return Ahead(*shared, **options, curriculum=self._curriculum, waiting=begin.waiting or ())
-      return grpo.advancer(*shared, **options, curriculum=self._curriculum)
+      return grpo.advancer(*shared, **options, curriculum=self._curriculum, lengths=self._lengths)
 
     def fresh() -> TrainState:
       return experiment.model.weights.state_from(start(), optimizer, donate=not stays)
 
+    carried = [one for one in (self._curriculum, self._lengths) if one is not None]
     with self._grading.grader:
-      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN, curriculum=self._curriculum)
+      return self._run_stage("grpo", self.config.grpo, fresh, advancer, grpo.SHOWN, carried=carried)
 
   def _evaluate(self, **arms: Callable[[], Params]) -> dict[str, Evaluation]:
     """The final evaluation of each arm's weights, which its function reads; there is none without a task."""

@@ -2,8 +2,8 @@
 
 import functools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -15,7 +15,6 @@ from d1jax.fingerprint import fingerprint
 from d1jax.page.writer import Page
 from d1jax.parallel import multihost
 from d1jax.results import Outcome
-from d1jax.rl.curriculum import Curriculum
 from d1jax.run import experiment as experiments
 from d1jax.run import opening, trackers
 from d1jax.run.checkpoint import Checkpoints, Restored
@@ -30,6 +29,18 @@ from d1jax.weights import check_base
 
 Advancer = Callable[[Restored], Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]]
 """Takes what to start from, and returns the function that runs one iteration of a stage."""
+
+
+class Carried(Protocol):
+  """What a stage carries from one iteration to the next beside its state: a curriculum."""
+
+  def state(self) -> dict[str, Any]:
+    """What the metadata of a checkpoint holds of it."""
+    ...
+
+  def restore(self, metadata: Mapping[str, Any]) -> None:
+    """Takes what a checkpoint holds; one that has nothing begins anew."""
+    ...
 
 
 class Validation(NamedTuple):
@@ -83,7 +94,7 @@ class Stages:
     checkpoints: Checkpoints,
     more: dict[str, str],
     before: float,
-    curriculum: Curriculum | None,
+    carried: Sequence[Carried],
   ) -> None:
     """Runs a stage from its last good checkpoint to its end; afterwards the state is no longer in memory."""
     weights, validation, optimizer = self.experiment.model.weights, self._validations[name], self._optimizers[name]
@@ -100,8 +111,8 @@ class Stages:
     if not start:
       with opening.timed(f"reading the weights for {name}"):
         start = Restored(0, fresh(), {"seconds": before})
-    if curriculum:
-      curriculum.restore(start.metadata)
+    for one in carried:
+      one.restore(start.metadata)
     with opening.timed(f"compiling the iterations of {name}"):
       for tree in (start.state, start.state.trainable):
         fingerprint(tree)  # compiles the program that each checkpoint uses
@@ -130,7 +141,7 @@ class Stages:
       profile.Profile(self._profiled if name == self.config.mode else range(0), name, self.workdir / "profile"),
       self.page.draw,
       self.later(name),
-      curriculum.state if curriculum else dict,
+      lambda: {name: value for one in carried for name, value in one.state().items()},
       advance.waiting if isinstance(advance, Ahead) else lambda: None,
     )
     loop.run(stage, start, checkpoints, self.workdir, self._interrupts)
@@ -144,11 +155,11 @@ class Stages:
     shown: tuple[str, ...],
     more: dict[str, str] | None = None,
     before: float = 0.0,
-    curriculum: Curriculum | None = None,
+    carried: Sequence[Carried] = (),
   ) -> Outcome:
     """Runs or resumes a stage. Nothing is computed twice; from a finished stage only the best weights are read.
 
-    Its checkpoints have `more` metadata, and the state of the curriculum; its seconds begin at `before`.
+    Its checkpoints have `more` metadata, and the state of what is `carried`; its seconds begin at `before`.
     """
     home, weights = self.workdir / "checkpoints" / name, self.experiment.model.weights
     checkpoints, abstract = Checkpoints(home, writes=True), weights.abstract_state(self._optimizers[name])
@@ -164,7 +175,7 @@ class Stages:
       step: int | None = None
       while step is None or not found()[1]:  # a damaged last checkpoint has been set aside and is made again
         if not found()[1]:
-          self._train_stage(name, section, fresh, advancer, shown, checkpoints, more or {}, before, curriculum)
+          self._train_stage(name, section, fresh, advancer, shown, checkpoints, more or {}, before, carried)
         best = checkpoints.best_evaluated(abstract)
         if best is None:
           raise RunError(f"{home} lost its checkpoints while the stage ran; run the same command again")

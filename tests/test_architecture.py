@@ -64,6 +64,7 @@ ALLOWED["page"] = ALLOWED["results"] | {"results", "generation"}
 ALLOWED["preferences"] = ALLOWED["evaluation"] | {"evaluation", "training"}
 ALLOWED["stages"] = ALLOWED["page"] | {"page", "training"}
 ALLOWED["recipe"] = ALLOWED["stages"] | {"stages", "preferences"}
+ALLOWED["distill"] = ALLOWED["recipe"] | {"recipe", "export"}
 ALLOWED["presets"] = set(ALLOWED)
 ALLOWED["harness"] = set(ALLOWED)
 ALLOWED["lm_eval"] = set(ALLOWED)
@@ -204,6 +205,7 @@ def test_few_files_know_of_configurations(path):
     "d1jax/serving/command.py",
     "d1jax/aot/command.py",
     "d1jax/page/command.py",
+    "d1jax/distill.py",
     "d1jax/recipe.py",
     "d1jax/results.py",
     "d1jax/serving/chat.py",
@@ -392,6 +394,7 @@ CONFIGS = [
   ("sft", "adapt,block"),
   ("dpo", ""),
   ("dpo", "lora,gsm8k"),
+  ("distill", ""),
   ("grpo", "tiny,sudoku,countdown"),
   ("grpo", "small,word_problems"),
   ("eval", ""),

@@ -33,7 +33,7 @@ def test_a_command_is_flags(typed, flags):
 @pytest.mark.parametrize(
   ("typed", "message"),
   [
-    ("trian", "unknown command 'trian'; known: train, sft, dpo, eval, report, generate, serve, export, aot"),
+    ("trian", "unknown command 'trian'; known: train, sft, dpo, distill, eval, report, generate, serve, export, aot"),
     ("train tinny", "unknown preset word 'tinny'; known: tiny, smoke, "),
     ("train sft:tiny", "d1jax train takes no preset 'sft'; known: grpo, and words behind a colon"),
     ("export tiny", "preset export takes no words, but has 'tiny' behind the colon: leave it out"),
@@ -95,7 +95,11 @@ def test_presets_take_other_values():
 @pytest.mark.parametrize(
   ("preset", "overrides", "message"),
   [
-    ("nothing", {}, "unknown preset 'nothing'; known: aot, dpo, eval, export, generate, grpo, report, serve, sft"),
+    (
+      "nothing",
+      {},
+      "unknown preset 'nothing'; known: aot, distill, dpo, eval, export, generate, grpo, report, serve, sft",
+    ),
     ("grpo:tinny", {}, "unknown preset word 'tinny'"),
     ("grpo", {"grpo.stpes": 5}, "unknown field 'grpo.stpes'; did you mean grpo.steps"),
     ("grpo", {"gpro.steps": 5}, "unknown field 'gpro.steps'; did you mean grpo?"),

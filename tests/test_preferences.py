@@ -11,7 +11,7 @@ import pytest
 
 from d1jax import recipe
 from d1jax.errors import RunError
-from d1jax.evaluation import rollout_pairs
+from d1jax.evaluation import rollout_answers
 from d1jax.preferences import Preferences
 from d1jax.run import experiment as experiments
 from d1jax.run.identity import holds_run
@@ -46,7 +46,7 @@ def finished():
 
   def make(workdir):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(rollout_pairs, "METRIC", "well_formed")
+      patch.setattr(rollout_answers, "METRIC", "well_formed")
       return recipe.run(job(workdir))
 
   return shared("preferences", make)
@@ -85,7 +85,7 @@ def test_pairs_of_graded_rollouts_train_validate_and_resume_bit_for_bit():
 
 @pytest.mark.slow(reason="samples with programs of its own")
 def test_another_run_makes_the_pairs_and_each_says_which(tmp_path, monkeypatch):
-  monkeypatch.setattr(rollout_pairs, "METRIC", "well_formed")
+  monkeypatch.setattr(rollout_answers, "METRIC", "well_formed")
   workdir, results = finished()
   config = job(tmp_path, pairs__checkpoint=str(workdir), pairs__questions=32, pairs__held_out=0.0)
   made = Preferences(experiments.build(config, None), configured.preferences(config), tmp_path)
@@ -96,7 +96,7 @@ def test_another_run_makes_the_pairs_and_each_says_which(tmp_path, monkeypatch):
     assert row["made"]["checkpoint"] == results["checkpoint"]
     assert row["made"]["question"] < 32
   before = (tmp_path / "pairs.jsonl").read_bytes()
-  monkeypatch.setattr(rollout_pairs, "make", None)  # sampling again would fail
+  monkeypatch.setattr(rollout_answers, "sample", None)  # sampling again would fail
   again = Preferences(experiments.build(config, None), configured.preferences(config), tmp_path)
   again.prepare(None, lambda: None)
   assert again.hash() == made.hash()

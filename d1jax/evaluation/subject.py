@@ -165,6 +165,30 @@ def read_run(found: Found, config: ConfigDict) -> tuple[Folder, Experiment, Para
   return home, experiment, trainable
 
 
+def of_run(found: Found, config: ConfigDict) -> Subject:
+  """The weights of a run's checkpoint with their experiment, which has no task; see `read_run`."""
+  home, experiment, trainable = read_run(found, config)
+  place = found.workdir / "eval"
+  return Subject(str(home), place, experiment, trainable, experiment.model.weights.frozen, fingerprint(trainable))
+
+
+def of_folder(bare: ConfigDict) -> Subject:
+  """The weights of the model's folder `bare.model.pretrained` with their experiment, which has no task.
+
+  Raises:
+    ValueError: a field is wrong, or the folder cannot be read.
+  """
+  experiment = experiments.build(bare, None, with_task=False)
+  weights = experiment.model.weights
+  if weights.source is not None and (start := weights.source.as_start()) and multihost.is_main():
+    print(harmless(start), file=sys.stderr)
+  with saying(f"reading {bare.model.pretrained}"):
+    trainable = weights.start(weights.base_dtype)
+    jax.block_until_ready(trainable)
+  home = Path("runs") / "eval"
+  return Subject(bare.model.pretrained, home, experiment, trainable, weights.frozen, fingerprint(trainable))
+
+
 def load(config: ConfigDict) -> Subject:
   """Reads the checkpoint `config.checkpoint`, or else the folder `config.pretrained`.
 
@@ -185,23 +209,14 @@ def load(config: ConfigDict) -> Subject:
   bare.update(mesh=config.mesh, cpu_devices=config.cpu_devices)
   bare.model.pretrained = config.pretrained
   with input_checked():
-    experiment = experiments.build(bare, None, with_task=False)
-    weights = experiment.model.weights
-    own = generation_config.read_sampler(weights.source.folder) if weights.source else None
+    found = of_folder(bare)
+    experiment, source = found.experiment, found.experiment.model.weights.source
+    own = generation_config.read_sampler(source.folder) if source else None
     if own is not None and multihost.is_main():
       said = f"{own.completion_length} tokens, blocks of {own.block_length}, {own.diffusion_steps} steps"
       print(harmless(f"{config.pretrained}/{generation_config.FILE} says how it samples: {said}"), file=sys.stderr)
     sampler = (own or experiment.sampler).for_block(experiment.model.denoiser.block)
-    experiment = dataclasses.replace(experiment, sampler=sampler)
-    if weights.source is not None and (start := weights.source.as_start()) and multihost.is_main():
-      print(harmless(start), file=sys.stderr)
-    with saying(f"reading {config.pretrained}"):
-      trainable = weights.start(weights.base_dtype)
-      jax.block_until_ready(trainable)
-  home = Path("runs") / "eval"
-  return Subject(
-    config.pretrained, home, experiment, trainable, experiment.model.weights.frozen, fingerprint(trainable)
-  )
+  return dataclasses.replace(found, experiment=dataclasses.replace(experiment, sampler=sampler))
 
 
 def _checkpoint(found: Found, config: ConfigDict) -> Subject:
@@ -213,6 +228,4 @@ def _checkpoint(found: Found, config: ConfigDict) -> Subject:
       " part of them. Give the work directory, or use --config.split=validation; if the choice was made before any"
       " result was seen (always the last one, say), --config.chosen_beforehand=True"
     )
-  home, experiment, trainable = read_run(found, config)
-  place = found.workdir / "eval"
-  return Subject(str(home), place, experiment, trainable, experiment.model.weights.frozen, fingerprint(trainable))
+  return of_run(found, config)

@@ -180,8 +180,10 @@ def check_lengths(config: ConfigDict, ways: int) -> None:
   """Raises a ValueError if the canvas of some bucket does not divide over the devices that share its positions."""
   found = []
   if config.mode == "grpo" or ("pairs" in config and not config.pairs.file):
-    completion = ("rollout.completion_length", config.rollout.completion_length)
-    found += [("data.prompt_buckets", prompt, *completion) for prompt in config.data.prompt_buckets]
+    rollouts = [("rollout.completion_length", config.rollout.completion_length)]
+    if config.mode == "grpo":
+      rollouts += [("grpo.length_curriculum", length) for length in config.grpo.length_curriculum[:-1]]
+    found += [("data.prompt_buckets", prompt, *each) for prompt in config.data.prompt_buckets for each in rollouts]
   for stage in ("sft", "dpo"):
     if stage in config and config[stage].steps:
       names = [f"{stage}.{name}" for name in ("prompt_buckets", "completion_buckets")]

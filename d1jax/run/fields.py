@@ -81,6 +81,10 @@ OPTIONAL: Mapping[str, Field] = {
   "grpo.curriculum": Field(False, "draws prompts in proportion to 1 - their success rate, not once an epoch"),
   "grpo.length_reward": Field(0.0, "weight of Kimi k1.5's reward of short answers; 0: none"),
   "grpo.length_warmup": Field(0, "first iterations without it"),
+  "grpo.length_curriculum": Field(
+    (), "completion lengths of rollouts, the last rollout.completion_length; (): that alone"
+  ),
+  "grpo.length_threshold": Field(0.1, "share of answers without an end above which the next length is taken"),
   "grpo.dump_every": Field(0, "iterations between dumped rollouts; 0: none"),
   "grpo.drift_every": Field(50, "iterations between looks at what the rollouts' cache changes; 0: none"),
   "grpo.drift_limit": Field(None, "nats a token beyond which the cache goes off; None: the drift is only logged"),

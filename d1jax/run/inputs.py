@@ -86,7 +86,7 @@ def _with_questions(config: ConfigDict) -> Task:
   """The task, after the files of its questions and of the demonstrations were read."""
   task = build_task(config)
   root = data_root(config.data.root)
-  if config.sft.steps and config.sft.data and root != tables.HUB:
+  if config.sft.steps and config.sft.data and (root != tables.HUB or Path(config.sft.data).is_absolute()):
     path = Path(root or "") / config.sft.data
     if not path.exists():
       raise ValueError(f"sft.data: {path} is missing; set data.root to the folder that holds {config.sft.data}")

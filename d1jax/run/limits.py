@@ -107,6 +107,9 @@ TABLE: Mapping[str, Limit] = {
   "pairs.questions": COUNT,
   "pairs.samples": Limit(True, 2),
   "pairs.held_out": SIZE,
+  "rounds": COUNT,
+  **{f"distill.{name}": COUNT for name in ("questions", "samples", "most")},
+  "distill.temperature": SIZE,
   "sft.held_out": SIZE,
   "sft.samples": MANY,
   "sft.ends": MANY,
@@ -120,6 +123,8 @@ TABLE: Mapping[str, Limit] = {
   "grpo.behaviour_cap": POSITIVE,
   "grpo.length_warmup": MANY,
   "grpo.length_reward": SIZE,
+  "grpo.length_curriculum": TOKENS._replace(several=True),
+  "grpo.length_threshold": SHARE,
   **{f"grpo.{name}": MAYBE_REAL for name in ("importance_cap", "drift_limit")},
   "grpo.answered": REAL,
   "evaluation.batch_size": COUNT,
@@ -150,7 +155,7 @@ TABLE: Mapping[str, Limit] = {
   "drain_seconds": SIZE,
 }
 """The conditions on the numbers of all configurations, by dotted name."""
-MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow")
+MAY_BE_EMPTY = ("lengths", "prompt_buckets", "sft.grow", "grpo.length_curriculum")
 """If `lengths` or `prompt_buckets` is empty, the numbers of the checkpoint are used."""
 
 

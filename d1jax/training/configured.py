@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from d1jax.diffusion import blocks
 from d1jax.diffusion.corruption import NoiseSpec
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.layout import extra
@@ -31,6 +32,7 @@ from d1jax.run.inputs import data_root
 from d1jax.tasks import Mixture, Task
 from d1jax.training import dpo, drift, sft_data
 from d1jax.training.host import Grading
+from d1jax.training.lengths import Lengths
 from d1jax.training.programs import Programs
 from d1jax.training.shape import Shape
 
@@ -139,7 +141,7 @@ def shaping(section: ConfigDict, task: Task, protocol: str, sampler: SamplerSpec
       for text in (one.demonstration(record, "d1"), one.baseline(record, "d1")):
         names |= dict.fromkeys(one.grade(text, record, protocol).components)
     with reworded("grpo."):
-      found.check(list(names), sampler.completion_length)
+      found.check(list(names), min((*section.length_curriculum, sampler.completion_length)))
   return found
 
 
@@ -169,6 +171,35 @@ def curriculum(experiment: Experiment, prompts: Prompts) -> Curriculum | None:
     seed=experiment.config.seed,
     ahead=section.off_policy_steps + section.partial_age,
   )
+
+
+def lengths(experiment: Experiment, optimizer: optax.GradientTransformation, whole: Programs) -> Lengths | None:
+  """The curriculum of `config.grpo` over completion lengths, whose last programs are `whole`; None: there is none.
+
+  Raises:
+    ValueError: the lengths do not fit the sampler, or rollouts are drawn before it is known how long they may be.
+  """
+  section, sampler = experiment.config.grpo, experiment.sampler
+  chosen = tuple(section.length_curriculum)
+  if not chosen:
+    return None
+  if list(chosen) != sorted(set(chosen)) or chosen[-1] != sampler.completion_length:
+    raise ValueError(
+      f"grpo.length_curriculum={chosen} must ascend and end with rollout.completion_length, here"
+      f" {sampler.completion_length}; grpo.length_curriculum=() has no shorter lengths"
+    )
+  for early in ("off_policy_steps", "partial_age"):
+    if section[early]:
+      raise ValueError(
+        f"grpo.length_curriculum={chosen} takes the next length after an iteration, but grpo.{early}={section[early]}"
+        f" draws completions before it: set grpo.{early}=0, or grpo.length_curriculum=()"
+      )
+  with reworded(f"grpo.length_curriculum={chosen}: "):
+    shorter = [sampler.of_length(length) for length in chosen[:-1]]
+    for each in shorter:
+      blocks.check(experiment.model.denoiser, each)
+  found = [programs(dataclasses.replace(experiment, sampler=each), optimizer) for each in shorter]
+  return Lengths([*found, whole], section.length_threshold)
 
 
 def programs(experiment: Experiment, optimizer: optax.GradientTransformation) -> Programs:

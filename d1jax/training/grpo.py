@@ -24,6 +24,7 @@ from d1jax.tasks import Mixture
 from d1jax.telemetry import cost, ledger
 from d1jax.training import drift, dump
 from d1jax.training.host import Grading, Visit, grade_chunks, rewarded, summarise
+from d1jax.training.lengths import Lengths
 from d1jax.training.programs import Programs
 
 SHOWN = ("reward", "loss", "tokens_per_second")
@@ -105,6 +106,7 @@ def advancer(
   gap_every: int,
   dump_every: int = 0,
   curriculum: Curriculum | None = None,
+  lengths: Lengths | None = None,
 ) -> Callable[[TrainState, int], tuple[TrainState, dict[str, float]]]:
   """Returns the function that runs one iteration of the GRPO stage.
 
@@ -118,12 +120,15 @@ def advancer(
     gap_every: iterations between measurements of the difference between merged and unmerged adapters.
     dump_every: iterations between dumps; 0: never.
     curriculum: draws the prompts; None: each prompt comes once an epoch.
+    lengths: has the programs of each iteration; None: all have `programs`.
   """
   prompts, key = batches(programs, grading, seed, position, curriculum), programs.key()
   shape, watch = programs.shape, programs.watch
   cached = watch is None or multihost.from_main(lambda: watch.trusts(read_records(workdir / "metrics.jsonl"), position))
 
   def look(
+    programs: Programs,
+    grading: Grading,
     params: Any,
     placed: list[PromptArrays],
     number: jax.Array,
@@ -142,33 +147,36 @@ def advancer(
     nonlocal cached
     used = cached
     batch = next(prompts)
-    placed, number = programs.place(batch, iteration)
+    now = lengths.programs if lengths else programs
+    own = grading._replace(length=lengths.tokens) if lengths else grading
+    placed, number = now.place(batch, iteration)
     rolling = time.perf_counter()
-    params = programs.publish(state, frozen)
-    chunks = programs.rollout(params, placed, key, number, cached=cached)
-    visit = grade_chunks(grading, batch.record, chunks)
+    params = now.publish(state, frozen)
+    chunks = now.rollout(params, placed, key, number, cached=cached)
+    visit = grade_chunks(own, batch.record, chunks)
     rewards, shaped = rewarded(grading.shaping, visit, shape.num_generations, iteration)
     shaped |= curriculum.learn(batch.record, visit.solved) if curriculum else {}
+    shaped |= lengths.learn(visit) if lengths else {}
     graded = time.perf_counter()
     seen: dict[str, float] = {} if cached else {"cache_off": 1.0}
     if watch and cached and watch.due(iteration):
-      seen = look(params, placed, number, batch.record, chunks[0], visit.rewards)
+      seen = look(now, own, params, placed, number, batch.record, chunks[0], visit.rewards)
       if watch.beyond(seen):
-        watch.warn(iteration + 1, seen, programs.sampler.cache)
+        watch.warn(iteration + 1, seen, now.sampler.cache)
         cached = False
     del params  # the update needs the memory
-    chunks = programs.brought(chunks)
+    chunks = now.brought(chunks)
     updating = time.perf_counter()
     with jax.profiler.TraceAnnotation("update"):
-      state, metrics, advantages = programs.update(state, frozen, chunks, rewards)
+      state, metrics, advantages = now.update(state, frozen, chunks, rewards)
       host_metrics = jax.device_get(metrics)
     updated = time.perf_counter()
-    gap = programs.merge_gap(state, frozen, chunks[0]) if iteration % gap_every == 0 else {}
+    gap = now.merge_gap(state, frozen, chunks[0]) if iteration % gap_every == 0 else {}
     seconds = {"rollout": visit.arrived - rolling, "grading": graded - visit.arrived, "update": updated - updating}
     if seen or gap:
       seconds["validation"] = updating - graded + time.perf_counter() - updated
     visit = visit._replace(rewards=rewards)
-    values = iteration_record(programs, grading, batch, visit, host_metrics, seconds, cached=used)
+    values = iteration_record(now, grading, batch, visit, host_metrics, seconds, cached=used)
     if dump_every and iteration % dump_every == 0:
       dump.write(workdir / "rollouts", iteration, chunks, visit, advantages)
     return state, seen | gap | shaped | values

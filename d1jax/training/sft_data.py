@@ -117,7 +117,8 @@ def of_file(
   Args:
     root: a folder, `tables.HUB` for the Hugging Face hub, or None.
     name: the path, from `root`, of a file of JSON lines, of a Parquet file or of a folder of such files. On the hub:
-      `OWNER/NAME`, or `OWNER/NAME:CONFIGURATION`, of which the split `train` is read.
+      `OWNER/NAME`, or `OWNER/NAME:CONFIGURATION`, of which the split `train` is read; an absolute path is a file there
+      too.
     tokenizer: of the model.
     held_out: see `d1jax.data.demonstrations.split`.
     options: of the fine-tuning.
@@ -126,6 +127,7 @@ def of_file(
   Raises:
     ValueError: the data cannot be read, is wrong, or does not fit the buckets; the message names the file.
   """
+  root = None if Path(name).is_absolute() else root
   path = name if root == tables.HUB else str(Path(root or "") / name)
   rows = [row for file, found in _sources(root, name, path) for row in _examples(file, found)]
   kept = [row for row in rows if not held_out_questions.is_listed(row.question)]

@@ -103,6 +103,7 @@ def test_presets_make_sense(name, words):
 
 
 OTHERS = [("eval", ""), ("eval", "llada_8b"), ("generate", ""), ("aot", "llada_8b")]
+OTHERS += [("distill", words) for words in ("", "smoke,block", "lora,gsm8k,v5e")]
 OTHERS += [("dpo", words) for words in ("", "smoke,block", "small,word_problems", "lora,gsm8k,v5e")]
 
 
@@ -114,7 +115,7 @@ def test_other_configurations_make_sense(name, words):
 def test_every_limit_is_of_a_field():
   known = {
     name
-    for config in ("grpo", "dpo", "eval", "generate", "serve", "aot")
+    for config in ("grpo", "dpo", "distill", "eval", "generate", "serve", "aot")
     for name in limits.flatten(load(config).to_dict())
   }
   assert limits.TABLE.keys() <= known
