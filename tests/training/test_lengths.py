@@ -60,7 +60,7 @@ def test_a_shorter_sampler_unmasks_as_many_tokens_a_step(length, expected):
   assert (found.completion_length, found.diffusion_steps, found.block_length) == expected
 
 
-PARTIAL = {"partial_age": 1, "rollout_slots": 4, "estimator": "step_merged"}
+PARTIAL = {"partial_age": 1, "rollout_slots": 4, "rollout_chunks": 1, "estimator": "step_merged"}
 
 
 @pytest.mark.parametrize(
