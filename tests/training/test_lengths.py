@@ -60,7 +60,7 @@ def test_a_shorter_sampler_unmasks_as_many_tokens_a_step(length, expected):
   assert (found.completion_length, found.diffusion_steps, found.block_length) == expected
 
 
-PARTIAL = {"partial_age": 1, "rollout_slots": 4, "rollout_chunks": 1, "estimator": "step_merged"}
+PARTIAL = {"partial_age": 1, "rollout_slots": 8, "rollout_chunks": 1, "estimator": "step_merged"}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ PARTIAL = {"partial_age": 1, "rollout_slots": 4, "rollout_chunks": 1, "estimator
   ],
 )
 def test_lengths_that_make_no_sense_claim_no_folder(tmp_path, changes, message):
-  fields = {"rollout__block_length": 3, "rollout__diffusion_steps": 6}
+  fields = {"rollout__block_length": 3, "rollout__diffusion_steps": 6, "rollout__early_exit": True}
   fields |= {f"grpo__{name}": value for name, value in changes.items()}
   with pytest.raises(RunError, match=message):
     recipe.run(small(tmp_path / "run", **fields))
