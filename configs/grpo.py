@@ -428,18 +428,18 @@ def _word_problems(c: config_dict.ConfigDict) -> None:
 def _small_word_problems(c: config_dict.ConfigDict) -> None:
   """A block-causal network, which scores exactly the path that its rollout took.
 
-  Two of three demonstrations say the answer alone, so that after SFT the network guesses; that steps pay is left for
+  Three of five demonstrations say the answer alone, so that after SFT the network guesses; that steps pay is left for
   diffu-GRPO to find out. In blocks of 2 a number and the one that it is calculated from are never masked together.
   """
   c.model.block = 2
-  c.task.options = dict(largest=12, steps=(2, 2), worked=0.35)
-  c.task.sizes.update(demonstrations=1500, train=3000, validation=128, test=512)
+  c.task.options = dict(largest=12, steps=(2, 2), worked=0.4)
+  c.task.sizes.update(demonstrations=2400, train=3000, validation=128, test=512)
   c.data.prompt_buckets = c.sft.prompt_buckets = c.evaluation.prompt_buckets = (52,)
   c.rollout.update(completion_length=40, block_length=2, diffusion_steps=40, early_exit=True)
   # A masked number cannot be used. In a trial with AdamW, 2,000 steps were too few to learn to read the numbers.
   c.sft.update(
     optimizer="muon",
-    steps=1000,
+    steps=2000,
     batch_size=8,
     completion_buckets=(40,),
     learning_rate=2e-3,
@@ -448,11 +448,11 @@ def _small_word_problems(c: config_dict.ConfigDict) -> None:
     p_mask_prompt=0.0,
     weighting="flat",
     mask_ratio=(0.2, 1.0),
-    validate_every=250,
+    validate_every=500,
   )
   c.grpo.update(
     estimator=dict(name="step_merged"),
-    steps=200,
+    steps=180,
     prompts_per_iteration=8,
     oversample=2,
     num_generations=8,
@@ -462,5 +462,5 @@ def _small_word_problems(c: config_dict.ConfigDict) -> None:
     decay="constant",
     weight_decay=0.0,
     warmup_steps=10,
-    validate_every=25,
+    validate_every=30,
   )
