@@ -264,7 +264,7 @@ def plot(plan: Plan, lines: Lines) -> Figure:
       color = look.LINES[best.index(name)] if name in best else "muted"
       x, y = curves[name][:, column], 100 * curves[name][:, 2]
       look.line(axes, x, y, color, name, width=2.2 if name in best else 1)
-    look.level(axes, level("sft"), "start")
+    look.level(axes, level("sft"), "start", below=True)
     look.level(axes, level("control"), "SFT control")
     axes.set(title=f"mu = {mu}", ylim=(0, None))
     axes.set(xlabel=("passes of a completion, backward: two", "time of iterations, s")[column])

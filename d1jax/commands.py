@@ -87,7 +87,7 @@ COMMANDS: Mapping[str, Command] = {
     (
       "tiny --checkpoint=runs/grpo --workdir=runs/distill",
       "tiny --checkpoint=runs/grpo --output=ANSWERS.jsonl",
-      "lora,gsm8k --model.pretrained=FOLDER --checkpoint=runs/grpo --rounds=1",
+      "lora,gsm8k --model.pretrained=FOLDER --checkpoint=runs/grpo",
     ),
     {
       "checkpoint": "a run's folder, which samples the first round, or the folder of one of its checkpoints",

@@ -175,17 +175,17 @@ def points(
   axes.plot(x, y, color=LIGHT[color], linewidth=1.8, marker=marker, markersize=4.5, label=name or None)
 
 
-def level(axes: Axes, value: float, name: str) -> None:
-  """Draws a dashed line across the panel, with its name above its right end."""
+def level(axes: Axes, value: float, name: str, *, below: bool = False) -> None:
+  """Draws a dashed line across the panel, with its name above its right end, or below it."""
   axes.axhline(value, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)), label="_level")
   axes.annotate(
     name,
     (1, value),
     xycoords=axes.get_yaxis_transform(),
-    xytext=(-3, 3),
+    xytext=(-3, -3 if below else 3),
     textcoords="offset points",
     ha="right",
-    va="bottom",
+    va="top" if below else "bottom",
     color=LIGHT["muted"],
     fontsize=_SMALL,
   )

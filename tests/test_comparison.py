@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import method_plan, methods
 from benchmarks.method_plan import SUBSET, Plan, Setting
+from tests import looks
 
 SMALL = Plan(("wd1",), (1, 4), 3, 2, 100, 200)
 
@@ -99,7 +100,9 @@ def test_a_stop_loses_no_cell_that_is_done(tmp_path, monkeypatch):
   written = methods.table(SMALL, lines)
   assert "| start | " in written
   assert "| `wd1` | 4 | T 1, rate 0.0006, group 4 | 10 |" in written
-  assert len(methods.plot(SMALL, lines).axes) == 4
+  figure = methods.plot(SMALL, lines)
+  assert len(figure.axes) == 4
+  looks.check(figure)
 
 
 def test_the_best_setting_and_what_equal_cost_allows_it(tmp_path):

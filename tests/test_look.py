@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import blocks, learning, methods, scaling
+from benchmarks import blocks, learning, scaling
 from d1jax import look
 from d1jax.evaluation import plots
 from d1jax.page import picture, run_files
@@ -71,14 +71,6 @@ def curve(end: float, points: int = 11) -> list[tuple[float, float, float]]:
   return [(300.0 * i, 12.0 * i, end * i / points) for i in range(1, points)]
 
 
-def of_methods() -> Figure:
-  names = ("d1", "wd1", "coupled", "espo", "gdpo", "spg", "stepmerge", "tracerl", "agrpo", "justgrpo")
-  ends = (0.65, 0.57, 0.27, 0.16, 0.18, 0.23, 0.65, 0.24, 0.35, 0.3)
-  return methods.plot(
-    [{"method": name, "curve": curve(end + d)} for name, end in zip(names, ends, strict=True) for d in (0, 0.05)]
-  )
-
-
 def of_scaling() -> Figure:
   lines = [
     {"axis": axis, "program": program, "exponent": 0.5, "values": values, "seconds": [scale * v**0.5 for v in values]}
@@ -90,7 +82,6 @@ def of_scaling() -> Figure:
 
 ENDS = {"recipe": (61, 60, 72), "control": (20, 24, 30)}
 FIGURES = {
-  "methods": of_methods,
   "scaling": of_scaling,
   "blocks": lambda: blocks.plot([{"arm": name, "curve": curve(e)} for name in blocks.ARMS for e in (0.5, 0.8, 0.82)]),
   "learning": lambda: learning.plot(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d1jax.diffusion import sampler
+from d1jax.diffusion import replay, sampler
 from d1jax.diffusion.likelihood import masked_logps
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
 from d1jax.diffusion.sampler import sample
@@ -205,7 +205,7 @@ def test_a_block_is_scored_under_the_clean_tokens_before_it(shift):
     np.testing.assert_allclose(logp[row, :8], expected[:8], rtol=1e-5, atol=2e-5)
 
 
-def test_from_left_to_right_the_places_of_a_block_share_a_pass():
+def test_from_left_to_right_the_places_of_a_block_share_a_pass(monkeypatch):
   denoiser, made = causal.denoiser(4), []
   found = sampled(SPEC, denoiser)
 
@@ -224,6 +224,10 @@ def test_from_left_to_right_the_places_of_a_block_share_a_pass():
       x = dataclasses.replace(tempered, head=lambda params: denoiser.head(params) / SPEC.temperature)
       expected = naive_logp(x, prompt, found.completion[row, :width], known)[k]
       np.testing.assert_allclose(logp[row, k], expected, rtol=1e-5, atol=2e-5)
+  monkeypatch.setattr(replay, "STATES", 3)  # four places are two passes of two
+  again = jax.jit(functools.partial(score, spec=SPEC))(PARAMS, found, key=KEY).logp
+  assert made[1:] == [(16, 2 * 12)] * len(made[1:])
+  np.testing.assert_allclose(again, logp, rtol=0, atol=1e-5)
 
 
 def test_runs_of_steps_lie_within_blocks():

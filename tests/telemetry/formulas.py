@@ -7,8 +7,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from d1jax.diffusion import replay
 from d1jax.diffusion.blocks import window_of
-from d1jax.diffusion.replay import blocks_spanned
 from d1jax.models.lora import LoraSpec
 from d1jax.models.transformer import TransformerSize
 from d1jax.telemetry.cost import Work
@@ -120,12 +120,14 @@ class Passes(NamedTuple):
     predicted: completion positions that a pass makes logits for; None: all.
     times: 2 where guidance makes each pass two.
     repeated: whether each pass is computed again in the backward pass, so that memory does not grow with their number.
+    logits_repeated: whether at least its logits are, of which a part exists at a time.
   """
 
   number: int | None = 1
   predicted: int | None = None
   times: int = 1
   repeated: bool = True
+  logits_repeated: bool = False
 
 
 def passes(estimator, spec):
@@ -144,33 +146,38 @@ def passes(estimator, spec):
   if estimator.name == "left_to_right":
     return Passes(math.ceil((options.get("top_entropy") or 1.0) * spec.completion_length), 1, times)
   segments = options.get("segments")
-  blocks = 1 if segments is None else blocks_spanned(spec, segments)
+  blocks = 1 if segments is None else replay.blocks_spanned(spec, segments)
   return Passes(segments, blocks * spec.block_length, times)
 
 
-def in_blocks(each, model, spec):
-  """The passes of an estimate by a block-causal network, which scores all of its blocks at once."""
+def in_blocks(each, model, spec, visits):
+  """The passes of an estimate by a block-causal network, which scores all of its blocks at once, and their copies."""
   width = spec.completion_length + model.block
   if each.predicted is None:
-    return each._replace(predicted=width)
+    return each._replace(predicted=width), 1
+  # The steps of a block are states that stand behind the clean canvas, as many as `STATES` in a pass.
+  reached = [step < last for last in visits for step in range(spec.steps_per_block)]
+  copies = math.ceil(len(reached) / math.ceil(len(reached) / replay.STATES))
+  taken = [any(reached[first : first + copies]) for first in range(0, len(reached), copies)]
   # Of each block those that a step unmasked; of a next-token network, also the first one. 32 have logits at a time.
   a_step = spec.max_reveal if spec.by_confidence else math.ceil(spec.block_length / spec.steps_per_block)
-  most = min(model.block, a_step + model.shift) * width // model.block
-  return each._replace(predicted=math.ceil(most / 32) * min(most, 32))
+  most = min(width, copies * (min(model.block, a_step + model.shift) * width // model.block))
+  predicted = math.ceil(most / 32) * min(most, 32)
+  return each._replace(number=sum(taken), predicted=predicted, repeated=len(taken) > 1, logits_repeated=True), copies
 
 
 def update(model, sampler, method, canvas, reach, *, tiled):
   """The score and the optimiser steps of an update; `tiled`: logits are computed again in the backward pass.
 
-  A block-causal network encodes the completions, with the tokens that fill their blocks, a second time.
+  A block-causal network encodes the completions, with the tokens that fill their blocks, once more for each state.
   """
   rows, mu, length = int(reach.rows[:, 0].sum()), method.num_iterations, sampler.completion_length
   each = passes(method.estimator, sampler)
   visits = reach.steps.max(axis=0)
   if model.block:
-    each = in_blocks(each, model, sampler)
     visits = visits.reshape(-1, model.block // sampler.block_length).max(axis=0)
-    canvas += length + model.block
+    each, copies = in_blocks(each, model, sampler, visits)
+    canvas += copies * (length + model.block)
   count = each.times * (int(visits.sum()) if each.number is None else each.number)
   policy, reference = (
     times(count, products(model.size, rows, canvas, canvas, each.predicted or length, lora))
@@ -182,6 +189,8 @@ def update(model, sampler, method, canvas, reach, *, tiled):
   scored = old + ref
   score = Work(old * sum(policy) + ref * sum(reference), scored * rows * length, passes=scored * rows * count)
   repeated = sum(policy) if each.repeated else 0
+  if not each.repeated and each.logits_repeated:
+    repeated = policy.head
   made = step(model, policy, repeated + (policy.head if tiled else 0))
   return score, Work(mu * made[0], mu * rows * length, mu * made[1], mu * rows * count)
 

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from d1jax.diffusion import replay
 from d1jax.diffusion.continuous import sample_in_slots
 from d1jax.diffusion.denoiser import Denoiser
 from d1jax.diffusion.rollout import Rollout, SamplerSpec
@@ -135,15 +136,18 @@ def test_processes_put_together_what_their_rows_say(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("block", "shift", "changes", "name", "steps"),
+  ("states", "shift", "changes", "name", "steps"),
   [
     (4, 0, {}, "step_merged", [[3, 4, 4]]),
-    (4, 1, dict(schedule="threshold", max_reveal=3), "step_merged", [[1, 2, 3], [0, 1, 1]]),
+    (2, 0, {}, "step_merged", [[1, 2, 2]]),
+    (3, 1, dict(schedule="threshold", max_reveal=3), "step_merged", [[1, 2, 3], [0, 1, 1]]),
     (4, 0, dict(block_length=2), "step_merged", [[0, 1, 2, 1, 1, 1]]),
     (4, 0, {}, "one_step", [[3, 4, 4]]),
   ],
 )
-def test_an_update_makes_a_pass_a_step_of_a_block(block, shift, changes, name, steps):
+def test_an_update_makes_a_pass_for_some_steps_of_a_block(states, shift, changes, name, steps, monkeypatch):
+  monkeypatch.setattr(replay, "STATES", states)
+  block = 4
   spec, denoiser = dataclasses.replace(SPEC, **changes), causal.denoiser(block, shift)
   options = {"p_mask_prompt": 0.1} if name == "one_step" else {}
   method = Method(
