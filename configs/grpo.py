@@ -452,7 +452,7 @@ def _small_word_problems(c: config_dict.ConfigDict) -> None:
   )
   c.grpo.update(
     estimator=dict(name="step_merged"),
-    steps=180,
+    steps=90,
     prompts_per_iteration=8,
     oversample=2,
     num_generations=8,
