@@ -159,7 +159,7 @@ def test_a_wheel_has_the_presets_and_samples_without_extras(tmp_path):
     [sys.executable, "-c", script], cwd=tmp_path / "empty", env=environment, capture_output=True, text=True
   )
   assert done.stdout == "2\n128\n", done.stderr
-  assert 'd1jax: matplotlib is not installed: pip install "d1jax[train]"' in done.stderr
+  assert 'd1jax: tqdm is not installed: pip install "d1jax[train]"' in done.stderr
 
 
 def test_make_setup_brings_jax_for_an_accelerator(tmp_path):

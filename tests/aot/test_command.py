@@ -153,7 +153,7 @@ def test_a_run_prints_and_writes_what_it_found(tmp_path, capsys):
     )
     assert memory["total"] == parts, name
     assert found["compile_seconds"] > 0
-    assert f"| {name} |" in printed
+    assert f"\n{name} " in printed.split("GiB a chip:")[1]
     assert f"\n{name} takes {memory['total'] / 2**30:.2f} of 15.75 GiB a chip" in printed
   rollout, chip = written["programs"]["rollout"], chips.of("TPU v5 lite")
   assert rollout["seconds"]["compute"] == pytest.approx(rollout["flops"] / 4 / chip.flops)
