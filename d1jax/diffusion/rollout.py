@@ -129,17 +129,6 @@ class SamplerSpec:
     steps = length // max(block, 1) * max(1, round(block / per_step))
     return dataclasses.replace(self, completion_length=length, block_length=block, diffusion_steps=steps)
 
-  def of_length(self, length: int) -> "SamplerSpec":
-    """The same sampler for shorter completions: with fewer blocks and as many steps a block; or with a single block, if
-    that is shorter than one of this sampler's, whose steps unmask as many tokens.
-    """
-    steps = self.diffusion_steps // self.blocks
-    if length < self.block_length:
-      steps = max(1, round(steps * length / self.block_length))
-      return dataclasses.replace(self, completion_length=length, block_length=length, diffusion_steps=steps)
-    steps *= length // self.block_length
-    return dataclasses.replace(self, completion_length=length, diffusion_steps=steps)
-
   def greedy(self) -> "SamplerSpec":
     """The same sampler at temperature 0 and without a cache: what validations complete with."""
     return dataclasses.replace(self.with_cache("none"), temperature=0.0)

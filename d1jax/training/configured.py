@@ -195,7 +195,7 @@ def lengths(experiment: Experiment, optimizer: optax.GradientTransformation, who
         f" draws completions before it: set grpo.{early}=0, or grpo.length_curriculum=()"
       )
   with reworded(f"grpo.length_curriculum={chosen}: "):
-    shorter = [sampler.of_length(length) for length in chosen[:-1]]
+    shorter = [sampler.resized(length, min(length, sampler.block_length)) for length in chosen[:-1]]
     for each in shorter:
       blocks.check(experiment.model.denoiser, each)
   found = [programs(dataclasses.replace(experiment, sampler=each), optimizer) for each in shorter]

@@ -23,7 +23,7 @@ def lengths(threshold=0.25):
   each = []
   for length in (4, 6, 8):
     programs = object.__new__(Programs)
-    programs.sampler, programs.model = SamplerSpec(8, 8, 2).of_length(length), SimpleNamespace()
+    programs.sampler, programs.model = SamplerSpec(8, 8, 2).resized(length, 2), SimpleNamespace()
     programs.model.denoiser = SimpleNamespace(stop_ids=(STOP,))
     each.append(programs)
   return Lengths(each, threshold)
@@ -56,7 +56,7 @@ def test_the_length_grows_when_more_than_a_share_of_the_answers_is_cut():
   ("length", "expected"), [(64, (64, 32, 16)), (16, (16, 8, 16)), (8, (8, 4, 8)), (1, (1, 1, 1))]
 )
 def test_a_shorter_sampler_unmasks_as_many_tokens_a_step(length, expected):
-  found = SamplerSpec(64, 32, 16).of_length(length)
+  found = SamplerSpec(64, 32, 16).resized(length, min(length, 16))
   assert (found.completion_length, found.diffusion_steps, found.block_length) == expected
 
 
